@@ -1,0 +1,1 @@
+"""Ahead-of-time router kernels for DeepSeek-V4: loaded and launched with cuda-python alone."""

@@ -1,0 +1,490 @@
+"""The schema of `artifacts/manifest.json`: what the builder writes and the runtime reads.
+
+This is the only statement of the format. The builder imports it to write, the runtime to read; it
+uses nothing but the standard library, so importing it costs neither CUDA nor torch.
+
+JSON keys are the field names below. Optional keys are left out when they are None. An unknown key,
+kind or schema version is an error at parse time, with the place in the JSON:
+
+    artifacts/manifest.json: kernels[1].launch.block: expected 3 ints >= 1 (got [256]); rebuild ...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from .errors import ManifestError
+
+SCHEMA_VERSION = 1
+
+# Layouts of the operand that a kernel reads. kmajor: W_gate with unit stride along K. emajor: with
+# unit stride along E. logits: FP32 logits [N, E], already multiplied out.
+LAYOUTS = ("kmajor", "emajor", "logits")
+PARAMETER_KINDS = ("tensor_map", "pointer", "int32", "float32")
+# (bytes, alignment in the parameter block) of each kind; a CUtensorMap is 128 bytes aligned to 64.
+KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
+POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8")
+TENSOR_ELEMENTS = ("bfloat16",)
+TENSORS = ("W_gate", "hidden_states")
+TENSOR_DIMS = ("N", "K", "E")
+SWIZZLES = ("none", "32B", "64B", "128B")
+INTERLEAVES = ("none", "16B", "32B")
+L2_PROMOTIONS = ("none", "64B", "128B", "256B")
+OOB_FILLS = ("zeros", "nan_request_zero_fma")
+# What an axis of the grid may be, besides an int: see `Launch.grid`.
+GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
+
+MAX_CLUSTER_CTAS = 16
+MAX_PORTABLE_CLUSTER_CTAS = 8
+MAX_THREADS_PER_CTA = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntRange:
+    """An inclusive range; `high` None means no upper end. JSON: [low, high]."""
+
+    low: int
+    high: int | None
+
+    def __contains__(self, value: int) -> bool:
+        return self.low <= value and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        return f"{self.low}..{'' if self.high is None else self.high}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemRange:
+    """The problems a kernel accepts. `k_multiple` is 1 for kernels that read no K (logits)."""
+
+    layout: str
+    num_tokens: IntRange
+    num_experts: IntRange
+    top_k: IntRange
+    k_multiple: int
+    # tensor name -> torch's dtype name, e.g. {"hidden_states": "bfloat16", "out_ids": "int32"}
+    dtypes: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How the kernel is launched. The grid is counted in CTAs, as the driver counts it.
+
+    Each of `grid`'s three axes is an int or one of
+        k_splits      the field `k_splits`: CTAs that share one expert tile's K range
+        expert_tiles  ceil(num_experts / expert_tile)
+        token_tiles   ceil(num_tokens / token_tile)
+    `pdl` says that the kernel waits with griddepcontrol, so that a programmatic dependent launch is
+    legal; whether a call uses one is the caller's choice. `nonportable_cluster` asks for the
+    function attribute that clusters of more than 8 CTAs need.
+    """
+
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    grid: tuple[int | str, int | str, int | str]
+    k_splits: int
+    expert_tile: int
+    token_tile: int
+    dynamic_shared_bytes: int
+    pdl: bool
+    nonportable_cluster: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMapRecipe:
+    """How to encode one CUtensorMap. `dims` and `box` have the fastest dimension first.
+
+    Element strides are 1. `dims` names the problem's sizes, so ("K", "E") with box (64, 64) is a
+    map over W_gate with K contiguous, read in boxes of 64 K by 64 experts.
+    """
+
+    tensor: str
+    element_type: str
+    dims: tuple[str, ...]
+    box: tuple[int, ...]
+    swizzle: str
+    interleave: str
+    l2_promotion: str
+    oob_fill: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Device memory that the runtime owns and hands to the kernel through a pointer parameter.
+
+    `zeroed`: it is zero before the first launch, and every launch leaves it zero.
+    """
+
+    elements: int
+    zeroed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One kernel parameter. `offset` counts bytes from the first parameter.
+
+    `tensor_map` is there exactly for kind "tensor_map", `element_type` exactly for kind "pointer";
+    `scratch` only for pointers to memory that the runtime owns.
+    """
+
+    name: str
+    kind: str
+    offset: int
+    size: int
+    element_type: str | None = None
+    scratch: Scratch | None = None
+    tensor_map: TensorMapRecipe | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the compiled kernel uses; dynamic shared memory is in `Launch`, stated once.
+
+    `spill_bytes` is stores plus loads. `opcodes` counts the SASS instructions that matter, among
+    them LDL and STL (local memory), which are 0 in every kernel that is shipped.
+    """
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    static_shared_bytes: int
+    opcodes: Mapping[str, int] = field(hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One artifact. (name, arch) is its identity, `file` lies beside the manifest."""
+
+    name: str
+    arch: str
+    file: str
+    symbol: str
+    cubin_sha256: str
+    ptx_sha256: str
+    source_digest: str
+    problem: ProblemRange
+    launch: Launch
+    parameters: tuple[Parameter, ...]
+    resources: Resources
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}.{self.arch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Every artifact of one build, sorted by (name, arch), and the tools that made them."""
+
+    toolchain: Mapping[str, str] = field(hash=False)
+    kernels: tuple[Kernel, ...]
+
+    def for_arch(self, arch: str) -> tuple[Kernel, ...]:
+        return tuple(kernel for kernel in self.kernels if kernel.arch == arch)
+
+
+def cubin_name(name: str, arch: str) -> str:
+    """The file name of a kernel's cubin; the PTX beside it ends in `.ptx` instead."""
+    return f"{name}.{arch}.cubin"
+
+
+def serialise_manifest(manifest: Manifest) -> str:
+    """The manifest's text: sorted keys, kernels sorted, one newline at the end; no timestamps.
+
+    The text is parsed before it is returned, so what does not fit the schema is a ManifestError
+    here, in the builder, and not later in a server.
+    """
+    kernels = sorted(manifest.kernels, key=lambda kernel: (kernel.name, kernel.arch))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "toolchain": dict(manifest.toolchain),
+        "kernels": [_to_json(kernel) for kernel in kernels],
+    }
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+    parse_manifest(text, source="manifest to be written")
+    return text
+
+
+def parse_manifest(text: str | bytes, *, source: str = "manifest.json") -> Manifest:
+    """Read a manifest; a ManifestError names `source`, the path in the JSON, expected and got."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ManifestError(source=source, path="$", problem=f"not valid JSON ({error})") from error
+    return _manifest(_Node(document, "", source))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, IntRange):
+        return [value.low, value.high]
+    if hasattr(value, "__dataclass_fields__"):
+        pairs = ((item.name, getattr(value, item.name)) for item in fields(value))
+        return {name: _to_json(member) for name, member in pairs if member is not None}
+    if isinstance(value, Mapping):
+        return {key: _to_json(member) for key, member in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_json(member) for member in value]
+    return value
+
+
+class _Node:
+    """A JSON value and its path, with one method per shape the schema asks for."""
+
+    def __init__(self, value: Any, path: str, source: str) -> None:
+        self.value = value
+        self.path = path
+        self.source = source
+
+    def error(self, problem: str) -> ManifestError:
+        return ManifestError(source=self.source, path=self.path or "$", problem=problem)
+
+    def expected(self, what: str) -> ManifestError:
+        got = json.dumps(self.value)
+        return self.error(f"expected {what} (got {got if len(got) <= 80 else got[:77] + '...'})")
+
+    def members(self, *required: str, optional: tuple[str, ...] = ()) -> dict[str, _Node]:
+        """The object's members; exactly `required`, plus any of `optional`."""
+        if not isinstance(self.value, dict):
+            raise self.expected("an object")
+        prefix = f"{self.path}." if self.path else ""
+        for key in self.value:
+            if key not in required and key not in optional:
+                allowed = ", ".join(sorted((*required, *optional)))
+                raise self.error(f"unknown key {json.dumps(key)} (allowed: {allowed})")
+        for key in required:
+            if key not in self.value:
+                raise _Node(None, prefix + key, self.source).error("missing")
+        return {key: _Node(member, prefix + key, self.source) for key, member in self.value.items()}
+
+    def items(self, what: str, length: int | None = None) -> list[_Node]:
+        if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
+            raise self.expected(what)
+        return [
+            _Node(member, f"{self.path}[{index}]", self.source)
+            for index, member in enumerate(self.value)
+        ]
+
+    def is_int(self) -> bool:
+        return isinstance(self.value, int) and not isinstance(self.value, bool)
+
+    def integer(self, low: int = 0) -> int:
+        if not self.is_int() or self.value < low:
+            raise self.expected(f"an int >= {low}")
+        return int(self.value)
+
+    def boolean(self) -> bool:
+        if not isinstance(self.value, bool):
+            raise self.expected("true or false")
+        return self.value
+
+    def choice(self, allowed: tuple[str, ...]) -> str:
+        if self.value not in allowed or not isinstance(self.value, str):
+            raise self.expected("one of " + ", ".join(allowed))
+        return self.value
+
+    def string(self, pattern: str, what: str) -> str:
+        if not isinstance(self.value, str) or not re.fullmatch(pattern, self.value):
+            raise self.expected(what)
+        return self.value
+
+    def int3(self) -> tuple[int, int, int]:
+        values = self.value
+        good = isinstance(values, list) and len(values) == 3
+        if not good or not all(_Node(v, "", "").is_int() and v >= 1 for v in values):
+            raise self.expected("3 ints >= 1")
+        return (values[0], values[1], values[2])
+
+    def mapping(self, read: Callable[[_Node], Any]) -> Mapping[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.expected("an object")
+        return MappingProxyType(
+            {
+                key: read(_Node(member, f"{self.path}.{key}", self.source))
+                for key, member in sorted(self.value.items())
+            }
+        )
+
+
+def _manifest(node: _Node) -> Manifest:
+    if not isinstance(node.value, dict):
+        raise node.expected("an object")
+    # The version first: a newer schema has other keys, and "unknown key" would hide the cause.
+    version = _Node(node.value.get("schema_version"), "schema_version", node.source)
+    if not version.is_int() or version.value != SCHEMA_VERSION:
+        raise version.expected(f"{SCHEMA_VERSION}, the only schema this runtime reads")
+    at = node.members("schema_version", "toolchain", "kernels")
+    nodes = at["kernels"].items("a list of kernels")
+    kernels = tuple(_kernel(item) for item in nodes)
+    for index, kernel in enumerate(kernels[1:], start=1):
+        before = kernels[index - 1]
+        if (before.name, before.arch) >= (kernel.name, kernel.arch):
+            order = f"{kernel.key} after {before.key}"
+            raise nodes[index].error(f"not unique and sorted by (name, arch): {order}")
+    toolchain = at["toolchain"].mapping(lambda item: item.string(r".+", "a version"))
+    return Manifest(toolchain=toolchain, kernels=kernels)
+
+
+def _kernel(node: _Node) -> Kernel:
+    at = node.members(*(item.name for item in fields(Kernel)))
+    name = at["name"].string(r"[a-z][a-z0-9_]*", "a kernel name (a-z, 0-9, _)")
+    arch = at["arch"].string(r"sm_[0-9]{2,3}[af]?", "an architecture such as sm_90a")
+    file = cubin_name(name, arch)
+    if at["file"].value != file:
+        raise at["file"].expected(f'"{file}"')
+    sha256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
+    return Kernel(
+        name=name,
+        arch=arch,
+        file=file,
+        symbol=at["symbol"].string(r"[A-Za-z_$][A-Za-z0-9_$]*", "a symbol name"),
+        cubin_sha256=at["cubin_sha256"].string(*sha256),
+        ptx_sha256=at["ptx_sha256"].string(*sha256),
+        source_digest=at["source_digest"].string(*sha256),
+        problem=_problem(at["problem"]),
+        launch=_launch(at["launch"]),
+        parameters=_parameters(at["parameters"]),
+        resources=_resources(at["resources"]),
+    )
+
+
+def _problem(node: _Node) -> ProblemRange:
+    at = node.members(*(item.name for item in fields(ProblemRange)))
+    return ProblemRange(
+        layout=at["layout"].choice(LAYOUTS),
+        num_tokens=_int_range(at["num_tokens"]),
+        num_experts=_int_range(at["num_experts"]),
+        top_k=_int_range(at["top_k"]),
+        k_multiple=at["k_multiple"].integer(low=1),
+        dtypes=at["dtypes"].mapping(lambda item: item.string(r"[a-z0-9]+", "a dtype name")),
+    )
+
+
+def _int_range(node: _Node) -> IntRange:
+    what = "[low, high] with 1 <= low <= high, or high null"
+    low, high = node.items(what, 2)
+    ends = [low] if high.value is None else [low, high]
+    if not all(end.is_int() for end in ends) or not 1 <= low.value <= ends[-1].value:
+        raise node.expected(what)
+    return IntRange(low=low.value, high=high.value)
+
+
+def _launch(node: _Node) -> Launch:
+    at = node.members(*(item.name for item in fields(Launch)))
+    block, cluster = at["block"].int3(), at["cluster"].int3()
+    nonportable = at["nonportable_cluster"].boolean()
+    if _product(block) > MAX_THREADS_PER_CTA:
+        raise at["block"].expected(f"at most {MAX_THREADS_PER_CTA} threads")
+    limit = MAX_CLUSTER_CTAS if nonportable else MAX_PORTABLE_CLUSTER_CTAS
+    if _product(cluster) > limit:
+        raise at["cluster"].expected(f"at most {limit} CTAs with nonportable_cluster {nonportable}")
+    x, y, z = (_grid_axis(item) for item in at["grid"].items("3 grid axes", 3))
+    return Launch(
+        block=block,
+        cluster=cluster,
+        grid=(x, y, z),
+        k_splits=at["k_splits"].integer(low=1),
+        expert_tile=at["expert_tile"].integer(low=1),
+        token_tile=at["token_tile"].integer(low=1),
+        dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(),
+        pdl=at["pdl"].boolean(),
+        nonportable_cluster=nonportable,
+    )
+
+
+def _grid_axis(node: _Node) -> int | str:
+    if node.value in GRID_TERMS and isinstance(node.value, str):
+        return node.value
+    if node.is_int() and node.value >= 1:
+        return int(node.value)
+    raise node.expected("an int >= 1 or one of " + ", ".join(GRID_TERMS))
+
+
+def _parameters(node: _Node) -> tuple[Parameter, ...]:
+    nodes = node.items("a list of parameters")
+    parameters = tuple(_parameter(item) for item in nodes)
+    end = 0
+    names: set[str] = set()
+    for item, parameter in zip(nodes, parameters, strict=True):
+        if parameter.offset < end:
+            raise item.error(f"offset {parameter.offset} is inside the one before (ends at {end})")
+        if parameter.name in names:
+            raise item.error(f'the name "{parameter.name}" is used twice')
+        end = parameter.offset + parameter.size
+        names.add(parameter.name)
+    return parameters
+
+
+def _parameter(node: _Node) -> Parameter:
+    at = node.members(
+        "name", "kind", "offset", "size", optional=("element_type", "scratch", "tensor_map")
+    )
+    kind = at["kind"].choice(PARAMETER_KINDS)
+    for key, owner in (("tensor_map", "tensor_map"), ("element_type", "pointer")):
+        if (key in at) != (kind == owner):
+            verb = "needs" if kind == owner else "has no"
+            raise node.error(f'a parameter of kind "{kind}" {verb} "{key}"')
+    if "scratch" in at and kind != "pointer":
+        raise node.error(f'a parameter of kind "{kind}" has no "scratch"')
+    size, alignment = KIND_LAYOUT[kind]
+    if at["size"].integer() != size:
+        raise at["size"].expected(f"{size}, the size of a {kind}")
+    offset = at["offset"].integer()
+    if offset % alignment:
+        raise at["offset"].expected(f"a multiple of {alignment}, the alignment of a {kind}")
+    return Parameter(
+        name=at["name"].string(r"[a-z][a-z0-9_]*", "a parameter name (a-z, 0-9, _)"),
+        kind=kind,
+        offset=offset,
+        size=size,
+        element_type=at["element_type"].choice(POINTER_ELEMENTS) if "element_type" in at else None,
+        scratch=_scratch(at["scratch"]) if "scratch" in at else None,
+        tensor_map=_recipe(at["tensor_map"]) if "tensor_map" in at else None,
+    )
+
+
+def _scratch(node: _Node) -> Scratch:
+    at = node.members("elements", "zeroed")
+    return Scratch(elements=at["elements"].integer(low=1), zeroed=at["zeroed"].boolean())
+
+
+def _recipe(node: _Node) -> TensorMapRecipe:
+    at = node.members(*(item.name for item in fields(TensorMapRecipe)))
+    dims = tuple(item.choice(TENSOR_DIMS) for item in at["dims"].items("a list of dimensions"))
+    box = tuple(item.integer(low=1) for item in at["box"].items("a list of ints"))
+    if not 2 <= len(dims) <= 5 or len(set(dims)) != len(dims):
+        raise at["dims"].expected("2 to 5 distinct dimensions")
+    if len(box) != len(dims) or max(box) > 256:
+        raise at["box"].expected(f"{len(dims)} ints from 1 to 256, one for each of dims")
+    return TensorMapRecipe(
+        tensor=at["tensor"].choice(TENSORS),
+        element_type=at["element_type"].choice(TENSOR_ELEMENTS),
+        dims=dims,
+        box=box,
+        swizzle=at["swizzle"].choice(SWIZZLES),
+        interleave=at["interleave"].choice(INTERLEAVES),
+        l2_promotion=at["l2_promotion"].choice(L2_PROMOTIONS),
+        oob_fill=at["oob_fill"].choice(OOB_FILLS),
+    )
+
+
+def _resources(node: _Node) -> Resources:
+    at = node.members(*(item.name for item in fields(Resources)))
+    return Resources(
+        registers=at["registers"].integer(low=1),
+        spill_bytes=at["spill_bytes"].integer(),
+        stack_bytes=at["stack_bytes"].integer(),
+        static_shared_bytes=at["static_shared_bytes"].integer(),
+        opcodes=at["opcodes"].mapping(lambda item: item.integer()),
+    )
+
+
+def _product(values: tuple[int, ...]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result

@@ -1,0 +1,134 @@
+"""router_decode on Blackwell: one warp issues tcgen05.mma, accumulators in tensor memory."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as sm100_utils
+from cutlass import BFloat16, Float32, Int32
+from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
+
+from build_kernels.kernels.decode import EPILOGUE_WARPS, EXPERT_TILE, K_BLOCK, RouterDecode
+
+MIN_TMEM_COLUMNS = 32  # tcgen05.alloc takes a power of two, at least 32
+
+
+class RouterDecodeSm100(RouterDecode):
+    """See RouterDecode. One CTA's tcgen05.mma kind::f16, M = 64 experts, N = token_tile, both from shared memory.
+
+    Warp roles
+        0-3   epilogue: tcgen05.ld 16x256b (warp w holds experts 16 w .. 16 w + 15); warp 0 owns the TMEM
+        4     MMA: for each K block four tcgen05.mma, then a commit to the block's two empty barriers;
+              after the last block a commit to `accumulator_full`
+        5     producer
+
+    Pipelines of its own: accumulator_full, MMA -> epilogue: 1 commit / never refilled.
+    TMEM: max(32, token_tile) columns, allocated before the cluster sync, freed after the last tcgen05.ld.
+    """
+
+    mma_warp = 4
+    producer_warp = 5
+    mma_arrivals = 1  # one tcgen05.commit
+
+    def make_tiled_mma(self) -> cute.TiledMma:
+        w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
+        return cute.make_tiled_mma(
+            tcgen05.MmaF16BF16Op(
+                BFloat16,
+                Float32,
+                (EXPERT_TILE, self.token_tile, 16),
+                tcgen05.CtaGroup.ONE,
+                tcgen05.OperandSource.SMEM,
+                w_major,
+                OperandMajorMode.K,
+            )
+        )
+
+    def accumulator(self, storage, tiled_mma: cute.TiledMma) -> cute.Tensor:
+        """(MMA, 1, 1) FP32 in tensor memory: expert 16 w + r in lane 32 w + r, token in the column."""
+        pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
+        shape = tiled_mma.partition_shape_C((EXPERT_TILE, self.token_tile))
+        return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
+
+    @property
+    def tmem_columns(self) -> int:
+        return max(MIN_TMEM_COLUMNS, self.token_tile)
+
+    @cute.jit
+    def allocate_accumulator(self, storage, warp: Int32):
+        """Warp 0 allocates; the cluster sync that follows publishes the address."""
+        if warp == 0:
+            cute.arch.alloc_tmem(self.tmem_columns, storage.tmem_address.data_ptr())
+            cute.arch.relinquish_tmem_alloc_permit()
+
+    @cute.jit
+    def free_accumulator(self, storage, warp: Int32):
+        """Warp 0 frees once all epilogue warps have read."""
+        if warp < EPILOGUE_WARPS:
+            cute.arch.barrier(barrier_id=1, number_of_threads=32 * EPILOGUE_WARPS)
+        if warp == 0:
+            pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
+            cute.arch.dealloc_tmem(pointer, self.tmem_columns)
+
+    @cute.jit
+    def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
+        """The MMA warp: every K block in order, into one accumulator."""
+        if warp == self.mma_warp:
+            tiled_mma = self.make_tiled_mma()
+            mma_tiler = (EXPERT_TILE, self.token_tile, K_BLOCK)
+            w_layout = sm100_utils.make_smem_layout_a(tiled_mma, mma_tiler, BFloat16, self.w_stages)
+            x_layout = sm100_utils.make_smem_layout_b(tiled_mma, mma_tiler, BFloat16, self.x_stages)
+            sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
+            sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+            # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
+            tCrW = tiled_mma.make_fragment_A(sW)
+            tCrX = tiled_mma.make_fragment_B(sX)
+            tCtAcc = self.accumulator(storage, tiled_mma)
+
+            tiled_mma.set(tcgen05.Field.ACCUMULATE, False)
+            for block in cutlass.range(num_blocks, unroll=1):
+                w_stage, x_stage = block % self.w_stages, block % self.x_stages
+                cute.arch.mbarrier_wait(
+                    storage.w_full.data_ptr() + w_stage, (block // self.w_stages) & 1
+                )
+                cute.arch.mbarrier_wait(
+                    storage.x_full.data_ptr() + x_stage, (block // self.x_stages) & 1
+                )
+                for k in cutlass.range_constexpr(K_BLOCK // 16):
+                    cute.gemm(
+                        tiled_mma,
+                        tCtAcc,
+                        tCrW[(None, None, k, w_stage)],
+                        tCrX[(None, None, k, x_stage)],
+                        tCtAcc,
+                    )
+                    tiled_mma.set(tcgen05.Field.ACCUMULATE, True)
+                with cute.arch.elect_one():
+                    tcgen05.commit(storage.w_empty.data_ptr() + w_stage)
+                    tcgen05.commit(storage.x_empty.data_ptr() + x_stage)
+            with cute.arch.elect_one():
+                tcgen05.commit(storage.accumulator_full.data_ptr())
+
+    @cute.jit
+    def accumulators(self, storage, num_blocks: Int32):
+        """This CTA's sums from tensor memory: FP32 registers and their (expert, token) coordinates."""
+        tiled_mma = self.make_tiled_mma()
+        tCtAcc = self.accumulator(storage, tiled_mma)
+        thread, _, _ = cute.arch.thread_idx()
+        tiled_copy = tcgen05.make_tmem_copy(
+            cute.make_copy_atom(
+                tcgen05.Ld16x256bOp(tcgen05.Repetition(self.token_tile // 8)), Float32
+            ),
+            tCtAcc[((None, None), 0, 0)],
+        )
+        thr_copy = tiled_copy.get_slice(thread)
+        tTR_tAcc = thr_copy.partition_S(tCtAcc[((None, None), 0, 0)])
+        coordinates = thr_copy.partition_D(
+            cute.make_identity_tensor((EXPERT_TILE, self.token_tile))
+        )
+        accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
+        accumulators.fill(0.0)
+        cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr(), 0)
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
+        if num_blocks > 0:
+            cute.copy(tiled_copy, tTR_tAcc, accumulators)
+            cute.arch.fence_view_async_tmem_load()
+        return accumulators, coordinates

@@ -1,0 +1,91 @@
+"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, accumulators in registers."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from build_kernels.kernels.decode import EXPERT_TILE, K_BLOCK, RouterDecode
+
+
+class RouterDecodeSm90(RouterDecode):
+    """See RouterDecode. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from shared memory.
+
+    Timeline of warps 0-3: for each K block, wait for both operands, four wgmmas, commit; the block
+    before is released once its group has retired.
+    """
+
+    producer_warp = 4
+    mma_arrivals = 4  # one lane of each multiplying warp
+
+    @cute.jit
+    def allocate_accumulator(self, storage, warp: Int32):
+        """Registers: nothing to allocate."""
+
+    @cute.jit
+    def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
+        """The epilogue warps multiply in `accumulators`."""
+
+    @cute.jit
+    def free_accumulator(self, storage, warp: Int32):
+        """Registers: nothing to free."""
+
+    @cute.jit
+    def accumulators(self, storage, num_blocks: Int32):
+        """Multiply this CTA's slice: FP32 registers and their (expert, token) coordinates."""
+        w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
+        tiled_mma = cute.make_tiled_mma(
+            warpgroup.MmaF16BF16Op(
+                BFloat16,
+                Float32,
+                (EXPERT_TILE, self.token_tile, 16),
+                warpgroup.OperandSource.SMEM,
+                w_major,
+                OperandMajorMode.K,
+            )
+        )
+        w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout()
+        sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
+        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        thread, _, _ = cute.arch.thread_idx()
+        thr_mma = tiled_mma.get_slice(thread)
+        # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
+        tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
+        tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
+        # (MMA, MMA_M, MMA_N): registers and the (expert, token) of each
+        coordinates = thr_mma.partition_C(
+            cute.make_identity_tensor((EXPERT_TILE, self.token_tile))
+        )
+        accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
+        accumulators.fill(0.0)
+
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        for block in cutlass.range(num_blocks, unroll=1):
+            w_stage, x_stage = block % self.w_stages, block % self.x_stages
+            cute.arch.mbarrier_wait(
+                storage.w_full.data_ptr() + w_stage, (block // self.w_stages) & 1
+            )
+            cute.arch.mbarrier_wait(
+                storage.x_full.data_ptr() + x_stage, (block // self.x_stages) & 1
+            )
+            warpgroup.fence()
+            for k in cutlass.range_constexpr(K_BLOCK // 16):
+                cute.gemm(
+                    tiled_mma,
+                    accumulators,
+                    tCrW[(None, None, k, w_stage)],
+                    tCrX[(None, None, k, x_stage)],
+                    accumulators,
+                )
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if block > 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(
+                        storage.w_empty.data_ptr() + (block - 1) % self.w_stages
+                    )
+                    cute.arch.mbarrier_arrive(
+                        storage.x_empty.data_ptr() + (block - 1) % self.x_stages
+                    )
+        warpgroup.wait_group(0)
+        return accumulators, coordinates

@@ -193,6 +193,11 @@ def cubin_name(name: str, arch: str) -> str:
     return f"{name}.{arch}.cubin"
 
 
+def compute_capability(arch: str) -> int:
+    """10 * major + minor of an architecture's name: 90 for sm_90a, 103 for sm_103a."""
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
 def serialise_manifest(manifest: Manifest) -> str:
     """The manifest's text: sorted keys, kernels sorted, one newline at the end; no timestamps.
 

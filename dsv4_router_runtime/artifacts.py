@@ -1,0 +1,126 @@
+"""The built kernels on disk: where they are, that the set is whole, that the bytes are right.
+
+A folder of artifacts is closed: it holds `manifest.json`, one cubin for each kernel it lists,
+perhaps the PTX of each and `evidence.json` beside them, and nothing else (names that start with a
+dot are not looked at: a build in progress has its temporary files there). The bytes that are hashed
+are the bytes that are handed to the driver, and nothing switches the check off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import ArtifactError
+from .manifest import Kernel, Manifest, compute_capability, parse_manifest
+
+MANIFEST_NAME = "manifest.json"
+EVIDENCE_NAME = "evidence.json"
+
+ELF_HEADER_BYTES = 64
+ELF_MACHINE_CUDA = 190
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSet:
+    """A folder of artifacts whose manifest was read and whose file names were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    def read(self, kernel: Kernel) -> bytes:
+        """The kernel's cubin, its hash and architecture checked; ArtifactError if either is off."""
+        path = self.folder / kernel.file
+        try:
+            cubin = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(file=str(path), problem=f"cannot be read ({error})") from error
+        check_cubin(kernel, cubin, file=str(path))
+        return cubin
+
+
+def find_artifacts() -> Path:
+    """The folder inside the installed package or, in a checkout, the one beside the package."""
+    package = Path(__file__).resolve().parent
+    places = (package / "_artifacts", package.parent / "artifacts")
+    for place in places:
+        if place.is_dir():
+            return place
+    problem = f"no artifacts: neither this folder nor {places[0]} exists"
+    raise ArtifactError(file=str(places[1]), problem=problem)
+
+
+def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
+    """Read `folder`'s manifest and check the set; the default `find_artifacts()` is opened once."""
+    return _default_artifacts() if folder is None else _open(Path(folder))
+
+
+@lru_cache(maxsize=1)
+def _default_artifacts() -> ArtifactSet:
+    return _open(find_artifacts())
+
+
+def _open(folder: Path) -> ArtifactSet:
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(file=str(path), problem=f"cannot be read ({error})") from error
+    artifacts = ArtifactSet(folder=folder, manifest=parse_manifest(text, source=str(path)))
+    _check_closed(artifacts)
+    return artifacts
+
+
+def _check_closed(artifacts: ArtifactSet) -> None:
+    kernels = artifacts.manifest.kernels
+    cubins = {kernel.file for kernel in kernels}
+    known = {MANIFEST_NAME, EVIDENCE_NAME} | cubins | {f"{kernel.key}.ptx" for kernel in kernels}
+    present = {name for name in os.listdir(artifacts.folder) if not name.startswith(".")}
+    for index, kernel in enumerate(kernels):
+        if kernel.file not in present:
+            problem = f"missing; kernels[{index}].file of {MANIFEST_NAME} names it"
+            raise ArtifactError(file=str(artifacts.folder / kernel.file), problem=problem)
+    for name in sorted(present - known):
+        problem = f"surplus; no kernel of {MANIFEST_NAME} names it, so nothing vouches for it"
+        raise ArtifactError(file=str(artifacts.folder / name), problem=problem)
+
+
+def check_cubin(kernel: Kernel, cubin: bytes, *, file: str) -> None:
+    """ArtifactError unless `cubin` is what `kernel` says: its sha256, then its architecture."""
+    digest = hashlib.sha256(cubin).hexdigest()
+    if digest != kernel.cubin_sha256:
+        raise ArtifactError(
+            file=file,
+            problem=f"altered or truncated: sha256 of its {len(cubin)} bytes is {digest}, "
+            f"cubin_sha256 of {kernel.key} in {MANIFEST_NAME} is {kernel.cubin_sha256}",
+        )
+    built_for = elf_compute_capability(cubin, file=file)
+    if built_for != compute_capability(kernel.arch):
+        raise ArtifactError(
+            file=file,
+            problem=f"made for another architecture: its ELF header says sm_{built_for}, "
+            f"arch of {kernel.key} in {MANIFEST_NAME} is {kernel.arch}",
+        )
+
+
+def elf_compute_capability(cubin: bytes, *, file: str) -> int:
+    """10 * major + minor that a cubin's ELF header was written for.
+
+    Seen: toolkit 12.9 writes ABI 7 for sm_90a (e_flags 0x5a0d5a: the number in the low byte) and
+    ABI 8 for sm_100a (0x600640a) and sm_103a (0x600670a): the number from bit 8 on. Toolkit 13
+    writes ABI 8 for all (0x6005a04, 0x6006402, 0x6006702) and no longer tells sm_100a from sm_100f
+    there; the suffix is left to the manifest, whose hash covers these bytes.
+    """
+    if len(cubin) < ELF_HEADER_BYTES or cubin[:5] != b"\x7fELF\x02":
+        raise ArtifactError(file=file, problem=f"not a 64-bit ELF file ({len(cubin)} bytes)")
+    (machine,) = struct.unpack_from("<H", cubin, 18)
+    (flags,) = struct.unpack_from("<I", cubin, 48)
+    abi = cubin[8]
+    if machine != ELF_MACHINE_CUDA or abi not in (7, 8):
+        problem = f"not a cubin this runtime knows (ELF machine {machine}, ABI version {abi})"
+        raise ArtifactError(file=file, problem=problem)
+    return flags & 0xFF if abi == 7 else flags >> 8 & 0xFF

@@ -1,0 +1,90 @@
+"""Launch arithmetic: the grid, and the parameter values laid out as cuLaunchKernelEx reads them.
+
+Pure: no driver, no torch. The driver takes an array of pointers, one for each parameter, and copies
+what they point to during the launch call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+from .manifest import Kernel, Launch
+
+# The driver's limits on the grid: 2**31 - 1 in x, 65535 in y and z.
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+_CELL_TYPES: dict[str, Any] = {
+    "pointer": ctypes.c_uint64,
+    "int32": ctypes.c_int32,
+    "float32": ctypes.c_float,
+}
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def grid_of(launch: Launch, *, num_tokens: int, num_experts: int) -> tuple[int, int, int]:
+    """The grid in CTAs; ValueError if no multiple of the cluster, or over the driver's limit."""
+    terms = {
+        "k_splits": launch.k_splits,
+        "expert_tiles": ceil_div(num_experts, launch.expert_tile),
+        "token_tiles": ceil_div(num_tokens, launch.token_tile),
+    }
+    x, y, z = (terms[axis] if isinstance(axis, str) else axis for axis in launch.grid)
+    grid = (x, y, z)
+    for name, size, cluster, limit in zip("xyz", grid, launch.cluster, MAX_GRID, strict=True):
+        if size < 1 or size > limit or size % cluster:
+            raise ValueError(
+                f"grid.{name}: expected a multiple of the cluster's {cluster} from 1 to {limit} "
+                f"(got {size} for num_tokens={num_tokens}, num_experts={num_experts})"
+            )
+    return grid
+
+
+def grid_depends_on_tokens(launch: Launch) -> bool:
+    return "token_tiles" in launch.grid
+
+
+class ParameterBlock:
+    """Storage for one kernel's parameters, written by name and read by the driver.
+
+    `cells` maps the name of each pointer, int32 and float32 to its ctypes cell: assign `.value`.
+    Tensor maps live where they were encoded; `point_tensor_map` aims the parameter at one.
+    `address` is the array of pointers to hand to the driver. One writer at a time.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.cells = {
+            parameter.name: _CELL_TYPES[parameter.kind]()
+            for parameter in kernel.parameters
+            if parameter.kind != "tensor_map"
+        }
+        self._index = {parameter.name: i for i, parameter in enumerate(kernel.parameters)}
+        self._pointers = (ctypes.c_uint64 * len(kernel.parameters))()
+        for name, cell in self.cells.items():
+            self._pointers[self._index[name]] = ctypes.addressof(cell)
+        self.address = ctypes.addressof(self._pointers)
+        self._unset = {parameter.name for parameter in kernel.parameters}
+
+    def point_tensor_map(self, name: str, address: int) -> None:
+        """Aim tensor-map parameter `name` at 128 encoded bytes, which the caller keeps alive."""
+        if name not in self._index or name in self.cells:
+            raise KeyError(f"{self.kernel.key} has no tensor map named {name}")
+        self._pointers[self._index[name]] = address
+        self._unset.discard(name)
+
+    def set(self, values: Mapping[str, int | float]) -> None:
+        """Write parameters by name; a name the kernel does not have is a KeyError."""
+        for name, value in values.items():
+            if name not in self.cells:
+                raise KeyError(f"{self.kernel.key} has no pointer or number named {name}")
+            self.cells[name].value = value
+            self._unset.discard(name)
+
+    def unset(self) -> tuple[str, ...]:
+        """Names of the parameters that were never written: empty before a first launch."""
+        return tuple(sorted(self._unset, key=self._index.__getitem__))

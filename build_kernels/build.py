@@ -1,0 +1,432 @@
+"""Plan a build, compile what is out of date in parallel processes, publish the result.
+
+A kernel is up to date when the manifest's entry has the digest that its sources, spec and toolchain
+have now, and the cubin and the PTX on disk have the hashes of that entry. Deciding that reads files
+and package metadata; neither the DSL nor NVRTC is loaded for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+from dsv4_router_runtime.errors import ManifestError
+from dsv4_router_runtime.manifest import (
+    KIND_LAYOUT,
+    MAX_PORTABLE_CLUSTER_CTAS,
+    SCHEMA_VERSION,
+    Kernel,
+    Launch,
+    Manifest,
+    Parameter,
+    Resources,
+    compute_capability,
+    cubin_name,
+    parse_manifest,
+    serialise_manifest,
+)
+
+from . import compilers, cubin
+from .publish import build_folder, publish
+from .specs import KERNELS, KernelSpec
+
+# Files of the builder that decide what an entry of the manifest says.
+_BUILDER_FILES = ("build.py", "compilers.py", "cubin.py")
+
+
+class BuildError(Exception):
+    """A build that did not succeed; nothing was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One kernel to compile for one architecture."""
+
+    spec: KernelSpec
+    arch: str
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.spec.name}.{self.arch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A compiled kernel: its manifest entry and its files. `ptxas` is None where no cubin says it."""
+
+    entry: Kernel
+    cubin: bytes
+    ptx: str
+    ptxas: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
+
+    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why).
+    """
+
+    toolchain: dict[str, str]
+    manifest: Manifest | None
+    problem: str | None
+    stale: tuple[Task, ...]
+    current: tuple[Kernel, ...]
+    kept: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a build did, as keys `name.arch` and file names."""
+
+    built: tuple[str, ...]
+    up_to_date: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    removed: tuple[str, ...] = field(default=())
+
+
+def default_artifacts() -> Path:
+    """The checkout's artifacts; BuildError where the package is installed without its checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").is_file():
+        raise BuildError("this is not a checkout; say where to build with --artifacts FOLDER")
+    return root / "artifacts"
+
+
+def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
+    """What is up to date and what is not among kernels `names` for `archs`."""
+    toolchain = compilers.toolchain_versions()
+    manifest, problem = _read_manifest(artifacts)
+    entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
+    whole = {key for key, entry in entries.items() if _files_are_whole(artifacts, entry)}
+    stale, current, asked, known = [], [], set(), set()
+    for spec in KERNELS:
+        known.update(f"{spec.name}.{arch}" for arch in spec.archs)
+        for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
+            task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
+            asked.add(task.key)
+            entry = entries.get(task.key)
+            if entry is not None and task.key in whole and entry.source_digest == task.digest:
+                current.append(entry)
+            else:
+                stale.append(task)
+    same_tools = manifest is not None and toolchain.items() <= manifest.toolchain.items()
+    kept = [
+        entry
+        for key, entry in entries.items()
+        if same_tools and key in whole and key in known and key not in asked
+    ]
+    return Plan(
+        toolchain=toolchain,
+        manifest=manifest,
+        problem=problem,
+        stale=tuple(stale),
+        current=tuple(current),
+        kept=tuple(kept),
+    )
+
+
+def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
+    """sha256 over all that decides the kernel's bytes and its manifest entry."""
+    package = Path(__file__).resolve().parent
+    files = (*compilers.source_files(spec), *(package / name for name in _BUILDER_FILES))
+    digest = hashlib.sha256()
+    facts = {"arch": arch, "spec": asdict(spec), "tools": toolchain, "schema": SCHEMA_VERSION}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for file in files:
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"\n{file.relative_to(package).as_posix()} {content}".encode())
+    return digest.hexdigest()
+
+
+def run_build(
+    artifacts: Path,
+    plan: Plan,
+    *,
+    jobs: int,
+    locked: bool = False,
+    on_done: Callable[[str], None] = lambda key: None,
+) -> Report:
+    """Compile the plan's stale kernels and publish. BuildError if any fails: then nothing changed.
+
+    `locked`: the manifest that results must be the one on disk, byte for byte. `on_done` is called
+    with a kernel's key as it finishes.
+    """
+    if locked and plan.manifest is None:
+        raise BuildError(f"--locked needs a manifest to compare with: {plan.problem}")
+    with build_folder(artifacts) as folder:
+        built = _compile_all(plan.stale, folder, jobs, on_done)
+        manifest = _new_manifest(plan, built)
+        text = serialise_manifest(manifest)
+        path = artifacts / MANIFEST_NAME
+        if locked and path.read_text() != text:
+            raise BuildError(_locked_difference(plan.manifest, manifest))
+        untouched = (*plan.current, *plan.kept)
+        kept = tuple(name for entry in untouched for name in _file_names(entry))
+        removed: tuple[str, ...] = ()
+        if built or _surplus(artifacts, kept) or path.read_text() != text:
+            files = {}
+            for item in built:
+                cubin_file, ptx_file = _file_names(item.entry)
+                files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
+            removed = publish(artifacts, folder / "staging", files, kept, text)
+    return Report(
+        built=tuple(item.entry.key for item in built),
+        up_to_date=tuple(entry.key for entry in plan.current),
+        kept=tuple(entry.key for entry in plan.kept),
+        removed=removed,
+    )
+
+
+def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
+    """The manifest's entries of a kernel whose files are there and whole; BuildError if one is not."""
+    manifest, problem = _read_manifest(artifacts)
+    if manifest is None:
+        raise BuildError(f"{problem}; make it with `build-kernels build`")
+    entries = {entry.arch: entry for entry in manifest.kernels if entry.name == name}
+    for arch in archs:
+        if arch not in entries or not _files_are_whole(artifacts, entries[arch]):
+            raise BuildError(
+                f"{name}.{arch} is not built, or its files are not those of the manifest; "
+                f"make it with `build-kernels build --kernel {name} --arch {arch}`"
+            )
+    return tuple(entries[arch] for arch in archs)
+
+
+def _read_manifest(artifacts: Path) -> tuple[Manifest | None, str | None]:
+    path = artifacts / MANIFEST_NAME
+    try:
+        return parse_manifest(path.read_bytes(), source=str(path)), None
+    except FileNotFoundError:
+        return None, f"{path} does not exist"
+    except (OSError, ManifestError) as error:
+        return None, str(error)
+
+
+def _file_names(entry: Kernel) -> tuple[str, str]:
+    return entry.file, f"{entry.key}.ptx"
+
+
+def _files_are_whole(artifacts: Path, entry: Kernel) -> bool:
+    wanted = (entry.cubin_sha256, entry.ptx_sha256)
+    try:
+        found = [(artifacts / name).read_bytes() for name in _file_names(entry)]
+    except OSError:
+        return False
+    return all(_sha256(data) == sha256 for data, sha256 in zip(found, wanted, strict=True))
+
+
+def _surplus(artifacts: Path, kept: Iterable[str]) -> bool:
+    known = {MANIFEST_NAME, EVIDENCE_NAME, *kept}
+    return any(name not in known and not name.startswith(".") for name in os.listdir(artifacts))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _new_manifest(plan: Plan, built: Sequence[Built]) -> Manifest:
+    toolchain = dict(plan.toolchain)
+    # The assembler inside the DSL. Its sm_90a cubins do not say which it is, the others do.
+    stated = {item.ptxas for item in built if item.ptxas} or (
+        {plan.manifest.toolchain["ptxas"]}
+        if plan.manifest and "ptxas" in plan.manifest.toolchain
+        else set()
+    )
+    if stated:
+        toolchain["ptxas"] = " ".join(sorted(stated))
+    entries = [item.entry for item in built]
+    return Manifest(toolchain=toolchain, kernels=(*entries, *plan.current, *plan.kept))
+
+
+def _locked_difference(old: Manifest | None, new: Manifest) -> str:
+    """One line for each kernel and field in which two manifests differ."""
+    before = {entry.key: entry for entry in old.kernels} if old else {}
+    after = {entry.key: entry for entry in new.kernels}
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key not in before or key not in after:
+            lines.append(f"{key}: only {'built' if key in after else 'in the manifest'}")
+            continue
+        for name in (item for item in Kernel.__dataclass_fields__):
+            was, now = getattr(before[key], name), getattr(after[key], name)
+            if was != now:
+                lines.append(f"{key}: {name}: {was} in the manifest, {now} built")
+    if old is not None and dict(old.toolchain) != dict(new.toolchain):
+        lines.append(f"toolchain: {dict(old.toolchain)} in the manifest, {dict(new.toolchain)} here")
+    detail = "\n  ".join(lines or ["the same contents, written differently"])
+    return (
+        f"--locked: this build is not the one that {MANIFEST_NAME} records:\n  {detail}\n"
+        "Nothing was published. If the change is wanted, build without --locked and commit it."
+    )
+
+
+def _compile_all(
+    tasks: Sequence[Task], folder: Path, jobs: int, on_done: Callable[[str], None]
+) -> list[Built]:
+    """Every task's result, in order. All are tried; BuildError lists every failure."""
+    if not tasks:
+        return []
+    # spawn: the DSL's state must not be shared with this process or between processes.
+    pool = ProcessPoolExecutor(
+        max_workers=min(jobs, len(tasks)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    results: dict[str, Built] = {}
+    failures = []
+    try:
+        futures: dict[Future, Task] = {
+            pool.submit(build_one, task, folder / task.key): task for task in tasks
+        }
+        for future in as_completed(futures):
+            task = futures[future]
+            try:
+                outcome: Built | str = future.result()
+            except BrokenProcessPool:
+                outcome = "a compiler process died; the compiler's own messages are above"
+            if isinstance(outcome, Built):
+                results[task.key] = outcome
+            else:
+                failures.append(f"{task.key}: {outcome}")
+            on_done(task.key)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failures:
+        raise BuildError("\n".join(failures))
+    return [results[task.key] for task in tasks]
+
+
+def _start_worker() -> None:
+    """Make a worker's result independent of the caller's environment, and Ctrl-C the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Compilers print; results belong on stdout alone.
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    for name in [name for name in os.environ if name.startswith("CUTE_DSL_")]:
+        del os.environ[name]
+
+
+def build_one(task: Task, dump_folder: Path) -> Built | str:
+    """Compile one kernel and read its cubin back; a string says what went wrong."""
+    dump_folder.mkdir()
+    try:
+        compiled = compilers.compile_kernel(task.spec, task.arch, dump_folder)
+        path = dump_folder / cubin_name(task.spec.name, task.arch)
+        path.write_bytes(compiled.cubin)
+        facts = cubin.read_cubin(compiled.cubin)
+        opcodes = cubin.watched(cubin.count_opcodes(path))
+        entry = make_entry(task, compiled, facts, opcodes)
+        return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx, ptxas=facts.ptxas)
+    except (BuildError, compilers.CompileError, cubin.CubinError) as error:
+        return str(error)
+    except Exception:
+        # A DSL kernel raises whatever its author's mistake raises: its traceback is the message.
+        return traceback.format_exc()
+
+
+def make_entry(
+    task: Task, compiled: compilers.Compiled, facts: cubin.Cubin, opcodes: dict[str, int]
+) -> Kernel:
+    """The manifest's entry; BuildError where the cubin is not what the spec says it is."""
+    spec = task.spec
+    _check("compute capability", facts.compute_capability, compute_capability(task.arch))
+    _check("symbol", facts.symbol, spec.symbol)
+    _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
+    if prod(compiled.block) > prod(facts.max_block or compiled.block):
+        raise BuildError(f"block {compiled.block} is over the cubin's {facts.max_block}")
+    _check("cluster", compiled.cluster, spec.cluster)
+    _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
+    _check("expert tile", compiled.expert_tile, spec.expert_tile)
+    _check_no_local_memory(facts, opcodes)
+    return Kernel(
+        name=spec.name,
+        arch=task.arch,
+        file=cubin_name(spec.name, task.arch),
+        symbol=facts.symbol,
+        cubin_sha256=_sha256(compiled.cubin),
+        ptx_sha256=_sha256(compiled.ptx.encode()),
+        source_digest=task.digest,
+        problem=spec.problem,
+        launch=Launch(
+            block=compiled.block,
+            cluster=compiled.cluster,
+            grid=spec.grid,
+            k_splits=spec.k_splits,
+            expert_tile=spec.expert_tile,
+            token_tile=spec.token_tile,
+            dynamic_shared_bytes=compiled.dynamic_shared_bytes,
+            pdl=spec.pdl,
+            nonportable_cluster=prod(compiled.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+        ),
+        parameters=make_parameters(spec, facts.parameters),
+        resources=Resources(
+            registers=facts.registers,
+            spill_bytes=0,  # no local memory, so no spills: checked above
+            stack_bytes=facts.stack_bytes,
+            static_shared_bytes=facts.static_shared_bytes,
+            opcodes=opcodes,
+        ),
+    )
+
+
+def make_parameters(
+    spec: KernelSpec, found: Sequence[cubin.CubinParameter]
+) -> tuple[Parameter, ...]:
+    """The spec's names and kinds with the cubin's offsets and sizes; BuildError if they disagree."""
+    names = ", ".join(parameter.name for parameter in spec.parameters)
+    if len(found) != len(spec.parameters):
+        raise BuildError(
+            f"parameters: the cubin has {len(found)}, the spec {len(spec.parameters)} ({names})"
+        )
+    parameters = []
+    end = 0
+    for wanted, actual in zip(spec.parameters, found, strict=True):
+        size, alignment = KIND_LAYOUT[wanted.kind]
+        offset = -(-end // alignment) * alignment
+        _check(f"parameter {wanted.name}: size of a {wanted.kind}", actual.size, size)
+        _check(f"parameter {wanted.name}: offset", actual.offset, offset)
+        end = offset + size
+        parameters.append(
+            Parameter(
+                name=wanted.name,
+                kind=wanted.kind,
+                offset=actual.offset,
+                size=actual.size,
+                element_type=wanted.element_type,
+                scratch=wanted.scratch,
+                tensor_map=wanted.tensor_map,
+            )
+        )
+    return tuple(parameters)
+
+
+def _check(what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise BuildError(f"{what}: the compiled kernel has {got}, the spec says {expected}")
+
+
+def _check_no_local_memory(facts: cubin.Cubin, opcodes: dict[str, int]) -> None:
+    used = {opcode: opcodes[opcode] for opcode in cubin.LOCAL_OPCODES if opcodes[opcode]}
+    if used or facts.stack_bytes:
+        raise BuildError(
+            f"uses local memory: stack {facts.stack_bytes} bytes, {used or 'no LDL or STL'}; "
+            f"registers {facts.registers}. Kernels are shipped without spills or local arrays"
+        )

@@ -1,0 +1,246 @@
+"""The command `build-kernels`. Results go to stdout, talk to stderr; a failure is never exit 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dsv4_router_runtime.errors import RouterError
+from dsv4_router_runtime.manifest import Kernel, Parameter
+
+from . import build as builder
+from .compilers import CompileError
+from .publish import LockedError
+from .specs import ARCHITECTURES, KERNELS
+
+KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
+ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
+
+_EXPECTED_ERRORS = (builder.BuildError, CompileError, LockedError, RouterError, OSError)
+
+talk = Console(stderr=True, highlight=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+arch_option = click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    type=click.Choice(ARCH_NAMES),
+    help="Only this architecture; repeatable. Default: all.",
+)
+artifacts_option = click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder to work on. Default: artifacts/ of this checkout.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Build the DeepSeek-V4 router's GPU kernels ahead of time; no GPU and no CUDA toolkit needed."""
+
+
+@main.command()
+@arch_option
+@click.option(
+    "--kernel",
+    "names",
+    multiple=True,
+    type=click.Choice(KERNEL_NAMES),
+    help="Only this kernel; repeatable. Default: all.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Compiler processes. Default: one for each CPU."
+)
+@click.option(
+    "--locked", is_flag=True, help="Fail unless the bytes made are those the manifest records."
+)
+@artifacts_option
+@json_option
+def build(
+    archs: tuple[str, ...],
+    names: tuple[str, ...],
+    jobs: int | None,
+    locked: bool,
+    artifacts: Path | None,
+    as_json: bool,
+) -> None:
+    """Compile what is out of date and publish cubins and manifest."""
+    if locked and (archs or names):
+        raise click.UsageError("--locked checks the whole set: leave --arch and --kernel out")
+    started = time.monotonic()
+    with reported_errors():
+        # A stop asked for by the system ends like Ctrl-C: the artifacts stay as they were.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        folder = artifacts or builder.default_artifacts()
+        plan = builder.make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
+        if plan.problem and plan.manifest is None:
+            talk.print(f"building from scratch: {plan.problem}", markup=False)
+        with progress_of(len(plan.stale)) as on_done:
+            report = builder.run_build(
+                folder, plan, jobs=jobs or _cpus(), locked=locked, on_done=on_done
+            )
+    seconds = round(time.monotonic() - started, 2)
+    for name in report.removed:
+        talk.print(f"removed {name}", markup=False)
+    if as_json:
+        print(json.dumps(asdict(report) | {"seconds": seconds}, indent=1, sort_keys=True))
+        return
+    left = f", {len(report.kept)} not asked for" if report.kept else ""
+    print(
+        f"{len(report.built)} built, {len(report.up_to_date)} up to date{left} "
+        f"in {seconds} s: {_shown(folder)}"
+    )
+
+
+@main.command("list")
+@artifacts_option
+@json_option
+def list_kernels(artifacts: Path | None, as_json: bool) -> None:
+    """Every kernel and architecture: its state, where it can load and where it was validated."""
+    with reported_errors():
+        plan = builder.make_plan(artifacts or builder.default_artifacts(), KERNEL_NAMES, ARCH_NAMES)
+    rows = _rows(plan)
+    if as_json:
+        print(json.dumps(rows, indent=1, sort_keys=True))
+        return
+    table = Table("kernel", "arch", "state", "loads on", "validated on", "N", "E", "top_k")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in _COLUMNS))
+    _print_table(table)
+
+
+@main.command()
+@click.argument("kernel", type=click.Choice(KERNEL_NAMES))
+@arch_option
+@artifacts_option
+@json_option
+def inspect(kernel: str, archs: tuple[str, ...], artifacts: Path | None, as_json: bool) -> None:
+    """A built kernel's launch ABI, resources and opcode counts."""
+    with reported_errors():
+        folder = artifacts or builder.default_artifacts()
+        entries = builder.built_entries(folder, kernel, archs or ARCH_NAMES)
+    if as_json:
+        print(json.dumps([asdict(entry) for entry in entries], indent=1, sort_keys=True))
+        return
+    for entry in entries:
+        _print_entry(entry)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turn what can go wrong into a message and an exit status; a bug keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        talk.print("interrupted; the artifacts are as they were")
+        sys.exit(130)
+    except _EXPECTED_ERRORS as error:
+        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@contextmanager
+def progress_of(total: int) -> Iterator[Any]:
+    """A progress bar on stderr; gives the function to call with each finished kernel's key."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=talk, disable=total == 0) as progress:
+        bar = progress.add_task("", total=total)
+
+        def on_done(key: str) -> None:
+            progress.console.print(f"compiled {key}", markup=False)
+            progress.advance(bar)
+
+        yield on_done
+
+
+_COLUMNS = ("kernel", "arch", "state", "loads_on", "validated_on", "num_tokens", "num_experts")
+_COLUMNS += ("top_k",)
+
+
+def _rows(plan: builder.Plan) -> list[dict[str, str]]:
+    current = {entry.key for entry in plan.current}
+    listed = {entry.key for entry in plan.manifest.kernels} if plan.manifest else set()
+    archs = {arch.name: arch for arch in ARCHITECTURES}
+    rows = []
+    for spec in KERNELS:
+        for arch in spec.archs:
+            key = f"{spec.name}.{arch}"
+            state = "built" if key in current else "out of date" if key in listed else "not built"
+            rows.append(
+                {
+                    "kernel": spec.name,
+                    "arch": arch,
+                    "state": state,
+                    "loads_on": archs[arch].loads_on,
+                    "validated_on": archs[arch].validated_on,
+                    "num_tokens": str(spec.problem.num_tokens),
+                    "num_experts": str(spec.problem.num_experts),
+                    "top_k": str(spec.problem.top_k),
+                }
+            )
+    return rows
+
+
+def _print_entry(entry: Kernel) -> None:
+    launch, resources = entry.launch, entry.resources
+    print(f"{entry.key}: {entry.symbol} in {entry.file}, sha256 {entry.cubin_sha256}")
+    print(
+        f"  launch: block {list(launch.block)}, grid {list(launch.grid)} CTAs, "
+        f"cluster {list(launch.cluster)}, dynamic shared {launch.dynamic_shared_bytes} B, "
+        f"PDL {'yes' if launch.pdl else 'no'}"
+    )
+    print(
+        f"  resources: {resources.registers} registers, spills {resources.spill_bytes} B, "
+        f"stack {resources.stack_bytes} B, static shared {resources.static_shared_bytes} B"
+    )
+    print("  opcodes: " + ", ".join(f"{name} {n}" for name, n in sorted(resources.opcodes.items())))
+    table = Table("parameter", "kind", "offset", "size", "what")
+    for parameter in entry.parameters:
+        table.add_row(
+            parameter.name,
+            parameter.kind,
+            str(parameter.offset),
+            str(parameter.size),
+            _described(parameter),
+        )
+    _print_table(table)
+
+
+def _described(parameter: Parameter) -> str:
+    if parameter.tensor_map is not None:
+        recipe = parameter.tensor_map
+        return (
+            f"{recipe.tensor} {recipe.element_type}, dims {', '.join(recipe.dims)}, "
+            f"box {list(recipe.box)}, swizzle {recipe.swizzle}, L2 {recipe.l2_promotion}"
+        )
+    if parameter.scratch is not None:
+        zeroed = ", zero between launches" if parameter.scratch.zeroed else ""
+        return f"{parameter.element_type} scratch, {parameter.scratch.elements} elements{zeroed}"
+    return parameter.element_type or ""
+
+
+def _print_table(table: Table) -> None:
+    """On stdout, as wide as it needs to be where stdout is no terminal."""
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(table, markup=False)
+
+
+def _shown(folder: Path) -> str:
+    return os.path.relpath(folder)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))

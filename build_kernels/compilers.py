@@ -1,0 +1,143 @@
+"""From a spec to a cubin and the PTX it came from. Runs in a process of its own: see `build`.
+
+The DSL is not thread-safe, takes two seconds to import, and is imported nowhere else. NVRTC is the
+one of toolkit 12.9, the toolkit whose assembler the DSL carries: all artifacts then hold PTX 8.8 and
+run on every driver that runs the DSL's. It is called through ctypes, because `cuda.bindings` takes
+the newest NVRTC that is installed, and a GPU build of torch brings another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cubin import wheel_file
+from .specs import CudaSource, DslSource, KernelSpec
+
+NVRTC_DISTRIBUTION = "nvidia-cuda-nvrtc-cu12"
+NVRTC_LIBRARY = "libnvrtc.so.12"
+DSL_DISTRIBUTION = "nvidia-cutlass-dsl"
+
+# -lineinfo is left out: it would embed the sources' paths and modification times. Multiplications
+# and additions are fused only where the source says so: see topk.cu.
+NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class CompileError(Exception):
+    """A compiler refused a kernel, or is not installed; the message holds what it said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A kernel as compiled, with the part of its launch that its source decides."""
+
+    cubin: bytes
+    ptx: str
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    expert_tile: int
+    dynamic_shared_bytes: int
+
+
+def toolchain_versions() -> dict[str, str]:
+    """The versions of all that decides the bytes: each nvidia-cutlass-dsl* distribution, and NVRTC.
+
+    The DSL's code generator is in its -libs- distributions. Reads metadata only.
+    """
+    versions = {
+        name.lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+        if (name := distribution.metadata["Name"] or "").lower().startswith(DSL_DISTRIBUTION)
+    }
+    try:
+        versions["nvrtc"] = importlib.metadata.version(NVRTC_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        raise _missing(NVRTC_DISTRIBUTION) from None
+    if DSL_DISTRIBUTION not in versions:
+        raise _missing(DSL_DISTRIBUTION)
+    return versions
+
+
+def source_files(spec: KernelSpec) -> tuple[Path, ...]:
+    """The files that a kernel is made of, sorted. The DSL's kernels import each other."""
+    if isinstance(spec.source, CudaSource):
+        return (_PACKAGE / spec.source.file,)
+    return tuple(sorted((_PACKAGE / "kernels").glob("*.py")))
+
+
+def compile_kernel(spec: KernelSpec, arch: str, dump_folder: Path) -> Compiled:
+    """Compile one kernel for one architecture; the DSL writes its intermediate files to the folder."""
+    if isinstance(spec.source, CudaSource):
+        return _compile_cuda(spec, spec.source, arch)
+    return _compile_dsl(spec, spec.source, arch, dump_folder)
+
+
+def _missing(distribution: str) -> CompileError:
+    return CompileError(f"{distribution} is not installed; install this project's extra `build`")
+
+
+def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
+    module = importlib.import_module(source.module)
+    config = {"arch": arch, "layout": source.layout, "token_tile": source.token_tile}
+    facts: Mapping = module.launch_facts(**config)
+    cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)
+    return Compiled(
+        cubin=cubin,
+        ptx=ptx.rstrip("\0"),
+        block=tuple(facts["block"]),
+        cluster=tuple(facts["cluster"]),
+        expert_tile=facts["expert_tile"],
+        dynamic_shared_bytes=facts["dynamic_shared_bytes"],
+    )
+
+
+def _compile_cuda(spec: KernelSpec, source: CudaSource, arch: str) -> Compiled:
+    text = (_PACKAGE / source.file).read_text()
+    cubin, ptx = nvrtc_compile(text, name=Path(source.file).name, arch=arch)
+    return Compiled(
+        cubin=cubin,
+        ptx=ptx,
+        block=source.block,
+        cluster=spec.cluster,
+        expert_tile=spec.expert_tile,
+        dynamic_shared_bytes=0,
+    )
+
+
+def nvrtc_compile(text: str, *, name: str, arch: str) -> tuple[bytes, str]:
+    """Compile CUDA C++ to (cubin, PTX), both of one compilation; CompileError holds NVRTC's log."""
+    nvrtc = ctypes.CDLL(str(wheel_file(NVRTC_DISTRIBUTION, NVRTC_LIBRARY)))
+    nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+    program = ctypes.c_void_p()
+
+    def check(result: int, step: str) -> None:
+        if result != 0:
+            reason = nvrtc.nvrtcGetErrorString(result).decode()
+            raise CompileError(f"{name} for {arch}: NVRTC cannot {step}: {reason}")
+
+    def output(kind: str) -> bytes:
+        size = ctypes.c_size_t()
+        check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)), f"give {kind}")
+        buffer = ctypes.create_string_buffer(size.value)
+        check(getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer), f"give {kind}")
+        return buffer.raw
+
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), text.encode(), name.encode(), 0, None, None
+    )
+    check(created, "create the program")
+    try:
+        options = [f"--gpu-architecture={arch}", *NVRTC_OPTIONS]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), array) != 0:
+            log = output("ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
+            raise CompileError(f"{name} for {arch} does not compile:\n{log}")
+        return output("CUBIN"), output("PTX").rstrip(b"\0").decode()
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,0 +1,221 @@
+"""What a cubin says about itself: symbols, launch ABI, resources, opcodes. Pure readers.
+
+Layout of `.nv.info` sections, as cuobjdump -elf prints them: records of a format byte, an attribute
+byte and 16 bits that are the value or, for format 4, the number of payload bytes that follow.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import re
+import struct
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+from dsv4_router_runtime.artifacts import elf_compute_capability
+from dsv4_router_runtime.errors import ArtifactError
+
+# Counted into the manifest: tensor cores, TMA and its barriers, TMEM, clusters, global and shared
+# traffic, warp exchanges, the arithmetic of the scores, programmatic dependent launch.
+WATCHED_OPCODES = (
+    *("HGMMA", "UTCHMMA", "UTCBAR", "UTCATOMSWS", "LDTM"),
+    *("UTMALDG", "UTMASTG", "SYNCS", "STAS", "UCGABAR_ARV", "UCGABAR_WAIT"),
+    *("LDG", "STG", "ATOMG", "LDS", "STS", "BAR", "MEMBAR"),
+    *("REDUX", "CREDUX", "SHFL", "VOTE", "FFMA", "MUFU", "ACQBULK", "PREEXIT"),
+)
+# Local memory: a spill, a stack frame or an array that did not become registers.
+LOCAL_OPCODES = ("LDL", "STL")
+
+_FORMAT_SIZED = 4
+_MAX_THREADS = 0x05
+_REQNTID = 0x10
+_FRAME_SIZE = 0x11
+_MIN_STACK_SIZE = 0x12
+_KPARAM_INFO = 0x17
+_REGCOUNT = 0x2F
+_CTA_PER_CLUSTER = 0x3D
+# From sm_90 on, the first KiB of static shared memory belongs to the driver.
+_RESERVED_SHARED_BYTES = 1024
+_FIRST_RESERVING_CAPABILITY = 90
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*)")
+_PTXAS = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
+
+
+class CubinError(Exception):
+    """A cubin that cannot be read, or that is not what the build asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubinParameter:
+    """`offset` counts bytes from the first parameter."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cubin:
+    """The facts of a cubin with one kernel. Blocks and clusters are None where it names none.
+
+    `ptxas` is the assembler's version; cubins of ABI 7 (sm_90 by toolkit 12) do not say it.
+    """
+
+    compute_capability: int
+    symbol: str
+    parameters: tuple[CubinParameter, ...]
+    registers: int
+    stack_bytes: int
+    static_shared_bytes: int
+    required_block: tuple[int, int, int] | None
+    max_block: tuple[int, int, int] | None
+    cluster: tuple[int, int, int] | None
+    ptxas: str | None
+
+
+def read_cubin(data: bytes) -> Cubin:
+    """The facts of a cubin that holds exactly one kernel; CubinError for anything else."""
+    try:
+        elf = ELFFile(io.BytesIO(data))
+        kernels = _kernel_symbols(elf)
+        if len(kernels) != 1:
+            found = ", ".join(sorted(kernels)) or "none"
+            raise CubinError(f"expected one kernel in a cubin (found {found})")
+        ((symbol, index),) = kernels.items()
+        return _facts(elf, data, symbol, index)
+    except (ELFError, ArtifactError, struct.error) as error:
+        raise CubinError(f"not a readable cubin ({error})") from error
+
+
+def count_opcodes(path: Path) -> Counter[str]:
+    """How often each SASS opcode occurs in a cubin on disk, modifiers left off."""
+    tool = nvdisasm()
+    process = subprocess.run(
+        [tool, "-c", path], capture_output=True, text=True, errors="replace", check=False
+    )
+    counts = Counter(_INSTRUCTION.findall(process.stdout))
+    if process.returncode != 0 or not counts:
+        raise CubinError(f"nvdisasm cannot read {path.name}: {process.stderr.strip()}")
+    return counts
+
+
+def watched(counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts that the manifest records: what occurs, and local memory in any case."""
+    present = {opcode: counts[opcode] for opcode in WATCHED_OPCODES if counts.get(opcode)}
+    return present | {opcode: counts.get(opcode, 0) for opcode in LOCAL_OPCODES}
+
+
+def nvdisasm() -> Path:
+    """The disassembler of the nvidia-cuda-nvdisasm wheel."""
+    return wheel_file("nvidia-cuda-nvdisasm", "nvdisasm")
+
+
+def wheel_file(distribution: str, name: str) -> Path:
+    """The file called `name` that an installed wheel brought; CubinError names what to install."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return Path(str(file.locate()))
+    raise CubinError(
+        f"{name} is missing: it comes with the wheel {distribution}; "
+        "install this project's extra `build`"
+    )
+
+
+def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
+    """Name and symbol-table index of every kernel: a global function with an `.nv.info` section."""
+    table = elf.get_section_by_name(".symtab")
+    if not isinstance(table, SymbolTableSection):
+        raise CubinError("no symbol table")
+    return {
+        symbol.name: index
+        for index, symbol in enumerate(table.iter_symbols())
+        if symbol["st_info"]["type"] == "STT_FUNC"
+        and symbol["st_info"]["bind"] == "STB_GLOBAL"
+        and elf.get_section_by_name(f".nv.info.{symbol.name}") is not None
+    }
+
+
+def _facts(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
+    capability = elf_compute_capability(data, file="cubin")
+    of_kernel = dict(_records(elf, f".nv.info.{symbol}"))
+    ptxas = _PTXAS.search(data)
+    return Cubin(
+        compute_capability=capability,
+        symbol=symbol,
+        parameters=_parameters(elf, symbol),
+        registers=_of_function(elf, _REGCOUNT, index),
+        stack_bytes=max(_of_function(elf, code, index) for code in (_FRAME_SIZE, _MIN_STACK_SIZE)),
+        static_shared_bytes=_static_shared_bytes(elf, symbol, capability),
+        required_block=_dim3(of_kernel.get(_REQNTID)),
+        max_block=_dim3(of_kernel.get(_MAX_THREADS)),
+        cluster=_dim3(of_kernel.get(_CTA_PER_CLUSTER)),
+        ptxas=ptxas.group(1).decode() if ptxas else None,
+    )
+
+
+def _records(elf: ELFFile, section_name: str) -> Iterator[tuple[int, bytes]]:
+    """(attribute, payload) of each record; the payload of a record without one is its 16 bits."""
+    section = elf.get_section_by_name(section_name)
+    data = section.data() if section is not None else b""
+    at = 0
+    while at < len(data):
+        kind, attribute, value = struct.unpack_from("<BBH", data, at)
+        at += 4
+        if kind == _FORMAT_SIZED:
+            yield attribute, data[at : at + value]
+            at += value
+        else:
+            yield attribute, struct.pack("<H", value)
+
+
+
+def _of_function(elf: ELFFile, attribute: int, index: int) -> int:
+    """A per-function number of `.nv.info`: payload (symbol index, value)."""
+    for found, payload in _records(elf, ".nv.info"):
+        if found == attribute and len(payload) == 8:
+            function, value = struct.unpack("<II", payload)
+            if function == index:
+                return int(value)
+    raise CubinError(f"no attribute 0x{attribute:02x} for the kernel in .nv.info")
+
+
+def _parameters(elf: ELFFile, symbol: str) -> tuple[CubinParameter, ...]:
+    """In order. Payload: index u32, ordinal u16, offset u16, flags u32 with the size from bit 18 on."""
+    found: dict[int, tuple[int, int]] = {}
+    for attribute, payload in _records(elf, f".nv.info.{symbol}"):
+        if attribute == _KPARAM_INFO:
+            _, ordinal, offset, flags = struct.unpack("<IHHI", payload)
+            found[ordinal] = (offset, flags >> 18)
+    if sorted(found) != list(range(len(found))):
+        raise CubinError(f"parameter ordinals with a gap: {sorted(found)}")
+    # ptxas 12 starts sm_90a's tensor maps at 48, so that they are aligned in the constant bank.
+    first = min((offset for offset, _ in found.values()), default=0)
+    ordered = (found[ordinal] for ordinal in range(len(found)))
+    return tuple(CubinParameter(offset=offset - first, size=size) for offset, size in ordered)
+
+
+def _static_shared_bytes(elf: ELFFile, symbol: str, capability: int) -> int:
+    section = elf.get_section_by_name(f".nv.shared.{symbol}")
+    if section is None:
+        return 0
+    reserved = _RESERVED_SHARED_BYTES if capability >= _FIRST_RESERVING_CAPABILITY else 0
+    return max(0, int(section["sh_size"]) - reserved)
+
+
+def _dim3(payload: bytes | None) -> tuple[int, int, int] | None:
+    if payload is None:
+        return None
+    x, y, z = struct.unpack("<III", payload)
+    return (x, y, z)

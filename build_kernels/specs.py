@@ -1,0 +1,198 @@
+"""Which kernels are built, for which architectures: data.
+
+Importing this module compiles nothing and imports no compiler. The offsets and sizes of parameters,
+the registers and the shared memory are not here: they are read out of the cubins.
+
+Adding an architecture of a known generation is one line in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4_router_runtime.manifest import IntRange, ProblemRange, Scratch, TensorMapRecipe
+
+MAX_EXPERTS = 512
+MAX_TOP_K = 8
+# router_decode: an MMA tile of 64 experts by `token_tile` tokens, K read in blocks of 64 and split
+# over the 16 CTAs of a cluster. The kernel's own constants; the build fails where they differ.
+EXPERT_TILE = 64
+K_BLOCK = 64
+K_SPLITS = 16
+MAX_DECODE_TOKENS = 64
+DECODE_TOKEN_TILES = (16, 64)
+# router_topk: a warp a token, 4 warps a block. Also in topk.cu; the build checks the block.
+TOPK_WARPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """`loads_on` is where a cubin can run at all, `validated_on` where the project's was run."""
+
+    name: str
+    loads_on: str
+    validated_on: str
+
+
+ARCHITECTURES = (
+    Architecture(name="sm_90a", loads_on="H100, H200, GH200", validated_on="H200"),
+    Architecture(name="sm_100a", loads_on="B200, GB200", validated_on="nowhere"),
+    Architecture(name="sm_103a", loads_on="B300, GB300", validated_on="nowhere"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaSource:
+    """A CUDA C++ file beside this module, for NVRTC, and the block it is written for."""
+
+    file: str
+    block: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DslSource:
+    """A CuTeDSL module with `compile_kernel` and `launch_facts`, and what they are called with."""
+
+    module: str
+    layout: str
+    token_tile: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpec:
+    """One kernel parameter; see `dsv4_router_runtime.manifest.Parameter` for the fields."""
+
+    name: str
+    kind: str
+    element_type: str | None = None
+    scratch: Scratch | None = None
+    tensor_map: TensorMapRecipe | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """One kernel, built once for each of `archs`. `grid` is as in the manifest's `Launch`."""
+
+    name: str
+    archs: tuple[str, ...]
+    symbol: str
+    source: CudaSource | DslSource
+    problem: ProblemRange
+    parameters: tuple[ParameterSpec, ...]
+    cluster: tuple[int, int, int]
+    grid: tuple[int | str, int | str, int | str]
+    k_splits: int
+    expert_tile: int
+    token_tile: int
+    pdl: bool
+
+
+def _pointer(name: str, element_type: str, scratch: Scratch | None = None) -> ParameterSpec:
+    return ParameterSpec(name=name, kind="pointer", element_type=element_type, scratch=scratch)
+
+
+def _int32(*names: str) -> tuple[ParameterSpec, ...]:
+    return tuple(ParameterSpec(name=name, kind="int32") for name in names)
+
+
+def _bfloat16_map(
+    name: str, tensor: str, dims: tuple[str, str], box: tuple[int, int], l2_promotion: str
+) -> ParameterSpec:
+    recipe = TensorMapRecipe(
+        tensor=tensor,
+        element_type="bfloat16",
+        dims=dims,
+        box=box,
+        swizzle="128B",
+        interleave="none",
+        l2_promotion=l2_promotion,
+        oob_fill="zeros",
+    )
+    return ParameterSpec(name=name, kind="tensor_map", tensor_map=recipe)
+
+
+_OUTPUTS = (
+    _pointer("e_bias", "float32"),
+    _pointer("out_weights", "float32"),
+    _pointer("out_ids", "int32"),
+)
+_SCALE = ParameterSpec(name="routed_scaling_factor", kind="float32")
+_OUTPUT_DTYPES = {"e_bias": "float32", "out_weights": "float32", "out_ids": "int32"}
+_ALL_ARCHS = tuple(arch.name for arch in ARCHITECTURES)
+
+
+def _decode(layout: str, token_tile: int) -> KernelSpec:
+    name = f"router_decode_{layout}_n{token_tile}"
+    w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
+    w_box = (K_BLOCK, EXPERT_TILE) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
+    return KernelSpec(
+        name=name,
+        archs=_ALL_ARCHS,
+        symbol=f"{name}_0",  # the DSL appends a counter
+        source=DslSource(
+            module="build_kernels.kernels.decode", layout=layout, token_tile=token_tile
+        ),
+        problem=ProblemRange(
+            layout=layout,
+            num_tokens=IntRange(low=1, high=token_tile),
+            num_experts=IntRange(low=1, high=MAX_EXPERTS),
+            top_k=IntRange(low=1, high=MAX_TOP_K),
+            k_multiple=K_BLOCK,
+            dtypes={"hidden_states": "bfloat16", "W_gate": "bfloat16"} | _OUTPUT_DTYPES,
+        ),
+        parameters=(
+            # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
+            _bfloat16_map("w_map", "W_gate", w_dims, w_box, "256B"),
+            _bfloat16_map("x_map", "hidden_states", ("K", "N"), (K_BLOCK, token_tile), "128B"),
+            _pointer(
+                "partials",
+                "float32",
+                Scratch(elements=MAX_DECODE_TOKENS * MAX_EXPERTS, zeroed=False),
+            ),
+            _pointer("counters", "uint32", Scratch(elements=MAX_DECODE_TOKENS, zeroed=True)),
+            *_OUTPUTS,
+            *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
+            _SCALE,
+            *_int32("out_weights_stride", "out_ids_stride"),
+        ),
+        cluster=(K_SPLITS, 1, 1),
+        grid=("k_splits", "expert_tiles", 1),
+        k_splits=K_SPLITS,
+        expert_tile=EXPERT_TILE,
+        token_tile=token_tile,
+        pdl=True,
+    )
+
+
+_TOPK = KernelSpec(
+    name="router_topk",
+    archs=_ALL_ARCHS,
+    symbol="router_topk",
+    source=CudaSource(file="kernels/topk.cu", block=(32 * TOPK_WARPS, 1, 1)),
+    problem=ProblemRange(
+        layout="logits",
+        num_tokens=IntRange(low=1, high=None),
+        num_experts=IntRange(low=1, high=MAX_EXPERTS),
+        top_k=IntRange(low=1, high=MAX_TOP_K),
+        k_multiple=1,
+        dtypes={"logits": "float32"} | _OUTPUT_DTYPES,
+    ),
+    parameters=(
+        _pointer("logits", "float32"),
+        *_OUTPUTS,
+        *_int32("num_tokens", "num_experts", "top_k"),
+        _SCALE,
+        *_int32("logits_stride", "out_weights_stride", "out_ids_stride"),
+    ),
+    cluster=(1, 1, 1),
+    grid=("token_tiles", 1, 1),
+    k_splits=1,
+    expert_tile=MAX_EXPERTS,
+    token_tile=TOPK_WARPS,
+    pdl=True,
+)
+
+KERNELS = (
+    *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TOKEN_TILES),
+    _TOPK,
+)

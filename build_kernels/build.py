@@ -65,7 +65,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A compiled kernel: its manifest entry and its files. `ptxas` is None where no cubin says it."""
+    """A compiled kernel: its manifest entry and files. `ptxas` is None where no cubin says it."""
 
     entry: Kernel
     cubin: bytes
@@ -112,7 +112,10 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
     manifest, problem = _read_manifest(artifacts)
     entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
     whole = {key for key, entry in entries.items() if _files_are_whole(artifacts, entry)}
-    stale, current, asked, known = [], [], set(), set()
+    stale: list[Task] = []
+    current: list[Kernel] = []
+    asked: set[str] = set()
+    known: set[str] = set()
     for spec in KERNELS:
         known.update(f"{spec.name}.{arch}" for arch in spec.archs)
         for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
@@ -192,7 +195,7 @@ def run_build(
 
 
 def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
-    """The manifest's entries of a kernel whose files are there and whole; BuildError if one is not."""
+    """The manifest's entries of a kernel, their files checked; BuildError if one is not whole."""
     manifest, problem = _read_manifest(artifacts)
     if manifest is None:
         raise BuildError(f"{problem}; make it with `build-kernels build`")
@@ -261,12 +264,13 @@ def _locked_difference(old: Manifest | None, new: Manifest) -> str:
         if key not in before or key not in after:
             lines.append(f"{key}: only {'built' if key in after else 'in the manifest'}")
             continue
-        for name in (item for item in Kernel.__dataclass_fields__):
+        for name in Kernel.__dataclass_fields__:
             was, now = getattr(before[key], name), getattr(after[key], name)
             if was != now:
                 lines.append(f"{key}: {name}: {was} in the manifest, {now} built")
     if old is not None and dict(old.toolchain) != dict(new.toolchain):
-        lines.append(f"toolchain: {dict(old.toolchain)} in the manifest, {dict(new.toolchain)} here")
+        was, now = dict(old.toolchain), dict(new.toolchain)
+        lines.append(f"toolchain: {was} in the manifest, {now} here")
     detail = "\n  ".join(lines or ["the same contents, written differently"])
     return (
         f"--locked: this build is not the one that {MANIFEST_NAME} records:\n  {detail}\n"
@@ -390,7 +394,7 @@ def make_entry(
 def make_parameters(
     spec: KernelSpec, found: Sequence[cubin.CubinParameter]
 ) -> tuple[Parameter, ...]:
-    """The spec's names and kinds with the cubin's offsets and sizes; BuildError if they disagree."""
+    """The spec's names and kinds, the cubin's offsets and sizes; BuildError if they disagree."""
     names = ", ".join(parameter.name for parameter in spec.parameters)
     if len(found) != len(spec.parameters):
         raise BuildError(

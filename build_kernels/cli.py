@@ -49,7 +49,7 @@ artifacts_option = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Build the DeepSeek-V4 router's GPU kernels ahead of time; no GPU and no CUDA toolkit needed."""
+    """Build the DeepSeek-V4 router's kernels ahead of time: no GPU, no CUDA toolkit."""
 
 
 @main.command()
@@ -166,8 +166,10 @@ def progress_of(total: int) -> Iterator[Any]:
         yield on_done
 
 
-_COLUMNS = ("kernel", "arch", "state", "loads_on", "validated_on", "num_tokens", "num_experts")
-_COLUMNS += ("top_k",)
+_COLUMNS = (
+    *("kernel", "arch", "state", "loads_on", "validated_on"),
+    *("num_tokens", "num_experts", "top_k"),
+)
 
 
 def _rows(plan: builder.Plan) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
 """From a spec to a cubin and the PTX it came from. Runs in a process of its own: see `build`.
 
 The DSL is not thread-safe, takes two seconds to import, and is imported nowhere else. NVRTC is the
-one of toolkit 12.9, the toolkit whose assembler the DSL carries: all artifacts then hold PTX 8.8 and
-run on every driver that runs the DSL's. It is called through ctypes, because `cuda.bindings` takes
-the newest NVRTC that is installed, and a GPU build of torch brings another.
+one of toolkit 12.9, whose assembler the DSL carries too: all artifacts then hold PTX 8.8 and load
+with the same drivers. It is called through ctypes, because `cuda.bindings` takes the newest NVRTC
+that is installed, and a GPU build of torch brings another.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def source_files(spec: KernelSpec) -> tuple[Path, ...]:
 
 
 def compile_kernel(spec: KernelSpec, arch: str, dump_folder: Path) -> Compiled:
-    """Compile one kernel for one architecture; the DSL writes its intermediate files to the folder."""
+    """Compile one kernel for one architecture; the DSL leaves its own files in `dump_folder`."""
     if isinstance(spec.source, CudaSource):
         return _compile_cuda(spec, spec.source, arch)
     return _compile_dsl(spec, spec.source, arch, dump_folder)

@@ -180,7 +180,6 @@ def _records(elf: ELFFile, section_name: str) -> Iterator[tuple[int, bytes]]:
             yield attribute, struct.pack("<H", value)
 
 
-
 def _of_function(elf: ELFFile, attribute: int, index: int) -> int:
     """A per-function number of `.nv.info`: payload (symbol index, value)."""
     for found, payload in _records(elf, ".nv.info"):
@@ -192,7 +191,7 @@ def _of_function(elf: ELFFile, attribute: int, index: int) -> int:
 
 
 def _parameters(elf: ELFFile, symbol: str) -> tuple[CubinParameter, ...]:
-    """In order. Payload: index u32, ordinal u16, offset u16, flags u32 with the size from bit 18 on."""
+    """In order. Payload: index u32, ordinal u16, offset u16, flags u32, the size from bit 18 on."""
     found: dict[int, tuple[int, int]] = {}
     for attribute, payload in _records(elf, f".nv.info.{symbol}"):
         if attribute == _KPARAM_INFO:

@@ -1,9 +1,9 @@
 """How a new set of artifacts takes the place of the old one, so that no moment has half of each.
 
 Everything is written into a staging folder beside `artifacts/`, the manifest last. Then the two
-folders are exchanged by one renameat2(RENAME_EXCHANGE), and the old one, now in the staging place, is
-deleted. A build that is interrupted or killed at any point therefore leaves either the old set or
-the new one, whole; what it leaves in the staging place is deleted by the next build.
+folders are exchanged by one renameat2(RENAME_EXCHANGE), and the old one, now in the staging place,
+is deleted. A build that is interrupted or killed at any point therefore leaves either the old set
+or the new one, whole; what it leaves in the staging place is deleted by the next build.
 
 A file system without that call (some network and overlay file systems) gets the files one by one,
 each by rename, the manifest after all cubins and surplus files deleted after the manifest. A build

@@ -1,1 +1,74 @@
-"""Ahead-of-time router kernels for DeepSeek-V4: loaded and launched with cuda-python alone."""
+"""Ahead-of-time router kernels for DeepSeek-V4, loaded and launched with cuda-python alone.
+
+    from dsv4_router_runtime import Router, dense_router_dispatch
+
+Importing this package loads neither torch nor the CUDA bindings: each public name below brings what
+it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifacts import ArtifactSet, find_artifacts, open_artifacts
+    from .errors import (
+        ArtifactError,
+        DriverError,
+        DriverMissingError,
+        ManifestError,
+        NoKernelError,
+        RouterError,
+    )
+    from .manifest import Manifest, parse_manifest, serialise_manifest
+    from .reference import router_reference
+    from .router import Router, dense_router_dispatch
+
+__all__ = [
+    "ArtifactError",
+    "ArtifactSet",
+    "DriverError",
+    "DriverMissingError",
+    "Manifest",
+    "ManifestError",
+    "NoKernelError",
+    "Router",
+    "RouterError",
+    "dense_router_dispatch",
+    "find_artifacts",
+    "open_artifacts",
+    "parse_manifest",
+    "router_reference",
+    "serialise_manifest",
+]
+
+_HOME = {
+    "ArtifactError": "errors",
+    "ArtifactSet": "artifacts",
+    "DriverError": "errors",
+    "DriverMissingError": "errors",
+    "Manifest": "manifest",
+    "ManifestError": "errors",
+    "NoKernelError": "errors",
+    "Router": "router",
+    "RouterError": "errors",
+    "dense_router_dispatch": "router",
+    "find_artifacts": "artifacts",
+    "open_artifacts": "artifacts",
+    "parse_manifest": "manifest",
+    "router_reference": "reference",
+    "serialise_manifest": "manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

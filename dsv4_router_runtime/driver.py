@@ -14,7 +14,7 @@ from typing import Any
 from .artifacts import ArtifactSet
 from .dispatch import device_arch
 from .errors import ArtifactError, DriverError, DriverMissingError
-from .launch import ParameterBlock, grid_of
+from .launch import ParameterBlock
 from .manifest import Kernel
 from .tensor_map import EncodeArguments
 
@@ -26,7 +26,7 @@ TENSOR_MAP_ALIGNMENT = 64
 def bindings() -> Any:
     """`cuda.bindings.driver`, initialised; DriverMissingError where it or the driver is missing."""
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:
         raise DriverMissingError(
             f"the package cuda.bindings cannot be imported ({error}); install cuda-bindings"
@@ -91,22 +91,24 @@ def _primary_context(index: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedKernel:
-    """A kernel in the context that was current when it was loaded; it stays loaded."""
+    """A kernel in the primary context of GPU `device`; it stays loaded."""
 
     kernel: Kernel
+    device: int
     library: Any
     function: Any
 
 
-def load_kernel(artifacts: ArtifactSet, kernel: Kernel) -> LoadedKernel:
-    """Load a verified cubin into the current context; its parameters must be the manifest's.
+def load_kernel(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKernel:
+    """Load a verified cubin onto GPU `device`; its parameters must be the manifest's.
 
     Loading is eager: the function is looked up and its attributes are set here, so that nothing is
     left to load under stream capture.
     """
-    driver = bindings()
     key = kernel.key
     cubin = artifacts.read(kernel)
+    make_context_current(device)
+    driver = bindings()
     library = checked(
         f"loading {kernel.file}", driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
     )
@@ -132,7 +134,7 @@ def load_kernel(artifacts: ArtifactSet, kernel: Kernel) -> LoadedKernel:
                 function, attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
             ),
         )
-    return LoadedKernel(kernel=kernel, library=library, function=function)
+    return LoadedKernel(kernel=kernel, device=device, library=library, function=function)
 
 
 def _check_parameters(kernel: Kernel, handle: Any) -> None:
@@ -234,21 +236,25 @@ class LaunchSite:
     of tokens. One caller at a time.
     """
 
-    __slots__ = ("_attributes", "_config", "_function", "_what", "block")
+    __slots__ = ("_attributes", "_config", "_device", "_function", "_what", "block")
 
     def __init__(
-        self, loaded: LoadedKernel, *, stream: int, num_experts: int, num_tokens: int, pdl: bool
+        self,
+        loaded: LoadedKernel,
+        *,
+        stream: int,
+        grid: tuple[int, int, int],
+        pdl: bool,
     ) -> None:
         driver = bindings()
         launch = loaded.kernel.launch
         self.block = ParameterBlock(loaded.kernel)
+        self._device = loaded.device
         self._function = loaded.function
         self._what = f"launching {loaded.kernel.key}"
         self._attributes = _launch_attributes(loaded.kernel, pdl=pdl)
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid_of(
-            launch, num_tokens=num_tokens, num_experts=num_experts
-        )
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
         config.sharedMemBytes = launch.dynamic_shared_bytes
         config.hStream = driver.CUstream(stream)
@@ -263,7 +269,14 @@ class LaunchSite:
         """Launch with what `block` holds now; the driver has copied it when this returns."""
         (code,) = _launch_kernel(self._config, self._function, self.block.address)
         if code != 0:
-            checked(self._what, (code,))
+            self._launch_in_new_thread(code)
+
+    def _launch_in_new_thread(self, code: Any) -> None:
+        """A thread that never used CUDA has no context yet: give it one, and launch again."""
+        if code == bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            make_context_current(self._device)
+            (code,) = _launch_kernel(self._config, self._function, self.block.address)
+        checked(self._what, (code,))
 
 
 def _launch_kernel(config: Any, function: Any, parameters: int) -> tuple[Any]:

@@ -51,40 +51,27 @@ def grid_depends_on_tokens(launch: Launch) -> bool:
 class ParameterBlock:
     """Storage for one kernel's parameters, written by name and read by the driver.
 
-    `cells` maps the name of each pointer, int32 and float32 to its ctypes cell: assign `.value`.
-    Tensor maps live where they were encoded; `point_tensor_map` aims the parameter at one.
-    `address` is the array of pointers to hand to the driver. One writer at a time.
+    `cells` maps each parameter's name to a ctypes cell: assign `.value`. A tensor map is not copied
+    here, its cell takes the address of 128 encoded bytes that the caller keeps alive. `address` is
+    the array of pointers to hand to the driver. One writer at a time.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.cells = {
-            parameter.name: _CELL_TYPES[parameter.kind]()
-            for parameter in kernel.parameters
-            if parameter.kind != "tensor_map"
-        }
-        self._index = {parameter.name: i for i, parameter in enumerate(kernel.parameters)}
+        self.cells: dict[str, Any] = {}
         self._pointers = (ctypes.c_uint64 * len(kernel.parameters))()
-        for name, cell in self.cells.items():
-            self._pointers[self._index[name]] = ctypes.addressof(cell)
+        for index, parameter in enumerate(kernel.parameters):
+            if parameter.kind == "tensor_map":
+                cell = ctypes.c_uint64.from_buffer(self._pointers, 8 * index)
+            else:
+                cell = _CELL_TYPES[parameter.kind]()
+                self._pointers[index] = ctypes.addressof(cell)
+            self.cells[parameter.name] = cell
         self.address = ctypes.addressof(self._pointers)
-        self._unset = {parameter.name for parameter in kernel.parameters}
-
-    def point_tensor_map(self, name: str, address: int) -> None:
-        """Aim tensor-map parameter `name` at 128 encoded bytes, which the caller keeps alive."""
-        if name not in self._index or name in self.cells:
-            raise KeyError(f"{self.kernel.key} has no tensor map named {name}")
-        self._pointers[self._index[name]] = address
-        self._unset.discard(name)
 
     def set(self, values: Mapping[str, int | float]) -> None:
-        """Write parameters by name; a name the kernel does not have is a KeyError."""
+        """Write parameters by name; a name that the kernel does not have is a KeyError."""
         for name, value in values.items():
             if name not in self.cells:
-                raise KeyError(f"{self.kernel.key} has no pointer or number named {name}")
+                raise KeyError(f"{self.kernel.key} has no parameter named {name}")
             self.cells[name].value = value
-            self._unset.discard(name)
-
-    def unset(self) -> tuple[str, ...]:
-        """Names of the parameters that were never written: empty before a first launch."""
-        return tuple(sorted(self._unset, key=self._index.__getitem__))

@@ -1,0 +1,387 @@
+"""One layer's weights made ready to launch on: kernels chosen and loaded, tensor map encoded.
+
+A binding holds addresses. It keeps alive what it made itself (a private copy of W_gate, where one
+is needed), not the caller's tensors: `Router` does that.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import driver
+from .arguments import LayerFacts
+from .artifacts import ArtifactSet
+from .dispatch import Problem, decode_ladder, select_kernel
+from .errors import ArtifactError, RouterError
+from .launch import grid_of
+from .manifest import Kernel, TensorMapRecipe
+from .tensor_map import encode_arguments
+from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
+
+DTYPES = {
+    "hidden_states": "bfloat16",
+    "W_gate": "bfloat16",
+    "e_bias": "float32",
+    "logits": "float32",
+    "out_weights": "float32",
+    "out_ids": "int32",
+}
+# What every call writes; everything else is written when a launch site is made.
+CALL_PARAMETERS = ("num_tokens", "out_weights", "out_ids", "out_weights_stride", "out_ids_stride")
+LAYER_PARAMETERS = (
+    "e_bias",
+    "num_experts",
+    "num_k_blocks",
+    "top_k",
+    "routed_scaling_factor",
+    "logits",
+    "logits_stride",
+)
+MAX_CACHED_MAPS = 512
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(index: int) -> int:
+    """The handle of torch's current stream on GPU `index`."""
+    # The public way builds a Stream object, about 1 us of an 8 us budget.
+    if _raw_stream is not None:
+        return int(_raw_stream(index))
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def require_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"W_gate: expected a CUDA device (got device {device})")
+
+
+def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Tensor) -> None:
+    """logits = hidden_states @ W_gate: BF16 operands, FP32 sums and result, through cuBLAS."""
+    with torch.no_grad():
+        torch.mm(hidden_states, W_gate, out_dtype=torch.float32, out=logits)
+
+
+class Binding:
+    """The launchable form of (W_gate, e_bias, top_k, scale) on one GPU.
+
+    Threads may call one binding at once: launch sites are shared per stream, and a lock is held
+    while one is written and launched.
+    """
+
+    def __init__(
+        self,
+        W_gate: torch.Tensor,
+        e_bias: torch.Tensor,
+        facts: LayerFacts,
+        *,
+        pdl: bool,
+        artifacts: ArtifactSet,
+    ) -> None:
+        require_gpu(facts.device)
+        self.facts = facts
+        self.pdl = pdl
+        self._index = facts.device.index
+        self._lock = threading.Lock()
+        self._sites: dict[tuple[int, int], _Site] = {}
+        self._many_devices = torch.cuda.device_count() > 1
+        with torch.cuda.device(self._index):
+            arch = driver.arch_of_device(self._index)
+            problem = Problem(
+                # What TMA cannot step through is bound as a K-contiguous copy.
+                layout=facts.layout if facts.loadable else "kmajor",
+                num_tokens=1,
+                num_experts=facts.num_experts,
+                top_k=facts.top_k,
+                k=facts.k,
+                dtypes=DTYPES,
+            )
+            manifest = artifacts.manifest
+            ladder = decode_ladder(manifest, problem, arch)
+            beyond = replace(problem, layout="logits", num_tokens=ladder[-1][0] + 1)
+            select = select_kernel(manifest, beyond, arch)
+            for kernel in (*(kernel for _, kernel in ladder), select):
+                check_parameter_names(kernel)
+            self._rungs = tuple(
+                (most, load_once(artifacts, kernel, self._index)) for most, kernel in ladder
+            )
+            self._select = load_once(artifacts, select, self._index)
+            self.w_copy = None if facts.loadable else _copy_k_contiguous(W_gate)
+            self._workspace = workspace_for(facts.device, manifest.for_arch(arch))
+            if not is_capturing():
+                self._workspace.refill()
+        W_bound = W_gate if self.w_copy is None else self.w_copy
+        self._constants = {
+            "e_bias": e_bias.data_ptr(),
+            "num_experts": facts.num_experts,
+            "top_k": facts.top_k,
+            "routed_scaling_factor": facts.scale,
+            "logits_stride": facts.num_experts,
+        }
+        self._w_maps = {
+            recipe: _encode_w_map(recipe, W_bound)
+            for _, loaded in self._rungs
+            for recipe in _recipes(loaded.kernel, "W_gate")
+        }
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The decode kernels by ascending number of tokens, then the prefill path's."""
+        return (*(loaded.kernel for _, loaded in self._rungs), self._select.kernel)
+
+    @property
+    def most_decode_tokens(self) -> int:
+        return self._rungs[-1][0]
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        W_gate: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_ids: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """Launch on the current stream; the arguments were checked and num_tokens is not 0."""
+        if self._many_devices and torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                self._run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+        else:
+            self._run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+
+    def _run(
+        self,
+        hidden_states: torch.Tensor,
+        W_gate: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_ids: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        for rung, (most, _) in enumerate(self._rungs):
+            if num_tokens <= most:
+                site = self._site(rung, current_stream(self._index))
+                with self._lock:
+                    site.write_call(hidden_states, out_weights, out_ids, num_tokens)
+                    site.launch()
+                return
+        self._prefill(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+
+    def _prefill(
+        self,
+        hidden_states: torch.Tensor,
+        W_gate: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_ids: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        site = self._site(len(self._rungs), current_stream(self._index))
+        W_bound = W_gate if self.w_copy is None else self.w_copy
+        # The locks in this order everywhere; a slot's is shared by every layer on the stream.
+        with site.slot.lock, self._lock:
+            logits = self._workspace.logits(site.slot, num_tokens, self.facts.num_experts)
+            multiply(hidden_states, W_bound, logits)
+            site.cells["logits"].value = logits.data_ptr()
+            site.write_call(hidden_states, out_weights, out_ids, num_tokens)
+            site.launch()
+
+    def _site(self, rung: int, stream: int) -> _Site:
+        """The launch site of a kernel on a stream; under capture one of its own for each launch."""
+        if is_capturing():
+            return self._make_site(rung, stream, self._workspace.captured_slot(stream))
+        key = (rung, stream_identity(stream))
+        site = self._sites.get(key)
+        if site is None:
+            site = self._make_site(rung, stream, self._workspace.eager_slot(stream))
+            self._sites[key] = site
+        return site
+
+    def _make_site(self, rung: int, stream: int, slot: Slot) -> _Site:
+        loaded = (*(kernel for _, kernel in self._rungs), self._select)[rung]
+        site = _Site(loaded, self.facts, stream=stream, slot=slot, pdl=self.pdl)
+        blocks = self.facts.k // loaded.kernel.problem.k_multiple
+        constants = {**self._constants, "num_k_blocks": blocks, **slot.addresses}
+        site.write_constants(constants, self._w_maps)
+        return site
+
+
+class _Site:
+    """One kernel on one stream, ready to launch: what a call changes is written through `cells`."""
+
+    def __init__(
+        self,
+        loaded: driver.LoadedKernel,
+        facts: LayerFacts,
+        *,
+        stream: int,
+        slot: Slot,
+        pdl: bool,
+    ) -> None:
+        kernel = loaded.kernel
+        self.slot = slot
+        self._launch = kernel.launch
+        self._num_experts = facts.num_experts
+        self._k = facts.k
+        grid = grid_of(kernel.launch, num_tokens=1, num_experts=facts.num_experts)
+        self._launch_site = driver.LaunchSite(loaded, stream=stream, grid=grid, pdl=pdl)
+        self.launch = self._launch_site.launch
+        self.cells = self._launch_site.block.cells
+        self._grid_follows_tokens = "token_tiles" in kernel.launch.grid
+        self._grid_tokens = 1
+        self._x_map = next(
+            (
+                (self.cells[parameter.name], map_cache(parameter.tensor_map))
+                for parameter in kernel.parameters
+                if parameter.tensor_map is not None
+                and parameter.tensor_map.tensor == "hidden_states"
+            ),
+            None,
+        )
+        self._call_cells = tuple(self.cells[name] for name in CALL_PARAMETERS)
+        # The maps that the cells point to.
+        self._maps: dict[str, driver.TensorMap] = {}
+
+    def write_constants(
+        self, values: dict[str, int | float], w_maps: dict[TensorMapRecipe, driver.TensorMap]
+    ) -> None:
+        block = self._launch_site.block
+        block.set({name: value for name, value in values.items() if name in block.cells})
+        for parameter in block.kernel.parameters:
+            if parameter.tensor_map in w_maps:
+                self._maps[parameter.name] = w_maps[parameter.tensor_map]
+                block.set({parameter.name: w_maps[parameter.tensor_map].address})
+
+    def write_call(
+        self,
+        hidden_states: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_ids: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """What changes from call to call: pointers, strides and N."""
+        if self._x_map is not None:
+            cell, cache = self._x_map
+            x_map = cache.get(hidden_states, num_tokens)
+            self._maps["hidden_states"] = x_map
+            cell.value = x_map.address
+        tokens, weights, ids, weights_stride, ids_stride = self._call_cells
+        tokens.value = num_tokens
+        weights.value = out_weights.data_ptr()
+        ids.value = out_ids.data_ptr()
+        weights_stride.value = out_weights.stride(0)
+        ids_stride.value = out_ids.stride(0)
+        if self._grid_follows_tokens and num_tokens != self._grid_tokens:
+            self._launch_site.set_grid(
+                grid_of(self._launch, num_tokens=num_tokens, num_experts=self._num_experts)
+            )
+            self._grid_tokens = num_tokens
+
+
+class MapCache:
+    """Encoded maps of hidden_states for one recipe, by address, shape and row stride.
+
+    Encoding takes 2 us, and serving meets the same few addresses again: torch's allocator returns
+    them. The oldest goes when the cache is full.
+    """
+
+    def __init__(self, recipe: TensorMapRecipe) -> None:
+        self._recipe = recipe
+        self._maps: dict[tuple[int, int, int, int], driver.TensorMap] = {}
+        self._lock = threading.Lock()
+
+    def get(self, hidden_states: torch.Tensor, num_tokens: int) -> driver.TensorMap:
+        k = hidden_states.shape[1]
+        row_stride = hidden_states.stride(0)
+        key = (hidden_states.data_ptr(), num_tokens, k, row_stride)
+        found = self._maps.get(key)
+        if found is None:
+            arguments = encode_arguments(
+                self._recipe,
+                address=key[0],
+                sizes={"N": num_tokens, "K": k},
+                strides={"N": row_stride, "K": 1},
+            )
+            found = driver.encode_tensor_map(arguments)
+            with self._lock:
+                while len(self._maps) >= MAX_CACHED_MAPS:
+                    del self._maps[next(iter(self._maps))]
+                self._maps[key] = found
+        return found
+
+
+_map_caches: dict[TensorMapRecipe, MapCache] = {}
+_loaded: dict[tuple[str, str, int], driver.LoadedKernel] = {}
+_load_lock = threading.Lock()
+
+
+def map_cache(recipe: TensorMapRecipe) -> MapCache:
+    """The cache that all layers share for maps made by `recipe`."""
+    return _map_caches.setdefault(recipe, MapCache(recipe))
+
+
+def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> driver.LoadedKernel:
+    """Load a kernel onto GPU `device` unless it is loaded there; never under capture."""
+    key = (kernel.cubin_sha256, kernel.symbol, device)
+    with _load_lock:
+        loaded = _loaded.get(key)
+        # The same bytes under changed metadata (grid, ranges) are still to be launched as it says.
+        if loaded is None or loaded.kernel != kernel:
+            _refuse_under_capture(f"{kernel.key} would have to be loaded")
+            loaded = _loaded[key] = driver.load_kernel(artifacts, kernel, device)
+    return loaded
+
+
+def check_parameter_names(kernel: Kernel) -> None:
+    """ArtifactError unless the kernel takes what every call writes, and nothing unknown."""
+    names = [parameter.name for parameter in kernel.parameters]
+    for name in CALL_PARAMETERS:
+        if name not in names:
+            problem = f'parameters of {kernel.key}: none is named "{name}", which each call writes'
+            raise ArtifactError(file=kernel.file, problem=problem)
+    for index, parameter in enumerate(kernel.parameters):
+        filled = parameter.kind == "tensor_map" or parameter.scratch is not None
+        if not filled and parameter.name not in (*CALL_PARAMETERS, *LAYER_PARAMETERS):
+            problem = f'parameters[{index}].name: nothing to pass as "{parameter.name}"'
+            raise ArtifactError(file=kernel.file, problem=problem)
+
+
+def _copy_k_contiguous(W_gate: torch.Tensor) -> torch.Tensor:
+    """W_gate [K, E] in new memory with strides (1, K), complete when this returns."""
+    _refuse_under_capture("W_gate would have to be copied (its rows are not 16-byte aligned)")
+    with torch.no_grad(), torch.inference_mode(False):
+        copy = torch.empty_strided(
+            W_gate.shape, (1, W_gate.shape[0]), dtype=W_gate.dtype, device=W_gate.device
+        ).copy_(W_gate.detach())
+    wait_for_current_stream(W_gate.device)
+    return copy
+
+
+def _refuse_under_capture(what: str) -> None:
+    if is_capturing():
+        raise RouterError(
+            f"the current stream is being captured and {what}; make the Router, or call "
+            "dense_router_dispatch once with these weights, before the capture begins"
+        )
+
+
+def _recipes(kernel: Kernel, tensor: str) -> list[TensorMapRecipe]:
+    maps: list[Any] = [parameter.tensor_map for parameter in kernel.parameters]
+    return [recipe for recipe in maps if recipe is not None and recipe.tensor == tensor]
+
+
+def _encode_w_map(recipe: TensorMapRecipe, W_gate: torch.Tensor) -> driver.TensorMap:
+    k, num_experts = W_gate.shape
+    along_k, along_e = W_gate.stride()
+    arguments = encode_arguments(
+        recipe,
+        address=W_gate.data_ptr(),
+        sizes={"K": k, "E": num_experts},
+        strides={"K": along_k, "E": 1 if num_experts == 1 else along_e},
+    )
+    return driver.encode_tensor_map(arguments)

@@ -1,0 +1,169 @@
+"""The router of a DeepSeek-V4 Mixture-of-Experts layer: hidden states to expert weights and ids."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from .arguments import check_call, check_layer
+from .artifacts import ArtifactSet, open_artifacts
+from .binding import Binding
+
+# dense_router_dispatch remembers this many layers: a few models of 61.
+MAX_REMEMBERED_LAYERS = 512
+
+
+class Router:
+    """The gate of one layer, bound to its weights once and called every step.
+
+        router = Router(W_gate, e_bias, top_k=6, routed_scaling_factor=2.5)
+        router(hidden_states, out_weights, out_ids)
+
+    W_gate [K, E] BF16, with unit stride along K or along E; e_bias [E] FP32; K a multiple of 64, E
+    up to 512, top_k 1..8 and at most E. Both tensors are kept, and are read where they lie:
+    changing them in place changes later calls. One case is different: with unit stride along E and
+    rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, a K-contiguous copy
+    is bound. Then `weights_copied` is True, and a call after W_gate was modified in place is
+    refused. (What torch does not count, through `.data` or to an inference tensor, is not seen.)
+
+    pdl: launch as a programmatic dependent of the kernel before. The kernel then reads W_gate and
+    e_bias while that one may still run, so it must not be what writes them.
+
+    artifacts: a folder, or an ArtifactSet, instead of the installed one.
+
+    Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
+    same kernels was made before and W_gate needs no copy. Threads may share a Router. Scratch
+    belongs to the stream or the capture that a call is made on: see `workspace`.
+
+    Raises TypeError and ValueError about arguments, NoKernelError where no artifact fits this GPU,
+    ArtifactError, ManifestError, DriverError and DriverMissingError.
+    """
+
+    def __init__(
+        self,
+        W_gate: torch.Tensor,
+        e_bias: torch.Tensor,
+        *,
+        top_k: int,
+        routed_scaling_factor: float,
+        pdl: bool = False,
+        artifacts: str | os.PathLike[str] | ArtifactSet | None = None,
+    ) -> None:
+        facts = check_layer(
+            W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
+        )
+        if not isinstance(artifacts, ArtifactSet):
+            artifacts = open_artifacts(artifacts)
+        self._facts = facts
+        self._binding = Binding(W_gate, e_bias, facts, pdl=bool(pdl), artifacts=artifacts)
+        self._version = version_of(W_gate)
+        self.W_gate = W_gate
+        self.e_bias = e_bias
+
+    def __call__(
+        self, hidden_states: torch.Tensor, out_weights: torch.Tensor, out_ids: torch.Tensor
+    ) -> None:
+        """Route hidden_states [N, K] BF16 on the current stream; nothing is returned or awaited.
+
+        Writes out_weights (FP32) and out_ids (int32) in [0:N, 0:top_k] and nowhere else; both may
+        be larger. N = 0 returns at once. Up to 64 tokens take one launch, more take cuBLAS and one.
+        A refused call has launched nothing and touched no output.
+        """
+        num_tokens = check_call(self._facts, hidden_states, out_weights, out_ids)
+        if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
+            raise ValueError(
+                "W_gate: expected the weights as they were bound (got: modified in place since, "
+                "and this layout is bound as a copy); make a new Router"
+            )
+        if num_tokens:
+            self._binding.run(hidden_states, self.W_gate, out_weights, out_ids, num_tokens)
+
+    @property
+    def weights_copied(self) -> bool:
+        """Whether a private copy of W_gate is bound, which later changes to W_gate do not reach."""
+        return self._binding.w_copy is not None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The artifacts bound: decode kernels by ascending number of tokens, then prefill's."""
+        return tuple(kernel.key for kernel in self._binding.kernels)
+
+    def __repr__(self) -> str:
+        facts = self._facts
+        return (
+            f"Router(K={facts.k}, num_experts={facts.num_experts}, top_k={facts.top_k}, "
+            f"routed_scaling_factor={facts.scale}, layout={facts.layout}, device={facts.device}, "
+            f"pdl={self._binding.pdl}, kernels={list(self.kernels)})"
+        )
+
+
+def dense_router_dispatch(
+    hidden_states: torch.Tensor,
+    W_gate: torch.Tensor,
+    e_bias: torch.Tensor,
+    routed_scaling_factor: float,
+    top_k: int,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+) -> None:
+    """Route one batch with weights given anew each call; see `Router` for shapes, rules and errors.
+
+    What a layer's first call prepares is remembered for the next one with the same weights: same
+    memory, shape, strides, bias, top_k and scale. The tensors themselves are not kept alive, except
+    where W_gate has to be copied (`Router.weights_copied`); modified in place, it is copied again.
+    """
+    binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
+    num_tokens = check_call(binding.facts, hidden_states, out_weights, out_ids)
+    if num_tokens:
+        binding.run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+
+
+# Key -> the binding and, for one that copied W_gate, W_gate and its version: kept alive, so that
+# its address cannot come to hold other weights.
+_remembered: OrderedDict[Any, tuple[Binding, torch.Tensor | None, int | None]] = OrderedDict()
+_remembered_lock = threading.Lock()
+
+
+def _remembered_binding(
+    W_gate: torch.Tensor, e_bias: torch.Tensor, routed_scaling_factor: float, top_k: int
+) -> Binding:
+    key = _layer_key(W_gate, e_bias, routed_scaling_factor, top_k)
+    with _remembered_lock:
+        binding, copied_from, version = _remembered.get(key, (None, None, None))
+        stale = copied_from is not None and version_of(W_gate) != version
+        if binding is not None and not stale:
+            _remembered.move_to_end(key)
+            return binding
+        facts = check_layer(
+            W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
+        )
+        binding = Binding(W_gate, e_bias, facts, pdl=False, artifacts=open_artifacts())
+        copied_from = None if binding.w_copy is None else W_gate
+        _remembered[key] = (binding, copied_from, version_of(W_gate))
+        while len(_remembered) > MAX_REMEMBERED_LAYERS:
+            _remembered.popitem(last=False)
+        return binding
+
+
+def _layer_key(W_gate: Any, e_bias: Any, routed_scaling_factor: Any, top_k: Any) -> Any:
+    """What tells layers apart. Types are in it: 6.0 or True must not pass for a checked 6."""
+    tensors = [
+        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        else type(tensor)
+        for tensor in (W_gate, e_bias)
+    ]
+    scalars = [
+        (type(value), value) if isinstance(value, int | float) else type(value)
+        for value in (routed_scaling_factor, top_k)
+    ]
+    return (*tensors, *scalars)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """torch's count of in-place changes; None for an inference tensor, which has none."""
+    return None if tensor.is_inference() else tensor._version

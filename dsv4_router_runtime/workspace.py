@@ -1,0 +1,189 @@
+"""The device memory that kernels scribble in, and whose turn it is.
+
+Launches on one stream run one after another, so they share one set of scratch; two streams, or two
+CUDA graphs, may run at once and never share. One workspace serves every layer of a device.
+
+Outside capture: one slot for each stream handle, allocated and zeroed on that stream by its first
+call, kept for good; the prefill logits grow when a larger N arrives.
+
+Under capture: a slot belongs to the capture's id, which is unique in the process, and to the stream
+within it. Scratch that needs no zeroing is taken from torch under capture, so it lies in the
+graph's own memory pool and lives as long as the graph. Zeroed scratch comes from a reserve that was
+zeroed before, outside capture: a kernel leaves it zero, so that no memset enters the graph, and no
+two captures ever get the same piece. The reserve grows whenever it is found low outside capture; a
+capture that finds it empty records a memset of fresh memory instead, slower but as right.
+
+Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator knows about
+capture; and do not run two instances of one captured graph at once: they would share scratch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from . import driver
+from .manifest import Kernel
+
+ELEMENT_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1}
+ALIGNMENT_BYTES = 256
+# 4096 captures' counters take 1 MB; a server that captures every layer's batch sizes one by one
+# makes about 3000 captures.
+RESERVE_SLOTS = 4096
+RESERVE_LOW = 1024
+# CU_STREAM_PER_THREAD: one handle that is a different stream in each thread.
+PER_THREAD_STREAM = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchLayout:
+    """Byte offsets of each scratch parameter: zeroed ones in one block, the rest in another."""
+
+    zeroed: tuple[tuple[str, int], ...]
+    plain: tuple[tuple[str, int], ...]
+    zeroed_bytes: int
+    plain_bytes: int
+
+
+def scratch_layout(kernels: Iterable[Kernel]) -> ScratchLayout:
+    """Room for every scratch parameter of `kernels`, by name; the largest size of a name counts."""
+    sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for kernel in kernels:
+        for parameter in kernel.parameters:
+            if parameter.scratch is not None and parameter.element_type is not None:
+                size = parameter.scratch.elements * ELEMENT_BYTES[parameter.element_type]
+                known = sizes[parameter.scratch.zeroed]
+                known[parameter.name] = max(size, known.get(parameter.name, 0))
+    zeroed, zeroed_bytes = _offsets(sizes[True])
+    plain, plain_bytes = _offsets(sizes[False])
+    return ScratchLayout(
+        zeroed=zeroed, plain=plain, zeroed_bytes=zeroed_bytes, plain_bytes=plain_bytes
+    )
+
+
+def _offsets(sizes: dict[str, int]) -> tuple[tuple[tuple[str, int], ...], int]:
+    placed = []
+    end = 0
+    for name, size in sorted(sizes.items()):
+        placed.append((name, end))
+        end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return tuple(placed), end
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """Scratch for the launches of one stream: the address of each scratch parameter.
+
+    `lock` is held from writing `logits` to launching what reads them, so that two threads on one
+    stream do not come between.
+    """
+
+    addresses: dict[str, int]
+    # What keeps the addresses alive.
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    logits: torch.Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Workspace:
+    """The scratch of one device. Safe to use from several threads."""
+
+    def __init__(self, device: torch.device, layout: ScratchLayout) -> None:
+        self.device = device
+        self.layout = layout
+        self._lock = threading.Lock()
+        self._slots: dict[int, Slot] = {}
+        self._captured: dict[tuple[int, int], int] = {}
+        self._reserve: list[torch.Tensor] = []
+        self._free: list[int] = []
+
+    def refill(self) -> None:
+        """Top up the zeroed reserve; outside capture only, since it waits for the zeroing."""
+        with self._lock:
+            if self.layout.zeroed_bytes == 0 or len(self._free) >= RESERVE_LOW:
+                return
+            size = self.layout.zeroed_bytes
+            chunk = self._zeros(RESERVE_SLOTS * size)
+            wait_for_current_stream(self.device)
+            self._reserve.append(chunk)
+            self._free += range(chunk.data_ptr(), chunk.data_ptr() + chunk.numel(), size)
+
+    def eager_slot(self, stream: int) -> Slot:
+        """The slot of `stream`, which is the current one; made by the stream's first call."""
+        identity = stream_identity(stream)
+        slot = self._slots.get(identity)
+        if slot is None:
+            # Zeroed on the stream that will use it, so no other synchronisation is needed.
+            zeroed, plain = self._zeros(self.layout.zeroed_bytes), self._empty_plain()
+            addresses = self._addresses(zeroed.data_ptr(), plain.data_ptr())
+            slot = Slot(addresses=addresses, tensors=[zeroed, plain])
+            with self._lock:
+                slot = self._slots.setdefault(identity, slot)
+            self.refill()
+        return slot
+
+    def captured_slot(self, stream: int) -> Slot:
+        """A slot for one launch that `stream`, the current one, records into a graph."""
+        plain = self._empty_plain()
+        tensors = [plain]
+        with self._lock:
+            key = (stream, driver.capture_id(stream))
+            zeroed = self._captured.get(key)
+            if zeroed is None and self._free:
+                zeroed = self._captured[key] = self._free.pop()
+        if zeroed is None:
+            tensors.append(self._zeros(self.layout.zeroed_bytes))
+            zeroed = tensors[-1].data_ptr()
+        return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=tensors)
+
+    def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
+        """FP32 [num_tokens, num_experts], uninitialised, under `slot.lock`."""
+        size = num_tokens * num_experts
+        if slot.logits is None or slot.logits.numel() < size:
+            slot.logits = self._empty(4 * size).view(torch.float32)
+        return slot.logits[:size].view(num_tokens, num_experts)
+
+    def _addresses(self, zeroed: int, plain: int) -> dict[str, int]:
+        return {name: zeroed + offset for name, offset in self.layout.zeroed} | {
+            name: plain + offset for name, offset in self.layout.plain
+        }
+
+    def _empty_plain(self) -> torch.Tensor:
+        return self._empty(self.layout.plain_bytes)
+
+    # Made outside inference mode, whatever the caller's mode: an inference tensor could not be
+    # written by a later call that is not in that mode.
+    def _empty(self, size: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _zeros(self, size: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+
+def wait_for_current_stream(device: torch.device) -> None:
+    """Return once the current stream's work is done: so that other streams may use its results."""
+    torch.cuda.current_stream(device).synchronize()
+
+
+def stream_identity(stream: int) -> int:
+    """A key that two streams never share: the handle, but for the one that each thread has."""
+    return stream if stream != PER_THREAD_STREAM else -threading.get_ident()
+
+
+_workspaces: dict[tuple[torch.device, ScratchLayout], Workspace] = {}
+_workspaces_lock = threading.Lock()
+
+
+def workspace_for(device: torch.device, kernels: Iterable[Kernel]) -> Workspace:
+    """The one workspace that all layers on `device` with such kernels share."""
+    layout = scratch_layout(kernels)
+    with _workspaces_lock:
+        workspace = _workspaces.get((device, layout))
+        if workspace is None:
+            workspace = _workspaces[device, layout] = Workspace(device, layout)
+    return workspace

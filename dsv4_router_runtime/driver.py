@@ -281,7 +281,7 @@ class LaunchSite:
 
 def _launch_kernel(config: Any, function: Any, parameters: int) -> tuple[Any]:
     """The one place that enters the driver to launch."""
-    return bindings().cuLaunchKernelEx(config, function, parameters, 0)  # type: ignore[no-any-return]
+    return bindings().cuLaunchKernelEx(config, function, parameters, 0)
 
 
 def _launch_attributes(kernel: Kernel, *, pdl: bool) -> list[Any]:

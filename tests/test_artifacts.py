@@ -1,0 +1,158 @@
+"""A folder of artifacts is whole and unaltered, or an error names the file and the repair."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import pytest
+from conftest import cubin_bytes
+
+from dsv4_router_runtime import artifacts as artifacts_module
+from dsv4_router_runtime.artifacts import (
+    elf_compute_capability,
+    find_artifacts,
+    open_artifacts,
+)
+from dsv4_router_runtime.errors import ArtifactError, ManifestError
+
+
+@pytest.fixture
+def folder(manifest, write_artifacts):
+    return write_artifacts(manifest)
+
+
+def refused(folder, kernel=None) -> str:
+    """The message with which opening `folder`, or reading one kernel of it, is refused."""
+    with pytest.raises(ArtifactError) as caught:
+        opened = open_artifacts(folder)
+        opened.read(opened.manifest.kernels[kernel])
+    assert "`build-kernels build`" in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_kernel_of_a_good_folder_is_read(folder, manifest):
+    opened = open_artifacts(folder)
+    assert opened.manifest == manifest
+    for kernel in opened.manifest.kernels:
+        assert opened.read(kernel) == (folder / kernel.file).read_bytes()
+
+
+def test_known_neighbours_are_allowed(folder, manifest):
+    (folder / f"{manifest.kernels[0].key}.ptx").write_text("")
+    (folder / "evidence.json").write_text("{}")
+    (folder / ".build-1234").mkdir()
+    open_artifacts(str(folder))
+
+
+def test_missing_cubin(folder):
+    (folder / "router_topk.sm_90a.cubin").unlink()
+    message = refused(folder)
+    assert "router_topk.sm_90a.cubin: missing; kernels[9].file of manifest.json" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["router_old.sm_90a.cubin", "router_old.sm_90a.ptx", "notes.txt", "manifest.json.tmp"]
+)
+def test_surplus_file(folder, name):
+    (folder / name).write_bytes(b"")
+    assert f"{name}: surplus" in refused(folder)
+
+
+def test_truncated_cubin(folder, manifest):
+    path = folder / manifest.kernels[2].file
+    path.write_bytes(path.read_bytes()[:-1])
+    message = refused(folder, 2)
+    assert str(path) in message
+    assert "altered or truncated" in message
+    assert "cubin_sha256 of router_decode_emajor_n64.sm_100a in manifest.json" in message
+
+
+def test_one_flipped_bit(folder, manifest):
+    path = folder / manifest.kernels[2].file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "altered or truncated: sha256 of its" in refused(folder, 2)
+
+
+def test_bytes_are_hashed_at_every_read(folder, manifest):
+    opened = open_artifacts(folder)
+    kernel = opened.manifest.kernels[0]
+    opened.read(kernel)
+    (folder / kernel.file).write_bytes(b"other")
+    with pytest.raises(ArtifactError, match="altered"):
+        opened.read(kernel)
+
+
+def test_cubin_that_vanished_after_opening(folder):
+    opened = open_artifacts(folder)
+    (folder / opened.manifest.kernels[0].file).unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        opened.read(opened.manifest.kernels[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (cubin_bytes("sm_103a"), "its ELF header says sm_103, arch of"),
+        (cubin_bytes("sm_90a"), "its ELF header says sm_90, arch of"),
+        (b"not an ELF file" * 8, "not a 64-bit ELF file (120 bytes)"),
+        (cubin_bytes("sm_100a")[:63], "not a 64-bit ELF file (63 bytes)"),
+        (cubin_bytes("sm_100a").replace(b"\xbe\x00", b"\x3e\x00", 1), "ELF machine 62"),
+    ],
+)
+def test_wrong_architecture_under_a_right_hash(manifest, write_artifacts, change, content, message):
+    """The driver would take a cubin for another architecture and fail only at launch."""
+    kernel = manifest.kernels[0]
+    assert kernel.arch == "sm_100a"
+    digest = hashlib.sha256(content).hexdigest()
+    folder = write_artifacts(change(manifest, 0, cubin_sha256=digest))
+    (folder / kernel.file).write_bytes(content)
+    assert message in refused(folder, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "abi", "capability"),
+    [
+        (0x005A0D5A, 7, 90),
+        (0x06005A04, 8, 90),
+        (0x0600640A, 8, 100),
+        (0x06006402, 8, 100),
+        (0x0600670A, 8, 103),
+        (0x06006702, 8, 103),
+    ],
+)
+def test_elf_flags_as_measured(flags, abi, capability):
+    header = bytearray(cubin_bytes("sm_90a"))
+    header[8] = abi
+    struct.pack_into("<I", header, 48, flags)
+    assert elf_compute_capability(bytes(header), file="x") == capability
+
+
+def test_no_manifest(tmp_path):
+    message = refused(tmp_path)
+    assert str(tmp_path / "manifest.json") in message
+    assert "cannot be read" in message
+
+
+def test_bad_manifest_names_the_file(folder):
+    (folder / "manifest.json").write_text('{"schema_version": 7}')
+    with pytest.raises(ManifestError, match=r"artifacts/manifest.json: schema_version: expected 1"):
+        open_artifacts(folder)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
+    package = tmp_path / "dsv4_router_runtime"
+    place = package / "_artifacts" if inside else tmp_path / "artifacts"
+    package.mkdir()
+    place.mkdir()
+    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts.py"))
+    assert find_artifacts() == place
+
+
+def test_found_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts_module, "__file__", str(tmp_path / "package" / "artifacts.py"))
+    with pytest.raises(ArtifactError, match=r"no artifacts: .* repair it with `build-kernels build`"):
+        find_artifacts()

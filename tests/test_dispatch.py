@@ -1,0 +1,127 @@
+"""Which kernel runs what, and what is said when none does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dsv4_router_runtime.dispatch import (
+    Accepted,
+    Problem,
+    Rejected,
+    decode_ladder,
+    device_arch,
+    resolve,
+    runs_on,
+    select_kernel,
+)
+from dsv4_router_runtime.errors import NoKernelError
+from dsv4_router_runtime.manifest import IntRange, Manifest
+
+PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=7168)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "layout", "name"),
+    [
+        (1, "kmajor", "router_decode_kmajor_n16"),
+        (16, "kmajor", "router_decode_kmajor_n16"),
+        (17, "kmajor", "router_decode_kmajor_n64"),
+        (64, "emajor", "router_decode_emajor_n64"),
+        (65, "logits", "router_topk"),
+        (1, "logits", "router_topk"),
+    ],
+)
+def test_smallest_kernel_that_fits(manifest, num_tokens, layout, name):
+    problem = replace(PROBLEM, num_tokens=num_tokens, layout=layout)
+    kernel = select_kernel(manifest, problem, "sm_100a")
+    assert kernel.key == f"{name}.sm_100a"
+
+
+def test_every_kernel_gets_an_answer(manifest):
+    answers = resolve(manifest, PROBLEM, "sm_90a")
+    assert [answer.kernel for answer in answers] == list(manifest.kernels)
+    accepted = {a.kernel.key for a in answers if isinstance(a, Accepted)}
+    assert accepted == {"router_decode_kmajor_n16.sm_90a", "router_decode_kmajor_n64.sm_90a"}
+    assert all(a.reason for a in answers if isinstance(a, Rejected))
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [
+        ({"num_tokens": 17}, "takes num_tokens 1..16, got 17"),
+        ({"num_experts": 513}, "takes num_experts 1..512, got 513"),
+        ({"top_k": 9}, "takes top_k 1..8, got 9"),
+        ({"k": 7000}, "takes K in multiples of 64, got 7000"),
+        ({"layout": "emajor"}, "reads layout kmajor, this problem is emajor"),
+        ({"dtypes": {"out_ids": "int64"}}, "takes out_ids in int32, got int64"),
+    ],
+)
+def test_reasons(manifest, difference, reason):
+    answers = resolve(manifest, replace(PROBLEM, **difference), "sm_90a")
+    by_key = {answer.kernel.key: answer for answer in answers}
+    assert by_key["router_decode_kmajor_n16.sm_90a"].reason == reason
+
+
+def test_dtypes_a_kernel_does_not_mention_are_not_compared(manifest):
+    problem = replace(PROBLEM, dtypes={"logits": "float16", "W_gate": "bfloat16"})
+    assert select_kernel(manifest, problem, "sm_90a").name == "router_decode_kmajor_n16"
+
+
+def test_no_kernel_lists_every_candidate(manifest):
+    with pytest.raises(NoKernelError) as caught:
+        select_kernel(manifest, PROBLEM, "sm_103a")
+    message = str(caught.value)
+    for kernel in manifest.kernels:
+        assert f"{kernel.key}: built for {kernel.arch}, this GPU is sm_103a" in message
+    assert "num_tokens=1, K=7168, num_experts=384, top_k=6, layout=kmajor on sm_103a" in message
+    assert "`build-kernels build --arch sm_103a`" in message
+
+
+def test_no_kernels_at_all():
+    empty = Manifest(toolchain={}, kernels=())
+    with pytest.raises(NoKernelError, match="the manifest lists no kernels"):
+        select_kernel(empty, PROBLEM, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "device", "runs"),
+    [
+        ("sm_100a", "sm_100a", True),
+        ("sm_100a", "sm_103a", False),
+        ("sm_103a", "sm_100a", False),
+        ("sm_90a", "sm_100a", False),
+        ("sm_100f", "sm_103a", True),
+        ("sm_103f", "sm_100a", False),
+        ("sm_100f", "sm_120a", False),
+        ("sm_90", "sm_90a", True),
+        ("sm_86", "sm_89", True),
+        ("sm_89", "sm_86", False),
+    ],
+)
+def test_which_targets_run_where(built_for, device, runs):
+    assert runs_on(built_for, device) is runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((9, 0), "sm_90a"), ((10, 3), "sm_103a"), ((8, 9), "sm_89")]
+)
+def test_device_arch(capability, arch):
+    assert device_arch(*capability) == arch
+
+
+def test_ladder(manifest):
+    ladder = decode_ladder(manifest, PROBLEM, "sm_90a")
+    assert [(most, kernel.key) for most, kernel in ladder] == [
+        (16, "router_decode_kmajor_n16.sm_90a"),
+        (64, "router_decode_kmajor_n64.sm_90a"),
+    ]
+
+
+def test_ladder_with_a_gap_stops_before_it(manifest, change):
+    index = next(i for i, k in enumerate(manifest.kernels) if k.key.startswith("router_decode_kmajor_n64"))
+    for at in (index, index + 1):
+        late = replace(manifest.kernels[at].problem, num_tokens=IntRange(low=33, high=64))
+        manifest = change(manifest, at, problem=late)
+    assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [16]

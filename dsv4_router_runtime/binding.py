@@ -86,7 +86,6 @@ class Binding:
         pdl: bool,
         artifacts: ArtifactSet,
     ) -> None:
-        require_gpu(facts.device)
         self.facts = facts
         self.pdl = pdl
         self._index = facts.device.index
@@ -126,11 +125,10 @@ class Binding:
             "routed_scaling_factor": facts.scale,
             "logits_stride": facts.num_experts,
         }
-        self._w_maps = {
-            recipe: _encode_w_map(recipe, W_bound)
-            for _, loaded in self._rungs
-            for recipe in _recipes(loaded.kernel, "W_gate")
+        recipes = {
+            recipe for _, loaded in self._rungs for recipe in _recipes(loaded.kernel, "W_gate")
         }
+        self._w_maps = {recipe: _encode_w_map(recipe, W_bound) for recipe in recipes}
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from .arguments import check_call, check_layer
 from .artifacts import ArtifactSet, open_artifacts
-from .binding import Binding
+from .binding import Binding, require_gpu
 
 # dense_router_dispatch remembers this many layers: a few models of 61.
 MAX_REMEMBERED_LAYERS = 512
@@ -56,6 +56,7 @@ class Router:
         facts = check_layer(
             W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
         )
+        require_gpu(facts.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
         self._facts = facts
@@ -141,6 +142,7 @@ def _remembered_binding(
         facts = check_layer(
             W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
         )
+        require_gpu(facts.device)
         binding = Binding(W_gate, e_bias, facts, pdl=False, artifacts=open_artifacts())
         copied_from = None if binding.w_copy is None else W_gate
         _remembered[key] = (binding, copied_from, version_of(W_gate))

@@ -143,7 +143,7 @@ class Workspace:
         """FP32 [num_tokens, num_experts], uninitialised, under `slot.lock`."""
         size = num_tokens * num_experts
         if slot.logits is None or slot.logits.numel() < size:
-            slot.logits = self._empty(4 * size).view(torch.float32)
+            slot.logits = self._empty(size, torch.float32)
         return slot.logits[:size].view(num_tokens, num_experts)
 
     def _addresses(self, zeroed: int, plain: int) -> dict[str, int]:
@@ -156,9 +156,9 @@ class Workspace:
 
     # Made outside inference mode, whatever the caller's mode: an inference tensor could not be
     # written by a later call that is not in that mode.
-    def _empty(self, size: int) -> torch.Tensor:
+    def _empty(self, size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+            return torch.empty(size, dtype=dtype, device=self.device)
 
     def _zeros(self, size: int) -> torch.Tensor:
         with torch.inference_mode(False):

@@ -24,9 +24,13 @@ def folder(manifest, write_artifacts):
 
 def refused(folder, kernel=None) -> str:
     """The message with which opening `folder`, or reading one kernel of it, is refused."""
-    with pytest.raises(ArtifactError) as caught:
+
+    def open_and_read():
         opened = open_artifacts(folder)
         opened.read(opened.manifest.kernels[kernel])
+
+    with pytest.raises(ArtifactError) as caught:
+        open_and_read()
     assert "`build-kernels build`" in str(caught.value)
     return str(caught.value)
 
@@ -154,5 +158,7 @@ def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
 
 def test_found_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts_module, "__file__", str(tmp_path / "package" / "artifacts.py"))
-    with pytest.raises(ArtifactError, match=r"no artifacts: .* repair it with `build-kernels build`"):
+    with pytest.raises(
+        ArtifactError, match=r"no artifacts: .* repair it with `build-kernels build`"
+    ):
         find_artifacts()

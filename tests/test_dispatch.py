@@ -120,7 +120,9 @@ def test_ladder(manifest):
 
 
 def test_ladder_with_a_gap_stops_before_it(manifest, change):
-    index = next(i for i, k in enumerate(manifest.kernels) if k.key.startswith("router_decode_kmajor_n64"))
+    index = next(
+        i for i, k in enumerate(manifest.kernels) if k.key.startswith("router_decode_kmajor_n64")
+    )
     for at in (index, index + 1):
         late = replace(manifest.kernels[at].problem, num_tokens=IntRange(low=33, high=64))
         manifest = change(manifest, at, problem=late)

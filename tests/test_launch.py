@@ -11,13 +11,16 @@ from conftest import decode_kernel, topk_kernel
 from dsv4_router_runtime.launch import ParameterBlock, ceil_div, grid_of
 
 
-@pytest.mark.parametrize(("value", "divisor", "result"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
+@pytest.mark.parametrize(
+    ("value", "divisor", "result"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)]
+)
 def test_ceil_div(value, divisor, result):
     assert ceil_div(value, divisor) == result
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "grid"), [(1, (16, 1, 1)), (64, (16, 1, 1)), (65, (16, 2, 1)), (512, (16, 8, 1))]
+    ("num_experts", "grid"),
+    [(1, (16, 1, 1)), (64, (16, 1, 1)), (65, (16, 2, 1)), (512, (16, 8, 1))],
 )
 def test_decode_grid(num_experts, grid):
     assert grid_of(decode_kernel().launch, num_tokens=64, num_experts=num_experts) == grid

@@ -93,7 +93,11 @@ PARAMETER = "kernels/0/parameters"
         ("kernels/1/problem/top_k", [8, 1], "kernels[1].problem.top_k: expected [low, high]"),
         ("kernels/1/problem/top_k", [0, 1], "kernels[1].problem.top_k: expected [low, high]"),
         ("kernels/1/resources/opcodes/LDL", -1, "kernels[1].resources.opcodes.LDL: expected"),
-        (f"{PARAMETER}/2/kind", "int8", "kernels[0].parameters[2].kind: expected one of tensor_map"),
+        (
+            f"{PARAMETER}/2/kind",
+            "int8",
+            "kernels[0].parameters[2].kind: expected one of tensor_map",
+        ),
         (f"{PARAMETER}/2/size", 4, "kernels[0].parameters[2].size: expected 8"),
         (f"{PARAMETER}/2/offset", 260, "kernels[0].parameters[2].offset: expected a multiple of 8"),
         (f"{PARAMETER}/2/offset", 128, "kernels[0].parameters[2]: offset 128 is inside the one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -62,12 +63,13 @@ def test_stride_of_a_single_row_is_replaced(meaningless):
 )
 def test_what_the_driver_would_refuse(change, message):
     facts = {"address": ADDRESS, "sizes": {"N": 6, "K": 5120}, "strides": {"N": 5120, "K": 1}}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         encode_arguments(recipe(which=1), **(facts | change))
-    assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("box", "swizzle"), [((128, 16), "128B"), ((64, 16), "64B"), ((4, 4), "none")])
+@pytest.mark.parametrize(
+    ("box", "swizzle"), [((128, 16), "128B"), ((64, 16), "64B"), ((4, 4), "none")]
+)
 def test_box_rows_must_fit_the_swizzle(box, swizzle):
     bad = replace(recipe(which=1), box=box, swizzle=swizzle)
     sizes, strides = {"N": 6, "K": 5120}, {"N": 5120, "K": 1}

@@ -1,0 +1,522 @@
+"""The host side of a call, on a CPU: which kernel, with which arguments, on which scratch.
+
+The driver is replaced by a recorder; tensors lie in host memory and are never launched on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import sample_manifest
+
+from dsv4_router_runtime import Router, binding, driver, router, workspace
+from dsv4_router_runtime.artifacts import ArtifactSet
+from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
+from dsv4_router_runtime.launch import ParameterBlock
+from dsv4_router_runtime.tensor_map import encode_arguments
+
+K, E, TOP_K = 512, 80, 6
+
+
+class Gpu:
+    """A recorder in the driver's place."""
+
+    def __init__(self) -> None:
+        self.arch = "sm_90a"
+        self.stream = 0
+        self.capture = 0
+        self.loads: list[str] = []
+        self.maps: list = []
+        self.launches: list[dict] = []
+        self.products: list = []
+        self.pdl: list[bool] = []
+
+    @property
+    def last(self) -> dict:
+        return self.launches[-1]
+
+
+class RecordingSite:
+    """LaunchSite without a driver: a launch notes every parameter's value."""
+
+    def __init__(self, gpu, loaded, *, stream, grid, pdl):
+        self.gpu, self.stream, self.grid = gpu, stream, grid
+        self.block = ParameterBlock(loaded.kernel)
+        gpu.pdl.append(pdl)
+
+    def set_grid(self, grid):
+        self.grid = grid
+
+    def launch(self):
+        values = {name: cell.value for name, cell in self.block.cells.items()}
+        key = self.block.kernel.key
+        self.gpu.launches.append(
+            {"kernel": key, "stream": self.stream, "grid": self.grid, **values}
+        )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    recorder = Gpu()
+
+    def encode(arguments):
+        recorder.maps.append(arguments)
+        return driver.TensorMap()
+
+    def load(artifacts, kernel, device):
+        recorder.loads.append(kernel.key)
+        return driver.LoadedKernel(kernel=kernel, device=0, library=None, function=None)
+
+    monkeypatch.setattr(driver, "arch_of_device", lambda index: recorder.arch)
+    monkeypatch.setattr(driver, "load_kernel", load)
+    monkeypatch.setattr(driver, "encode_tensor_map", encode)
+    monkeypatch.setattr(driver, "capture_id", lambda stream: recorder.capture)
+    monkeypatch.setattr(driver, "LaunchSite", lambda *a, **b: RecordingSite(recorder, *a, **b))
+    for name, value in {
+        "current_stream": lambda index: recorder.stream,
+        "is_capturing": lambda: recorder.capture != 0,
+        "multiply": lambda x, w, out: recorder.products.append((x, w, out)),
+        "wait_for_current_stream": lambda device: None,
+        "_loaded": {},
+        "_map_caches": {},
+    }.items():
+        monkeypatch.setattr(binding, name, value)
+    monkeypatch.setattr(workspace, "wait_for_current_stream", lambda device: None)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(router, "require_gpu", lambda device: None)
+    monkeypatch.setattr(router, "_remembered", type(router._remembered)())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    return recorder
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())
+
+
+def weights(layout="kmajor", e=E):
+    if layout == "kmajor":
+        return torch.zeros(e, K, dtype=torch.bfloat16).t()
+    return torch.zeros(K, e, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def make(artifacts):
+    def made(layout="kmajor", e=E, scale=2.5, **more) -> Router:
+        W, bias = weights(layout, e), torch.zeros(e)
+        more = {"top_k": TOP_K, "artifacts": artifacts} | more
+        return Router(W, bias, routed_scaling_factor=scale, **more)
+
+    return made
+
+
+def step(num_tokens, rows=None, columns=TOP_K):
+    rows = num_tokens if rows is None else rows
+    x = torch.zeros(num_tokens, K, dtype=torch.bfloat16)
+    return x, torch.zeros(rows, columns), torch.zeros(rows, columns, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize(("num_tokens", "tile"), [(1, 16), (16, 16), (17, 64), (64, 64)])
+def test_decode_is_one_launch_with_every_parameter(gpu, make, layout, num_tokens, tile):
+    bound = make(layout)
+    x, w, ids = step(num_tokens, rows=70, columns=9)
+    bound(x, w, ids)
+    assert len(gpu.launches) == 1
+    assert gpu.products == []
+    last = gpu.last
+    assert last["kernel"] == f"router_decode_{layout}_n{tile}.sm_90a"
+    assert last["grid"] == (16, 2, 1)
+    assert last["e_bias"] == bound.e_bias.data_ptr()
+    assert (last["out_weights"], last["out_ids"]) == (w.data_ptr(), ids.data_ptr())
+    assert (last["out_weights_stride"], last["out_ids_stride"]) == (9, 9)
+    assert (last["num_tokens"], last["num_experts"], last["num_k_blocks"]) == (num_tokens, E, 8)
+    assert (last["top_k"], last["routed_scaling_factor"]) == (TOP_K, 2.5)
+    assert all(last[name] for name in ("w_map", "x_map", "partials", "counters"))
+    assert last["w_map"] != last["x_map"]
+
+
+def test_tensor_maps_describe_the_tensors(gpu, make):
+    bound = make()
+    x, w, ids = step(5)
+    bound(x, w, ids)
+    w_map, x_map = gpu.maps
+    assert (w_map.address, w_map.dims, w_map.strides) == (bound.W_gate.data_ptr(), (K, E), (1024,))
+    assert (x_map.address, x_map.dims, x_map.strides) == (x.data_ptr(), (K, 5), (1024,))
+    assert x_map.box == (64, 16)
+
+
+def test_weights_map_is_encoded_once_and_activations_maps_are_remembered(gpu, make):
+    bound = make()
+    x, w, ids = step(8)
+    for _ in range(3):
+        bound(x, w, ids)
+    assert len(gpu.maps) == 2
+    bound(x[:7], w, ids)
+    assert [m.dims for m in gpu.maps[2:]] == [(K, 7)]
+    bound(x, w, ids)
+    assert len(gpu.maps) == 3
+
+
+def test_layers_share_the_maps_of_activations(gpu, make):
+    first, second = make(), make()
+    x, w, ids = step(8)
+    first(x, w, ids)
+    second(x, w, ids)
+    assert [m.dims for m in gpu.maps] == [(K, E), (K, E), (K, 8)]
+    assert gpu.launches[0]["x_map"] == gpu.launches[1]["x_map"]
+    assert gpu.launches[0]["w_map"] != gpu.launches[1]["w_map"]
+
+
+def test_map_cache_drops_the_oldest(gpu, make, monkeypatch):
+    monkeypatch.setattr(binding, "MAX_CACHED_MAPS", 2)
+    bound = make()
+    x, w, ids = step(8)
+    for num_tokens in (1, 2, 3, 3, 2, 1):
+        bound(x[:num_tokens], w, ids)
+    encoded = [m.dims[1] for m in gpu.maps[1:]]
+    assert encoded == [1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("num_tokens", [65, 1000])
+def test_prefill_is_a_product_and_a_selection(gpu, make, num_tokens):
+    bound = make()
+    x, w, ids = step(num_tokens)
+    bound(x, w, ids)
+    [(left, right, logits)] = gpu.products
+    assert left is x
+    assert right is bound.W_gate
+    assert (logits.shape, logits.dtype) == ((num_tokens, E), torch.float32)
+    assert logits.is_contiguous()
+    last = gpu.last
+    assert last["kernel"] == "router_topk.sm_90a"
+    assert last["grid"] == (-(-num_tokens // 4), 1, 1)
+    assert (last["logits"], last["logits_stride"]) == (logits.data_ptr(), E)
+    assert (last["num_tokens"], last["num_experts"]) == (num_tokens, E)
+    assert len(gpu.launches) == 1
+
+
+def test_prefill_grid_follows_n_and_logits_only_grow(gpu, make):
+    bound = make()
+    for num_tokens in (100, 200, 100):
+        bound(*step(num_tokens))
+    assert [item["grid"][0] for item in gpu.launches] == [25, 50, 25]
+    small, large, again = (item["logits"] for item in gpu.launches)
+    assert small != large == again
+
+
+def test_no_tokens_is_no_launch(gpu, make):
+    make()(*step(0))
+    assert gpu.launches == gpu.products == []
+
+
+def test_refused_call_launches_nothing_and_touches_nothing(gpu, make):
+    bound = make()
+    x, w, ids = step(4)
+    w.fill_(7.0)
+    for wrong in ((x, w, ids.long()), (x, w[:3], ids), (x.float(), w, ids), (x[:, :64], w, ids)):
+        with pytest.raises((TypeError, ValueError)):
+            bound(*wrong)
+    assert gpu.launches == gpu.products == []
+    assert (w == 7.0).all()
+
+
+def test_streams_have_their_own_scratch_and_layers_share_it(gpu, make):
+    first, second = make(), make()
+    for stream in (0, 0x70, 0):
+        gpu.stream = stream
+        first(*step(4))
+        second(*step(40))
+    counters = [item["counters"] for item in gpu.launches]
+    partials = [item["partials"] for item in gpu.launches]
+    assert [item["stream"] for item in gpu.launches] == [0, 0, 0x70, 0x70, 0, 0]
+    for addresses in (counters, partials):
+        assert addresses[0] == addresses[1] == addresses[4] == addresses[5]
+        assert addresses[2] == addresses[3] != addresses[0]
+
+
+def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make):
+    bound = make()
+    gpu.stream = workspace.PER_THREAD_STREAM
+    bound(*step(4))
+    thread = threading.Thread(target=lambda: bound(*step(4)))
+    thread.start()
+    thread.join()
+    bound(*step(4))
+    here, there, again = (item["counters"] for item in gpu.launches)
+    assert here == again != there
+
+
+def test_captures_have_their_own_counters(gpu, make):
+    bound = make()
+    for gpu.capture in (0, 1, 1, 2, 0):
+        bound(*step(4))
+    gpu.capture, gpu.stream = 2, 0x70
+    bound(*step(4))
+    eager, one, one_again, two, eager_again, two_forked = (i["counters"] for i in gpu.launches)
+    assert eager == eager_again
+    assert one == one_again
+    assert len({eager, one, two, two_forked}) == 4
+
+
+def reserve_of(bound: Router) -> workspace.Workspace:
+    return bound._binding._workspace
+
+
+def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
+    bound = make()
+    reserve = reserve_of(bound)
+    assert len(reserve._free) == workspace.RESERVE_SLOTS
+    assert all(not chunk.any() for chunk in reserve._reserve)
+    seen = set()
+    for gpu.capture in range(1, 20):
+        bound(*step(4))
+        seen.add(gpu.last["counters"])
+    assert len(seen) == 19
+    assert all(b - a >= 256 for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False))
+    assert len(reserve._free) == workspace.RESERVE_SLOTS - 19
+
+
+def test_empty_reserve_falls_back_to_recorded_zeroing_and_refills(gpu, make):
+    bound = make()
+    reserve = reserve_of(bound)
+    reserve._free.clear()
+    gpu.capture = 1
+    bound(*step(4))
+    assert gpu.last["counters"]
+    assert reserve._free == []
+    gpu.capture = 0
+    make()
+    assert len(reserve._free) == workspace.RESERVE_SLOTS
+
+
+def test_prefill_under_capture_leaves_the_eager_logits_alone(gpu, make):
+    bound = make()
+    bound(*step(100))
+    eager = gpu.last["logits"]
+    gpu.capture = 1
+    bound(*step(100))
+    assert gpu.last["logits"] != eager
+    gpu.capture = 0
+    bound(*step(100))
+    assert gpu.last["logits"] == eager
+
+
+def test_scratch_made_in_inference_mode_can_be_used_outside(gpu, make):
+    bound = make()
+    with torch.inference_mode():
+        bound(*step(100))
+    assert not gpu.products[0][2].is_inference()
+
+
+def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
+    bound = make()
+    assert gpu.loads == [
+        "router_decode_kmajor_n16.sm_90a",
+        "router_decode_kmajor_n64.sm_90a",
+        "router_topk.sm_90a",
+    ]
+    assert bound.kernels == tuple(gpu.loads)
+    make()
+    bound(*step(4))
+    bound(*step(100))
+    assert len(gpu.loads) == 3
+
+
+def test_loading_under_capture_is_refused(gpu, make):
+    gpu.capture = 5
+    with pytest.raises(RouterError, match=r"being captured and router_decode_kmajor_n16.sm_90a"):
+        make()
+    gpu.capture = 0
+    make()
+    gpu.capture = 5
+    make()(*step(4))
+    assert len(gpu.launches) == 1
+
+
+def test_copying_under_capture_is_refused(gpu, make):
+    make()
+    gpu.capture = 5
+    with pytest.raises(RouterError, match="W_gate would have to be copied"):
+        make("emajor", e=132)
+
+
+def test_unaligned_rows_are_copied_k_contiguous(gpu, make):
+    bound = make("emajor", e=132)
+    copy = bound._binding.w_copy
+    assert bound.weights_copied
+    assert bound.kernels[0] == "router_decode_kmajor_n16.sm_90a"
+    assert copy.stride() == (1, K)
+    assert gpu.maps[0].address == copy.data_ptr()
+    bound(*step(100))
+    assert gpu.products[0][1] is copy
+    assert not make().weights_copied
+
+
+def test_copied_weights_hold_the_same_numbers(gpu, artifacts):
+    W = torch.arange(K * 132).view(K, 132).bfloat16()
+    bound = Router(W, torch.zeros(132), top_k=1, routed_scaling_factor=1, artifacts=artifacts)
+    assert torch.equal(bound._binding.w_copy, W)
+
+
+def test_modified_weights_are_refused_only_where_they_were_copied(gpu, make):
+    copied, plain = make("emajor", e=132), make("emajor", e=136)
+    for bound in (copied, plain):
+        bound(*step(4))
+        bound.W_gate.add_(1)
+    with pytest.raises(ValueError, match=r"W_gate: .*modified in place.*make a new Router"):
+        copied(*step(4))
+    plain(*step(4))
+    assert len(gpu.launches) == 3
+
+
+def test_pdl_reaches_the_launch(gpu, make):
+    make(pdl=True)(*step(4))
+    make()(*step(4))
+    assert gpu.pdl == [True, False]
+
+
+def test_no_kernel_for_this_gpu(gpu, make):
+    gpu.arch = "sm_103a"
+    with pytest.raises(NoKernelError) as caught:
+        make()
+    assert "router_decode_kmajor_n16.sm_100a: built for sm_100a, this GPU is sm_103a" in str(
+        caught.value
+    )
+    assert gpu.loads == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("top_k", "bias_vl", 'parameters[10].name: nothing to pass as "bias_vl"'),
+        ("out_ids", "ids", 'none is named "out_ids", which each call writes'),
+    ],
+)
+def test_parameters_unknown_to_this_runtime_are_refused_when_bound(gpu, make, old, new, message):
+    manifest = sample_manifest()
+    kernels = tuple(
+        replace(
+            kernel,
+            parameters=tuple(
+                replace(p, name=new) if p.name == old else p for p in kernel.parameters
+            ),
+        )
+        for kernel in manifest.kernels
+    )
+    altered = ArtifactSet(folder="", manifest=replace(manifest, kernels=kernels))
+    with pytest.raises(ArtifactError) as caught:
+        make(artifacts=altered)
+    assert message in str(caught.value)
+    assert gpu.loads == []
+
+
+def test_repr_says_what_is_bound(gpu, make):
+    text = repr(make())
+    assert "K=512, num_experts=80, top_k=6, routed_scaling_factor=2.5, layout=kmajor" in text
+    assert "router_topk.sm_90a" in text
+
+
+@pytest.fixture
+def dispatch(gpu, artifacts, monkeypatch):
+    monkeypatch.setattr(router, "open_artifacts", lambda: artifacts)
+    return router.dense_router_dispatch
+
+
+def test_dispatch_prepares_a_layer_once(gpu, dispatch):
+    W, bias = weights(), torch.zeros(E)
+    for _ in range(3):
+        x, w, ids = step(4)
+        dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    # A fresh view of the same weights is the same layer.
+    dispatch(x, W.t().t(), bias, 2.5, TOP_K, w, ids)
+    assert len(router._remembered) == 1
+    assert len(gpu.launches) == 4
+    assert len({item["w_map"] for item in gpu.launches}) == 1
+
+
+def test_dispatch_tells_layers_apart(gpu, dispatch):
+    W, bias = weights(), torch.zeros(E)
+    x, w, ids = step(4)
+    dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    dispatch(x, weights(), bias, 2.5, TOP_K, w, ids)
+    dispatch(x, W, torch.ones(E), 2.5, TOP_K, w, ids)
+    dispatch(x, W, bias, 1.5, TOP_K, w, ids)
+    dispatch(x, W, bias, 2.5, TOP_K - 1, w, ids)
+    assert len(router._remembered) == 5
+
+
+@pytest.mark.parametrize("top_k", [float(TOP_K), True])
+def test_a_remembered_layer_does_not_excuse_a_wrong_argument(gpu, dispatch, top_k):
+    W, bias = weights(), torch.zeros(E)
+    x, w, ids = step(4)
+    dispatch(x, W, bias, 2.5, int(top_k), w, ids)
+    with pytest.raises(TypeError, match="top_k: expected an int"):
+        dispatch(x, W, bias, 2.5, top_k, w, ids)
+    with pytest.raises(TypeError, match="W_gate: expected dtype"):
+        dispatch(x, W.view(torch.float16), bias, 2.5, int(top_k), w, ids)
+    with pytest.raises(TypeError, match=r"W_gate: expected a torch\.Tensor"):
+        dispatch(x, None, bias, 2.5, int(top_k), w, ids)
+    assert len(gpu.launches) == 1
+
+
+def test_dispatch_copies_again_what_was_modified(gpu, dispatch):
+    W, bias = weights("emajor", e=132), torch.zeros(132)
+    x, w, ids = step(4)
+    dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    W.add_(1)
+    dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    [(bound, kept, _)] = router._remembered.values()
+    assert kept is W
+    assert torch.equal(bound.w_copy, W)
+
+
+def test_dispatch_keeps_no_weights_alive_that_it_reads_in_place(gpu, dispatch):
+    x, w, ids = step(4)
+    dispatch(x, weights(), torch.zeros(E), 2.5, TOP_K, w, ids)
+    [(_, kept, _)] = router._remembered.values()
+    assert kept is None
+
+
+def test_dispatch_forgets_the_oldest_layer(gpu, dispatch, monkeypatch):
+    monkeypatch.setattr(router, "MAX_REMEMBERED_LAYERS", 2)
+    x, w, ids = step(4)
+    layers = [(weights(), torch.zeros(E)) for _ in range(3)]
+    for W, bias in layers:
+        dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    assert len(router._remembered) == 2
+
+
+def test_threads_on_one_router_do_not_mix_their_arguments(gpu, make):
+    bound = make()
+    cases = [step(n) for n in range(1, 9)]
+
+    def work(case):
+        for _ in range(200):
+            bound(*case)
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {(c[0].shape[0], c[1].data_ptr(), c[2].data_ptr()) for c in cases}
+    got = {(i["num_tokens"], i["out_weights"], i["out_ids"]) for i in gpu.launches}
+    assert got == expected
+    assert len(gpu.launches) == 1600
+
+
+def test_maps_are_encoded_for_what_the_driver_accepts(gpu, make):
+    """The recipes' own rules hold for a single expert, whose row stride torch leaves arbitrary."""
+    W = torch.zeros(K, 8, dtype=torch.bfloat16)[:, :1]
+    recipe = sample_manifest().kernels[0].parameters[0].tensor_map
+    sizes, strides = {"K": K, "E": 1}, {"K": 8, "E": 1}
+    assert encode_arguments(recipe, address=W.data_ptr(), sizes=sizes, strides=strides).dims == (
+        1,
+        K,
+    )

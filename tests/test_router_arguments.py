@@ -1,0 +1,248 @@
+"""Every wrong argument is refused with its name, what is allowed and what was got."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_router_runtime import Router, dense_router_dispatch
+from dsv4_router_runtime.arguments import check_call, check_layer, layout_of
+
+K, E, TOP_K, N = 128, 16, 4, 3
+
+
+def weights(k=K, e=E, layout="kmajor", dtype=torch.bfloat16):
+    if layout == "kmajor":
+        return torch.zeros(e, k, dtype=dtype).t()
+    return torch.zeros(k, e, dtype=dtype)
+
+
+def layer(**more):
+    given = {"W_gate": weights(), "e_bias": torch.zeros(E), "top_k": TOP_K} | more
+    return check_layer(
+        given["W_gate"],
+        given["e_bias"],
+        top_k=given["top_k"],
+        routed_scaling_factor=more.get("routed_scaling_factor", 2.5),
+    )
+
+
+def call(**more):
+    given = {
+        "hidden_states": torch.zeros(N, K, dtype=torch.bfloat16),
+        "out_weights": torch.zeros(N, TOP_K),
+        "out_ids": torch.zeros(N, TOP_K, dtype=torch.int32),
+    } | more
+    return check_call(layer(), **given)
+
+
+def unaligned(shape, dtype):
+    """A tensor whose data starts one element past an aligned address."""
+    count = 1
+    for size in shape:
+        count *= size
+    return torch.zeros(count + 1, dtype=dtype)[1:].view(shape)
+
+
+def bf16(*shape):
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def test_right_arguments():
+    facts = layer(routed_scaling_factor=2)
+    assert (facts.k, facts.num_experts, facts.top_k, facts.scale) == (K, E, TOP_K, 2.0)
+    assert (facts.layout, facts.loadable) == ("kmajor", True)
+    assert call() == N
+
+
+@pytest.mark.parametrize(
+    ("W_gate", "layout", "loadable"),
+    [
+        (weights(), "kmajor", True),
+        (weights(layout="emajor"), "emajor", True),
+        (weights(e=132, layout="emajor"), "emajor", False),
+        (weights(e=132), "kmajor", True),
+        (weights(e=1), "kmajor", True),
+        (weights(e=1, layout="emajor"), "kmajor", True),
+        (weights(e=3, layout="emajor")[:, :1], "emajor", False),
+        (bf16(E, 2 * K)[:, :K].t(), "kmajor", True),
+        (bf16(K, 24)[:, :16], "emajor", True),
+        (bf16(K, 24)[:, 8:], "emajor", True),
+    ],
+)
+def test_layouts(W_gate, layout, loadable):
+    facts = layer(W_gate=W_gate, e_bias=torch.zeros(W_gate.shape[1]), top_k=1)
+    assert (facts.layout, facts.loadable) == (layout, loadable)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"W_gate": None}, TypeError, "W_gate: expected a torch.Tensor (got NoneType)"),
+        (
+            {"W_gate": weights(dtype=torch.float16)},
+            TypeError,
+            "W_gate: expected dtype torch.bfloat16 (got torch.float16)",
+        ),
+        ({"W_gate": bf16(K)}, ValueError, "W_gate: expected 2 dimensions (got shape [128])"),
+        (
+            {"W_gate": weights(k=100)},
+            ValueError,
+            "W_gate: expected K (shape[0]) in multiples of 64",
+        ),
+        ({"W_gate": weights(k=0)}, ValueError, "W_gate: expected K (shape[0]) in multiples of 64"),
+        ({"W_gate": weights(e=513)}, ValueError, "W_gate: expected 1..512 experts"),
+        ({"W_gate": weights(e=0)}, ValueError, "W_gate: expected 1..512 experts"),
+        ({"W_gate": bf16(2 * E, 2 * K)[::2, ::2].t()}, ValueError, "W_gate: expected unit stride"),
+        ({"W_gate": bf16(1).expand(K, E)}, ValueError, "W_gate: expected unit stride along K"),
+        (
+            {"W_gate": bf16(2 * K).as_strided((K, E), (1, 1))},
+            ValueError,
+            "rows not overlapping (got shape [128, 16] with strides (1, 1))",
+        ),
+        ({"W_gate": bf16(E, K + 4)[:, :K].t()}, ValueError, "a stride along E in multiples of 8"),
+        ({"W_gate": unaligned((E, K), torch.bfloat16).t()}, ValueError, "aligned to 16 bytes (got"),
+        ({"e_bias": [0.0] * E}, TypeError, "e_bias: expected a torch.Tensor (got list)"),
+        ({"e_bias": torch.zeros(E).double()}, TypeError, "e_bias: expected dtype torch.float32"),
+        ({"e_bias": torch.zeros(E, 1)}, ValueError, "e_bias: expected 1 dimension (got shape"),
+        ({"e_bias": torch.zeros(E + 1)}, ValueError, "e_bias: expected shape [16], one for each"),
+        ({"e_bias": torch.zeros(2 * E)[::2]}, ValueError, "e_bias: expected unit stride"),
+        (
+            {"e_bias": torch.zeros(E, device="meta")},
+            ValueError,
+            "e_bias: expected device cpu, where",
+        ),
+        ({"top_k": 0}, ValueError, "top_k: expected 1..8 (got 0)"),
+        ({"top_k": 9}, ValueError, "top_k: expected 1..8 (got 9)"),
+        ({"top_k": 4.0}, TypeError, "top_k: expected an int (got float)"),
+        ({"top_k": True}, TypeError, "top_k: expected an int (got bool)"),
+        (
+            {"top_k": 4, "W_gate": weights(e=3), "e_bias": torch.zeros(3)},
+            ValueError,
+            "top_k: expected at most the 3 experts of W_gate (got 4)",
+        ),
+        (
+            {"routed_scaling_factor": torch.ones(())},
+            TypeError,
+            "routed_scaling_factor: expected a float (got Tensor)",
+        ),
+        ({"routed_scaling_factor": True}, TypeError, "routed_scaling_factor: expected a float"),
+        (
+            {"routed_scaling_factor": float("nan")},
+            ValueError,
+            "routed_scaling_factor: expected a finite number (got nan)",
+        ),
+    ],
+)
+def test_wrong_layer(wrong, error, message):
+    with pytest.raises(error) as caught:
+        layer(**wrong)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"hidden_states": 1}, TypeError, "hidden_states: expected a torch.Tensor (got int)"),
+        ({"hidden_states": torch.zeros(N, K)}, TypeError, "hidden_states: expected dtype"),
+        ({"hidden_states": bf16(K)}, ValueError, "hidden_states: expected 2 dimensions"),
+        ({"hidden_states": bf16(N, K + 64)}, ValueError, "hidden_states: expected shape [N, 128]"),
+        (
+            {"hidden_states": bf16(N, K).to("meta")},
+            ValueError,
+            "hidden_states: expected device cpu",
+        ),
+        ({"hidden_states": bf16(N, 2 * K)[:, ::2]}, ValueError, "unit stride along K (got shape"),
+        ({"hidden_states": bf16(N, K + 4)[:, :K]}, ValueError, "a row stride of at least K and a"),
+        ({"hidden_states": bf16(1, K).expand(N, K)}, ValueError, "a row stride of at least K"),
+        ({"hidden_states": unaligned((N, K), torch.bfloat16)}, ValueError, "aligned to 16 bytes"),
+        (
+            {"hidden_states": bf16(N, K).to_sparse()},
+            ValueError,
+            "hidden_states: expected a dense tensor",
+        ),
+        (
+            {"out_weights": torch.zeros(N, TOP_K).bfloat16()},
+            TypeError,
+            "out_weights: expected dtype",
+        ),
+        ({"out_weights": torch.zeros(N * TOP_K)}, ValueError, "out_weights: expected 2 dimensions"),
+        (
+            {"out_weights": torch.zeros(N - 1, TOP_K)},
+            ValueError,
+            "out_weights: expected at least [3, 4] (N, top_k) (got shape [2, 4])",
+        ),
+        ({"out_weights": torch.zeros(N, TOP_K - 1)}, ValueError, "out_weights: expected at least"),
+        (
+            {"out_weights": torch.zeros(TOP_K, N).t()},
+            ValueError,
+            "out_weights: expected unit stride",
+        ),
+        (
+            {"out_weights": torch.zeros(1, TOP_K).expand(N, -1)},
+            ValueError,
+            "a row stride of at least",
+        ),
+        (
+            {"out_ids": torch.zeros(N, TOP_K).long()},
+            TypeError,
+            "out_ids: expected dtype torch.int32",
+        ),
+        ({"out_ids": torch.zeros(N, 3).int()}, ValueError, "out_ids: expected at least [3, 4]"),
+        (
+            {"out_ids": torch.zeros(N, TOP_K, device="meta").int()},
+            ValueError,
+            "out_ids: expected device cpu, where W_gate is (got device meta)",
+        ),
+    ],
+)
+def test_wrong_call(wrong, error, message):
+    with pytest.raises(error) as caught:
+        call(**wrong)
+    assert message in str(caught.value)
+
+
+def test_allowed_views():
+    assert call(hidden_states=bf16(N, K + 8)[:, :K]) == N
+    assert call(hidden_states=bf16(1, K + 4)[:, :K]) == 1
+    assert call(hidden_states=bf16(0, K)) == 0
+    assert call(out_weights=torch.zeros(N + 2, TOP_K + 3), out_ids=torch.zeros(99, 9).int()) == N
+
+
+def test_outputs_must_not_share_elements():
+    buffer = torch.zeros(N, 2 * TOP_K + 2)
+    w = buffer[:, :TOP_K]
+    ids = buffer.view(torch.int32)
+    assert call(out_weights=w, out_ids=ids[:, TOP_K:]) == N
+    for overlapping in (ids, ids[:, TOP_K - 1 :]):
+        with pytest.raises(ValueError, match="out_ids: expected memory apart from out_weights"):
+            call(out_weights=w, out_ids=overlapping)
+    flat = torch.zeros(N * TOP_K + 2)
+    first = flat[:12].view(N, TOP_K)
+    with pytest.raises(ValueError, match="out_ids: expected memory apart from out_weights"):
+        call(out_weights=first, out_ids=flat[2:].view(torch.int32).view(N, TOP_K))
+
+
+def test_outputs_must_not_share_elements_with_the_input():
+    x = bf16(N, K)
+    with pytest.raises(ValueError, match="out_weights: expected memory apart from hidden_states"):
+        call(hidden_states=x, out_weights=x.view(torch.float32)[:, :TOP_K])
+    with pytest.raises(ValueError, match="out_ids: expected memory apart from hidden_states"):
+        call(hidden_states=x, out_ids=x.view(torch.int32)[:, 8:])
+
+
+def test_single_expert_reads_as_kmajor():
+    assert layout_of(bf16(K, 1)) == "kmajor"
+    assert layout_of(bf16(K, 2)[:, :1]) == "emajor"
+
+
+def test_cpu_tensors_are_refused_before_anything_else():
+    message = r"W_gate: expected a CUDA device \(got device cpu\)"
+    outputs = torch.zeros(N, TOP_K), torch.zeros(N, TOP_K).int()
+    with pytest.raises(ValueError, match=message):
+        dense_router_dispatch(bf16(N, K), weights(), torch.zeros(E), 2.5, TOP_K, *outputs)
+
+
+def test_router_checks_the_layer_before_it_looks_for_artifacts(tmp_path):
+    with pytest.raises(ValueError, match=r"top_k: expected 1\.\.8"):
+        Router(weights(), torch.zeros(E), top_k=9, routed_scaling_factor=1.0, artifacts=tmp_path)

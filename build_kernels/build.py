@@ -7,6 +7,7 @@ and package metadata; neither the DSL nor NVRTC is loaded for it.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -44,6 +45,7 @@ from .specs import KERNELS, KernelSpec
 
 # Files of the builder that decide what an entry of the manifest says.
 _BUILDER_FILES = ("build.py", "compilers.py", "cubin.py")
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 class BuildError(Exception):
@@ -319,8 +321,11 @@ def _compile_all(
 
 
 def _start_worker() -> None:
-    """Make a worker's result independent of the caller's environment, and Ctrl-C the parent's."""
+    """Make a worker's result independent of the caller's environment, and its end the parent's."""
+    # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot stop its workers: have the kernel do it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Compilers print; results belong on stdout alone.
     sys.stdout.flush()
     os.dup2(2, 1)
@@ -354,8 +359,7 @@ def make_entry(
     _check("compute capability", facts.compute_capability, compute_capability(task.arch))
     _check("symbol", facts.symbol, spec.symbol)
     _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
-    if prod(compiled.block) > prod(facts.max_block or compiled.block):
-        raise BuildError(f"block {compiled.block} is over the cubin's {facts.max_block}")
+    _check("block that the cubin is bounded to", facts.max_block or compiled.block, compiled.block)
     _check("cluster", compiled.cluster, spec.cluster)
     _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
     _check("expert tile", compiled.expert_tile, spec.expert_tile)

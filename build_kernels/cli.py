@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.manifest import Kernel, Parameter
+from dsv4_router_runtime.manifest import Kernel, Manifest, Parameter, serialise_manifest
 
 from . import build as builder
 from .compilers import CompileError
@@ -133,7 +133,8 @@ def inspect(kernel: str, archs: tuple[str, ...], artifacts: Path | None, as_json
         folder = artifacts or builder.default_artifacts()
         entries = builder.built_entries(folder, kernel, archs or ARCH_NAMES)
     if as_json:
-        print(json.dumps([asdict(entry) for entry in entries], indent=1, sort_keys=True))
+        document = json.loads(serialise_manifest(Manifest(toolchain={}, kernels=entries)))
+        print(json.dumps(document["kernels"], indent=1, sort_keys=True))
         return
     for entry in entries:
         _print_entry(entry)

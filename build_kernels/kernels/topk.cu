@@ -73,7 +73,10 @@ __device__ __forceinline__ float router_score(float x) {
   float largest_finite;  // min that keeps NaN
   asm("min.NaN.f32 %0, %1, 0f7F7FFFFF;" : "=f"(largest_finite) : "f"(x));
   const bool negative = x <= 0.0f;  // false for NaN, which so reaches z
-  const float z = negative ? p : fmaf(u, p, largest_finite);
+  // In assembly, so that NVVM does not turn the selection below into a branch around it.
+  float softplus;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(softplus) : "f"(u), "f"(p), "f"(largest_finite));
+  const float z = negative ? p : softplus;
   // z is in [0.69, FLT_MAX]: one Newton step in fused arithmetic gives the correctly rounded root,
   // without the branch to a slow path that sqrtf carries for denormals.
   float y;
@@ -181,7 +184,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     unsigned key = kNoCandidate;
     if (lane < num_slots) {
       unsigned* slot_key = keys + lane * kKeyRow + owner;
-      key = lane == static_cast<int>(expert / 32) ? unsigned{kNoCandidate} : *slot_key;
+      key = *slot_key;
+      key = lane == static_cast<int>(expert / 32) ? unsigned{kNoCandidate} : key;
       *slot_key = key;
     }
     const unsigned next_key = __reduce_max_sync(kAllLanes, key);

@@ -1,0 +1,524 @@
+"""Planning, compiling, publishing: what is rebuilt, what is refused, what a crash leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("elftools", reason="needs the extra `build`")
+
+from build_kernels import build, compilers, publish
+from build_kernels.build import BuildError, Report, Task, make_plan, run_build
+from build_kernels.cubin import CubinParameter
+from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, KernelSpec
+from dsv4_router_runtime.artifacts import open_artifacts
+
+ARCHS = tuple(arch.name for arch in ARCHITECTURES)
+TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
+DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
+
+COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
+
+LOCAL_ARRAY = """
+extern "C" __global__ void __launch_bounds__(128) router_topk(
+    const float* a, const float* b, float* c, int* d, int e, int f, int g, float h, int i, int j,
+    int k) {
+  int many[64];
+  for (int n = 0; n < 64; ++n) many[n] = d[n];
+  for (int n = 0; n < 64; ++n) many[d[64 + n] & 63] += n;
+  d[threadIdx.x] = many[d[threadIdx.x] & 63];
+}
+"""
+
+
+def make(
+    artifacts: Path, names: Sequence[str] = (TOPK.name,), archs: Sequence[str] = ARCHS, **options
+) -> Report:
+    return run_build(artifacts, make_plan(artifacts, names, archs), jobs=2, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_whole(folder: Path) -> None:
+    """The runtime's own checks: closed set, hashes, architectures."""
+    artifacts = open_artifacts(folder)
+    assert artifacts.manifest.kernels
+    for kernel in artifacts.manifest.kernels:
+        artifacts.read(kernel)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "artifacts"
+    report = make(folder)
+    assert report.built == tuple(f"{TOPK.name}.{arch}" for arch in ARCHS)
+    return folder
+
+
+@pytest.fixture
+def artifacts(pristine: Path, tmp_path: Path) -> Path:
+    """router_topk, built for every architecture; a copy for the test to spoil."""
+    return Path(shutil.copytree(pristine, tmp_path / "artifacts"))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(build, "ProcessPoolExecutor", refuse)
+
+
+class TestPlan:
+    def test_a_build_makes_a_whole_set(self, artifacts: Path) -> None:
+        check_whole(artifacts)
+        names = {f"{TOPK.name}.{arch}.{kind}" for arch in ARCHS for kind in ("cubin", "ptx")}
+        assert set(contents(artifacts)) == names | {"manifest.json"}
+
+    @pytest.mark.usefixtures("no_compiler")
+    def test_nothing_to_do_touches_nothing(self, artifacts: Path) -> None:
+        before = {path: path.stat() for path in (artifacts, *artifacts.iterdir())}
+        report = make(artifacts)
+        assert report.built == ()
+        assert report.up_to_date == tuple(f"{TOPK.name}.{arch}" for arch in ARCHS)
+        for path, was in before.items():
+            now = path.stat()
+            assert (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns)
+
+    @pytest.mark.parametrize("kind", ["cubin", "ptx"])
+    @pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+    def test_a_damaged_file_is_repaired(self, artifacts: Path, kind: str, damage: str) -> None:
+        wanted = contents(artifacts)
+        path = artifacts / f"{TOPK.name}.sm_90a.{kind}"
+        data = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(data[:-1] + (b"" if damage == "truncated" else b"x"))
+        assert make(artifacts).built == (f"{TOPK.name}.sm_90a",)
+        assert contents(artifacts) == wanted
+
+    @pytest.mark.usefixtures("no_compiler")
+    def test_surplus_goes_and_evidence_and_dotfiles_stay(self, artifacts: Path) -> None:
+        for name in ("old.sm_90a.cubin", "notes.txt", "evidence.json", ".keep"):
+            (artifacts / name).write_text("{}")
+        assert make(artifacts).removed == ("notes.txt", "old.sm_90a.cubin")
+        assert {"evidence.json", ".keep"} < set(contents(artifacts))
+        check_whole(artifacts)
+
+    @pytest.mark.parametrize("text", ["", "{", '{"schema_version": 99}'])
+    def test_an_unreadable_manifest_is_made_anew(self, artifacts: Path, text: str) -> None:
+        wanted = contents(artifacts)
+        (artifacts / "manifest.json").write_text(text)
+        plan = make_plan(artifacts, [TOPK.name], ARCHS)
+        assert plan.manifest is None
+        assert plan.problem
+        make(artifacts)
+        assert contents(artifacts) == wanted
+
+    def test_a_manifest_not_as_we_write_it_is_written_again(self, artifacts: Path) -> None:
+        path = artifacts / "manifest.json"
+        wanted = path.read_bytes()
+        path.write_text(json.dumps(json.loads(wanted)))
+        assert make(artifacts).built == ()
+        assert path.read_bytes() == wanted
+
+    def test_another_toolchain_makes_everything_stale(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        versions = compilers.toolchain_versions() | {"nvidia-cutlass-dsl-libs-core": "9.9.9"}
+        monkeypatch.setattr(compilers, "toolchain_versions", lambda: versions)
+        plan = make_plan(artifacts, [TOPK.name], ["sm_90a"])
+        assert [task.arch for task in plan.stale] == ["sm_90a"]
+        assert plan.kept == ()  # made by the old tools: not to be listed under the new ones
+
+    def test_the_digest_covers_source_spec_arch_and_tools(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tools = {"nvrtc": "1"}
+        digests = [
+            build.source_digest(TOPK, "sm_90a", tools),
+            build.source_digest(TOPK, "sm_100a", tools),
+            build.source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
+            build.source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
+        ]
+        monkeypatch.setattr(compilers, "source_files", lambda spec: (Path(build.__file__),))
+        digests.append(build.source_digest(TOPK, "sm_90a", tools))
+        assert len(set(digests)) == len(digests)
+
+    def test_decode_sources_are_all_python_kernels(self) -> None:
+        names = {path.name for path in compilers.source_files(DECODE)}
+        assert {"decode.py", "select.py"} <= names
+        assert [path.name for path in compilers.source_files(TOPK)] == ["topk.cu"]
+
+    def test_architectures_built_one_after_another_add_up(
+        self, artifacts: Path, tmp_path: Path
+    ) -> None:
+        parts = tmp_path / "parts" / "artifacts"
+        for arch in ARCHS:
+            assert make(parts, archs=[arch]).built == (f"{TOPK.name}.{arch}",)
+        assert contents(parts) == contents(artifacts)
+
+    def test_a_manifest_without_its_cubins_keeps_only_what_is_there(self, artifacts: Path) -> None:
+        """A fresh clone has the manifest alone; building a part must not list the rest."""
+        for path in artifacts.glob(f"{TOPK.name}.*"):
+            path.unlink()
+        make(artifacts, archs=["sm_90a"])
+        check_whole(artifacts)
+        assert [kernel.arch for kernel in open_artifacts(artifacts).manifest.kernels] == ["sm_90a"]
+
+
+class TestDeterminism:
+    @pytest.mark.parametrize(
+        ("name", "arch"), [(TOPK.name, "sm_90a"), (DECODE.name, "sm_90a"), (DECODE.name, "sm_100a")]
+    )
+    def test_two_builds_give_identical_bytes(self, name: str, arch: str, tmp_path: Path) -> None:
+        results = []
+        for index in range(2):
+            home = tmp_path / str(index)
+            home.mkdir()
+            # What must not matter: the folder, the hash seed, the number of jobs, DSL variables.
+            environment = os.environ | {
+                "PYTHONHASHSEED": str(index),
+                "PYTHONPATH": str(Path(build.__file__).parent.parent),
+                **({"CUTE_DSL_LINEINFO": "1"} if index else {}),
+            }
+            options = ["--artifacts", str(home / "artifacts"), "--kernel", name, "--arch", arch]
+            command = [*COMMAND, *options, "--jobs", str(index + 1)]
+            subprocess.run(command, cwd=home, env=environment, check=True, capture_output=True)
+            results.append(contents(home / "artifacts"))
+        assert results[0] == results[1]
+        assert f"{name}.{arch}.cubin" in results[0]
+        for data in results[0].values():
+            assert str(tmp_path).encode() not in data
+
+    def test_nothing_to_do_takes_two_seconds_and_no_compiler(self, artifacts: Path) -> None:
+        code = (
+            "import sys\n"
+            "from build_kernels.cli import main\n"
+            f"main(['build', '--kernel', {TOPK.name!r}, '--artifacts', {str(artifacts)!r}],"
+            " standalone_mode=False)\n"
+            "heavy = {'cutlass', 'torch', 'cuda', 'numpy'} & set(sys.modules)\n"
+            "libraries = open('/proc/self/maps').read()\n"
+            "assert not heavy and 'nvrtc' not in libraries, heavy\n"
+        )
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"0 built, {len(ARCHS)} up to date")
+        assert time.monotonic() - started <= 2.0
+
+
+class TestRefusals:
+    """A kernel that is not what its spec says is not published."""
+
+    def task(self, **changes: object) -> Task:
+        return Task(spec=dataclasses.replace(TOPK, **changes), arch="sm_90a", digest="0" * 64)
+
+    def outcome(self, tmp_path: Path, **changes: object) -> str:
+        result = build.build_one(self.task(**changes), tmp_path / "dump")
+        assert isinstance(result, str), "the kernel was accepted"
+        return result
+
+    def test_the_unchanged_spec_is_accepted(self, tmp_path: Path) -> None:
+        assert isinstance(build.build_one(self.task(), tmp_path / "dump"), build.Built)
+
+    def test_local_memory(self, tmp_path: Path) -> None:
+        source = tmp_path / "local.cu"
+        source.write_text(LOCAL_ARRAY)
+        changed = CudaSource(file=str(source), block=(128, 1, 1))
+        assert "uses local memory: stack 256 bytes" in self.outcome(tmp_path, source=changed)
+
+    def test_a_source_that_does_not_compile(self, tmp_path: Path) -> None:
+        source = tmp_path / "broken.cu"
+        source.write_text("void kernel( {")
+        outcome = self.outcome(tmp_path, source=CudaSource(file=str(source), block=(128, 1, 1)))
+        assert "broken.cu for sm_90a does not compile" in outcome
+        assert "Traceback" not in outcome
+
+    def test_block(self, tmp_path: Path) -> None:
+        source = CudaSource(file="kernels/topk.cu", block=(64, 1, 1))
+        assert "block that the cubin is bounded to" in self.outcome(tmp_path, source=source)
+
+    def test_symbol(self, tmp_path: Path) -> None:
+        assert "symbol: the compiled kernel has router_topk, the spec says other" in self.outcome(
+            tmp_path, symbol="other"
+        )
+
+    def test_a_parameter_of_another_kind(self, tmp_path: Path) -> None:
+        first, *rest = TOPK.parameters
+        wrong = dataclasses.replace(first, kind="int32", element_type=None)
+        outcome = self.outcome(tmp_path, parameters=(wrong, *rest))
+        assert "parameter logits: size of a int32: the compiled kernel has 8" in outcome
+
+    def test_too_few_parameters(self, tmp_path: Path) -> None:
+        outcome = self.outcome(tmp_path, parameters=TOPK.parameters[:-1])
+        assert "parameters: the cubin has 11, the spec 10" in outcome
+
+    @pytest.mark.parametrize(
+        ("index", "change", "message"),
+        [
+            (0, {"size": 64}, "parameter w_map: size of a tensor_map: the compiled kernel has 64"),
+            (2, {"offset": 264}, "the compiled kernel has 264, the spec says 256"),
+            (-1, {"offset": 4}, "the compiled kernel has 4, the spec says"),
+        ],
+    )
+    def test_offsets_and_sizes_of_tensor_maps(
+        self, index: int, change: dict[str, int], message: str
+    ) -> None:
+        found, end = [], 0
+        for parameter in DECODE.parameters:
+            size, alignment = build.KIND_LAYOUT[parameter.kind]
+            offset = -(-end // alignment) * alignment
+            found.append(CubinParameter(offset=offset, size=size))
+            end = offset + size
+        assert len(build.make_parameters(DECODE, found)) == len(found)
+        found[index] = dataclasses.replace(found[index], **change)
+        with pytest.raises(BuildError, match=message):
+            build.make_parameters(DECODE, found)
+
+    def test_one_failure_publishes_nothing(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "broken.cu"
+        source.write_text("void kernel( {")
+        before = contents(artifacts)
+        spec = dataclasses.replace(TOPK, source=CudaSource(file=str(source), block=(128, 1, 1)))
+        good = Task(spec=TOPK, arch="sm_100a", digest="1" * 64)
+        bad = [Task(spec=spec, arch=arch, digest="0" * 64) for arch in ("sm_90a", "sm_103a")]
+        plan = make_plan(artifacts, [TOPK.name], ARCHS)
+        plan = dataclasses.replace(plan, stale=(bad[0], good, bad[1]), current=())
+        with pytest.raises(BuildError) as caught:
+            run_build(artifacts, plan, jobs=2)
+        assert "router_topk.sm_90a: broken.cu" in str(caught.value)
+        assert "router_topk.sm_103a: broken.cu" in str(caught.value)
+        assert contents(artifacts) == before
+
+    def test_a_compiler_that_dies_is_a_failure_of_its_kernel(
+        self, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = contents(artifacts)
+        plan = make_plan(tmp_path / "empty", [TOPK.name], ["sm_90a"])
+        monkeypatch.setattr(build, "build_one", os.abort)
+        monkeypatch.setattr(build, "_start_worker", _die)
+        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: a compiler process died"):
+            run_build(artifacts, plan, jobs=1)
+        assert contents(artifacts) == before
+
+
+def _die() -> None:
+    os._exit(1)
+
+
+class TestLocked:
+    def test_the_same_bytes_pass(self, artifacts: Path) -> None:
+        wanted = contents(artifacts)
+        for path in artifacts.glob("*.cubin"):
+            path.unlink()
+        assert len(make(artifacts, locked=True).built) == len(ARCHS)
+        assert contents(artifacts) == wanted
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("cubin_sha256", "0" * 64), ("ptx_sha256", "1" * 64), ("source_digest", "2" * 64)],
+    )
+    def test_other_bytes_fail_and_publish_nothing(
+        self, artifacts: Path, field: str, value: str
+    ) -> None:
+        path = artifacts / "manifest.json"
+        document = json.loads(path.read_text())
+        document["kernels"][0][field] = value
+        path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        before = contents(artifacts)
+        key = f"{document['kernels'][0]['name']}.{document['kernels'][0]['arch']}"
+        with pytest.raises(BuildError, match=f"{key}: {field}: {value} in the manifest"):
+            make(artifacts, locked=True)
+        assert contents(artifacts) == before
+
+    def test_resources_count_too(self, artifacts: Path) -> None:
+        path = artifacts / "manifest.json"
+        path.write_text(path.read_text().replace('"registers": ', '"registers": 1'))
+        for cubin in artifacts.glob("*.cubin"):
+            cubin.unlink()
+        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: resources: .*registers"):
+            make(artifacts, locked=True)
+
+    def test_no_manifest_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match="--locked needs a manifest"):
+            make(tmp_path / "artifacts", locked=True)
+
+
+def _fail(*_args: object, **_options: object) -> None:
+    raise OSError(errno.EIO, "the test pulled the plug")
+
+
+def _no_exchange(*_args: object) -> None:
+    raise OSError(errno.EINVAL, "no such call on this file system")
+
+
+class TestPublish:
+    """The set on disk is whole at every moment: the old one or the new one."""
+
+    def stale(self, artifacts: Path) -> build.Plan:
+        """A plan that compiles everything again, to other bytes than those on disk."""
+        plan = make_plan(artifacts, [TOPK.name], ARCHS)
+        tasks = tuple(
+            Task(spec=dataclasses.replace(TOPK, pdl=False), arch=arch, digest="3" * 64)
+            for arch in ARCHS
+        )
+        return dataclasses.replace(plan, stale=tasks, current=())
+
+    @pytest.mark.parametrize("at", range(2 * len(ARCHS)))
+    def test_a_crash_while_staging(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    ) -> None:
+        before = contents(artifacts)
+        written = []
+        write = Path.write_bytes
+
+        def write_some(path: Path, data: bytes) -> int:
+            written.append(path)
+            if len(written) > at:
+                write(path, data[: len(data) // 2])
+                _fail()
+            return write(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_some)
+        with pytest.raises(OSError, match="pulled the plug"):
+            run_build(artifacts, self.stale(artifacts), jobs=2)
+        assert len(written) == at + 1
+        assert contents(artifacts) == before
+
+    def test_a_crash_before_the_exchange(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = contents(artifacts)
+        monkeypatch.setattr(publish, "_exchange", _fail)
+        with pytest.raises(OSError, match="pulled the plug"):
+            run_build(artifacts, self.stale(artifacts), jobs=2)
+        assert contents(artifacts) == before
+
+    def test_a_crash_after_the_exchange(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exchange = publish._exchange
+
+        def exchange_and_fail(one: Path, other: Path) -> None:
+            exchange(one, other)
+            _fail()
+
+        monkeypatch.setattr(publish, "_exchange", exchange_and_fail)
+        with pytest.raises(OSError, match="pulled the plug"):
+            run_build(artifacts, self.stale(artifacts), jobs=2)
+        check_whole(artifacts)
+        assert {kernel.launch.pdl for kernel in open_artifacts(artifacts).manifest.kernels} == {
+            False
+        }
+
+    def test_without_the_exchange_the_manifest_comes_last(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (artifacts / "old.sm_90a.cubin").write_text("surplus")
+        order = []
+        replace, unlink = Path.replace, Path.unlink
+
+        def note(done: Callable) -> Callable:
+            def noted(path: Path, *args: Path) -> None:
+                order.append(path.name)
+                done(path, *args)
+
+            return noted
+
+        monkeypatch.setattr(publish, "_exchange", _no_exchange)
+        monkeypatch.setattr(Path, "replace", note(replace))
+        monkeypatch.setattr(Path, "unlink", note(unlink))
+        run_build(artifacts, self.stale(artifacts), jobs=2)
+        assert order[-2:] == ["manifest.json", "old.sm_90a.cubin"]
+        assert len(order) == 2 * len(ARCHS) + 2
+        check_whole(artifacts)
+
+    def test_two_builds_at_once(self, artifacts: Path) -> None:
+        lock = artifacts.parent / f".{artifacts.name}.lock"
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with pytest.raises(publish.LockedError, match=r"another build of .* is running"):
+                make(artifacts)
+        make(artifacts)
+
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_an_interrupted_build_leaves_the_old_set(
+        self, artifacts: Path, how: signal.Signals
+    ) -> None:
+        """Stopped for real while compilers run: the decode kernels are not built yet."""
+        before = contents(artifacts)
+        process = subprocess.Popen(
+            [*COMMAND, "--artifacts", str(artifacts), "--jobs", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that Ctrl-C reaches the compilers, as in a terminal
+        )
+        working = artifacts.parent / f".{artifacts.name}.build"
+        deadline = time.monotonic() + 60
+        while not any(working.glob("*/*.cubin")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, "the build ended before it could be interrupted"
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        output, errors = process.communicate(timeout=20)
+        assert contents(artifacts) == before
+        check_whole(artifacts)
+        assert output == ""
+        if how == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+            make(artifacts)  # and the next build is not in its way
+        else:
+            assert process.returncode == 130
+            assert "interrupted; the artifacts are as they were" in errors
+            assert "Traceback" not in errors
+        assert not working.exists()
+        assert not _compilers_of(artifacts)
+
+
+def _compilers_of(artifacts: Path) -> list[str]:
+    """Processes that still have the build's folder in an argument or as an open file."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(artifacts) in command:
+                found.append(command)
+    return found
+
+
+def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
+    """Every kernel that is built went through a process boundary and kept its launch facts."""
+    for kernel in open_artifacts(artifacts).manifest.kernels:
+        assert isinstance(TOPK, KernelSpec)
+        assert kernel.launch.block == (128, 1, 1)
+        assert kernel.launch.grid == ("token_tiles", 1, 1)
+        assert kernel.launch.token_tile == 4
+        assert kernel.resources.spill_bytes == kernel.resources.stack_bytes == 0
+        assert kernel.resources.opcodes["LDL"] == kernel.resources.opcodes["STL"] == 0
+        assert kernel.source_digest == build.source_digest(
+            TOPK, kernel.arch, compilers.toolchain_versions()
+        )

@@ -1,0 +1,102 @@
+"""The table of kernels: what it promises to cover, and that reading it compiles nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from build_kernels import specs
+from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
+from dsv4_router_runtime.manifest import GRID_TERMS, KIND_LAYOUT, LAYOUTS
+
+PACKAGE = Path(specs.__file__).parent
+IDS = [spec.name for spec in KERNELS]
+
+
+def test_names_and_symbols_are_unique() -> None:
+    assert len({spec.name for spec in KERNELS}) == len(KERNELS)
+    assert len({spec.symbol for spec in KERNELS}) == len(KERNELS)
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=IDS)
+def test_every_kernel_is_built_for_every_architecture(spec: specs.KernelSpec) -> None:
+    assert spec.archs == tuple(arch.name for arch in ARCHITECTURES)
+
+
+def test_a_new_architecture_of_a_generation_is_one_line() -> None:
+    lines = Path(specs.__file__).read_text().splitlines()
+    for arch in ARCHITECTURES:
+        assert sum(arch.name in line for line in lines) == 1
+
+
+def test_where_it_loads_and_where_it_was_validated_are_separate() -> None:
+    validated = {arch.name: arch.validated_on for arch in ARCHITECTURES}
+    assert validated["sm_100a"] == validated["sm_103a"] == "nowhere"
+    assert all(arch.loads_on and arch.loads_on != arch.validated_on for arch in ARCHITECTURES)
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+def test_decode_covers_1_to_64_tokens_in_both_layouts(layout: str) -> None:
+    ranges = [spec.problem.num_tokens for spec in KERNELS if spec.problem.layout == layout]
+    assert all(any(n in tokens for tokens in ranges) for n in range(1, 65))
+    assert not any(65 in tokens for tokens in ranges)
+
+
+def test_topk_covers_every_number_of_tokens() -> None:
+    (spec,) = (spec for spec in KERNELS if spec.problem.layout == "logits")
+    assert all(n in spec.problem.num_tokens for n in (1, 64, 65, 1 << 20))
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=IDS)
+def test_shapes_of_the_contract_are_in_range(spec: specs.KernelSpec) -> None:
+    assert all(e in spec.problem.num_experts for e in (1, 8, 132, 144, 160, 216, 256, 384, 512))
+    assert all(k in spec.problem.top_k for k in range(1, 9))
+    assert 9 not in spec.problem.top_k
+    assert all(k % spec.problem.k_multiple == 0 for k in (4096, 5120, 6144, 7168))
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=IDS)
+def test_words_are_those_of_the_schema(spec: specs.KernelSpec) -> None:
+    assert spec.problem.layout in LAYOUTS
+    assert {axis for axis in spec.grid if isinstance(axis, str)} <= set(GRID_TERMS)
+    assert {parameter.kind for parameter in spec.parameters} <= set(KIND_LAYOUT)
+    names = [parameter.name for parameter in spec.parameters]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in KERNELS if isinstance(spec.source, DslSource)])
+def test_tensor_maps_cover_one_tile(spec: specs.KernelSpec) -> None:
+    maps = {item.name: item.tensor_map for item in spec.parameters if item.tensor_map}
+    w_map, x_map = maps["w_map"], maps["x_map"]
+    assert dict(zip(w_map.dims, w_map.box, strict=True)) == {"K": 64, "E": spec.expert_tile}
+    assert w_map.dims[0] == {"kmajor": "K", "emajor": "E"}[spec.problem.layout]
+    assert dict(zip(x_map.dims, x_map.box, strict=True)) == {"K": 64, "N": spec.token_tile}
+    # The swizzle spans the box's rows exactly.
+    assert {w_map.box[0] * 2, x_map.box[0] * 2} == {128}
+    assert w_map.swizzle == x_map.swizzle == "128B"
+    assert isinstance(spec.source, DslSource)
+    assert spec.source.token_tile == spec.token_tile
+    assert spec.source.layout == spec.problem.layout
+
+
+def test_topk_source_and_spec_agree_on_tokens_a_block() -> None:
+    (spec,) = (spec for spec in KERNELS if isinstance(spec.source, CudaSource))
+    assert isinstance(spec.source, CudaSource)
+    text = (PACKAGE / spec.source.file).read_text()
+    (warps,) = re.findall(r"kWarpsPerBlock = (\d+),", text)
+    assert int(warps) == spec.token_tile
+    assert spec.source.block == (32 * int(warps), 1, 1)
+
+
+@pytest.mark.parametrize("module", ["build_kernels.specs", "build_kernels.cli"])
+def test_importing_loads_no_compiler_and_no_driver(module: str) -> None:
+    if module.endswith("cli"):
+        pytest.importorskip("click", reason="needs the extra `build`")
+    heavy = {"cutlass", "torch", "numpy", "cuda", "sentryward"}
+    code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

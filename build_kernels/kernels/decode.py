@@ -4,24 +4,35 @@ Decomposition, the same on every architecture
     The experts are the MMA's M side in tiles of 64, the tokens its N side. Grid (S, T): S = NUM_SPLITS
     K-splits by T = ceil(E / 64) expert tiles; the S CTAs of one tile form a cluster. CTA (s, t)
     multiplies its slice of W_gate by its slice of hidden_states and sends each token's 64 partial sums
-    to the CTA of the cluster that owns the token (rank n mod S). The owner adds the S partials in rank
-    order, applies the activation and publishes 64 scores. The last of a token's T owners to arrive
-    selects its experts. The order of every sum depends on K alone: a token's bits do not depend on N
-    or on its row.
+    to the CTA of the cluster that owns the token (pairs of tokens go round the S ranks). The owner adds the S partials in rank
+    order and applies the activation. One of a token's T owners merges the tiles and selects. The order of
+    every sum depends on K alone: a token's bits do not depend on N or on its row.
 
 Exchanges
     partial sums   st.async into the owner's shared memory, completing on its `sums_full` mbarrier
-    scores         global scratch `partials` and one atomic per (token, tile) on `counters`; the last
-                   arriver leaves its counter at zero for the next launch
+    entries        (key, score) of every expert through the global `workspace`, all zero between launches.
+                   Each of a token's T owner warps draws a ticket before it multiplies; the last to draw
+                   merges. The others have started by then and wait for nobody outside their cluster, so
+                   the merger's wait ends in any schedule and on any number of streams. An entry is one
+                   8-byte relaxed store, never of zero: a word that is not zero is complete, without fence
+                   or flag. The merger puts the zeros back; a dependent launch draws after it has ended.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, Uint64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.select import bits_of, router_score, select_top_k
+from build_kernels.kernels.select import (
+    NOT_A_CANDIDATE,
+    bits_of,
+    choose,
+    float_of,
+    router_score,
+    selection_key,
+    take_top_k,
+)
 
 EXPERT_TILE = 64
 K_BLOCK = 64
@@ -32,6 +43,8 @@ MAX_K = 1 << 20  # bounds coordinates only: the real extents are in the tensor m
 NUM_SPLITS = 16
 EPILOGUE_WARPS = 4
 W_BLOCK_BYTES = EXPERT_TILE * K_BLOCK * 2
+# workspace: entries [token][expert], 8 B each, then a 4 B ticket counter a token
+WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
 
 
 class RouterDecode:
@@ -48,12 +61,12 @@ class RouterDecode:
         x_full, x_empty   TMA -> MMA: 1 + 128 B a token / mma_arrivals; a ring of x_stages blocks
         sums_full         the cluster's epilogue warps -> the owner's: 1 + 256 B a source and token; once
 
-    Shared memory: 8 KB w_stages + 128 B token_tile x_stages + 256 B token_tile of partial sums + barriers:
+    Shared memory: 8 KB w_stages + 128 B token_tile x_stages + 8 KB a token pair owned + barriers:
     at most 113 KB, so that two CTAs share an SM and a dependent launch reads its weights under this one.
 
     Timeline
         barriers, cluster sync | fill the W ring, then wait for the grid before | load hidden_states
-        | multiply | st.async to the owners | sum, score, publish | the last arriver selects
+        | multiply | st.async to the owners | sum, score, publish | merge, select, store
     """
 
     mma_warp = None
@@ -67,6 +80,8 @@ class RouterDecode:
         self.w_stages = 8
         self.x_stages = 8 if token_tile <= 32 else 4
         self.num_threads = 32 * (self.producer_warp + 1)
+        self.max_pairs = max(1, token_tile // (2 * NUM_SPLITS))  # token pairs that a CTA owns at most
+        self.sums_bytes = self.max_pairs * NUM_SPLITS * 2 * EXPERT_TILE * 4
 
     def w_smem_layout(self) -> cute.ComposedLayout:
         """(64 experts, 64 k, w_stages) BF16, 128-byte swizzle, contiguous as W_gate is."""
@@ -93,7 +108,7 @@ class RouterDecode:
                 cute.struct.MemRange[BFloat16, self.x_stages * self.x_block_bytes // 2], 1024
             ]
             sums: cute.struct.Align[
-                cute.struct.MemRange[Float32, self.token_tile * EXPERT_TILE], 1024
+                cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024
             ]
             w_full: cute.struct.MemRange[Int64, self.w_stages]
             w_empty: cute.struct.MemRange[Int64, self.w_stages]
@@ -109,17 +124,15 @@ class RouterDecode:
     def shared_bytes(self) -> int:
         """Bytes up to the end of shared_storage's last member (its own size is padded to 1024)."""
         rings = self.w_stages * W_BLOCK_BYTES + self.x_stages * self.x_block_bytes
-        sums = self.token_tile * EXPERT_TILE * 4
         num_barriers = 2 * self.w_stages + 2 * self.x_stages + 2
-        return rings + sums + 8 * num_barriers + 8
+        return rings + self.sums_bytes + 8 * num_barriers + 8
 
     @cute.jit
     def __call__(
         self,
         w_gate: cute.Pointer,
         hidden_states: cute.Pointer,
-        partials: cute.Pointer,
-        counters: cute.Pointer,
+        workspace: cute.Pointer,
         e_bias: cute.Pointer,
         out_weights: cute.Pointer,
         out_ids: cute.Pointer,
@@ -153,8 +166,7 @@ class RouterDecode:
             w_tensor,
             x_atom,
             x_tensor,
-            partials,
-            counters,
+            workspace,
             e_bias,
             out_weights,
             out_ids,
@@ -178,8 +190,7 @@ class RouterDecode:
         mW: cute.Tensor,
         x_atom: cute.CopyAtom,
         mX: cute.Tensor,
-        partials: cute.Pointer,
-        counters: cute.Pointer,
+        workspace: cute.Pointer,
         e_bias: cute.Pointer,
         out_weights: cute.Pointer,
         out_ids: cute.Pointer,
@@ -200,8 +211,8 @@ class RouterDecode:
 
         first_block = split * num_k_blocks // NUM_SPLITS
         num_blocks = (split + 1) * num_k_blocks // NUM_SPLITS - first_block
-        # tokens split, split + S, ... are this CTA's to sum and select
-        num_owned = (num_tokens - split + NUM_SPLITS - 1) // NUM_SPLITS
+        # token pairs split, split + S, ... are this CTA's to sum
+        num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
 
         if warp == self.producer_warp:
             cpasync.prefetch_descriptor(w_atom)
@@ -217,11 +228,12 @@ class RouterDecode:
                 cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
                 cute.arch.mbarrier_init_fence()
                 cute.arch.mbarrier_arrive_and_expect_tx(
-                    sums_full, num_owned * (NUM_SPLITS * EXPERT_TILE * 4)
+                    sums_full, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4)
                 )
         self.allocate_accumulator(storage, warp)
         # A peer may not send before this CTA's barrier exists.
-        cute.arch.cluster_arrive()
+        cute.arch.sync_threads()
+        cute.arch.cluster_arrive_relaxed()
         cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -232,28 +244,32 @@ class RouterDecode:
 
         # ---------------------------------------------------------------- reduce and select
         if warp < EPILOGUE_WARPS:
-            self.send(storage, num_blocks, num_tokens)
-            # Outputs and scratch may still be in use by the grid before.
+            # Warp w sums token w mod 2 of the CTA's pair w / 2.
+            pair, column = warp // 2, warp % 2
+            token = 2 * (pair * NUM_SPLITS + split) + column
+            biases = self.read_biases(e_bias, tile, num_experts)
+            # Outputs and workspace may be in use until the grid before has ended.
             cute.arch.griddepcontrol_wait()
-            if num_owned > 0:
+            ticket = self.draw_ticket(workspace, token, num_tokens, num_tiles)
+            self.send(storage, num_blocks, num_tokens)
+            self.free_accumulator(storage, warp)
+            if token < num_tokens:
                 cute.arch.mbarrier_wait(sums_full, 0)
-            for slot in cutlass.range(warp, num_owned, EPILOGUE_WARPS, unroll=1):
-                token = slot * NUM_SPLITS + split
-                is_last = self.publish(storage, partials, counters, slot, token, tile, num_tiles)
-                if is_last:
-                    scores, biases = self.gather(
-                        partials, e_bias, token, num_tiles, num_experts
-                    )
-                    select_top_k(
-                        scores,
-                        biases,
-                        num_experts,
-                        top_k,
-                        routed_scaling_factor,
-                        out_weights + Int64(token) * out_weights_stride,
-                        out_ids + Int64(token) * out_ids_stride,
-                    )
-        self.free_accumulator(storage, warp)
+                keys, scores = self.score(storage, pair, column, tile, biases, num_experts)
+                weights = out_weights + Int64(token) * out_weights_stride
+                ids = out_ids + Int64(token) * out_ids_stride
+                if num_tiles == 1:
+                    entry = self.select_alone(keys, scores, top_k)
+                    store_token(entry, top_k, routed_scaling_factor, weights, ids)
+                else:
+                    self.publish(workspace, token, tile, num_tiles, keys, scores)
+                    if cute.arch.shuffle_sync(ticket, 0) == num_tiles - 1:
+                        if num_tiles <= MAX_TILES // 2:
+                            entry = self.merge(workspace, token, num_tiles, top_k, MAX_TILES // 2)
+                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
+                        else:
+                            entry = self.merge(workspace, token, num_tiles, top_k, MAX_TILES)
+                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
 
     @cute.jit
     def load(
@@ -318,108 +334,208 @@ class RouterDecode:
                     tma_bar_ptr=w_full,
                 )
 
-    @cute.jit
-    def send(self, storage, num_blocks: Int32, num_tokens: Int32):
-        """Send every partial sum to the CTA that owns its token: sums[slot][source][expert]."""
-        source = cute.arch.block_idx_in_cluster()
-        accumulators, coordinates = self.accumulators(storage, num_blocks)
-        sums = cute.make_tensor(
+    def sums(self, storage) -> cute.Tensor:
+        """(expert, column, source, pair) FP32: partial sums in the order in which a sender holds them.
+
+        The accumulator fragment of wgmma and of tcgen05.ld 16x256b gives a thread experts r and r + 8 of
+        two neighbouring tokens: these four are neighbours here, so they travel as one 16-byte store.
+        As ((lane mod 8, half, lane / 8), ...) the first mode is also how the owner's lanes read them.
+        """
+        return cute.make_tensor(
             storage.sums.data_ptr(),
             cute.make_layout(
-                (EXPERT_TILE, NUM_SPLITS, self.token_tile // NUM_SPLITS),
-                stride=(1, EXPERT_TILE, EXPERT_TILE * NUM_SPLITS),
+                ((8, 2, 4), 2, NUM_SPLITS, self.max_pairs),
+                stride=((4, 1, 32), 2, 2 * EXPERT_TILE, 2 * EXPERT_TILE * NUM_SPLITS),
             ),
         )
-        for i in cutlass.range_constexpr(cute.size(accumulators)):
+
+    @cute.jit
+    def lane_expert(self, half: cutlass.Constexpr[int]) -> Int32:
+        """The lower (half 0) or upper (half 1) expert of a lane within the tile: 8 apart, as in `sums`."""
+        lane = cute.arch.lane_idx()
+        return lane // 8 * 16 + lane % 8 + 8 * half
+
+    @cute.jit
+    def send(self, storage, num_blocks: Int32, num_tokens: Int32):
+        """Send every partial sum to the CTA that owns its token."""
+        source = cute.arch.block_idx_in_cluster()
+        accumulators, coordinates = self.accumulators(storage, num_blocks)
+        sums = self.sums(storage)
+        for i in cutlass.range_constexpr(0, cute.size(accumulators), 4):
             expert, token = coordinates[i]
+            pair = token // 2
             if token < num_tokens:
                 cute.arch.store_async_dsmem(
-                    cute.domain_offset((expert, source, token // NUM_SPLITS), sums).iterator,
-                    Int32(bits_of(accumulators[i])),
+                    cute.domain_offset((expert, 0, source, pair // NUM_SPLITS), sums).iterator.align(16),
+                    tuple(Int32(bits_of(accumulators[i + j])) for j in (0, 2, 1, 3)),
                     storage.sums_full.data_ptr(),
-                    token % NUM_SPLITS,
+                    pair % NUM_SPLITS,
                 )
+
+    @cute.jit
+    def read_biases(self, e_bias: cute.Pointer, tile: Int32, num_experts: Int32):
+        """(2,) FP32: the biases of a lane's two experts of the tile."""
+        bias = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
+        biases = cute.make_rmem_tensor((2,), Float32)
+        for i in cutlass.range_constexpr(2):
+            expert = EXPERT_TILE * tile + self.lane_expert(i)
+            biases[i] = Float32(0.0)
+            if expert < num_experts:
+                biases[i] = bias[expert]
+        return biases
+
+    @cute.jit
+    def draw_ticket(
+        self, workspace: cute.Pointer, token: Int32, num_tokens: Int32, num_tiles: Int32
+    ) -> Int32:
+        """How many of the token's owner warps had started before this one; lane 0 knows."""
+        ticket = Int32(0)
+        if cute.arch.lane_idx() == 0 and token < num_tokens and num_tiles > 1:
+            ticket = cute.arch.inline_ptx(
+                "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
+                write_only_types=[Int32],
+                read_only_args=[ticket_of(workspace, token), num_tiles - 1],
+            )
+        return ticket
+
+    @cute.jit
+    def score(
+        self,
+        storage,
+        pair: Int32,
+        column: Int32,
+        tile: Int32,
+        biases: cute.Tensor,
+        num_experts: Int32,
+    ):
+        """Keys (uint32) and scores (FP32) of a lane's two experts, from the sums in source order."""
+        lane = cute.arch.lane_idx()
+        sums = self.sums(storage)
+        parts = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
+        for source in cutlass.range_constexpr(NUM_SPLITS):
+            pair_of_experts = sums[((lane % 8, None, lane // 8), column, source, pair)]
+            cute.autovec_copy(pair_of_experts, parts[(None, source)])
+        keys = cute.make_rmem_tensor((2,), Uint32)
+        scores = cute.make_rmem_tensor((2,), Float32)
+        for i in cutlass.range_constexpr(2):
+            logit = parts[i, 0]
+            for source in cutlass.range_constexpr(1, NUM_SPLITS):
+                logit = logit + parts[i, source]
+            score = router_score(logit)
+            key = selection_key(score, biases[i])
+            if EXPERT_TILE * tile + self.lane_expert(i) >= num_experts:
+                key = Uint32(NOT_A_CANDIDATE)
+            if score != score:
+                score = Float32(0.0)
+            keys[i], scores[i] = key, score
+        return keys, scores
+
+    @cute.jit
+    def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32):
+        """The top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take."""
+        expert = 2 * cute.arch.lane_idx()
+        source = expert // 16 * 8 + expert % 8
+        is_upper = expert % 16 >= 8
+        ordered_keys = cute.make_rmem_tensor((2,), Uint32)
+        ordered_scores = cute.make_rmem_tensor((2,), Float32)
+        for i in cutlass.range_constexpr(2):
+            ordered_keys[i] = choose(
+                is_upper,
+                cute.arch.shuffle_sync(keys[1], source + i),
+                cute.arch.shuffle_sync(keys[0], source + i),
+            )
+            ordered_scores[i] = choose(
+                is_upper,
+                cute.arch.shuffle_sync(scores[1], source + i),
+                cute.arch.shuffle_sync(scores[0], source + i),
+            )
+        return take_top_k(ordered_keys, ordered_scores, expert, top_k)
 
     @cute.jit
     def publish(
         self,
-        storage,
-        partials: cute.Pointer,
-        counters: cute.Pointer,
-        slot: Int32,
+        workspace: cute.Pointer,
         token: Int32,
         tile: Int32,
         num_tiles: Int32,
+        keys: cute.Tensor,
+        scores: cute.Tensor,
     ):
-        """Sum a token's partials in rank order, publish this tile's 64 scores; is this the last tile?"""
-        lane = cute.arch.lane_idx()
-        sums = cute.make_tensor(
-            storage.sums.data_ptr(),
-            cute.make_layout(
-                (2, 32, NUM_SPLITS, self.token_tile // NUM_SPLITS),
-                stride=(1, 2, EXPERT_TILE, EXPERT_TILE * NUM_SPLITS),
-            ),
-        )
-        total = cute.make_rmem_tensor((2,), Float32)
-        part = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
-        for source in cutlass.range_constexpr(NUM_SPLITS):
-            cute.autovec_copy(sums[(None, lane, source, slot)], part[(None, source)])
-        total.fill(0.0)
-        for source in cutlass.range_constexpr(NUM_SPLITS):
-            total[0] = total[0] + part[0, source]
-            total[1] = total[1] + part[1, source]
-        total[0] = router_score(total[0])
-        total[1] = router_score(total[1])
-        scores = score_scratch(partials)
-        cute.autovec_copy(total, scores[(None, lane, tile, token)])
-
-        # Release: the warp's stores, then its one arrival. Acquire: the arrival, then the warp's loads.
-        cute.arch.sync_warp()
-        arrived_before = Int32(0)
-        if lane == 0:
-            arrived_before = cute.arch.atomic_add(
-                counters + token, Int32(1), sem="acq_rel", scope="gpu"
+        """Write a lane's two entries where the merging lane will look for them."""
+        for i in cutlass.range_constexpr(2):
+            expert = EXPERT_TILE * tile + self.lane_expert(i)
+            cute.arch.store(
+                entry_of(workspace, token, expert // (2 * num_tiles), expert % (2 * num_tiles)),
+                (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i])),
+                sem="relaxed",
+                scope="gpu",
             )
-        cute.arch.sync_warp()
-        is_last = cute.arch.shuffle_sync(arrived_before, 0) == num_tiles - 1
-        if is_last and lane == 0:
-            counter = cute.make_tensor(counters + token, cute.make_layout(1))
-            counter[0] = Int32(0)
-        return is_last
 
     @cute.jit
-    def gather(
+    def merge(
         self,
-        partials: cute.Pointer,
-        e_bias: cute.Pointer,
+        workspace: cute.Pointer,
         token: Int32,
         num_tiles: Int32,
-        num_experts: Int32,
+        top_k: Int32,
+        max_tiles: cutlass.Constexpr[int],
     ):
-        """A lane's scores and biases of one token, (2 * MAX_TILES,) FP32 registers each."""
+        """Wait for all entries of a token, 2 num_tiles experts to a lane; clear them; take the top_k."""
         lane = cute.arch.lane_idx()
-        scratch = score_scratch(partials)
-        bias = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
-        scores = cute.make_rmem_tensor((2, MAX_TILES), Float32)
-        biases = cute.make_rmem_tensor((2 * MAX_TILES,), Float32)
-        scores.fill(0.0)
-        biases.fill(0.0)
-        for t in cutlass.range_constexpr(MAX_TILES):
-            if t < num_tiles:
-                cute.autovec_copy(scratch[(None, lane, t, token)], scores[(None, t)])
-        for i in cutlass.range_constexpr(2 * MAX_TILES):
-            expert = EXPERT_TILE * (i // 2) + 2 * lane + i % 2
-            if expert < num_experts:
-                biases[i] = bias[expert]
-        return cute.make_tensor(scores.iterator, cute.make_layout(2 * MAX_TILES)), biases
+        words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
+        words.fill(Uint64(NOT_A_CANDIDATE << 32))
+        waiting = Int32(1)
+        while waiting != 0:
+            missing = Int32(0)
+            for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
+                if i < 2 * num_tiles:
+                    words[i], words[i + 1] = cute.arch.inline_ptx(
+                        "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r0}];",
+                        write_only_types=[Uint64, Uint64],
+                        read_only_args=[entry_of(workspace, token, lane, i)],
+                    )
+                    if words[i] == 0 or words[i + 1] == 0:
+                        missing = Int32(1)
+            waiting = Int32(cute.arch.vote_ballot_sync(missing != 0))
+
+        keys = cute.make_rmem_tensor((2 * max_tiles,), Uint32)
+        scores = cute.make_rmem_tensor((2 * max_tiles,), Float32)
+        for i in cutlass.range_constexpr(2 * max_tiles):
+            keys[i] = Uint32(words[i] >> 32)
+            scores[i] = float_of(Uint32(words[i] & 0xFFFFFFFF))
+        for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
+            if i < 2 * num_tiles:
+                cute.arch.inline_ptx(
+                    "st.relaxed.gpu.global.v2.b64 [{$r0}], {{$r1}, {$r1}};",
+                    read_only_args=[entry_of(workspace, token, lane, i), Uint64(0)],
+                )
+        return take_top_k(keys, scores, 2 * num_tiles * lane, top_k)
 
 
-def score_scratch(partials: cute.Pointer) -> cute.Tensor:
-    """The global scratch as (2, lane, tile, token): the lane's pair of scores in each tile."""
-    return cute.make_tensor(
-        partials,
-        cute.make_layout((2, 32, MAX_TILES, MAX_TOKENS), stride=(1, 2, EXPERT_TILE, MAX_EXPERTS)),
-    )
+@cute.jit
+def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32):
+    """Pointer to the entry that `lane` merges in `register`: a warp's 16-byte loads are coalesced."""
+    return workspace + (token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2)
+
+
+@cute.jit
+def ticket_of(workspace: cute.Pointer, token: Int32):
+    """Pointer to a token's ticket counter."""
+    return cute.recast_ptr(workspace + MAX_TOKENS * MAX_EXPERTS, dtype=Int32) + token
+
+
+@cute.jit
+def store_token(
+    entry: tuple, top_k: Int32, scale: Float32, out_weights: cute.Pointer, out_ids: cute.Pointer
+):
+    """Lane r < top_k renormalises entry r and writes it to the token's row."""
+    expert, score, total = entry
+    lane = cute.arch.lane_idx()
+    if lane < top_k:
+        weights = cute.make_tensor(out_weights, cute.make_layout(32))
+        ids = cute.make_tensor(out_ids, cute.make_layout(32))
+        weights[lane] = score / (total + 1e-20) * scale
+        ids[lane] = expert
 
 
 def decode_kernel(*, arch: str, layout: str, token_tile: int) -> RouterDecode:
@@ -439,6 +555,7 @@ def launch_facts(*, arch: str, layout: str, token_tile: int) -> dict:
         "cluster": [NUM_SPLITS, 1, 1],
         "dynamic_shared_bytes": kernel.shared_bytes,
         "expert_tile": EXPERT_TILE,
+        "workspace_bytes": WORKSPACE_BYTES,
     }
 
 
@@ -458,8 +575,7 @@ def compile_kernel(
         kernel,
         pointer(BFloat16, 16),
         pointer(BFloat16, 16),
-        pointer(Float32, 16),
-        pointer(Int32, 4),
+        pointer(Uint64, 16),
         pointer(Float32, 4),
         pointer(Float32, 4),
         pointer(Int32, 4),

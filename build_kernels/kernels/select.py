@@ -1,22 +1,24 @@
-"""Scores, keys and the top-k of one token: what every decode kernel does after its GEMM.
+"""Scores, keys and the top-k of a token: what every decode kernel does after its GEMM, by one warp.
 
-One warp holds all scores of a token in registers. Lane `l` owns experts `64 t + 2 l` and `64 t + 2 l + 1`
-of every expert tile `t`: loads are coalesced and a lane's register order is its expert order. Nothing
-here branches on data; ties go to the lower expert index by construction.
+Lanes hold consecutive runs of experts, lane 0 the lowest. Nothing here branches on data, and ties go to
+the lower lane and the lower register, so to the lower expert.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+MAX_TOP_K = 8
 FLOAT32_MAX = 3.4028234663852886e38
 # Below this logit softplus(x) = exp(x) (1 - exp(x) / 2 + ...), whose FP32 value turns denormal at -87
 # and whose square root does not: there the score is computed as exp(x / 2) (1 - exp(x) / 4). The first
 # neglected term, 5/96 exp(2 x), is 5e-15 at the switch.
 EXPONENTIAL_BELOW = -15.0
-# Keys order as floats do, as unsigned integers. No number maps to 0 or 1 (-inf maps to 0x007fffff).
-NOT_A_CANDIDATE = 0
-NAN_KEY = 1
+# Keys order as floats do, as unsigned integers. No number maps below 0x007fffff (-inf), so small keys are
+# free: 0 was taken already (and, in the workspace, was never written), 1 is no expert, 2 is a NaN.
+STRUCK_OUT = 0
+NOT_A_CANDIDATE = 1
+NAN_KEY = 2
 
 
 @cute.jit
@@ -26,7 +28,7 @@ def log1p_of_unit(e: Float32) -> Float32:
     s^2 <= 1/9, so the first neglected term is 1e-9 of the sum. libdevice's log1p has a data-dependent
     branch for inputs that cannot occur here.
     """
-    s = e / (2.0 + e)
+    s = e * cute.arch.rcp_approx(2.0 + e)
     square = s * s
     series = Float32(1.0 / 15.0)
     for divisor in cutlass.range_constexpr(13, 0, -2):
@@ -52,11 +54,24 @@ def router_score(logit: Float32) -> Float32:
     return score
 
 
+def choose(condition, value, otherwise):
+    """`value if condition else otherwise` as one select: a DSL `if` may become a branch."""
+    return type(value)(cutlass.select_(condition, value, otherwise))
+
+
 @cute.jit
 def bits_of(value: Float32) -> Uint32:
     """The IEEE bits of a float."""
     return cute.arch.inline_ptx(
         "mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[value]
+    )
+
+
+@cute.jit
+def float_of(bits: Uint32) -> Float32:
+    """The float with these IEEE bits."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits]
     )
 
 
@@ -74,75 +89,46 @@ def selection_key(score: Float32, bias: Float32) -> Uint32:
 
 
 @cute.jit
-def best_of(keys: cute.Tensor, scores: cute.Tensor, experts: cute.Tensor):
-    """The largest key of a lane's registers with its score and expert, as a tree; ties keep the earlier."""
-    entries = [(keys[i], scores[i], experts[i]) for i in range(cute.size(keys))]
+def best_of(keys: cute.Tensor, scores: cute.Tensor):
+    """A lane's best entry as (key, score, register), by a tree; equal keys keep the lower register."""
+    entries = [(keys[i], scores[i], Int32(i)) for i in range(cute.size(keys))]
     while cutlass.const_expr(len(entries) > 1):
         winners = []
         for i in cutlass.range_constexpr(0, len(entries), 2):
-            key, score, expert = entries[i]
-            other_key, other_score, other_expert = entries[i + 1]
-            if other_key > key:
-                key, score, expert = other_key, other_score, other_expert
-            winners.append((key, score, expert))
+            later_is_better = entries[i + 1][0] > entries[i][0]
+            winners.append(
+                tuple(choose(later_is_better, entries[i + 1][j], entries[i][j]) for j in range(3))
+            )
         entries = winners
     return entries[0]
 
 
 @cute.jit
-def select_top_k(
-    scores: cute.Tensor,
-    biases: cute.Tensor,
-    num_experts: Int32,
-    top_k: Int32,
-    scale: Float32,
-    out_weights: cute.Pointer,
-    out_ids: cute.Pointer,
-):
-    """Pick a token's experts and write its weights and ids. Called by one whole warp.
+def take_top_k(keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_k: Int32):
+    """The warp's top_k best entries: lane r < top_k gets the r-th; every lane gets the scores' sum.
 
-    scores, biases: (2 * max_tiles,) FP32 registers of a lane; register i is expert
-    64 (i / 2) + 2 lane + i % 2, and experts from num_experts on are no candidates.
-    out_weights, out_ids: the token's first output element, FP32 and int32; [0, top_k) is written.
-
-    Each round takes the warp's best key, the lowest expert among equal keys, and strikes it out.
-    top_k <= num_experts, so every round has a candidate. Rank r's weight is kept by lane r and the sum
-    is taken in rank order, so it does not depend on where the experts lie.
+    keys (uint32, overwritten), scores (FP32): (length,) registers; register i of a lane is expert
+    first_expert + i, and first_expert ascends with the lane. Returns (expert, score, total).
+    The sum is taken in rank order, so its bits do not depend on which lane held what. A round gives the
+    best key's lowest lane, so its lowest expert, and strikes that entry out.
     """
     lane = cute.arch.lane_idx()
-    count = cutlass.const_expr(cute.size(scores))
-    keys = cute.make_rmem_tensor((count,), Uint32)
-    experts = cute.make_rmem_tensor((count,), Uint32)
-    for i in cutlass.range_constexpr(count):
-        expert = 64 * (i // 2) + 2 * lane + i % 2
-        experts[i] = Uint32(expert)
-        key = selection_key(scores[i], biases[i])
-        if expert >= num_experts:
-            key = Uint32(NOT_A_CANDIDATE)
-        keys[i] = key
-
-    total = Float32(0.0)
+    lower_lanes = cute.arch.lanemask_lt()
+    my_expert = Int32(0)
     my_score = Float32(0.0)
-    my_id = Int32(0)
+    total = Float32(0.0)
     for rank in cutlass.range(top_k, unroll=1):
-        lane_key, lane_score, lane_expert = best_of(keys, scores, experts)
+        lane_key, lane_score, register = best_of(keys, scores)
         best_key = cute.arch.warp_redux_sync(lane_key, "max")
-        if lane_key != best_key:
-            lane_expert = Uint32(0xFFFFFFFF)
-        best_expert = cute.arch.warp_redux_sync(lane_expert, "min")
-        best_score = cute.arch.shuffle_sync(lane_score, Int32((best_expert >> 1) & 31))
-        if best_score != best_score:
-            best_score = Float32(0.0)
-        total = total + best_score
-        if lane == rank:
-            my_score = best_score
-            my_id = Int32(best_expert)
-        for i in cutlass.range_constexpr(count):
-            if experts[i] == best_expert:
-                keys[i] = Uint32(NOT_A_CANDIDATE)
-
-    if lane < top_k:
-        weights = cute.make_tensor(out_weights, cute.make_layout(8))
-        ids = cute.make_tensor(out_ids, cute.make_layout(8))
-        weights[lane] = my_score / (total + 1e-20) * scale
-        ids[lane] = my_id
+        heads = Uint32(cute.arch.vote_ballot_sync(lane_key == best_key))
+        winner = cute.arch.popc((heads & -heads) - 1)
+        expert = cute.arch.shuffle_sync(first_expert + register, winner)
+        score = cute.arch.shuffle_sync(lane_score, winner)
+        total = total + score
+        my_expert = choose(lane == rank, expert, my_expert)
+        my_score = choose(lane == rank, score, my_score)
+        wins = lane_key == best_key and (heads & lower_lanes) == 0
+        struck = choose(wins, register, Int32(-1))
+        for i in cutlass.range_constexpr(cute.size(keys)):
+            keys[i] = choose(struck == i, Uint32(STRUCK_OUT), keys[i])
+    return my_expert, my_score, total

@@ -1,0 +1,117 @@
+"""One built kernel as the rungs see it: its manifest entry, its cubin and its PTX."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.manifest import Kernel
+
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(b8|u32|s32|b32|f32|u64|b64|s64|f64)\b[^,\[]*(?:\[(\d+)\])?"
+)
+_TARGET = re.compile(r"^\.target\s+(\w+)", re.M)
+_INSTRUCTION = re.compile(
+    r"(?:^|[;{}])\s*(?:[\w$]+:(?!:)\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:[.:]+\w+)*)", re.M
+)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_BITS = re.compile(r"\d+")
+
+
+class ArtifactReadError(Exception):
+    """An artifact whose files are missing or not the manifest's, or whose PTX cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtxParameter:
+    """A kernel parameter as the PTX declares it: `type` such as u32, f32, b8 (an array)."""
+
+    type: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A manifest entry, its cubin and its PTX."""
+
+    kernel: Kernel
+    cubin_path: Path
+    cubin: bytes
+    ptx: str
+
+    @property
+    def cubin_sha256(self) -> str:
+        return hashlib.sha256(self.cubin).hexdigest()
+
+    @property
+    def ptx_sha256(self) -> str:
+        return hashlib.sha256(self.ptx.encode()).hexdigest()
+
+
+def load_artifact(folder: Path, key: str) -> Artifact:
+    """The artifact called `key` (name.arch) in `folder`.
+
+    ArtifactReadError if a file is missing or is not the one that the manifest's hashes are of: what
+    is found out about other bytes would be stored as evidence about these.
+    """
+    kernels = {kernel.key: kernel for kernel in open_artifacts(folder).manifest.kernels}
+    if key not in kernels:
+        raise ArtifactReadError(f"no kernel {key} in {folder}; known: {', '.join(sorted(kernels))}")
+    kernel = kernels[key]
+    cubin_path = folder / kernel.file
+    try:
+        cubin, ptx = cubin_path.read_bytes(), (folder / f"{key}.ptx").read_bytes()
+    except OSError as error:
+        raise ArtifactReadError(f"{error}; make it with `build-kernels build`") from error
+    artifact = Artifact(kernel=kernel, cubin_path=cubin_path, cubin=cubin, ptx=ptx.decode())
+    found = (artifact.cubin_sha256, artifact.ptx_sha256)
+    if found != (kernel.cubin_sha256, kernel.ptx_sha256):
+        raise ArtifactReadError(
+            f"{key}: cubin or PTX in {folder} is not the one that the manifest records; "
+            "make it with `build-kernels build`"
+        )
+    return artifact
+
+
+def ptx_target(ptx: str) -> str:
+    """The architecture that the PTX is written for."""
+    found = _TARGET.findall(ptx)
+    if len(found) != 1:
+        raise ArtifactReadError(f"expected one .target in the PTX (found {found})")
+    return str(found[0])
+
+
+def ptx_entry(ptx: str) -> tuple[str, tuple[PtxParameter, ...]]:
+    """The PTX's one kernel: its symbol and its parameters in order."""
+    found = _ENTRY.findall(_COMMENT.sub("", ptx))
+    if len(found) != 1:
+        raise ArtifactReadError(f"expected one .entry in the PTX (found {len(found)})")
+    symbol, text = found[0]
+    parameters = []
+    for declaration in text.split(","):
+        match = _PARAMETER.search(declaration)
+        if match is None:
+            raise ArtifactReadError(f"cannot read the parameter {declaration.strip()!r}")
+        _, kind, count = match.groups()
+        bits = _BITS.search(kind)
+        size = int(bits.group()) // 8 if bits else 0
+        parameters.append(PtxParameter(type=kind, size=size * int(count or 1)))
+    return str(symbol), tuple(parameters)
+
+
+def ptx_opcodes(ptx: str) -> Counter[str]:
+    """How often each instruction occurs, modifiers and all: `tcgen05.commit.cta_group::1`."""
+    _, _, body = _COMMENT.sub("", ptx).partition(".entry")
+    return Counter(_INSTRUCTION.findall(body))
+
+
+def count_starting(opcodes: Counter[str], prefix: str) -> int:
+    """Occurrences of an opcode with any further modifiers: "st.async" counts "st.async.shared"."""
+    return sum(
+        count for name, count in opcodes.items() if name == prefix or name.startswith(prefix + ".")
+    )

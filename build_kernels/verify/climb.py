@@ -1,0 +1,185 @@
+"""Climb the ladder for each artifact, in processes, and keep what was found.
+
+Each (artifact, rung) is one task of a process pool: the DSL and the emulator are single-threaded,
+and SentryWard is a program of its own. A rung is a module with
+`climb(artifact, *, quick) -> Result`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
+from dsv4_router_runtime.manifest import Kernel
+
+from .artifact import load_artifact
+from .evidence import (
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    RUNGS,
+    EvidenceError,
+    Result,
+    not_run,
+    read_evidence,
+    write_evidence,
+)
+from .hardware import Record, result_of
+
+# Longest first, so that the pool does not end on one long task.
+_START_ORDER = ("emulated", "protocol", "lint", "structure", "hardware")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A rung's result for an artifact. `climbed`: found by this run, not read from the evidence."""
+
+    artifact: str
+    rung: str
+    result: Result
+    climbed: bool
+
+
+def verify(
+    artifacts_dir: Path,
+    archs: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    rungs: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    records: Sequence[Record] = (),
+    jobs: int = 1,
+    on_done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
+
+    records: GPU test records to merge first; EvidenceError if one is of other bytes than the
+    artifacts'. Before anything is climbed, ArtifactReadError for a file that is missing or is not
+    the manifest's. Returns one outcome for every rung of every chosen artifact, in the manifest's
+    order: rungs that were not asked for are read from the stored evidence. `on_done` is called with
+    each climbed outcome as it comes.
+    """
+    listed = open_artifacts(artifacts_dir).manifest.kernels
+    chosen = [
+        kernel
+        for kernel in listed
+        if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
+    ]
+    for kernel in chosen:
+        load_artifact(artifacts_dir, kernel.key)
+    asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
+    path = artifacts_dir / EVIDENCE_NAME
+    evidence = read_evidence(path).only(listed)
+    _refuse_strangers(records, listed)
+    for kernel in listed:
+        recorded = result_of(kernel, records)
+        if recorded is not None:
+            evidence = evidence.with_result(kernel, "hardware", recorded)
+    if records:
+        write_evidence(path, evidence)
+
+    tasks = [
+        (kernel, rung)
+        for rung in _START_ORDER
+        if rung in asked
+        for kernel in chosen
+        if not (rung == "hardware" and rung in evidence.of(kernel))
+    ]
+    found: dict[tuple[str, str], Result] = {}
+    for kernel, rung, result in _climb_all(artifacts_dir, tasks, quick=quick, jobs=jobs):
+        found[kernel.key, rung] = result
+        evidence = evidence.with_result(kernel, rung, result)
+        # After each, so that an interrupted run keeps what it found.
+        write_evidence(path, evidence)
+        on_done(Outcome(artifact=kernel.key, rung=rung, result=result, climbed=True))
+    missing = not_run("not asked for, and no evidence is stored for these bytes")
+    return [
+        Outcome(
+            artifact=kernel.key,
+            rung=rung,
+            result=found.get((kernel.key, rung), evidence.of(kernel).get(rung, missing)),
+            climbed=(kernel.key, rung) in found,
+        )
+        for kernel in chosen
+        for rung in RUNGS
+    ]
+
+
+def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
+    """Does this outcome make the command fail? `asked`: the rungs named on the command line.
+
+    A failure on record counts as long as the bytes are the same. "Not run" counts where the rung
+    was asked for by name and can be climbed by such an artifact.
+    """
+    result = outcome.result
+    if result.status == NOT_RUN:
+        return result.applies and outcome.rung in asked
+    return result.status != PASSED
+
+
+def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> None:
+    known = {(kernel.cubin_sha256, kernel.ptx_sha256) for kernel in listed}
+    for record in records:
+        if (record.cubin_sha256, record.ptx_sha256) not in known:
+            raise EvidenceError(
+                f"the record of {record.artifact} on {record.gpu} ({record.date}) was measured on "
+                f"cubin {record.cubin_sha256[:12]}, which is not among the artifacts: stale; "
+                "run the gpu tests again on these artifacts"
+            )
+
+
+def _climb_all(
+    folder: Path, tasks: Sequence[tuple[Kernel, str]], *, quick: bool, jobs: int
+) -> Iterable[tuple[Kernel, str, Result]]:
+    """Each task's result as it comes."""
+    if not tasks:
+        return
+    pool = ProcessPoolExecutor(
+        max_workers=min(jobs, len(tasks)),
+        # spawn: the DSL's and torch's state must not be shared between processes.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_ignore_interrupts,
+    )
+    try:
+        futures = {
+            pool.submit(climb_one, folder, kernel.key, rung, quick): (kernel, rung)
+            for kernel, rung in tasks
+        }
+        for future in as_completed(futures):
+            kernel, rung = futures[future]
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                result = not_run("the process died; was it out of memory?")
+            yield kernel, rung, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def climb_one(folder: Path, key: str, rung: str, quick: bool) -> Result:
+    """One rung for one artifact, in this process.
+
+    A rung that raises has shown nothing: a failure, with the traceback on stderr and not in the
+    evidence, which holds no paths of the machine it was made on.
+    """
+    try:
+        module = importlib.import_module(f"{__package__}.{rung}")
+        result = module.climb(load_artifact(folder, key), quick=quick)
+    except Exception as error:
+        traceback.print_exc()
+        return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")
+    if not isinstance(result, Result):
+        raise TypeError(f"{rung}.climb returned {type(result).__name__}, expected Result")
+    return result

@@ -1,0 +1,180 @@
+"""`build-kernels verify`: climb the ladder and print the table artifact x rung."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from build_kernels.specs import ARCHITECTURES, KERNELS
+from dsv4_router_runtime.artifacts import find_artifacts
+from dsv4_router_runtime.errors import RouterError
+
+from .artifact import ArtifactReadError
+from .climb import Outcome, is_failure, verify
+from .evidence import FAILED, NOT_RUN, PASSED, QUICK, RUNGS, EvidenceError, Result, result_json
+from .hardware import read_records
+
+NOT_PROVEN = (
+    "Not proven by any rung but hardware: that ptxas translated rightly, what undocumented "
+    "hardware does, rounding order, speed."
+)
+_STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
+
+talk = Console(stderr=True, highlight=False)
+
+
+@click.command("verify")
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    type=click.Choice([arch.name for arch in ARCHITECTURES]),
+    help="Only this architecture; repeatable. Default: all.",
+)
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    type=click.Choice([spec.name for spec in KERNELS]),
+    help="Only this kernel; repeatable. Default: all.",
+)
+@click.option(
+    "--rung",
+    "rungs",
+    multiple=True,
+    type=click.Choice(RUNGS),
+    help="Climb only this rung, and fail where it cannot be climbed; repeatable. Default: all.",
+)
+@click.option("--quick", is_flag=True, help="Fewer cases and schedules: minutes, not tens of them.")
+@click.option(
+    "--record",
+    "record_files",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Merge what the gpu tests recorded in this file; repeatable.",
+)
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The folder to work on. Default: artifacts/ of this checkout.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one for each CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def verify_command(
+    archs: tuple[str, ...],
+    kernels: tuple[str, ...],
+    rungs: tuple[str, ...],
+    quick: bool,
+    record_files: tuple[Path, ...],
+    artifacts: Path | None,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Show, rung by rung, that the artifacts are right, and keep the evidence beside them."""
+    try:
+        outcomes = verify(
+            artifacts or find_artifacts(),
+            archs,
+            kernels,
+            rungs,
+            quick=quick,
+            records=[record for path in record_files for record in read_records(path)],
+            jobs=jobs or len(os.sched_getaffinity(0)),
+            on_done=_say,
+        )
+    except (ArtifactReadError, EvidenceError, RouterError, OSError) as error:
+        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        talk.print("interrupted; what was found so far is kept")
+        sys.exit(130)
+    if as_json:
+        print(json.dumps([_row(outcome) for outcome in outcomes], indent=1, sort_keys=True))
+    else:
+        width = None if sys.stdout.isatty() else 160
+        console = Console(width=width, highlight=False)
+        console.print(evidence_table(outcomes))
+        for line in explanations(outcomes):
+            console.print(line, markup=False, soft_wrap=True)
+        console.print(NOT_PROVEN, markup=False, soft_wrap=True)
+    failures = [outcome for outcome in outcomes if is_failure(outcome, rungs)]
+    if failures:
+        names = ", ".join(f"{outcome.artifact} {outcome.rung}" for outcome in failures)
+        talk.print(f"{len(failures)} not shown: {names}", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _say(outcome: Outcome) -> None:
+    result = outcome.result
+    reason = f": {result.reason.splitlines()[-1]}" if result.reason else ""
+    line = f"{outcome.artifact} {outcome.rung}: {result.status}{reason}"
+    talk.print(line, markup=False, soft_wrap=True)
+
+
+def _row(outcome: Outcome) -> dict:
+    row = {"artifact": outcome.artifact, "rung": outcome.rung, "climbed_now": outcome.climbed}
+    return row | result_json(outcome.result)
+
+
+def evidence_table(outcomes: Sequence[Outcome]) -> Table:
+    """One row for each artifact, one column for each rung."""
+    table = Table()
+    table.add_column("artifact", no_wrap=True)
+    for rung in RUNGS:
+        table.add_column(rung)
+    cells: dict[str, dict[str, str]] = {}
+    for outcome in outcomes:
+        style = _STYLES[outcome.result.status]
+        cells.setdefault(outcome.artifact, {})[outcome.rung] = (
+            f"[{style}]{cell(outcome.rung, outcome.result)}[/]"
+        )
+    for artifact, row in cells.items():
+        table.add_row(artifact, *(row[rung] for rung in RUNGS))
+    return table
+
+
+def cell(rung: str, result: Result) -> str:
+    """The status with its figures in a few words: "passed, 24 cases, 120 runs"."""
+    if result.status == NOT_RUN:
+        return NOT_RUN if result.applies else f"{NOT_RUN} (no use)"
+    figures, details = result.figures, []
+    if result.status == PASSED and result.scope == QUICK:
+        details.append("quick")
+    if rung == "structure" and "registers" in figures:
+        paired = sum(figures["paired_instructions"].values())
+        details.append(f"{figures['registers']} regs, {paired} pairs")
+    if rung == "lint" and "diagnostics" in figures:
+        details.append(f"{figures['explained']} of {figures['diagnostics']} explained")
+    if rung == "protocol" and "race_free" in figures:
+        details.append(f"{len(figures['race_free'])} launches")
+    if rung == "emulated" and "cases" in figures:
+        details.append(f"{len(figures['cases'])} cases, {figures['runs']} runs")
+    if rung == "hardware":
+        details.extend(f"{run['gpu']}, {run['cases']} cases" for run in figures["records"])
+    return ", ".join((result.status, *details))
+
+
+def explanations(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each reason and each assumption, with the artifacts that share it."""
+    reasons: dict[str, list[str]] = {}
+    assumptions: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        rung, result = outcome.rung, outcome.result
+        if result.reason:
+            text = f"{rung} {result.status}: {result.reason}"
+            reasons.setdefault(text, []).append(outcome.artifact)
+        for assumption in result.assumptions:
+            text = f"{rung} assumes: {assumption}"
+            assumptions.setdefault(text, []).append(outcome.artifact)
+    return [
+        f"{text} [{names[0] if len(names) == 1 else f'{len(names)} artifacts'}]"
+        for sharing in (reasons, assumptions)
+        for text, names in sorted(sharing.items())
+    ]

@@ -1,0 +1,165 @@
+"""Rung: the DSL's own compile-time diagnostics, none left unexplained.
+
+The kernel is compiled again with the diagnostics on, in a process of its own, from the sources at
+hand; the PTX must be the artifact's, or the diagnostics would be about another kernel. (The cubin
+differs on sm_100: its tool note records the assembler's options.)
+Shows what those passes look for; they were measured to catch none of six mutants: a lint, no proof.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_kernels.specs import KERNELS, DslSource, KernelSpec
+
+from .artifact import Artifact
+from .evidence import FAILED, PASSED, Result, not_run
+
+OPTIONS_VARIABLE = "CUTE_DSL_COMPILER_OPT"
+OPTIONS = "warnings remarks"
+TIMEOUT_SECONDS = 300
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_HEAD = re.compile(r"^(warning|remark|error)\[(\w+)\]:\s*(.*)$")
+_FUNCTION = re.compile(r"^\s*in function `([^(`]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """One diagnostic: its code (W0015), its first line, and the kernel function it points into."""
+
+    code: str
+    message: str
+    function: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why a diagnostic is right to be left: of one code in one function, not of a code at large."""
+
+    code: str
+    function: str
+    reason: str
+
+
+EXPLANATIONS = (
+    Explanation(
+        code="W0015",
+        function="free_accumulator",
+        reason=(
+            "the epilogue warps read with tcgen05.ld, wait with tcgen05.wait::ld and then meet at "
+            "named barrier 1 before warp 0 deallocates; the pass does not follow a named barrier "
+            "inside a branch on the warp. The protocol and emulated rungs check that order, and "
+            "reject the kernel without that barrier (mutants)"
+        ),
+    ),
+)
+
+
+def climb(artifact: Artifact, *, quick: bool) -> Result:
+    """Compile with diagnostics, look for one that nobody explained; quick and full are the same."""
+    spec = next((item for item in KERNELS if item.name == artifact.kernel.name), None)
+    if spec is None:
+        return Result(status=FAILED, reason=f"no source makes a kernel {artifact.kernel.name}")
+    if not isinstance(spec.source, DslSource):
+        return not_run("CUDA C++: the DSL's diagnostics are about DSL kernels", applies=False)
+    try:
+        output, ptx_sha256 = _compile(spec, artifact.kernel.arch)
+    except subprocess.TimeoutExpired:
+        return not_run(f"the compiler took more than {TIMEOUT_SECONDS} s")
+    except ModuleNotFoundError as error:
+        return not_run(f"{error}; install this project's extra `build`")
+    except LintError as error:
+        return Result(status=FAILED, reason=str(error))
+    if ptx_sha256 != artifact.ptx_sha256:
+        return Result(
+            status=FAILED,
+            reason="the sources at hand do not compile to the artifact's PTX, so their "
+            "diagnostics are about another kernel; run `build-kernels build`",
+        )
+    return judge(parse_diagnostics(output))
+
+
+def judge(diagnostics: tuple[Diagnostic, ...]) -> Result:
+    """Passed if each diagnostic has an explanation, which then is one of the assumptions."""
+    reasons = {(item.code, item.function): item.reason for item in EXPLANATIONS}
+    unexplained = [item for item in diagnostics if (item.code, item.function) not in reasons]
+    figures = {"diagnostics": len(diagnostics), "explained": len(diagnostics) - len(unexplained)}
+    if unexplained:
+        lines = (f"{item.code} in {item.function}: {item.message}" for item in unexplained)
+        return Result(status=FAILED, reason="; ".join(lines), figures=figures)
+    explained = sorted({(item.code, item.function) for item in diagnostics})
+    return Result(
+        status=PASSED,
+        figures=figures,
+        assumptions=tuple(f"{key[0]} in {key[1]}: {reasons[key]}" for key in explained),
+    )
+
+
+def parse_diagnostics(output: str) -> tuple[Diagnostic, ...]:
+    """The diagnostics in what the compiler printed; one without a place is in function ""."""
+    found: list[Diagnostic] = []
+    for line in _COLOUR.sub("", output).splitlines():
+        if head := _HEAD.match(line):
+            found.append(Diagnostic(code=head[2], message=head[3].strip(), function=""))
+        elif found and not found[-1].function and (place := _FUNCTION.match(line)):
+            last = found[-1]
+            found[-1] = Diagnostic(code=last.code, message=last.message, function=place[1])
+    return tuple(found)
+
+
+class LintError(Exception):
+    """The kernel did not compile with diagnostics on."""
+
+
+def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
+    """What the compiler said with diagnostics on, and the sha256 of the PTX it made."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("CUTE_DSL_")
+    }
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (root, environment.get("PYTHONPATH", "")))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        process = subprocess.run(
+            [sys.executable, "-m", __name__, spec.name, arch, folder, str(report)],
+            env=environment | {OPTIONS_VARIABLE: OPTIONS},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        output = process.stdout + process.stderr
+        if process.returncode or not report.exists():
+            raise LintError(f"does not compile with diagnostics on: {output.strip()[-500:]}")
+        facts = json.loads(report.read_text())
+    if "missing" in facts:
+        raise ModuleNotFoundError(facts["missing"])
+    return output, facts["ptx_sha256"]
+
+
+def _worker(name: str, arch: str, folder: str, report: str) -> None:
+    """Compile one kernel in this process; the diagnostics go to its standard streams."""
+    from build_kernels import compilers
+
+    spec = next(item for item in KERNELS if item.name == name)
+    try:
+        compiled = compilers.compile_kernel(spec, arch, Path(folder))
+        facts = {"ptx_sha256": hashlib.sha256(compiled.ptx.encode()).hexdigest()}
+    except ModuleNotFoundError as error:
+        facts = {"missing": str(error)}
+    Path(report).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

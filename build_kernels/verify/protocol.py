@@ -1,0 +1,260 @@
+"""Rung: SentryWard on the artifact's own PTX: every schedule of one launch, not a sample of them.
+
+Shows, for each case's fixed sizes: no deadlock, TMA byte counts right, no race on shared, tensor or
+global memory, TMEM and mbarriers alive when used. Does not show: fences (not modelled), values,
+other sizes, atomics and what depends on them. It has no semantics for wgmma.
+
+Its input file was worked out from its error messages (0.1.1 carries no description of it):
+    schema           "spverify.kernel-input/v1"
+    launch           grid_dim, block_dim, cluster_dim, dynamic_shared_bytes
+    arguments        [{parameter, offset, type as the PTX declares it, value}]
+    tma_descriptors  [{parameter, offset, object, element_type, rank, global_shape, box_shape,
+                     global_strides_bytes, element_strides, swizzle, interleave, oob_fill "zero"}],
+                     fastest dimension first
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_router_runtime.launch import grid_of
+from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.tensor_map import encode_arguments
+
+from .artifact import Artifact, ptx_entry
+from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
+
+INPUT_SCHEMA = "spverify.kernel-input/v1"
+TIMEOUT_SECONDS = 900
+# A decode case with two wraps of every ring takes up to 4 GB.
+MEMORY_LIMIT_MIB = 8192
+
+_PROVEN = "race_free"
+_FAULTS = ("not_wellsynced", "potential_race", "invalid_lifecycle")
+_OOB_FILLS = {"zeros": "zero"}
+_ELEMENT_TYPES = {"bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """A change of the text handed to SentryWard, and why the proof still speaks of the kernel.
+
+    Every match of `pattern` (a regular expression) becomes `replacement`. At least one must match.
+    """
+
+    pattern: str
+    replacement: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One launch: sizes, and what has to be rewritten for SentryWard to follow it."""
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    k: int = 0
+    rewrites: tuple[Rewrite, ...] = ()
+
+    def __str__(self) -> str:
+        k = f" K={self.k}" if self.k else ""
+        return f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k}"
+
+
+NO_COLLECTOR = Rewrite(
+    pattern=r"\.collector::a::discard",
+    replacement="",
+    why="`.collector::a::discard` of tcgen05.mma deleted: it is the PTX default",
+)
+ALWAYS_ASSUMED = (
+    "fences and memory scopes are not modelled: a missing proxy fence is the emulator's to find",
+    "one launch at a time: griddepcontrol orders nothing but this launch's own instructions",
+    "distinct arguments do not overlap in memory",
+)
+
+
+def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """One expert tile, ragged and full; N below the tile and at it; two wraps of every ring.
+
+    A CTA of a cluster of `k_splits` multiplies K / 64 / k_splits blocks. Its rings hold at most 8,
+    so the 17th block waits for the second round of the empty barriers.
+    """
+    tile, splits = kernel.launch.token_tile, kernel.launch.k_splits
+    block = kernel.problem.k_multiple
+
+    def case(num_tokens: int, num_experts: int, blocks: int, top_k: int) -> Case:
+        return Case(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            k=block * splits * blocks,
+            rewrites=(NO_COLLECTOR,),
+        )
+
+    full_tile = case(tile, kernel.launch.expert_tile, 1, 8)
+    if quick:
+        return (case(6, 60, 2, 6),)
+    return (case(tile - 3, 60, 17, 6), full_tile, case(1, 40, 3, 1))
+
+
+def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Ragged and full E, N below and at a block's tokens, with the winning expert sampled."""
+
+    def case(num_tokens: int, num_experts: int, top_k: int, winner: int) -> Case:
+        rewrite = Rewrite(
+            pattern=r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;",
+            replacement=rf"mov.u32\1, {winner};",
+            why="the winning expert, a redux.sync.min result that becomes a shared-memory address, "
+            "is a constant: the addresses are proven disjoint for the sampled winners only",
+        )
+        return Case(
+            num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, rewrites=(rewrite,)
+        )
+
+    block = kernel.launch.token_tile
+    first = (case(block - 1, 60, 6, 59), case(block, 512, 8, 33))
+    return first if quick else (*first, case(block + 3, 60, 6, 0), case(2 * block, 384, 6, 383))
+
+
+def climb(artifact: Artifact, *, quick: bool) -> Result:
+    """Prove each case; the first one that is not proven ends the climb."""
+    kernel = artifact.kernel
+    is_decode = any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
+    if "wgmma." in artifact.ptx:
+        reason = "SentryWard has no semantics for wgmma, the tensor instruction of sm_90a"
+        return not_run(reason, applies=False)
+    try:
+        import sentryward
+    except ImportError as error:
+        return not_run(f"{error}: pip install sentryward")
+    cases = (decode_cases if is_decode else topk_cases)(kernel, quick=quick)
+    assumptions = dict.fromkeys(ALWAYS_ASSUMED)
+    proven: list[str] = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            ptx_path, input_path = Path(folder, "kernel.ptx"), Path(folder, "input.json")
+            try:
+                ptx_path.write_text(rewritten(artifact.ptx, case.rewrites))
+            except ProtocolError as error:
+                return not_run(f"{case}: {error}")
+            input_path.write_text(json.dumps(kernel_input(kernel, artifact.ptx, case)))
+            report = sentryward.verify(
+                ptx_path,
+                input=input_path,
+                timeout_seconds=TIMEOUT_SECONDS,
+                memory_limit_mib=MEMORY_LIMIT_MIB,
+            )
+        if report["result"] != _PROVEN:
+            return _not_proven(case, report, proven)
+        proven.append(str(case))
+        assumptions |= dict.fromkeys(rewrite.why for rewrite in case.rewrites)
+        assumptions |= dict.fromkeys(
+            item["text"] for item in report.get("assumptions", ()) if item.get("triggered")
+        )
+        assumptions |= dict.fromkeys(_first_line(item) for item in report.get("warnings", ()))
+    return Result(
+        status=PASSED,
+        scope=QUICK if quick else FULL,
+        figures={"race_free": proven, "sentryward": _version()},
+        assumptions=tuple(assumptions),
+    )
+
+
+def _not_proven(case: Case, report: Mapping[str, Any], proven: list[str]) -> Result:
+    """Failed for a fault with a witness; not run where SentryWard could not decide."""
+    verdict = report["result"]
+    lines = [_first_line(item) for item in report.get("diagnostics", ())][:3]
+    reason = f"{case}: {verdict}: {'; '.join(lines)}"
+    if verdict in _FAULTS:
+        return Result(status=FAILED, reason=reason, figures={"race_free": proven})
+    return not_run(reason)
+
+
+def _first_line(diagnostic: Mapping[str, Any]) -> str:
+    """A diagnostic in one line, with its PTX line where it names one."""
+    details = diagnostic.get("details") or {}
+    line = details.get("ptx_line") or (details.get("location") or {}).get("line")
+    where = f" (PTX line {line})" if line else ""
+    return f"{diagnostic.get('message') or diagnostic.get('code')}{where}"
+
+
+class ProtocolError(Exception):
+    """A kernel or case that cannot be put to SentryWard."""
+
+
+def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
+    """The text for SentryWard; ProtocolError if a rewrite finds nothing, so that none goes stale.
+
+    Lines keep their numbers.
+    """
+    for rewrite in rewrites:
+        ptx, count = re.subn(rewrite.pattern, rewrite.replacement, ptx)
+        if count == 0:
+            raise ProtocolError(f"the rewrite {rewrite.pattern!r} matches nothing in the PTX")
+    return ptx
+
+
+def kernel_input(kernel: Kernel, ptx: str, case: Case) -> dict[str, Any]:
+    """SentryWard's input for one launch: packed tensors, every integer parameter by its name."""
+    sizes = {"N": case.num_tokens, "E": case.num_experts, "K": case.k}
+    integers = {
+        "num_tokens": case.num_tokens,
+        "num_experts": case.num_experts,
+        "num_k_blocks": case.k // kernel.problem.k_multiple,
+        "top_k": case.top_k,
+        "out_weights_stride": case.top_k,
+        "out_ids_stride": case.top_k,
+        "logits_stride": case.num_experts,
+    }
+    _, declared = ptx_entry(ptx)
+    arguments, descriptors = [], []
+    for index, parameter in enumerate(kernel.parameters):
+        place = {"parameter": index, "offset": 0}
+        if parameter.tensor_map is not None:
+            recipe = parameter.tensor_map
+            row = 8 * -(-sizes[recipe.dims[0]] // 8)  # in multiples of 16 bytes
+            strides = dict(zip(recipe.dims, (1, row), strict=True))
+            encoded = encode_arguments(recipe, address=0, sizes=sizes, strides=strides)
+            descriptor = {
+                "object": recipe.tensor,
+                "element_type": _ELEMENT_TYPES[encoded.element_type],
+                "rank": len(encoded.dims),
+                "global_shape": list(encoded.dims),
+                "global_strides_bytes": list(encoded.strides),
+                "element_strides": list(encoded.element_strides),
+                "box_shape": list(encoded.box),
+                "swizzle": encoded.swizzle,
+                "interleave": encoded.interleave,
+                "oob_fill": _OOB_FILLS[encoded.oob_fill],
+            }
+            descriptors.append(place | descriptor)
+        elif parameter.kind == "int32":
+            if parameter.name not in integers:
+                raise ProtocolError(f"{kernel.key}: no value for the parameter {parameter.name}")
+            value = {"type": declared[index].type, "value": integers[parameter.name]}
+            arguments.append(place | value)
+    grid = grid_of(kernel.launch, num_tokens=case.num_tokens, num_experts=case.num_experts)
+    return {
+        "schema": INPUT_SCHEMA,
+        "launch": {
+            "grid_dim": list(grid),
+            "block_dim": list(kernel.launch.block),
+            "cluster_dim": list(kernel.launch.cluster),
+            "dynamic_shared_bytes": kernel.launch.dynamic_shared_bytes,
+        },
+        "arguments": arguments,
+        "tma_descriptors": descriptors,
+    }
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("sentryward")

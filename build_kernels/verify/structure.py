@@ -1,0 +1,168 @@
+"""Rung: the cubin is what the manifest says, and the PTX's work survived into the SASS.
+
+Shows: hashes, architecture, symbol, parameter block, registers, no local memory, shared memory, and
+that the tensor, TMA, barrier and TMEM instructions are there in the counts they must have. Does not
+show that ptxas translated them rightly.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from build_kernels import cubin
+from dsv4_router_runtime.manifest import compute_capability
+
+from .artifact import (
+    Artifact,
+    ArtifactReadError,
+    count_starting,
+    ptx_entry,
+    ptx_opcodes,
+    ptx_target,
+)
+from .evidence import FAILED, PASSED, Result, not_run
+
+_ELF_FLAGS_OFFSET = 48
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """A PTX instruction and the SASS it becomes.
+
+    sass: a regular expression for the whole opcode. exact: as many in SASS as in PTX; otherwise at
+    least one in SASS if there is one in PTX: ptxas expands, repeats, or uses it for others too.
+    """
+
+    ptx: str
+    sass: str
+    exact: bool = True
+
+
+# As ptxas of toolkit 12.9 writes them, read off the project's own kernels.
+PAIRINGS = (
+    Pairing(ptx="tcgen05.mma", sass=r"UTCHMMA(\..*)?"),
+    Pairing(ptx="wgmma.mma_async", sass=r"HGMMA(\..*)?"),
+    Pairing(ptx="cp.async.bulk.tensor", sass=r"UTMALDG(\..*)?"),
+    Pairing(ptx="prefetch.tensormap", sass=r"UTMACCTL\.PF"),
+    Pairing(ptx="tcgen05.commit", sass=r"UTCBAR(\..*)?"),
+    Pairing(ptx="tcgen05.ld", sass=r"LDTM(\..*)?"),
+    Pairing(ptx="tcgen05.alloc", sass=r"UTCATOMSWS\.FIND_AND_SET(\..*)?", exact=False),
+    Pairing(ptx="tcgen05.dealloc", sass=r"UTCATOMSWS\.AND"),
+    Pairing(ptx="mbarrier.init", sass=r"SYNCS\.EXCH(\..*)?"),
+    Pairing(ptx="mbarrier.arrive", sass=r"SYNCS\.ARRIVE(\..*)?"),
+    # Each wait is one test out of line and one or more TRYWAITs in loops that ptxas may unroll.
+    Pairing(ptx="mbarrier.try_wait", sass=r"SYNCS\.PHASECHK\.TRANS64"),
+    Pairing(ptx="mbarrier.try_wait", sass=r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", exact=False),
+    Pairing(ptx="barrier.cluster.arrive", sass=r"UCGABAR_ARV"),
+    Pairing(ptx="barrier.cluster.wait", sass=r"UCGABAR_WAIT"),
+    Pairing(ptx="st.async", sass=r"STAS(\..*)?"),
+    Pairing(ptx="atom", sass=r"ATOMG(\..*)?"),
+    Pairing(ptx="redux.sync", sass=r"C?REDUX(\..*)?", exact=False),
+    Pairing(ptx="griddepcontrol.wait", sass=r"ACQBULK"),
+    Pairing(ptx="griddepcontrol.launch_dependents", sass=r"PREEXIT"),
+)
+
+
+def climb(artifact: Artifact, *, quick: bool) -> Result:
+    """Compare manifest, cubin, PTX and SASS; quick and full are the same."""
+    try:
+        facts = cubin.read_cubin(artifact.cubin)
+        sass = sass_opcodes(cubin.nvdisasm(), artifact.cubin_path)
+        problems = [*_against_manifest(artifact, facts, sass), *_against_ptx(artifact, sass)]
+    except (cubin.CubinError, ArtifactReadError) as error:
+        if "is missing: it comes with" in str(error):
+            return not_run(str(error))
+        problems = [str(error)]
+        facts = None
+    if problems or facts is None:
+        return Result(status=FAILED, reason="; ".join(problems))
+    figures = {
+        "registers": facts.registers,
+        "stack_bytes": facts.stack_bytes,
+        "local_memory_instructions": sass["LDL"] + sass["STL"],
+        "static_shared_bytes": facts.static_shared_bytes,
+        "dynamic_shared_bytes": artifact.kernel.launch.dynamic_shared_bytes,
+        "elf_flags": f"{elf_flags(artifact.cubin):#x}",
+        "parameters": len(facts.parameters),
+        "paired_instructions": dict(_paired_counts(ptx_opcodes(artifact.ptx))),
+    }
+    return Result(status=PASSED, figures=figures)
+
+
+def _against_manifest(
+    artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]
+) -> Iterator[str]:
+    kernel, launch = artifact.kernel, artifact.kernel.launch
+    symbol, ptx_parameters = ptx_entry(artifact.ptx)
+    listed = [(parameter.offset, parameter.size) for parameter in kernel.parameters]
+    families: Counter[str] = Counter()
+    for name, count in sass.items():
+        families[name.partition(".")[0]] += count
+    compared = (
+        ("cubin sha256", artifact.cubin_sha256, kernel.cubin_sha256),
+        ("PTX sha256", artifact.ptx_sha256, kernel.ptx_sha256),
+        ("PTX .target", ptx_target(artifact.ptx), kernel.arch),
+        ("ELF compute capability", facts.compute_capability, compute_capability(kernel.arch)),
+        ("cubin symbol", facts.symbol, kernel.symbol),
+        ("PTX symbol", symbol, kernel.symbol),
+        ("parameters in .nv.info", [(p.offset, p.size) for p in facts.parameters], listed),
+        ("parameter sizes in the PTX", [p.size for p in ptx_parameters], [s for _, s in listed]),
+        ("registers", facts.registers, kernel.resources.registers),
+        ("stack bytes", facts.stack_bytes, 0),
+        ("stack bytes in the manifest", kernel.resources.stack_bytes, 0),
+        ("spill bytes in the manifest", kernel.resources.spill_bytes, 0),
+        ("local loads and stores", sass["LDL"] + sass["STL"], 0),
+        ("static shared", facts.static_shared_bytes, kernel.resources.static_shared_bytes),
+        ("required block", facts.required_block or launch.block, launch.block),
+        ("required cluster", facts.cluster or launch.cluster, launch.cluster),
+        ("opcode counts", cubin.watched(families), dict(kernel.resources.opcodes)),
+    )
+    for what, got, expected in compared:
+        if got != expected:
+            yield f"{what}: {got}, expected {expected}"
+    if prod(launch.block) > prod(facts.max_block or launch.block):
+        yield f"block {launch.block} is over the cubin's limit {facts.max_block}"
+
+
+def _against_ptx(artifact: Artifact, sass: Counter[str]) -> Iterator[str]:
+    ptx = ptx_opcodes(artifact.ptx)
+    for pairing in PAIRINGS:
+        wanted = count_starting(ptx, pairing.ptx)
+        found = sum(count for name, count in sass.items() if re.fullmatch(pairing.sass, name))
+        if found != wanted if pairing.exact else wanted and not found:
+            relation = "as many" if pairing.exact else "some"
+            yield (
+                f"{wanted} {pairing.ptx} in the PTX, {found} of {pairing.sass} in the SASS: "
+                f"expected {relation}"
+            )
+
+
+def _paired_counts(ptx: Counter[str]) -> Iterator[tuple[str, int]]:
+    for name in sorted({pairing.ptx for pairing in PAIRINGS}):
+        if count := count_starting(ptx, name):
+            yield name, count
+
+
+def sass_opcodes(nvdisasm: Path, path: Path) -> Counter[str]:
+    """How often each SASS opcode occurs in a cubin, modifiers kept."""
+    process = subprocess.run(
+        [nvdisasm, "-c", path], capture_output=True, text=True, errors="replace", check=False
+    )
+    opcodes = Counter(_SASS.findall(process.stdout))
+    if process.returncode or not opcodes:
+        raise cubin.CubinError(f"nvdisasm cannot read {path.name}: {process.stderr.strip()}")
+    return opcodes
+
+
+def elf_flags(data: bytes) -> int:
+    """The e_flags of a 64-bit ELF header: 0x600640a for sm_100a by toolkit 12.9."""
+    (flags,) = struct.unpack_from("<I", data, _ELF_FLAGS_OFFSET)
+    return int(flags)

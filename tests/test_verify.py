@@ -1,0 +1,486 @@
+"""The ladder: evidence on file, what each rung refuses, and the command's exit status."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import decode_kernel, sample_manifest, topk_kernel
+
+pytest.importorskip("elftools", reason="needs the extra `build`")
+
+from click.testing import CliRunner
+
+from build_kernels import compilers
+from build_kernels.build import make_plan, run_build
+from build_kernels.specs import KERNELS
+from build_kernels.verify import (
+    Evidence,
+    Result,
+    hardware,
+    lint,
+    protocol,
+    read_evidence,
+    standing,
+    structure,
+    validated_on,
+    verify,
+    verify_command,
+)
+from build_kernels.verify.artifact import (
+    Artifact,
+    ArtifactReadError,
+    load_artifact,
+    ptx_entry,
+    ptx_opcodes,
+)
+from build_kernels.verify.climb import Outcome, climb_one, is_failure
+from build_kernels.verify.evidence import EvidenceError, not_run, write_evidence
+
+KERNEL = topk_kernel()
+PASSED = Result(status="passed", figures={"launches": 3}, assumptions=("one launch at a time",))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """router_topk for sm_100a, really built: it takes a fraction of a second."""
+    folder = tmp_path_factory.mktemp("verify") / "artifacts"
+    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a"]), jobs=1)
+    return folder
+
+
+@pytest.fixture
+def topk(artifacts: Path) -> Artifact:
+    return load_artifact(artifacts, "router_topk.sm_100a")
+
+
+# ---------------------------------------------------------------- evidence on file
+
+
+def test_evidence_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
+    evidence = evidence.with_result(KERNEL, "lint", not_run("a CUDA kernel", applies=False))
+    write_evidence(path, evidence)
+    assert read_evidence(path) == evidence
+    first = path.read_bytes()
+    write_evidence(path, read_evidence(path))
+    assert path.read_bytes() == first
+    assert [item.name for item in tmp_path.iterdir()] == ["evidence.json"]
+
+
+def test_no_file_is_no_evidence(tmp_path: Path) -> None:
+    assert read_evidence(tmp_path / "evidence.json") == Evidence()
+    assert standing(Evidence(), KERNEL) == dict.fromkeys(
+        ("structure", "lint", "protocol", "emulated", "hardware"), "not run"
+    )
+
+
+@pytest.mark.parametrize("hash_name", ["cubin_sha256", "ptx_sha256"])
+def test_evidence_does_not_outlive_the_bytes(hash_name: str) -> None:
+    evidence = Evidence().with_result(KERNEL, "structure", PASSED)
+    rebuilt = replace(KERNEL, **{hash_name: "f" * 64})
+    assert standing(evidence, KERNEL)["structure"] == "passed"
+    assert standing(evidence, rebuilt)["structure"] == "not run"
+    assert evidence.only([rebuilt]) == Evidence()
+
+
+QUICK = replace(PASSED, scope="quick")
+FAILED = Result(status="failed", reason="a race")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [
+        (PASSED, QUICK, PASSED),
+        (PASSED, not_run("no SentryWard"), PASSED),
+        (FAILED, not_run("no SentryWard"), FAILED),
+        (PASSED, FAILED, FAILED),
+        (QUICK, PASSED, PASSED),
+        (FAILED, QUICK, QUICK),
+        (QUICK, FAILED, FAILED),
+        (not_run("no SentryWard"), not_run("out of time"), not_run("out of time")),
+    ],
+)
+def test_a_run_that_says_less_does_not_erase_one_that_says_more(
+    old: Result, new: Result, kept: Result
+) -> None:
+    evidence = Evidence().with_result(KERNEL, "protocol", old)
+    assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == kept
+
+
+def test_a_result_that_shows_nothing_says_why() -> None:
+    with pytest.raises(ValueError, match="says why"):
+        Result(status="not run")
+    with pytest.raises(ValueError, match="expected one of"):
+        Result(status="ok")
+    with pytest.raises(ValueError, match="rung: expected one of"):
+        Evidence().with_result(KERNEL, "proved", PASSED)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"schema_version": 2, "evidence": []}',
+        '{"schema_version": 1}',
+        '{"schema_version": 1, "evidence": [{"artifact": "a"}]}',
+        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
+        ' "ptx_sha256": "0", "rungs": {"lint": {"status": "ok", "scope": "full"}}}]}',
+        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
+        ' "ptx_sha256": "0", "rungs": {"proved": {"status": "passed", "scope": "full"}}}]}',
+    ],
+)
+def test_an_unreadable_evidence_file_is_an_error_and_not_no_evidence(
+    tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "evidence.json"
+    path.write_text(text)
+    with pytest.raises(EvidenceError, match=r"evidence\.json"):
+        read_evidence(path)
+
+
+# ---------------------------------------------------------------- structure
+
+
+def test_a_kernel_as_built_passes_the_structure_rung(topk: Artifact) -> None:
+    result = structure.climb(topk, quick=True)
+    assert (result.status, result.reason) == ("passed", "")
+    assert result.figures["registers"] == topk.kernel.resources.registers
+    assert result.figures["local_memory_instructions"] == 0
+    assert result.figures["paired_instructions"]["griddepcontrol.wait"] == 1
+
+
+def _spoiled(topk: Artifact, what: str) -> Artifact:
+    kernel = topk.kernel
+    if what == "registers":
+        resources = replace(kernel.resources, registers=7)
+        return replace(topk, kernel=replace(kernel, resources=resources))
+    if what == "cubin sha256":
+        return replace(topk, cubin=topk.cubin + b"\0")
+    if what == "PTX .target":
+        return replace(topk, ptx=topk.ptx.replace("sm_100a", "sm_103a"))
+    if what == "ELF compute capability":
+        return replace(topk, kernel=replace(kernel, arch="sm_103a"))
+    if what == "parameters in .nv.info":
+        return replace(topk, kernel=replace(kernel, parameters=kernel.parameters[:-1]))
+    if what == "symbol":
+        return replace(topk, kernel=replace(kernel, symbol="another"))
+    if what == "opcode counts":
+        resources = replace(kernel.resources, opcodes=dict(kernel.resources.opcodes, LDG=1))
+        return replace(topk, kernel=replace(kernel, resources=resources))
+    wait = re.search(r"griddepcontrol\.wait;", topk.ptx)
+    assert what == "griddepcontrol.wait"
+    assert wait is not None
+    return replace(topk, ptx=topk.ptx.replace(wait.group(), ""))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "registers",
+        "cubin sha256",
+        "PTX .target",
+        "ELF compute capability",
+        "parameters in .nv.info",
+        "symbol",
+        "opcode counts",
+        "griddepcontrol.wait",
+    ],
+)
+def test_the_structure_rung_names_what_differs(topk: Artifact, what: str) -> None:
+    result = structure.climb(_spoiled(topk, what), quick=True)
+    assert result.status == "failed"
+    assert what in result.reason
+
+
+def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
+    ptx = """
+.target sm_100a
+.visible .entry k(.param .align 64 .b8 k_param_0[128], .param .u64 .ptr .global .align 4 k_param_1,
+    .param .f32 k_param_2)
+{   .reg .pred %p<3>;  // tcgen05.mma in a comment
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p2;
+    @!%p1 bra $L__BB0_1;
+    { mbarrier.try_wait.parity.shared.b64 P1, [%r1], %r2; @P1 bra DONE; }
+$L__BB0_1: tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p2;
+    ret;
+}"""
+    counts = ptx_opcodes(ptx)
+    assert counts["tcgen05.mma.cta_group::1.kind::f16"] == 2
+    assert counts["mbarrier.try_wait.parity.shared.b64"] == 1
+    symbol, parameters = ptx_entry(ptx)
+    assert symbol == "k"
+    assert [(p.type, p.size) for p in parameters] == [("b8", 128), ("u64", 8), ("f32", 4)]
+
+
+# ---------------------------------------------------------------- lint
+
+OUTPUT = """\x1b[93mwarning[W0015]:\x1b[0m tcgen05.dealloc is not ordered
+
+  --> kernel.py:69:12
+      in function `\x1b[92m{function}\x1b[0m(...)`:
+   |
+  \x1b[93mwarning:\x1b[0m More words about it.
+\x1b[93mremark[R0001]:\x1b[0m something without a place
+"""
+
+
+def test_diagnostics_are_read_with_code_and_function() -> None:
+    first, second = lint.parse_diagnostics(OUTPUT.format(function="free_accumulator"))
+    assert (first.code, first.function) == ("W0015", "free_accumulator")
+    assert first.message == "tcgen05.dealloc is not ordered"
+    assert (second.code, second.function) == ("R0001", "")
+
+
+def test_a_diagnostic_without_an_explanation_fails() -> None:
+    (known, _) = lint.parse_diagnostics(OUTPUT.format(function="free_accumulator"))
+    assert lint.judge(()).status == "passed"
+    explained = lint.judge((known,))
+    assert explained.status == "passed"
+    assert "named barrier" in explained.assumptions[0]
+    elsewhere = replace(known, function="issue_mma")
+    assert lint.judge((known, elsewhere)).status == "failed"
+    assert "issue_mma" in lint.judge((known, elsewhere)).reason
+
+
+def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: Path) -> None:
+    pytest.importorskip("cutlass", reason="needs the extra `build`")
+    kernel = decode_kernel("sm_100a")
+    result = lint.climb(
+        Artifact(kernel=kernel, cubin_path=tmp_path / "x", cubin=b"", ptx="another kernel"),
+        quick=True,
+    )
+    assert result.status == "failed"
+    assert "do not compile to the artifact's PTX" in result.reason
+
+
+# ---------------------------------------------------------------- protocol
+
+
+def test_the_input_names_every_integer_and_every_tensor_map() -> None:
+    kernel = decode_kernel("sm_100a", "emajor", 16)
+    sizes = {"tensor_map": "b8", "pointer": "u64", "int32": "u32", "float32": "f32"}
+    declared = ",".join(
+        f".param .{sizes[p.kind]} p{i}" + ("[128]" if p.kind == "tensor_map" else "")
+        for i, p in enumerate(kernel.parameters)
+    )
+    case = protocol.Case(num_tokens=6, num_experts=132, top_k=4, k=2048)
+    given = protocol.kernel_input(kernel, f".visible .entry k({declared})\n{{ ret; }}", case)
+    by_index = {item["parameter"]: item["value"] for item in given["arguments"]}
+    named = {kernel.parameters[index].name: value for index, value in by_index.items()}
+    assert named["num_k_blocks"] == 32
+    assert named["num_experts"] == 132
+    assert named["out_ids_stride"] == 4
+    assert given["launch"]["grid_dim"] == [16, 3, 1]
+    w_map, x_map = given["tma_descriptors"]
+    assert (w_map["global_shape"], w_map["global_strides_bytes"]) == ([132, 2048], [272])
+    assert (x_map["global_shape"], x_map["box_shape"]) == ([2048, 6], [64, 16])
+
+
+def test_a_rewrite_that_finds_nothing_is_an_error() -> None:
+    assert protocol.rewritten("x.collector::a::discard", (protocol.NO_COLLECTOR,)) == "x"
+    with pytest.raises(protocol.ProtocolError, match="matches nothing"):
+        protocol.rewritten("x", (protocol.NO_COLLECTOR,))
+
+
+def test_full_decode_cases_wrap_every_ring_twice_and_reach_the_tile() -> None:
+    for tile in (16, 64):
+        kernel = decode_kernel("sm_100a", "kmajor", tile)
+        cases = protocol.decode_cases(kernel, quick=False)
+        blocks = [case.k // 64 // 16 for case in cases]
+        assert max(blocks) > 2 * 8
+        assert {case.num_tokens for case in cases} >= {tile}
+        assert any(case.num_tokens < tile for case in cases)
+        assert any(case.num_experts % 64 for case in cases)
+
+
+def test_sentryward_proves_topk_and_finds_its_missing_barrier(topk: Artifact) -> None:
+    pytest.importorskip("sentryward", reason="needs the extra `verify`")
+    proven = protocol.climb(topk, quick=True)
+    assert (proven.status, proven.reason) == ("passed", "")
+    assert any("sampled winners" in text for text in proven.assumptions)
+    text, count = re.subn(r"bar\.warp\.sync\s+-1;", "", topk.ptx)
+    assert count
+    faulty = protocol.climb(replace(topk, ptx=text), quick=True)
+    assert faulty.status == "failed"
+    assert "potential_race" in faulty.reason
+
+
+def test_without_sentryward_the_rung_is_not_run(
+    topk: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentryward", None)
+    result = protocol.climb(topk, quick=True)
+    assert result.status == "not run"
+    assert "pip install sentryward" in result.reason
+    assert result.applies
+
+
+def test_out_of_time_is_not_run_and_not_failed(
+    topk: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sentryward", reason="needs the extra `verify`")
+    monkeypatch.setattr(protocol, "TIMEOUT_SECONDS", 1e-3)
+    result = protocol.climb(topk, quick=True)
+    assert result.status == "not run"
+    assert "timeout" in result.reason
+
+
+def test_wgmma_is_beyond_the_protocol_rung(topk: Artifact) -> None:
+    ptx = topk.ptx.replace("ret;", "wgmma.fence.sync.aligned; ret;")
+    result = protocol.climb(replace(topk, ptx=ptx), quick=True)
+    assert (result.status, result.applies) == ("not run", False)
+
+
+# ---------------------------------------------------------------- hardware
+
+
+def _record(kernel=KERNEL, **changed) -> hardware.Record:
+    facts = {
+        "artifact": kernel.key,
+        "cubin_sha256": kernel.cubin_sha256,
+        "ptx_sha256": kernel.ptx_sha256,
+        "gpu": "NVIDIA H200",
+        "driver": "580.0",
+        "date": "2026-01-31",
+        "cases": ("N=1 E=132", "N=64 E=512"),
+    }
+    return hardware.Record(**{**facts, **changed})
+
+
+def test_records_are_appended_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    records = (_record(), _record(gpu="NVIDIA H100", failed=("N=64 E=512",)))
+    for record in records:
+        hardware.append_record(path, record)
+    assert hardware.read_records(path) == records
+    path.write_text('{"schema_version": 1, "records": [{"gpu": "H200"}]}')
+    with pytest.raises(EvidenceError, match="not a file of GPU test records"):
+        hardware.read_records(path)
+
+
+def test_a_record_validates_its_own_bytes_only() -> None:
+    result = hardware.result_of(KERNEL, [_record()])
+    assert result is not None
+    evidence = Evidence().with_result(KERNEL, "hardware", result)
+    assert validated_on(evidence, KERNEL) == "NVIDIA H200"
+    assert validated_on(evidence, replace(KERNEL, cubin_sha256="f" * 64)) == "nowhere"
+    assert hardware.result_of(replace(KERNEL, ptx_sha256="f" * 64), [_record()]) is None
+    failed = hardware.result_of(KERNEL, [_record(), _record(failed=("N=1 E=132",))])
+    assert failed is not None
+    assert (failed.status, failed.reason) == ("failed", "N=1 E=132")
+    assert validated_on(Evidence().with_result(KERNEL, "hardware", failed), KERNEL) == "nowhere"
+
+
+# ---------------------------------------------------------------- the climb and the command
+
+
+def _call(*arguments: str | Path):
+    return CliRunner().invoke(verify_command, [str(argument) for argument in arguments])
+
+
+def test_the_command_prints_a_table_and_keeps_the_evidence(artifacts: Path) -> None:
+    result = _call("--artifacts", artifacts, "--rung", "structure")
+    assert result.exit_code == 0, result.stderr
+    assert "router_topk.sm_100a" in result.stdout
+    assert "not run" in result.stdout
+    stored = read_evidence(artifacts / "evidence.json")
+    (entry,) = stored.entries.values()
+    assert entry.rungs["structure"].status == "passed"
+    shown = _call("--artifacts", artifacts, "--rung", "structure", "--json")
+    rows = {row["rung"]: row for row in json.loads(shown.stdout)}
+    assert rows["structure"]["status"] == "passed"
+    assert rows["emulated"]["status"] == "not run"
+
+
+def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
+    result = _call("--artifacts", artifacts, "--rung", "hardware")
+    assert result.exit_code == 1
+    assert "router_topk.sm_100a hardware" in result.stderr
+    lint_result = _call("--artifacts", artifacts, "--rung", "lint")
+    assert lint_result.exit_code == 0, "the lint rung does not apply to a CUDA kernel"
+
+
+def test_what_counts_as_failure() -> None:
+    def outcome(result: Result) -> Outcome:
+        return Outcome(artifact="a", rung="protocol", result=result, climbed=True)
+
+    missing = not_run("no SentryWard")
+    assert not is_failure(outcome(PASSED), ("protocol",))
+    assert is_failure(outcome(FAILED), ())
+    assert is_failure(outcome(missing), ("protocol",))
+    assert not is_failure(outcome(missing), ())
+    assert not is_failure(outcome(replace(missing, applies=False)), ("protocol",))
+
+
+def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_path: Path) -> None:
+    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
+    good, stale = tmp_path / "good.json", tmp_path / "stale.json"
+    hardware.append_record(good, _record(kernel))
+    hardware.append_record(stale, _record(kernel, cubin_sha256="f" * 64))
+    refused = _call("--artifacts", artifacts, "--rung", "hardware", "--record", stale)
+    assert refused.exit_code == 1
+    assert "stale" in refused.stderr
+    merged = _call("--artifacts", artifacts, "--rung", "hardware", "--record", good)
+    assert merged.exit_code == 0, merged.stderr
+    assert "NVIDIA H200, 2 cases" in merged.stdout
+
+
+def test_a_damaged_artifact_is_not_climbed(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    for path in artifacts.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    ptx = folder / "router_topk.sm_100a.ptx"
+    ptx.write_text(ptx.read_text() + "\n// one line more\n")
+    result = _call("--artifacts", folder, "--rung", "structure")
+    assert result.exit_code == 1
+    assert "not the one that the manifest records" in result.stderr
+    ptx.unlink()
+    with pytest.raises(ArtifactReadError, match="build-kernels build"):
+        verify(folder, rungs=["structure"])
+
+
+def test_a_rung_that_breaks_off_is_a_failure_without_paths(artifacts: Path) -> None:
+    result = climb_one(artifacts, "router_topk.sm_100a", "no_such_rung", True)
+    assert result.status == "failed"
+    assert "ModuleNotFoundError" in result.reason
+    assert "/" not in result.reason
+
+
+def test_every_artifact_gets_every_rung(artifacts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts"
+    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
+    outcomes = verify(folder, rungs=["structure"], jobs=2)
+    names = [item.artifact for item in outcomes[::5]]
+    assert names == ["router_topk.sm_100a", "router_topk.sm_90a"]
+    assert len(outcomes) == 10
+    assert [item.rung for item in outcomes if item.climbed] == ["structure"] * 2
+    only = verify(folder, archs=["sm_90a"], rungs=["lint"])
+    assert {item.artifact for item in only} == {"router_topk.sm_90a"}
+    assert {item.rung: item.result.status for item in only}["structure"] == "passed"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """`list` asks it for the evidence: no torch, no DSL, no emulator."""
+    code = (
+        "import sys, build_kernels.verify;"
+        "print([m for m in ('torch', 'cutlass', 'sentryward', 'numpy') if m in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert process.stdout.strip() == b"[]"
+
+
+def test_the_lint_rung_knows_every_dsl_kernel() -> None:
+    names = {spec.name for spec in KERNELS}
+    assert {kernel.name for kernel in sample_manifest().kernels} <= names
+    assert compilers.NVRTC_OPTIONS, "the CUDA kernels are compiled by NVRTC, not linted"

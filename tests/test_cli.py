@@ -187,3 +187,20 @@ def test_help(command: list[str]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+def test_without_the_extra_it_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['click'] = None; from build_kernels.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: build-kernels needs the package click")
+    assert "pip install 'dsv4-router[build]'" in done.stderr
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "build_kernels", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: build-kernels ")

@@ -1,0 +1,26 @@
+"""`python -m build_kernels`, and the entry of the command `build-kernels`."""
+
+from __future__ import annotations
+
+import sys
+
+# What the command itself imports; the compilers are looked for when something is to be compiled.
+_NEEDED = ("click", "rich", "elftools")
+
+
+def main() -> None:
+    """Run the command, or say which extra is missing: an installed wheel may be a server's."""
+    try:
+        from .cli import main as command
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _NEEDED:
+            raise
+        sys.exit(
+            f"error: build-kernels needs the package {error.name}, which comes with the extra "
+            "`build`: pip install 'dsv4-router[build]'"
+        )
+    command(prog_name="build-kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import driver
-from .arguments import LayerFacts
+from .arguments import CallFacts, LayerFacts
 from .artifacts import ArtifactSet
 from .dispatch import Problem, decode_ladder, select_kernel
 from .errors import ArtifactError, RouterError
@@ -141,52 +141,45 @@ class Binding:
 
     def run(
         self,
+        call: CallFacts,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_ids: torch.Tensor,
-        num_tokens: int,
     ) -> None:
-        """Launch on the current stream; the arguments were checked and num_tokens is not 0."""
+        """Launch `call`, which was checked and has tokens, on the current stream.
+
+        The two tensors are for the prefill's product; the decode kernels know W_gate already.
+        """
         if self._many_devices and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                self._run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+                self._run(call, hidden_states, W_gate)
         else:
-            self._run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+            self._run(call, hidden_states, W_gate)
 
-    def _run(
-        self,
-        hidden_states: torch.Tensor,
-        W_gate: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_ids: torch.Tensor,
-        num_tokens: int,
-    ) -> None:
+    def _run(self, call: CallFacts, hidden_states: torch.Tensor, W_gate: torch.Tensor) -> None:
+        num_tokens = call[0]
         for rung, (most, _) in enumerate(self._rungs):
             if num_tokens <= most:
                 site = self._site(rung, current_stream(self._index))
                 with self._lock:
-                    site.write_call(hidden_states, out_weights, out_ids, num_tokens)
+                    site.write_call(call)
                     site.launch()
                 return
-        self._prefill(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+        self._prefill(call, hidden_states, W_gate)
 
     def _prefill(
         self,
+        call: CallFacts,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_ids: torch.Tensor,
-        num_tokens: int,
     ) -> None:
         site = self._site(len(self._rungs), current_stream(self._index))
         W_bound = W_gate if self.w_copy is None else self.w_copy
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
-            logits = self._workspace.logits(site.slot, num_tokens, self.facts.num_experts)
+            logits = self._workspace.logits(site.slot, call[0], self.facts.num_experts)
             multiply(hidden_states, W_bound, logits)
             site.cells["logits"].value = logits.data_ptr()
-            site.write_call(hidden_states, out_weights, out_ids, num_tokens)
+            site.write_call(call)
             site.launch()
 
     def _site(self, rung: int, stream: int) -> _Site:
@@ -255,25 +248,20 @@ class _Site:
                 self._maps[parameter.name] = w_maps[parameter.tensor_map]
                 block.set({parameter.name: w_maps[parameter.tensor_map].address})
 
-    def write_call(
-        self,
-        hidden_states: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_ids: torch.Tensor,
-        num_tokens: int,
-    ) -> None:
+    def write_call(self, call: CallFacts) -> None:
         """What changes from call to call: pointers, strides and N."""
+        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride = call
         if self._x_map is not None:
             cell, cache = self._x_map
-            x_map = cache.get(hidden_states, num_tokens)
+            x_map = cache.get(x_at, num_tokens, self._k, x_stride)
             self._maps["hidden_states"] = x_map
             cell.value = x_map.address
         tokens, weights, ids, weights_stride, ids_stride = self._call_cells
         tokens.value = num_tokens
-        weights.value = out_weights.data_ptr()
-        ids.value = out_ids.data_ptr()
-        weights_stride.value = out_weights.stride(0)
-        ids_stride.value = out_ids.stride(0)
+        weights.value = w_at
+        ids.value = i_at
+        weights_stride.value = w_stride
+        ids_stride.value = i_stride
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
             self._launch_site.set_grid(
                 grid_of(self._launch, num_tokens=num_tokens, num_experts=self._num_experts)
@@ -293,15 +281,13 @@ class MapCache:
         self._maps: dict[tuple[int, int, int, int], driver.TensorMap] = {}
         self._lock = threading.Lock()
 
-    def get(self, hidden_states: torch.Tensor, num_tokens: int) -> driver.TensorMap:
-        k = hidden_states.shape[1]
-        row_stride = hidden_states.stride(0)
-        key = (hidden_states.data_ptr(), num_tokens, k, row_stride)
+    def get(self, address: int, num_tokens: int, k: int, row_stride: int) -> driver.TensorMap:
+        key = (address, num_tokens, k, row_stride)
         found = self._maps.get(key)
         if found is None:
             arguments = encode_arguments(
                 self._recipe,
-                address=key[0],
+                address=address,
                 sizes={"N": num_tokens, "K": k},
                 strides={"N": row_stride, "K": 1},
             )

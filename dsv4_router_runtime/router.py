@@ -74,14 +74,14 @@ class Router:
         be larger. N = 0 returns at once. Up to 64 tokens take one launch, more take cuBLAS and one.
         A refused call has launched nothing and touched no output.
         """
-        num_tokens = check_call(self._facts, hidden_states, out_weights, out_ids)
+        call = check_call(self._facts, hidden_states, out_weights, out_ids)
         if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
                 "and this layout is bound as a copy); make a new Router"
             )
-        if num_tokens:
-            self._binding.run(hidden_states, self.W_gate, out_weights, out_ids, num_tokens)
+        if call[0]:
+            self._binding.run(call, hidden_states, self.W_gate)
 
     @property
     def weights_copied(self) -> bool:
@@ -118,9 +118,9 @@ def dense_router_dispatch(
     where W_gate has to be copied (`Router.weights_copied`); modified in place, it is copied again.
     """
     binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
-    num_tokens = check_call(binding.facts, hidden_states, out_weights, out_ids)
-    if num_tokens:
-        binding.run(hidden_states, W_gate, out_weights, out_ids, num_tokens)
+    call = check_call(binding.facts, hidden_states, out_weights, out_ids)
+    if call[0]:
+        binding.run(call, hidden_states, W_gate)
 
 
 # Key -> the binding and, for one that copied W_gate, W_gate and its version: kept alive, so that

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_router_runtime import Router, dense_router_dispatch
-from dsv4_router_runtime.arguments import check_call, check_layer, layout_of
+from dsv4_router_runtime.arguments import (
+    _check_call_slowly,
+    _plainly_right,
+    check_call,
+    check_layer,
+    layout_of,
+)
 
 K, E, TOP_K, N = 128, 16, 4, 3
 
@@ -33,7 +41,7 @@ def call(**more):
         "out_weights": torch.zeros(N, TOP_K),
         "out_ids": torch.zeros(N, TOP_K, dtype=torch.int32),
     } | more
-    return check_call(layer(), **given)
+    return check_call(layer(), **given)[0]
 
 
 def unaligned(shape, dtype):
@@ -229,6 +237,36 @@ def test_outputs_must_not_share_elements_with_the_input():
         call(hidden_states=x, out_weights=x.view(torch.float32)[:, :TOP_K])
     with pytest.raises(ValueError, match="out_ids: expected memory apart from hidden_states"):
         call(hidden_states=x, out_ids=x.view(torch.int32)[:, 8:])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    rows=st.tuples(*[st.integers(0, 4)] * 3),
+    columns=st.tuples(st.sampled_from([K - 8, K, K + 64]), st.integers(3, 6), st.integers(3, 6)),
+    padding=st.tuples(st.sampled_from([0, 4, 8]), st.integers(0, 2), st.integers(0, 2)),
+    start=st.tuples(st.sampled_from([0, 4, 8]), st.integers(0, 40), st.integers(0, 40)),
+    shared=st.booleans(),
+)
+def test_the_quick_check_never_passes_what_the_rules_refuse(rows, columns, padding, start, shared):
+    """Views of one buffer or of three, of any shape, stride, start and overlap."""
+    dtypes = (torch.bfloat16, torch.float32, torch.int32)
+    buffer = torch.zeros(4096, dtype=torch.int32)
+    tensors = [
+        (buffer if shared else torch.zeros_like(buffer))
+        .view(dtype)[at:]
+        .as_strided((n, width), (width + more, 1))
+        for dtype, n, width, more, at in zip(dtypes, rows, columns, padding, start, strict=True)
+    ]
+    quick = _plainly_right(layer(), *tensors)
+    if quick is not None:
+        assert _check_call_slowly(layer(), *tensors) == quick
+
+
+def test_the_quick_check_takes_the_usual_call():
+    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2).int()
+    assert _plainly_right(layer(), *usual) == _check_call_slowly(layer(), *usual)
+    assert _plainly_right(layer(), *usual)[0] == N
+    assert _plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0
 
 
 def test_single_expert_reads_as_kmajor():

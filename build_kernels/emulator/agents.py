@@ -1,0 +1,178 @@
+"""Asynchronous operations: agents that finish at any legal moment after they were issued.
+
+An operation takes a snapshot of what its issuer knows, and acts later with only that knowledge.
+The machine's schedule decides when; an operation whose `after` is not done yet has to wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from build_kernels.emulator.clocks import (
+    ASYNC,
+    GENERIC,
+    WEAK,
+    Clock,
+    Ints,
+    actors_of,
+    instruction_of,
+    join,
+    record,
+    ticks_of,
+)
+from build_kernels.emulator.findings import Thread
+from build_kernels.emulator.memory import POISON, READER_SLOTS, Memory
+from build_kernels.emulator.warp import Signal, Warp
+
+if TYPE_CHECKING:
+    from build_kernels.emulator.machine import Cta
+
+
+class Operation:
+    """One asynchronous operation.
+
+    what: for reports. pipe: operations of one issuer in one pipe act in issue order, so that a
+    conflict between them is none. proxied: it goes through the async proxy, where ordinary
+    writes are seen only behind a fence.proxy.async (PTX ISA 8.x "Proxies").
+    """
+
+    what = "asynchronous operation"
+    pipe = ""
+    proxied = True
+
+    def __init__(self, warp: Warp, lane: int, after: Operation | None = None) -> None:
+        self.machine = warp.machine
+        self.warp = warp
+        self.lane = lane
+        self.cta: Cta = warp.cta
+        self.instruction = warp.instruction
+        self.clock: Clock = warp.clocks[lane]
+        self.issuer = warp.actor + lane
+        self.issue_tick = warp.tick
+        warp.tick += 1
+        warp.touch()
+        self.after = after
+        self.done = False
+        self.signal = Signal()
+        self.slot = self.machine.lend(self)
+        self.tick = self.slot.tick
+        self.reader_slot = self.slot.actor % READER_SLOTS
+
+    @property
+    def ready(self) -> bool:
+        return self.after is None or self.after.done
+
+    def finish(self) -> None:
+        """Act now, after whatever has to come first."""
+        if self.done:
+            return
+        if self.after is not None:
+            self.after.finish()
+        self.perform()
+        self.done = True
+        self.after = None
+        self.machine.finished(self)
+        self.signal.notify()
+
+    def perform(self) -> None:
+        raise NotImplementedError
+
+    def thread(self) -> Thread:
+        return Thread(
+            cta=self.cta.index, warp=self.warp.index, lane=self.lane, agent=self.what
+        )
+
+    def completion(self) -> Clock:
+        """What knowing of this operation's completion implies."""
+        clock = self.clock.copy()
+        clock[GENERIC, self.slot.actor] = self.tick
+        return clock
+
+    # ---- Access ----
+
+    def records(self, count: int) -> Ints:
+        return record(self.tick, self.slot.actor, WEAK, self.instruction.index)
+
+    def _known(self, records: Ints) -> tuple[np.ndarray, Ints, Ints]:
+        actors, ticks = actors_of(records), ticks_of(records)
+        known = self.clock[GENERIC][actors] >= ticks
+        known |= (actors == self.issuer) & (ticks <= self.issue_tick)
+        known |= (actors == self.slot.actor) & (ticks == self.tick)
+        return known, actors, ticks
+
+    def unordered(self, records: Ints, written: bool) -> Ints | None:
+        if not records.any():
+            return None
+        known, actors, ticks = self._known(records)
+        if self.proxied and written:
+            generic = (actors < self.machine.clocks.threads) & (records != 0)
+            known &= ~generic | (self.clock[ASYNC][actors] >= ticks)
+        if known.all():
+            return None
+        bad = [int(i) for i in np.flatnonzero(~known)]
+        if self.pipe:
+            bad = [i for i in bad if not self._same_pipe(int(records[i]))]
+        return np.array(bad, dtype=np.int64) if bad else None
+
+    def _same_pipe(self, other: int) -> bool:
+        operation = self.machine.operation_of(other)
+        return (
+            operation is not None
+            and operation.pipe == self.pipe
+            and (operation.issuer == self.issuer or self._issued_after(operation))
+        )
+
+    def _issued_after(self, other: Operation) -> bool:
+        return bool(self.clock[GENERIC, other.issuer] >= other.issue_tick)
+
+    def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
+        one = np.array([other], dtype=np.int64)
+        kind, why = "race", f"{what} conflict with no order between the two"
+        if self._known(one)[0][0]:
+            kind = "missing-proxy-fence"
+            why = "the async proxy meets an ordinary write with no fence.proxy.async between"
+        self.machine.report(
+            kind,
+            why,
+            operation=self,
+            address=memory.describe(offset),
+            other=self.machine.kernel.instructions[instruction_of(other)],
+            other_thread=self.machine.actor_thread(other),
+        )
+
+    # ---- shared work ----
+
+    def poisoned(self, what: str, memory: Memory, offsets: Ints) -> bool:
+        """Report poison among the bytes that this operation takes to a result."""
+        bad = memory.state[offsets] == POISON
+        if not bad.any():
+            return False
+        offset = int(offsets[np.flatnonzero(bad)[0]])
+        self.machine.report(
+            "poison",
+            f"{what} was never written",
+            operation=self,
+            address=memory.describe(offset),
+        )
+        return True
+
+
+class Group:
+    """Operations committed together; `waited` makes its completion known to the waiter."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+
+    @property
+    def done(self) -> bool:
+        return all(operation.done for operation in self.operations)
+
+
+def completion_of(operations: list[Operation], zero: Clock) -> Clock:
+    """What the completion of all of these implies."""
+    clock = zero
+    for operation in operations:
+        clock = join(clock, operation.completion())
+    return clock

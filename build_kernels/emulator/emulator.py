@@ -1,0 +1,142 @@
+"""`emulate`: PTX text, a launch and arguments in; memory and findings out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from build_kernels.emulator import (
+    arithmetic,
+    bulk_copy,
+    collectives,
+    synchronisation,
+    tensor_core,
+    transfers,
+)
+from build_kernels.emulator.findings import Finding
+from build_kernels.emulator.launch import (
+    Argument,
+    DeviceArray,
+    Launch,
+    Schedule,
+    check_launch,
+    pack,
+)
+from build_kernels.emulator.machine import Machine, place_variables
+from build_kernels.emulator.memory import Memory
+from build_kernels.emulator.operands import Context
+from build_kernels.emulator.ptx import Instruction, Kernel, parse
+from build_kernels.emulator.warp import Decoded, Outcome, Warp
+
+DECODERS: dict[str, Callable[[Instruction, Context], Callable[[Warp], Outcome]]] = {
+    **arithmetic.DECODERS,
+    **collectives.DECODERS,
+    **synchronisation.DECODERS,
+    **transfers.DECODERS,
+    **tensor_core.DECODERS,
+    "cp": bulk_copy.copy,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left behind.
+
+    memory: array name -> contents after the run (dtype and shape of its DeviceArray);
+    findings: by PTX line, empty for a clean run; steps: instructions of all warps, about.
+    """
+
+    memory: dict[str, NDArray[Any]]
+    findings: tuple[Finding, ...]
+    steps: int
+
+
+def emulate(
+    ptx: str,
+    launch: Launch,
+    arguments: Sequence[Argument],
+    schedule: Schedule | None = None,
+) -> Result:
+    """Run a kernel of a PTX module on the CPU.
+
+    ptx: the module's text; launch: grid, block, cluster and architecture; arguments: one for each
+    kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a
+    pointer; a TensorMap; or a tuple of these for a struct. schedule: Schedule() when None.
+
+    The same inputs give the same result. Raises PtxError for PTX that is not understood and
+    LaunchError for a launch or arguments that do not fit; nothing has run then. Faults of the
+    kernel are findings of the result, not exceptions.
+    """
+    kernel = parse(ptx, launch.kernel)
+    check_launch(kernel, launch)
+    packed = pack(kernel, arguments)
+    machine = Machine(kernel, launch, packed, schedule or Schedule())
+    placed = place_variables(machine, kernel, launch)
+    context = Context(
+        launch.arch,
+        placed["shared"],
+        {p.name: p.offset for p in kernel.parameters},
+        placed["address"],
+    )
+    machine.program = decode(kernel, context)
+    arrays = _place_arrays(machine)
+    machine.run()
+    memory = {
+        array.name: placed_.data.view(array.data.dtype).reshape(array.data.shape)
+        for array, placed_ in arrays.items()
+    }
+    return Result(memory=memory, findings=machine.log.findings(), steps=machine.steps)
+
+
+def decode(kernel: Kernel, context: Context) -> list[Decoded]:
+    """Turn every instruction into a closure; PtxError for the first that is unknown."""
+    program = []
+    for ins in kernel.instructions:
+        words = ins.words
+        decoder = DECODERS.get(words[0])
+        if words[0] in ("st", "red") and words[1:2] == ("async",):
+            decoder = bulk_copy.remote_store
+        if decoder is None:
+            raise ins.error(f"unknown instruction {words[0]}")
+        try:
+            run = decoder(ins, context)
+        except IndexError:
+            raise ins.error("has too few operands or modifiers") from None
+        guard, negated = (ins.guard[0].index, ins.guard[1]) if ins.guard else (-1, False)
+        target = -1 if ins.target is None else ins.target
+        program.append(Decoded(ins, run, guard, negated, target))
+    end = Instruction(len(program), kernel.line, "the end of the kernel", "ret", ())
+    program.append(Decoded(end, collectives.leave(end, context)))
+    kernel.instructions.append(end)
+    return program
+
+
+def _place_arrays(machine: Machine) -> dict[DeviceArray, Memory]:
+    """Give every array an address and fill pointers and tensor maps in."""
+    arrays: dict[DeviceArray, Memory] = {}
+
+    def place(array: DeviceArray) -> Memory:
+        if array not in arrays:
+            memory = Memory(
+                array.name,
+                array.data.nbytes,
+                initial=np.frombuffer(array.data.tobytes(), dtype=np.uint8)
+                if array.initialised
+                else None,
+                read_only=array.read_only,
+                dependent=array.dependent,
+            )
+            machine.memory.place(memory)
+            arrays[array] = memory
+        return arrays[array]
+
+    for offset, array in machine.packed.pointers.items():
+        base = place(array).base
+        machine.parameters.data[offset : offset + 8] = np.array([base], np.uint64).view(np.uint8)
+    for offset, described in machine.packed.tensor_maps.items():
+        machine.tensor_maps[offset] = (described, place(described.array))
+    return arrays

@@ -1,0 +1,550 @@
+"""The machine: CTAs and clusters, the scheduler, and who did what."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from build_kernels.emulator.agents import Operation
+from build_kernels.emulator.barriers import ClusterBarrier, Mbarrier, NamedBarrier
+from build_kernels.emulator.clocks import (
+    GENERIC,
+    INIT,
+    ClockSpace,
+    Slot,
+    actors_of,
+    instruction_of,
+    join,
+    ticks_of,
+)
+from build_kernels.emulator.findings import Finding, FindingLog, LaunchError, Party, Thread
+from build_kernels.emulator.launch import (
+    Launch,
+    PackedParameters,
+    Schedule,
+)
+from build_kernels.emulator.memory import (
+    PARAMETER_WINDOW,
+    SHARED_CAPACITY,
+    SHARED_RANK_SHIFT,
+    SHARED_RESERVED,
+    WINDOW_MASK,
+    GlobalMemory,
+    Memory,
+)
+from build_kernels.emulator.ptx import TYPE_BITS, Instruction, Kernel
+from build_kernels.emulator.tensor_map import TensorMap
+from build_kernels.emulator.tensor_memory import TensorMemory
+from build_kernels.emulator.warp import LANE_INDEX, LANES, Decoded, Signal, Warp, lanes_of
+
+AGENTS_PER_CTA = 96
+QUANTUM = 400  # instructions a warp runs before another may
+IDLE_ROUNDS = 400  # turns without an event before spinning warps count as stuck
+Dim = tuple[int, int, int]
+
+
+class Cluster:
+    """CTAs that share distributed shared memory and one barrier."""
+
+    def __init__(self, machine: Machine, shape: Dim, origin: Dim) -> None:
+        self.shape = shape
+        self.ctas: list[Cta] = []
+        self.barrier = ClusterBarrier(machine)
+        for z, y, x in itertools.product(*(range(n) for n in reversed(shape))):
+            rank = len(self.ctas)
+            index = (origin[0] + x, origin[1] + y, origin[2] + z)
+            self.ctas.append(Cta(machine, self, index, (x, y, z), rank))
+
+    def living(self) -> int:
+        return sum(warp.live.bit_count() for cta in self.ctas for warp in cta.warps)
+
+    @property
+    def exited(self) -> bool:
+        return all(cta.exited for cta in self.ctas)
+
+
+class Cta:
+    """A thread block: its shared and tensor memory, barriers and warps."""
+
+    def __init__(self, machine: Machine, cluster: Cluster, index: Dim, place: Dim, rank: int):
+        self.machine = machine
+        self.cluster = cluster
+        self.index = index
+        self.place = place
+        self.rank = rank
+        self.shared_base = rank << SHARED_RANK_SHIFT
+        self.shared = Memory(f"shared memory of cta {index}", SHARED_CAPACITY)
+        self.shared_end = machine.shared_end
+        self.tensor_memory = TensorMemory(self)
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.barriers = [NamedBarrier(machine) for _ in range(16)]
+        self.agents: dict[str, Operation] = {}  # last operation of each in-order unit
+        self.incoming: list[Operation] = []  # operations that touch this CTA's memories
+        self.slot = machine.claim(self)
+        block = machine.launch.block
+        self.threads = int(np.prod(block))
+        self.warps: list[Warp] = []
+        for number in range(machine.warps_per_cta):
+            count = min(LANES, self.threads - number * LANES)
+            actor = (self.slot * machine.warps_per_cta + number) * LANES
+            self.warps.append(Warp(machine, self, number, count, actor))
+        self.first_actor = self.warps[0].actor
+        self.last_actor = self.first_actor + machine.warps_per_cta * LANES
+        self.exited = False
+
+    def special(self, warp: Warp, name: str) -> NDArray[Any]:
+        """A special register of the warp's lanes (PTX ISA 10)."""
+        machine = self.machine
+        launch, cluster = machine.launch, self.cluster
+        register, _, axis = name[1:].partition(".")
+        if axis:
+            number = "xyz".index(axis)
+            linear = warp.index * LANES + LANE_INDEX
+            width, height, _ = launch.block
+            if register == "tid":
+                return (linear % width, linear // width % height, linear // (width * height))[
+                    number
+                ].astype(np.int64)
+            groups = tuple(g // c for g, c in zip(launch.grid, launch.cluster, strict=True))
+            value = {
+                "ntid": launch.block,
+                "ctaid": self.index,
+                "nctaid": launch.grid,
+                "clusterid": tuple(
+                    i // c for i, c in zip(self.index, launch.cluster, strict=True)
+                ),
+                "nclusterid": groups,
+                "cluster_ctaid": self.place,
+                "cluster_nctaid": cluster.shape,
+            }[register][number]
+            return np.full(LANES, value, dtype=np.int64)
+        one = np.int64(1) << LANE_INDEX.astype(np.int64)
+        lanes = {
+            "laneid": LANE_INDEX.astype(np.int64),
+            "lanemask_eq": one,
+            "lanemask_lt": one - 1,
+            "lanemask_le": 2 * one - 1,
+            "lanemask_gt": (1 << 32) - 2 * one,
+            "lanemask_ge": (1 << 32) - one,
+        }
+        if register in lanes:
+            return lanes[register]
+        value = {
+            "warpid": warp.index,
+            "nwarpid": machine.warps_per_cta,
+            "cluster_ctarank": self.rank,
+            "cluster_nctarank": len(cluster.ctas),
+            "is_explicit_cluster": int(launch.cluster != (1, 1, 1)),
+            "smid": self.slot,
+            "dynamic_smem_size": launch.dynamic_shared_bytes,
+            "total_smem_size": self.shared_end - SHARED_RESERVED,
+        }[register]
+        return np.full(LANES, value, dtype=np.int64)
+
+    def lanes_exited(self, warp: Warp, bits: int) -> None:
+        self.machine.events += 1
+        if warp.live == 0:
+            warp.publish((1 << min(LANES, self.threads - warp.index * LANES)) - 1)
+        self.cluster.barrier.settle(self.cluster.living())
+        if not any(w.live for w in self.warps):
+            self.exited = True
+            self.machine.cta_exits(self)
+
+
+class Machine:
+    """Runs one grid."""
+
+    def __init__(
+        self, kernel: Kernel, launch: Launch, packed: PackedParameters, schedule: Schedule
+    ) -> None:
+        self.kernel = kernel
+        self.launch = launch
+        self.schedule = schedule
+        self.random = random.Random(schedule.seed)
+        self.log = FindingLog()
+        self.register_bits = [TYPE_BITS[r.type] for r in kernel.registers]
+        self.program: list[Decoded] = []
+        self.memory = GlobalMemory()
+        self.parameters = Memory(
+            "parameters",
+            max(len(packed.data), 1),
+            initial=np.frombuffer(packed.data or b"\0", dtype=np.uint8),
+            read_only=True,
+        )
+        self.packed = packed
+        self.tensor_maps: dict[int, tuple[TensorMap, Memory]] = {}
+        self.shared_end = SHARED_RESERVED
+        self.local_bytes = 0
+        self._locals: dict[int, Memory] = {}
+        self.released: dict[tuple[Memory, int], Any] = {}
+        self.events = 0
+        self.steps = 0
+        self.runnable: deque[Warp] = deque()
+        self.pending: list[Operation] = []
+
+        threads = int(np.prod(launch.block))
+        self.warps_per_cta = -(-threads // LANES)
+        cluster_size = int(np.prod(launch.cluster))
+        clusters = int(np.prod(launch.grid)) // cluster_size
+        self.resident = max(1, min(clusters, schedule.resident_ctas // cluster_size))
+        slots = self.resident * cluster_size
+        self.clocks = ClockSpace(slots * self.warps_per_cta * LANES, slots * AGENTS_PER_CTA)
+        self._free_slots = list(range(slots))
+        self._occupants: list[list[tuple[int, Cta]]] = [[] for _ in range(slots)]
+        self._end_ticks = [0] * slots
+        self._claimed: list[Cta] = []
+
+    # ---- identity ----
+
+    def claim(self, cta: Cta) -> int:
+        slot = self._free_slots.pop(0)
+        self._occupants[slot].append((self._end_ticks[slot] + 1, cta))
+        return slot
+
+    def first_tick(self, actor: int) -> int:
+        return self._end_ticks[actor // (self.warps_per_cta * LANES)] + 1
+
+    def cta_of(self, actor: int, tick: int | None = None) -> Cta | None:
+        """The CTA of a thread (as of a tick), or of the operation in an agent's slot."""
+        if actor >= self.clocks.threads:
+            operation = self.clocks.slot(actor).operation
+            return operation.cta if isinstance(operation, Operation) else None
+        history = self._occupants[actor // (self.warps_per_cta * LANES)]
+        for first, cta in reversed(history):
+            if tick is None or tick >= first:
+                return cta
+        return None
+
+    def operation_of(self, record: int) -> Operation | None:
+        """The operation that left a record, while its slot still holds it."""
+        actor = int(actors_of(np.int64(record)))
+        if actor < self.clocks.threads or actor >= self.clocks.predecessor:
+            return None
+        slot = self.clocks.slot(actor)
+        operation = slot.operation
+        if isinstance(operation, Operation) and slot.tick == int(ticks_of(np.int64(record))):
+            return operation
+        return None
+
+    def actor_thread(self, record: int) -> Thread | None:
+        actor, tick = int(actors_of(np.int64(record))), int(ticks_of(np.int64(record)))
+        if actor >= self.clocks.threads:
+            operation = self.operation_of(record)
+            return operation.thread() if operation else None
+        cta = self.cta_of(actor, tick)
+        if cta is None:
+            return None
+        within = actor % (self.warps_per_cta * LANES)
+        return Thread(cta=cta.index, warp=within // LANES, lane=within % LANES)
+
+    def report(
+        self,
+        kind: str,
+        message: str,
+        *,
+        warp: Warp | None = None,
+        lane: int | None = None,
+        operation: Operation | None = None,
+        instruction: Instruction | None = None,
+        thread: Thread | None = None,
+        address: str = "",
+        other: Instruction | None = None,
+        other_thread: Thread | None = None,
+    ) -> None:
+        """Add a finding; the instruction and thread come from the warp or the operation."""
+        if operation is not None:
+            instruction = instruction or operation.instruction
+            thread = thread or operation.thread()
+        elif warp is not None:
+            instruction = instruction or warp.instruction
+            thread = thread or warp.thread(lane)
+        self.log.add(
+            Finding(
+                kind=kind,
+                message=message,
+                line=instruction.line if instruction else self.kernel.line,
+                text=instruction.text[:160] if instruction else self.kernel.name,
+                thread=thread,
+                address=address,
+                other=None
+                if other is None
+                else Party(line=other.line, text=other.text[:160], thread=other_thread),
+            )
+        )
+
+    # ---- memories ----
+
+    def local(self, warp: Warp) -> Memory:
+        """Local memory of the warp's lanes, one after the other."""
+        memory = self._locals.get(id(warp))
+        if memory is None:
+            memory = Memory("local memory", max(self.local_bytes, 1) * LANES, tracked=False)
+            self._locals[id(warp)] = memory
+        return memory
+
+    def tensor_map(self, warp: Warp, address: int, lane: int) -> tuple[TensorMap, Memory] | None:
+        """The tensor map at a generic address in parameter space, or None, reported."""
+        found = None
+        if address & WINDOW_MASK == PARAMETER_WINDOW:
+            found = self.tensor_maps.get(address & ~WINDOW_MASK)
+        if found is None:
+            self.report(
+                "tensor-map",
+                "no tensor map lies here",
+                warp=warp,
+                lane=lane,
+                address=f"{address:#x}",
+            )
+        return found
+
+    # ---- asynchronous operations ----
+
+    def lend(self, operation: Operation) -> Slot:
+        slot = self.clocks.lend()
+        while slot is None:
+            self.perform(self.pending[0])
+            slot = self.clocks.lend()
+        slot.operation = operation
+        return slot
+
+    def issue(self, operation: Operation) -> None:
+        """Hand an operation to the schedule."""
+        self.events += 1
+        self.pending.append(operation)
+        if self.schedule.policy == "earliest" and operation.ready:
+            self.perform(operation)
+
+    def perform(self, operation: Operation) -> None:
+        operation.finish()
+
+    def finished(self, operation: Operation) -> None:
+        self.events += 1
+        if operation in self.pending:
+            self.pending.remove(operation)
+
+    def _perform_one(self) -> bool:
+        ready = [operation for operation in self.pending if operation.ready]
+        if not ready:
+            return False
+        if self.schedule.policy == "earliest":
+            self.perform(ready[0])
+        else:
+            self.perform(self.random.choice(ready))
+        return True
+
+    # ---- running ----
+
+    def run(self) -> None:
+        """Run every cluster of the grid, `resident` at a time."""
+        launch = self.launch
+        origins = itertools.product(
+            *(range(0, g, c) for g, c in zip(launch.grid[::-1], launch.cluster[::-1], strict=True))
+        )
+        waiting = deque((x, y, z) for z, y, x in origins)
+        active: list[Cluster] = []
+        with np.errstate(all="ignore"):
+            while waiting or active:
+                while waiting and len(active) < self.resident:
+                    cluster = Cluster(self, launch.cluster, waiting.popleft())
+                    active.append(cluster)
+                    self.runnable.extend(w for cta in cluster.ctas for w in cta.warps)
+                if not self._run_until_exit(active):
+                    return
+                active = [cluster for cluster in active if not cluster.exited]
+            for operation in list(self.pending):
+                self.perform(operation)
+
+    def _run_until_exit(self, active: list[Cluster]) -> bool:
+        """Run until some cluster has exited; False on a deadlock."""
+        policy = self.schedule.policy
+        idle, events, stuck_at = 0, self.events, -1
+        while not any(cluster.exited for cluster in active):
+            if self.events != events:
+                idle, events = 0, self.events
+            if policy == "random" and self.pending and self.random.random() < 0.3:
+                self._perform_one()
+            if idle > IDLE_ROUNDS * max(1, len(self.runnable)):
+                if not self._perform_one():
+                    self._report_stuck(active, "spins and nothing else happens")
+                    return False
+                continue
+            if self.runnable:
+                idle += 1
+                self._turn()
+            elif not self._perform_one():
+                # All are blocked. A try_wait may give up; if that changes nothing, all is lost.
+                if stuck_at == self.events or not self._time_out(active):
+                    self._report_stuck(active, "waits for")
+                    return False
+                stuck_at = self.events
+        return True
+
+    def _turn(self) -> None:
+        policy = self.schedule.policy
+        if policy == "random":
+            self.runnable.rotate(self.random.randrange(len(self.runnable)))
+            quantum = self.random.randrange(1, QUANTUM)
+        else:
+            quantum = QUANTUM
+        warp = self.runnable.popleft() if policy != "latest" else self.runnable.pop()
+        warp.queued = False
+        self.steps += quantum
+        warp.run(quantum)
+        if warp.queued or not any(f.wait is None for f in warp.fragments):
+            return
+        warp.queued = True
+        if policy == "latest":
+            self.runnable.appendleft(warp)
+        else:
+            self.runnable.append(warp)
+
+    def _time_out(self, active: list[Cluster]) -> bool:
+        any_ = False
+        for warp in (w for c in active for cta in c.ctas for w in cta.warps):
+            for fragment in warp.fragments:
+                if fragment.wait is not None and fragment.wait.times_out:
+                    fragment.timed_out = True
+                    fragment.wait = None
+                    any_ = True
+            if any_ and warp.fragments and not warp.queued:
+                warp.queued = True
+                self.runnable.append(warp)
+        return any_
+
+    def _report_stuck(self, active: list[Cluster], verb: str) -> None:
+        for warp in (w for c in active for cta in c.ctas for w in cta.warps):
+            for fragment in warp.fragments:
+                reason = fragment.wait.reason if fragment.wait else "loop that never ends"
+                first = int(np.flatnonzero(lanes_of(fragment.mask))[0])
+                self.report(
+                    "deadlock",
+                    f"{verb} {reason}" if fragment.wait else verb,
+                    instruction=self.kernel.instructions[fragment.pc],
+                    thread=warp.thread(first),
+                )
+
+    # ---- the end of a CTA ----
+
+    def cta_exits(self, cta: Cta) -> None:
+        """Everything that must be over when a CTA's last thread exits."""
+        last = cta.warps[0].joined(1)
+        for warp in cta.warps:
+            for clock, _ in warp.groups_of((1 << LANES) - 1):
+                last = join(last, clock)
+        known = last[GENERIC]
+        instruction = cta.warps[0].instruction
+        thread = Thread(cta=cta.index, warp=cta.warps[0].index)
+        for barrier in cta.mbarriers.values():
+            if barrier.tx:
+                self.report(
+                    "tx-leftover",
+                    f"{barrier.tx} transaction bytes are still pending at exit",
+                    instruction=barrier.init_instruction,
+                    thread=thread,
+                    address=barrier.describe(),
+                )
+            for actor, tick, touch in barrier.foreign_touches:
+                if known[actor] < tick:
+                    self.report(
+                        "exited-peer",
+                        "the CTA may have exited before a peer's operation on its mbarrier",
+                        instruction=touch,
+                        thread=self.actor_thread(_pack(actor, tick)),
+                        address=barrier.describe(),
+                        other=instruction,
+                        other_thread=thread,
+                    )
+        cta.tensor_memory.check_exit(thread)
+        for operation in cta.incoming:
+            if known[operation.slot.actor] < operation.tick:
+                self.report(
+                    "unfinished-at-exit",
+                    f"no thread of the CTA waited for this {operation.what} before it exited",
+                    operation=operation,
+                )
+        if len(cta.cluster.ctas) > 1:
+            self._check_foreign(cta, known, instruction, thread)
+        self._end_ticks[cta.slot] = max(warp.tick for warp in cta.warps)
+        self._claimed.append(cta)
+        if cta.cluster.exited:
+            for each in cta.cluster.ctas:
+                self._free_slots.append(each.slot)
+
+    def _check_foreign(
+        self, cta: Cta, known: NDArray[np.int32], instruction: Instruction, thread: Thread
+    ) -> None:
+        records = cta.shared.foreign_records(cta.first_actor, cta.last_actor)
+        for record in records:
+            actor, tick = int(actors_of(record)), int(ticks_of(record))
+            if actor < self.clocks.threads and known[actor] < tick:
+                self.report(
+                    "exited-peer",
+                    "the CTA may have exited before a peer's access to its shared memory",
+                    instruction=self.kernel.instructions[instruction_of(int(record))],
+                    thread=self.actor_thread(int(record)),
+                    address=cta.shared.name,
+                    other=instruction,
+                    other_thread=thread,
+                )
+
+    def started(self, warp: Warp, peer: Cta, lane: int) -> bool:
+        """Does the lane know that the peer CTA runs?"""
+        clock = warp.clocks[lane]
+        span = slice(peer.first_actor, peer.first_actor + self.warps_per_cta * LANES)
+        first = peer.warps[0].first_tick
+        return bool((clock[GENERIC, span] >= first).any() or (clock[INIT, span] >= first).any())
+
+
+def _pack(actor: int, tick: int) -> int:
+    from build_kernels.emulator.clocks import record
+
+    return int(record(tick, actor, 0, 0))
+
+
+def place_variables(machine: Machine, kernel: Kernel, launch: Launch) -> dict[str, dict[str, int]]:
+    """Lay out shared, local and global variables.
+
+    Returns {"shared": offsets, "address": addresses}; LaunchError when shared memory is short.
+    """
+    shared: dict[str, int] = {}
+    addresses: dict[str, int] = {}
+    end = SHARED_RESERVED
+    for variable in kernel.variables:
+        if variable.space == "shared" and variable.size is not None:
+            end = -(-end // variable.align) * variable.align
+            shared[variable.name] = end
+            end += variable.size
+        elif variable.space == "local":
+            at = -(-machine.local_bytes // variable.align) * variable.align
+            addresses[variable.name] = at
+            machine.local_bytes = at + (variable.size or 0)
+        elif variable.space in ("global", "const"):
+            size = variable.size or 0
+            initial = np.frombuffer((variable.initial or b"").ljust(size, b"\0"), dtype=np.uint8)
+            memory = Memory(
+                variable.name, size, initial=initial, read_only=variable.space == "const"
+            )
+            machine.memory.place(memory, variable.align)
+            addresses[variable.name] = memory.base
+    dynamic = [v for v in kernel.variables if v.space == "shared" and v.size is None]
+    if dynamic:
+        align = max(v.align for v in dynamic)
+        end = -(-end // align) * align
+        for variable in dynamic:
+            shared[variable.name] = end
+    end += launch.dynamic_shared_bytes
+    if end > SHARED_CAPACITY:
+        raise LaunchError(
+            f"the kernel needs {end - SHARED_RESERVED} bytes of shared memory, an SM has "
+            f"{SHARED_CAPACITY - SHARED_RESERVED} for a CTA"
+        )
+    machine.shared_end = end
+    return {"shared": shared, "address": addresses}
+
+
+__all__ = ["Cluster", "Cta", "Machine", "Signal", "place_variables"]

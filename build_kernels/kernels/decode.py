@@ -1,21 +1,23 @@
 """router_decode: hidden_states and W_gate to weights and ids for N <= 64 tokens, in one launch.
 
 Decomposition, the same on every architecture
-    The experts are the MMA's M side in tiles of 64, the tokens its N side. Grid (S, T): S = NUM_SPLITS
-    K-splits by T = ceil(E / 64) expert tiles; the S CTAs of one tile form a cluster. CTA (s, t)
-    multiplies its slice of W_gate by its slice of hidden_states and sends each token's 64 partial sums
-    to the CTA of the cluster that owns the token (pairs of tokens go round the S ranks). The owner adds the S partials in rank
-    order and applies the activation. One of a token's T owners merges the tiles and selects. The order of
-    every sum depends on K alone: a token's bits do not depend on N or on its row.
+    The experts are the MMA's M side in tiles of 64, the tokens its N side. Grid (S, T): S =
+    NUM_SPLITS K-splits by T = ceil(E / 64) expert tiles; the S CTAs of one tile form a cluster. CTA
+    (s, t) multiplies its slice of W_gate by its slice of hidden_states and sends each token's 64
+    partial sums to the CTA of the cluster that owns the token (pairs of tokens go round the S
+    ranks). The owner adds the S partials in rank order and applies the activation. One of a token's
+    T owners merges the tiles and selects. The order of every sum depends on K alone: a token's bits
+    do not depend on N or on its row.
 
 Exchanges
     partial sums   st.async into the owner's shared memory, completing on its `sums_full` mbarrier
-    entries        (key, score) of every expert through the global `workspace`, all zero between launches.
-                   Each of a token's T owner warps draws a ticket before it multiplies; the last to draw
-                   merges. The others have started by then and wait for nobody outside their cluster, so
-                   the merger's wait ends in any schedule and on any number of streams. An entry is one
-                   8-byte relaxed store, never of zero: a word that is not zero is complete, without fence
-                   or flag. The merger puts the zeros back; a dependent launch draws after it has ended.
+    entries        (key, score) of every expert through the global `workspace`, all zero between
+                   launches. Each of a token's T owner warps draws a ticket before it multiplies;
+                   the last to draw merges. The others have started by then and wait for nobody
+                   outside their cluster, so the merger's wait ends in any schedule and on any
+                   number of streams. An entry is one 8-byte relaxed store, never of zero: a word
+                   that is not zero is complete, without fence or flag. The merger puts the zeros
+                   back; a dependent launch draws after it has ended.
 """
 
 import cutlass
@@ -48,7 +50,7 @@ WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
 
 
 class RouterDecode:
-    """Shared memory, loading, reducing and selecting; a subclass says how an architecture multiplies.
+    """Shared memory, loading, reducing and selecting; a subclass multiplies.
 
     Warp roles
         0-3             epilogue: read the accumulators, send, sum, select, store
@@ -57,16 +59,18 @@ class RouterDecode:
         producer_warp   loads W_gate and hidden_states by TMA
 
     Pipelines (producer -> consumer: arrivals that fill / that empty)
-        w_full, w_empty   TMA -> MMA: 1 + 8192 B / mma_arrivals; a ring of w_stages blocks of W_gate
-        x_full, x_empty   TMA -> MMA: 1 + 128 B a token / mma_arrivals; a ring of x_stages blocks
-        sums_full         the cluster's epilogue warps -> the owner's: 1 + 256 B a source and token; once
+        full, empty   TMA -> MMA, a ring of `stages` chunks of `chunk` K blocks: 1 arrival and the
+                      chunk's bytes of W_gate (a TMA each block) and of hidden_states (one TMA: few
+                      reads wait for the grid before) / mma_arrivals
+        sums_full     cluster's epilogue warps -> owner's: 1 + 512 B a source and token pair; once
 
-    Shared memory: 8 KB w_stages + 128 B token_tile x_stages + 8 KB a token pair owned + barriers:
-    at most 113 KB, so that two CTAs share an SM and a dependent launch reads its weights under this one.
+    Shared memory: stages * chunk * (8 KB + 128 B token_tile) + 8 KB a token pair owned + barriers:
+    at most 113 KB, so that two CTAs share an SM and a dependent launch can read under this one.
 
     Timeline
-        barriers, cluster sync | fill the W ring, then wait for the grid before | load hidden_states
-        | multiply | st.async to the owners | sum, score, publish | merge, select, store
+        barriers, cluster sync | fill the ring with W_gate, wait for the grid before
+        | load hidden_states | multiply | st.async to the owners | sum, score, publish
+        | merge, select, store
     """
 
     mma_warp = None
@@ -76,44 +80,51 @@ class RouterDecode:
     def __init__(self, *, layout: str, token_tile: int):
         self.layout = layout
         self.token_tile = token_tile
-        self.x_block_bytes = token_tile * K_BLOCK * 2
-        self.w_stages = 8
-        self.x_stages = 8 if token_tile <= 32 else 4
+        self.chunk, self.stages = (4, 2) if token_tile <= 32 else (1, 6)
+        self.ring_blocks = self.chunk * self.stages
+        self.x_chunk_bytes = self.chunk * token_tile * K_BLOCK * 2
         self.num_threads = 32 * (self.producer_warp + 1)
-        self.max_pairs = max(1, token_tile // (2 * NUM_SPLITS))  # token pairs that a CTA owns at most
+        # token pairs that a CTA owns at most
+        self.max_pairs = max(1, token_tile // (2 * NUM_SPLITS))
         self.sums_bytes = self.max_pairs * NUM_SPLITS * 2 * EXPERT_TILE * 4
 
     def w_smem_layout(self) -> cute.ComposedLayout:
-        """(64 experts, 64 k, w_stages) BF16, 128-byte swizzle, contiguous as W_gate is."""
+        """(64 experts, 64 k, ring_blocks) BF16, 128-byte swizzle, contiguous as W_gate is."""
         kmajor = self.layout == "kmajor"
         kind = warpgroup.SmemLayoutAtomKind
         atom = warpgroup.make_smem_layout_atom(kind.K_SW128 if kmajor else kind.MN_SW128, BFloat16)
-        shape = (EXPERT_TILE, K_BLOCK, self.w_stages)
+        shape = (EXPERT_TILE, K_BLOCK, self.ring_blocks)
         return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
 
     def x_smem_layout(self) -> cute.ComposedLayout:
-        """(token_tile, 64 k, x_stages) BF16, 128-byte swizzle, K contiguous."""
+        """(token_tile, 64 k, ring_blocks) BF16, 128-byte swizzle, K contiguous."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        return cute.tile_to_shape(atom, (self.token_tile, K_BLOCK, self.x_stages), order=(0, 1, 2))
+        return cute.tile_to_shape(
+            atom, (self.token_tile, K_BLOCK, self.ring_blocks), order=(0, 1, 2)
+        )
+
+    def x_chunk_smem_layout(self) -> cute.ComposedLayout:
+        """x_smem_layout as (token_tile, 64 k, chunk, stages): what one TMA writes, and how
+        often."""
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        shape = (self.token_tile, K_BLOCK, self.chunk, self.stages)
+        return cute.tile_to_shape(atom, shape, order=(0, 1, 2, 3))
 
     def shared_storage(self):
-        """The shared-memory struct: swizzled rings first, on the 1024 bytes that the swizzle repeats in."""
+        """The shared-memory struct: swizzled rings first, on the 1024 bytes that the swizzle
+        repeats in."""
 
         @cute.struct
         class SharedStorage:
             w: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.w_stages * W_BLOCK_BYTES // 2], 1024
+                cute.struct.MemRange[BFloat16, self.ring_blocks * W_BLOCK_BYTES // 2], 1024
             ]
             x: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.x_stages * self.x_block_bytes // 2], 1024
+                cute.struct.MemRange[BFloat16, self.stages * self.x_chunk_bytes // 2], 1024
             ]
-            sums: cute.struct.Align[
-                cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024
-            ]
-            w_full: cute.struct.MemRange[Int64, self.w_stages]
-            w_empty: cute.struct.MemRange[Int64, self.w_stages]
-            x_full: cute.struct.MemRange[Int64, self.x_stages]
-            x_empty: cute.struct.MemRange[Int64, self.x_stages]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024]
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
             sums_full: cute.struct.MemRange[Int64, 1]
             accumulator_full: cute.struct.MemRange[Int64, 1]
             tmem_address: cute.struct.MemRange[Int32, 1]
@@ -123,8 +134,8 @@ class RouterDecode:
     @property
     def shared_bytes(self) -> int:
         """Bytes up to the end of shared_storage's last member (its own size is padded to 1024)."""
-        rings = self.w_stages * W_BLOCK_BYTES + self.x_stages * self.x_block_bytes
-        num_barriers = 2 * self.w_stages + 2 * self.x_stages + 2
+        rings = self.ring_blocks * W_BLOCK_BYTES + self.stages * self.x_chunk_bytes
+        num_barriers = 2 * self.stages + 2
         return rings + self.sums_bytes + 8 * num_barriers + 8
 
     @cute.jit
@@ -148,7 +159,9 @@ class RouterDecode:
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
         else:
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(1, MAX_EXPERTS))
-        x_layout = cute.make_layout((self.token_tile, MAX_K), stride=(MAX_K, 1))
+        x_layout = cute.make_layout(
+            (self.token_tile, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
+        )
         w_atom, w_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(w_gate, w_layout),
@@ -158,8 +171,8 @@ class RouterDecode:
         x_atom, x_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(hidden_states, x_layout),
-            cute.select(self.x_smem_layout(), mode=[0, 1]),
-            (self.token_tile, K_BLOCK),
+            cute.select(self.x_chunk_smem_layout(), mode=[0, 1, 2]),
+            (self.token_tile, K_BLOCK, self.chunk),
         )
         self.kernel(
             w_atom,
@@ -218,12 +231,9 @@ class RouterDecode:
             cpasync.prefetch_descriptor(w_atom)
             cpasync.prefetch_descriptor(x_atom)
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(self.w_stages):
-                    cute.arch.mbarrier_init(storage.w_full.data_ptr() + stage, 1)
-                    cute.arch.mbarrier_init(storage.w_empty.data_ptr() + stage, self.mma_arrivals)
-                for stage in cutlass.range_constexpr(self.x_stages):
-                    cute.arch.mbarrier_init(storage.x_full.data_ptr() + stage, 1)
-                    cute.arch.mbarrier_init(storage.x_empty.data_ptr() + stage, self.mma_arrivals)
+                for stage in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(storage.full.data_ptr() + stage, 1)
+                    cute.arch.mbarrier_init(storage.empty.data_ptr() + stage, self.mma_arrivals)
                 cute.arch.mbarrier_init(sums_full, 1)
                 cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
                 cute.arch.mbarrier_init_fence()
@@ -283,63 +293,79 @@ class RouterDecode:
         first_block: Int32,
         num_blocks: Int32,
     ):
-        """The producer warp: W_gate as far as the ring holds, then the grid dependency, then the rest."""
-        w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout()
+        """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
+        w_layout, x_layout = self.w_smem_layout(), self.x_chunk_smem_layout()
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        # (64, 64, k_blocks) and (token_tile, 64, k_blocks)
+        # (64, 64, k_block) and (token_tile, 64, k_block)
         gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile, None))
-        gX = cute.local_tile(mX, (self.token_tile, K_BLOCK), (0, None))
-        # ((box), stage), ((box), k_blocks)
+        gX = cute.domain_offset((0, 0, first_block), mX)
+        # (token_tile, 64, chunk, chunks)
+        gX = cute.local_tile(gX, (self.token_tile, K_BLOCK, self.chunk), (0, 0, None))
+        # ((box), ring block), ((box), k_block); ((box), stage), ((box), chunk)
         tWsW, tWgW = cpasync.tma_partition(
             w_atom, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(gW, 0, 2)
         )
         tXsX, tXgX = cpasync.tma_partition(
-            x_atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+            x_atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
         )
+        num_chunks = (num_blocks + self.chunk - 1) // self.chunk
+        num_prefetched = cutlass.min(num_chunks, self.stages)
 
-        for block in cutlass.range(cutlass.min(num_blocks, self.w_stages), unroll=1):
-            full = storage.w_full.data_ptr() + block
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full, W_BLOCK_BYTES)
-            cute.copy(
-                w_atom, tWgW[(None, first_block + block)], tWsW[(None, block)], tma_bar_ptr=full
-            )
+        for chunk in cutlass.range(num_prefetched, unroll=1):
+            self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
         cute.arch.griddepcontrol_wait()
-        for block in cutlass.range(num_blocks, unroll=1):
-            stage = block % self.x_stages
-            if block >= self.x_stages:
-                # The empty barrier's phase p ends when the block p + 1 turns ago has been multiplied.
+        for chunk in cutlass.range(num_chunks, unroll=1):
+            stage = chunk % self.stages
+            if chunk >= self.stages:
+                # Phase p of `empty` ends when the chunk that used the stage p + 1 turns ago is
+                # multiplied.
                 cute.arch.mbarrier_wait(
-                    storage.x_empty.data_ptr() + stage, (block // self.x_stages + 1) & 1
+                    storage.empty.data_ptr() + stage, (chunk // self.stages + 1) & 1
                 )
-            full = storage.x_full.data_ptr() + stage
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full, self.x_block_bytes)
+                self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
             cute.copy(
-                x_atom, tXgX[(None, first_block + block)], tXsX[(None, stage)], tma_bar_ptr=full
+                x_atom,
+                tXgX[(None, chunk)],
+                tXsX[(None, stage)],
+                tma_bar_ptr=storage.full.data_ptr() + stage,
             )
-            if block >= self.w_stages:
-                w_stage = block % self.w_stages
-                cute.arch.mbarrier_wait(
-                    storage.w_empty.data_ptr() + w_stage, (block // self.w_stages + 1) & 1
-                )
-                w_full = storage.w_full.data_ptr() + w_stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(w_full, W_BLOCK_BYTES)
-                cute.copy(
-                    w_atom,
-                    tWgW[(None, first_block + block)],
-                    tWsW[(None, w_stage)],
-                    tma_bar_ptr=w_full,
-                )
+
+    @cute.jit
+    def load_w(
+        self,
+        storage,
+        w_atom: cute.CopyAtom,
+        tWgW: cute.Tensor,
+        tWsW: cute.Tensor,
+        first_block: Int32,
+        num_blocks: Int32,
+        chunk: Int32,
+    ):
+        """Announce a chunk's bytes, hidden_states' too, and read its blocks of W_gate."""
+        stage = chunk % self.stages
+        blocks = cutlass.min(num_blocks - chunk * self.chunk, self.chunk)
+        full = storage.full.data_ptr() + stage
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                full, blocks * W_BLOCK_BYTES + self.x_chunk_bytes
+            )
+        for block in cutlass.range(blocks, unroll=1):
+            cute.copy(
+                w_atom,
+                tWgW[(None, first_block + chunk * self.chunk + block)],
+                tWsW[(None, stage * self.chunk + block)],
+                tma_bar_ptr=full,
+            )
 
     def sums(self, storage) -> cute.Tensor:
-        """(expert, column, source, pair) FP32: partial sums in the order in which a sender holds them.
+        """(expert, column, source, pair) FP32: partial sums in the order in which a sender holds
+        them.
 
-        The accumulator fragment of wgmma and of tcgen05.ld 16x256b gives a thread experts r and r + 8 of
-        two neighbouring tokens: these four are neighbours here, so they travel as one 16-byte store.
-        As ((lane mod 8, half, lane / 8), ...) the first mode is also how the owner's lanes read them.
+        The accumulator fragment of wgmma and of tcgen05.ld 16x256b gives a thread experts r and r +
+        8 of two neighbouring tokens: these four are neighbours here, so they travel as one 16-byte
+        store. As ((lane mod 8, half, lane / 8), ...) the first mode is also how the owner's lanes
+        read them.
         """
         return cute.make_tensor(
             storage.sums.data_ptr(),
@@ -351,7 +377,8 @@ class RouterDecode:
 
     @cute.jit
     def lane_expert(self, half: cutlass.Constexpr[int]) -> Int32:
-        """The lower (half 0) or upper (half 1) expert of a lane within the tile: 8 apart, as in `sums`."""
+        """The lower (half 0) or upper (half 1) expert of a lane within the tile: 8 apart, as in
+        `sums`."""
         lane = cute.arch.lane_idx()
         return lane // 8 * 16 + lane % 8 + 8 * half
 
@@ -366,7 +393,9 @@ class RouterDecode:
             pair = token // 2
             if token < num_tokens:
                 cute.arch.store_async_dsmem(
-                    cute.domain_offset((expert, 0, source, pair // NUM_SPLITS), sums).iterator.align(16),
+                    cute.domain_offset(
+                        (expert, 0, source, pair // NUM_SPLITS), sums
+                    ).iterator.align(16),
                     tuple(Int32(bits_of(accumulators[i + j])) for j in (0, 2, 1, 3)),
                     storage.sums_full.data_ptr(),
                     pair % NUM_SPLITS,
@@ -408,7 +437,8 @@ class RouterDecode:
         biases: cute.Tensor,
         num_experts: Int32,
     ):
-        """Keys (uint32) and scores (FP32) of a lane's two experts, from the sums in source order."""
+        """Keys (uint32) and scores (FP32) of a lane's two experts, from the sums in source
+        order."""
         lane = cute.arch.lane_idx()
         sums = self.sums(storage)
         parts = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
@@ -480,7 +510,8 @@ class RouterDecode:
         top_k: Int32,
         max_tiles: cutlass.Constexpr[int],
     ):
-        """Wait for all entries of a token, 2 num_tiles experts to a lane; clear them; take the top_k."""
+        """Wait for all entries of a token, 2 num_tiles experts to a lane; clear them; take the
+        top_k."""
         lane = cute.arch.lane_idx()
         words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
         words.fill(Uint64(NOT_A_CANDIDATE << 32))
@@ -514,7 +545,7 @@ class RouterDecode:
 
 @cute.jit
 def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32):
-    """Pointer to the entry that `lane` merges in `register`: a warp's 16-byte loads are coalesced."""
+    """Pointer to the entry that `lane` merges in `register`; a warp's 16-byte loads coalesce."""
     return workspace + (token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2)
 
 
@@ -548,7 +579,8 @@ def decode_kernel(*, arch: str, layout: str, token_tile: int) -> RouterDecode:
 
 
 def launch_facts(*, arch: str, layout: str, token_tile: int) -> dict:
-    """What a launch needs besides its arguments: block, cluster, dynamic shared bytes, expert tile."""
+    """What a launch needs besides its arguments: block, cluster, dynamic shared bytes, expert
+    tile."""
     kernel = decode_kernel(arch=arch, layout=layout, token_tile=token_tile)
     return {
         "block": [kernel.num_threads, 1, 1],
@@ -562,11 +594,10 @@ def launch_facts(*, arch: str, layout: str, token_tile: int) -> dict:
 def compile_kernel(
     *, symbol: str, arch: str, layout: str, token_tile: int, dump_dir: str
 ) -> tuple[bytes, str]:
-    """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is `<symbol>_0`."""
+    """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is
+    `<symbol>_0`."""
     kernel = decode_kernel(arch=arch, layout=layout, token_tile=token_tile)
-    type(kernel).kernel.set_name_prefix(
-        symbol, remove_cutlass_symbol=True, keep_mangled_name=False
-    )
+    type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
 
     def pointer(dtype, align):
         return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)

@@ -12,16 +12,19 @@ MIN_TMEM_COLUMNS = 32  # tcgen05.alloc takes a power of two, at least 32
 
 
 class RouterDecodeSm100(RouterDecode):
-    """See RouterDecode. One CTA's tcgen05.mma kind::f16, M = 64 experts, N = token_tile, both from shared memory.
+    """See RouterDecode. One CTA's tcgen05.mma kind::f16, M = 64 experts, N = token_tile, both from
+    shared memory.
 
     Warp roles
-        0-3   epilogue: tcgen05.ld 16x256b (warp w holds experts 16 w .. 16 w + 15); warp 0 owns the TMEM
-        4     MMA: for each K block four tcgen05.mma, then a commit to the block's two empty barriers;
-              after the last block a commit to `accumulator_full`
+        0-3   epilogue: tcgen05.ld 16x256b (warp w holds experts 16 w .. 16 w + 15); warp 0 owns the
+              TMEM
+        4     MMA: for each K block four tcgen05.mma, after each chunk a commit to its empty
+              barrier, after the last a commit to `accumulator_full`
         5     producer
 
     Pipelines of its own: accumulator_full, MMA -> epilogue: 1 commit / never refilled.
-    TMEM: max(32, token_tile) columns, allocated before the cluster sync, freed after the last tcgen05.ld.
+    TMEM: max(32, token_tile) columns, allocated before the cluster sync, freed after the last
+    tcgen05.ld.
     """
 
     mma_warp = 4
@@ -43,7 +46,8 @@ class RouterDecodeSm100(RouterDecode):
         )
 
     def accumulator(self, storage, tiled_mma: cute.TiledMma) -> cute.Tensor:
-        """(MMA, 1, 1) FP32 in tensor memory: expert 16 w + r in lane 32 w + r, token in the column."""
+        """(MMA, 1, 1) FP32 in tensor memory: expert 16 w + r in lane 32 w + r, token in the
+        column."""
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
         shape = tiled_mma.partition_shape_C((EXPERT_TILE, self.token_tile))
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
@@ -74,8 +78,12 @@ class RouterDecodeSm100(RouterDecode):
         if warp == self.mma_warp:
             tiled_mma = self.make_tiled_mma()
             mma_tiler = (EXPERT_TILE, self.token_tile, K_BLOCK)
-            w_layout = sm100_utils.make_smem_layout_a(tiled_mma, mma_tiler, BFloat16, self.w_stages)
-            x_layout = sm100_utils.make_smem_layout_b(tiled_mma, mma_tiler, BFloat16, self.x_stages)
+            w_layout = sm100_utils.make_smem_layout_a(
+                tiled_mma, mma_tiler, BFloat16, self.ring_blocks
+            )
+            x_layout = sm100_utils.make_smem_layout_b(
+                tiled_mma, mma_tiler, BFloat16, self.ring_blocks
+            )
             sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
             sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
             # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
@@ -83,33 +91,32 @@ class RouterDecodeSm100(RouterDecode):
             tCrX = tiled_mma.make_fragment_B(sX)
             tCtAcc = self.accumulator(storage, tiled_mma)
 
-            tiled_mma.set(tcgen05.Field.ACCUMULATE, False)
-            for block in cutlass.range(num_blocks, unroll=1):
-                w_stage, x_stage = block % self.w_stages, block % self.x_stages
-                cute.arch.mbarrier_wait(
-                    storage.w_full.data_ptr() + w_stage, (block // self.w_stages) & 1
-                )
-                cute.arch.mbarrier_wait(
-                    storage.x_full.data_ptr() + x_stage, (block // self.x_stages) & 1
-                )
-                for k in cutlass.range_constexpr(K_BLOCK // 16):
-                    cute.gemm(
-                        tiled_mma,
-                        tCtAcc,
-                        tCrW[(None, None, k, w_stage)],
-                        tCrX[(None, None, k, x_stage)],
-                        tCtAcc,
-                    )
-                    tiled_mma.set(tcgen05.Field.ACCUMULATE, True)
+            num_chunks = (num_blocks + self.chunk - 1) // self.chunk
+            for chunk in cutlass.range(num_chunks, unroll=1):
+                stage = chunk % self.stages
+                cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
+                for block in cutlass.range_constexpr(self.chunk):
+                    if chunk * self.chunk + block < num_blocks:
+                        for k in cutlass.range_constexpr(K_BLOCK // 16):
+                            tiled_mma.set(
+                                tcgen05.Field.ACCUMULATE, chunk > 0 if block + k == 0 else True
+                            )
+                            cute.gemm(
+                                tiled_mma,
+                                tCtAcc,
+                                tCrW[(None, None, k, stage * self.chunk + block)],
+                                tCrX[(None, None, k, stage * self.chunk + block)],
+                                tCtAcc,
+                            )
                 with cute.arch.elect_one():
-                    tcgen05.commit(storage.w_empty.data_ptr() + w_stage)
-                    tcgen05.commit(storage.x_empty.data_ptr() + x_stage)
+                    tcgen05.commit(storage.empty.data_ptr() + stage)
             with cute.arch.elect_one():
                 tcgen05.commit(storage.accumulator_full.data_ptr())
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """This CTA's sums from tensor memory: FP32 registers and their (expert, token) coordinates."""
+        """This CTA's sums from tensor memory: FP32 registers and their (expert, token)
+        coordinates."""
         tiled_mma = self.make_tiled_mma()
         tCtAcc = self.accumulator(storage, tiled_mma)
         thread, _, _ = cute.arch.thread_idx()

@@ -1,4 +1,5 @@
-"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, accumulators in registers."""
+"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, accumulators in
+registers."""
 
 import cutlass
 import cutlass.cute as cute
@@ -9,10 +10,11 @@ from build_kernels.kernels.decode import EXPERT_TILE, K_BLOCK, RouterDecode
 
 
 class RouterDecodeSm90(RouterDecode):
-    """See RouterDecode. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from shared memory.
+    """See RouterDecode. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from
+    shared memory.
 
-    Timeline of warps 0-3: for each K block, wait for both operands, four wgmmas, commit; the block
-    before is released once its group has retired.
+    Timeline of warps 0-3: for each chunk, wait for both operands, four wgmmas a K block, commit;
+    the chunk before is released once its group has retired.
     """
 
     producer_warp = 4
@@ -53,39 +55,30 @@ class RouterDecodeSm90(RouterDecode):
         tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
         # (MMA, MMA_M, MMA_N): registers and the (expert, token) of each
-        coordinates = thr_mma.partition_C(
-            cute.make_identity_tensor((EXPERT_TILE, self.token_tile))
-        )
+        coordinates = thr_mma.partition_C(cute.make_identity_tensor((EXPERT_TILE, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
         accumulators.fill(0.0)
 
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        for block in cutlass.range(num_blocks, unroll=1):
-            w_stage, x_stage = block % self.w_stages, block % self.x_stages
-            cute.arch.mbarrier_wait(
-                storage.w_full.data_ptr() + w_stage, (block // self.w_stages) & 1
-            )
-            cute.arch.mbarrier_wait(
-                storage.x_full.data_ptr() + x_stage, (block // self.x_stages) & 1
-            )
+        num_chunks = (num_blocks + self.chunk - 1) // self.chunk
+        for chunk in cutlass.range(num_chunks, unroll=1):
+            stage = chunk % self.stages
+            cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
             warpgroup.fence()
-            for k in cutlass.range_constexpr(K_BLOCK // 16):
-                cute.gemm(
-                    tiled_mma,
-                    accumulators,
-                    tCrW[(None, None, k, w_stage)],
-                    tCrX[(None, None, k, x_stage)],
-                    accumulators,
-                )
+            for block in cutlass.range_constexpr(self.chunk):
+                if chunk * self.chunk + block < num_blocks:
+                    for k in cutlass.range_constexpr(K_BLOCK // 16):
+                        cute.gemm(
+                            tiled_mma,
+                            accumulators,
+                            tCrW[(None, None, k, stage * self.chunk + block)],
+                            tCrX[(None, None, k, stage * self.chunk + block)],
+                            accumulators,
+                        )
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if block > 0:
+            if chunk > 0:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(
-                        storage.w_empty.data_ptr() + (block - 1) % self.w_stages
-                    )
-                    cute.arch.mbarrier_arrive(
-                        storage.x_empty.data_ptr() + (block - 1) % self.x_stages
-                    )
+                    cute.arch.mbarrier_arrive(storage.empty.data_ptr() + (chunk - 1) % self.stages)
         warpgroup.wait_group(0)
         return accumulators, coordinates

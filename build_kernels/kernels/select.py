@@ -1,7 +1,7 @@
 """Scores, keys and the top-k of a token: what every decode kernel does after its GEMM, by one warp.
 
-Lanes hold consecutive runs of experts, lane 0 the lowest. Nothing here branches on data, and ties go to
-the lower lane and the lower register, so to the lower expert.
+Lanes hold consecutive runs of experts, lane 0 the lowest. Nothing here branches on data, and ties
+go to the lower lane and the lower register, so to the lower expert.
 """
 
 import cutlass
@@ -10,12 +10,13 @@ from cutlass import Float32, Int32, Uint32
 
 MAX_TOP_K = 8
 FLOAT32_MAX = 3.4028234663852886e38
-# Below this logit softplus(x) = exp(x) (1 - exp(x) / 2 + ...), whose FP32 value turns denormal at -87
-# and whose square root does not: there the score is computed as exp(x / 2) (1 - exp(x) / 4). The first
-# neglected term, 5/96 exp(2 x), is 5e-15 at the switch.
+# Below this logit softplus(x) = exp(x) (1 - exp(x) / 2 + ...), whose FP32 value turns denormal at
+# -87 and whose square root does not: there the score is computed as exp(x / 2) (1 - exp(x) / 4).
+# The first neglected term, 5/96 exp(2 x), is 5e-15 at the switch.
 EXPONENTIAL_BELOW = -15.0
-# Keys order as floats do, as unsigned integers. No number maps below 0x007fffff (-inf), so small keys are
-# free: 0 was taken already (and, in the workspace, was never written), 1 is no expert, 2 is a NaN.
+# Keys order as floats do, as unsigned integers. No number maps below 0x007fffff (-inf), so small
+# keys are free: 0 was taken already (and, in the workspace, was never written), 1 is no expert, 2
+# is a NaN.
 STRUCK_OUT = 0
 NOT_A_CANDIDATE = 1
 NAN_KEY = 2
@@ -25,8 +26,8 @@ NAN_KEY = 2
 def log1p_of_unit(e: Float32) -> Float32:
     """log(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e): the odd series to s^15.
 
-    s^2 <= 1/9, so the first neglected term is 1e-9 of the sum. libdevice's log1p has a data-dependent
-    branch for inputs that cannot occur here.
+    s^2 <= 1/9, so the first neglected term is 1e-9 of the sum. libdevice's log1p has a
+    data-dependent branch for inputs that cannot occur here.
     """
     s = e * cute.arch.rcp_approx(2.0 + e)
     square = s * s
@@ -90,7 +91,8 @@ def selection_key(score: Float32, bias: Float32) -> Uint32:
 
 @cute.jit
 def best_of(keys: cute.Tensor, scores: cute.Tensor):
-    """A lane's best entry as (key, score, register), by a tree; equal keys keep the lower register."""
+    """A lane's best entry as (key, score, register), by a tree; equal keys keep the lower
+    register."""
     entries = [(keys[i], scores[i], Int32(i)) for i in range(cute.size(keys))]
     while cutlass.const_expr(len(entries) > 1):
         winners = []
@@ -109,8 +111,8 @@ def take_top_k(keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_
 
     keys (uint32, overwritten), scores (FP32): (length,) registers; register i of a lane is expert
     first_expert + i, and first_expert ascends with the lane. Returns (expert, score, total).
-    The sum is taken in rank order, so its bits do not depend on which lane held what. A round gives the
-    best key's lowest lane, so its lowest expert, and strikes that entry out.
+    The sum is taken in rank order, so its bits do not depend on which lane held what. A round gives
+    the best key's lowest lane, so its lowest expert, and strikes that entry out.
     """
     lane = cute.arch.lane_idx()
     lower_lanes = cute.arch.lanemask_lt()

@@ -363,6 +363,7 @@ def make_entry(
     _check("cluster", compiled.cluster, spec.cluster)
     _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
     _check("expert tile", compiled.expert_tile, spec.expert_tile)
+    _check("scratch bytes", compiled.scratch_bytes, spec.scratch_bytes)
     _check_no_local_memory(facts, opcodes)
     return Kernel(
         name=spec.name,

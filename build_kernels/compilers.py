@@ -43,6 +43,7 @@ class Compiled:
     cluster: tuple[int, int, int]
     expert_tile: int
     dynamic_shared_bytes: int
+    scratch_bytes: int
 
 
 def toolchain_versions() -> dict[str, str]:
@@ -94,6 +95,7 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
         cluster=tuple(facts["cluster"]),
         expert_tile=facts["expert_tile"],
         dynamic_shared_bytes=facts["dynamic_shared_bytes"],
+        scratch_bytes=facts["workspace_bytes"],
     )
 
 
@@ -107,6 +109,7 @@ def _compile_cuda(spec: KernelSpec, source: CudaSource, arch: str) -> Compiled:
         cluster=spec.cluster,
         expert_tile=spec.expert_tile,
         dynamic_shared_bytes=0,
+        scratch_bytes=0,
     )
 
 

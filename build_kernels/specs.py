@@ -21,6 +21,8 @@ K_BLOCK = 64
 K_SPLITS = 16
 MAX_DECODE_TOKENS = 64
 DECODE_TOKEN_TILES = (16, 64)
+# An 8-byte entry for each token and expert, and a 4-byte counter for each token.
+WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * 8 + 4)
 # router_topk: a warp a token, 4 warps a block. Also in topk.cu; the build checks the block.
 TOPK_WARPS = 4
 
@@ -85,6 +87,7 @@ class KernelSpec:
     expert_tile: int
     token_tile: int
     pdl: bool
+    scratch_bytes: int
 
 
 def _pointer(name: str, element_type: str, scratch: Scratch | None = None) -> ParameterSpec:
@@ -144,12 +147,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
             # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
             _bfloat16_map("w_map", "W_gate", w_dims, w_box, "256B"),
             _bfloat16_map("x_map", "hidden_states", ("K", "N"), (K_BLOCK, token_tile), "128B"),
-            _pointer(
-                "partials",
-                "float32",
-                Scratch(elements=MAX_DECODE_TOKENS * MAX_EXPERTS, zeroed=False),
-            ),
-            _pointer("counters", "uint32", Scratch(elements=MAX_DECODE_TOKENS, zeroed=True)),
+            _pointer("workspace", "uint32", Scratch(elements=WORKSPACE_BYTES // 4, zeroed=True)),
             *_OUTPUTS,
             *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
             _SCALE,
@@ -161,6 +159,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
         expert_tile=EXPERT_TILE,
         token_tile=token_tile,
         pdl=True,
+        scratch_bytes=WORKSPACE_BYTES,
     )
 
 
@@ -190,6 +189,7 @@ _TOPK = KernelSpec(
     expert_tile=MAX_EXPERTS,
     token_tile=TOPK_WARPS,
     pdl=True,
+    scratch_bytes=0,
 )
 
 KERNELS = (

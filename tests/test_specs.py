@@ -83,6 +83,13 @@ def test_tensor_maps_cover_one_tile(spec: specs.KernelSpec) -> None:
     assert spec.source.layout == spec.problem.layout
 
 
+@pytest.mark.parametrize("spec", KERNELS, ids=IDS)
+def test_scratch_is_one_number(spec: specs.KernelSpec) -> None:
+    words = sum(item.scratch.elements for item in spec.parameters if item.scratch)
+    assert words * 4 == spec.scratch_bytes
+    assert {item.element_type for item in spec.parameters if item.scratch} <= {"uint32"}
+
+
 def test_topk_source_and_spec_agree_on_tokens_a_block() -> None:
     (spec,) = (spec for spec in KERNELS if isinstance(spec.source, CudaSource))
     assert isinstance(spec.source, CudaSource)

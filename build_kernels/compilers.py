@@ -85,7 +85,13 @@ def _missing(distribution: str) -> CompileError:
 
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
     module = importlib.import_module(source.module)
-    config = {"arch": arch, "layout": source.layout, "token_tile": source.token_tile}
+    config = {
+        "arch": arch,
+        "layout": source.layout,
+        "token_tile": source.token_tile,
+        "chunk": source.chunk,
+        "stages": source.stages,
+    }
     facts: Mapping = module.launch_facts(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)
     return Compiled(

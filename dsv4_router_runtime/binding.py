@@ -288,8 +288,8 @@ class MapCache:
             arguments = encode_arguments(
                 self._recipe,
                 address=address,
-                sizes={"N": num_tokens, "K": k},
-                strides={"N": row_stride, "K": 1},
+                sizes={"N": num_tokens, "K": k, **in_blocks(self._recipe, k)},
+                strides={"N": row_stride, "K": 1, "K_in_block": 1, "K_block": self._recipe.box[0]},
             )
             found = driver.encode_tensor_map(arguments)
             with self._lock:
@@ -297,6 +297,12 @@ class MapCache:
                     del self._maps[next(iter(self._maps))]
                 self._maps[key] = found
         return found
+
+
+def in_blocks(recipe: TensorMapRecipe, k: int) -> dict[str, int]:
+    """Sizes of K seen as blocks as wide as the recipe's box: within a block, and how many."""
+    block = recipe.box[0]
+    return {"K_in_block": block, "K_block": k // block}
 
 
 _map_caches: dict[TensorMapRecipe, MapCache] = {}

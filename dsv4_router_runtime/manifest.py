@@ -31,7 +31,7 @@ KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "flo
 POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8")
 TENSOR_ELEMENTS = ("bfloat16",)
 TENSORS = ("W_gate", "hidden_states")
-TENSOR_DIMS = ("N", "K", "E")
+TENSOR_DIMS = ("N", "K", "E", "K_in_block", "K_block")
 SWIZZLES = ("none", "32B", "64B", "128B")
 INTERLEAVES = ("none", "16B", "32B")
 L2_PROMOTIONS = ("none", "64B", "128B", "256B")
@@ -100,7 +100,8 @@ class TensorMapRecipe:
     """How to encode one CUtensorMap. `dims` and `box` have the fastest dimension first.
 
     Element strides are 1. `dims` names the problem's sizes, so ("K", "E") with box (64, 64) is a
-    map over W_gate with K contiguous, read in boxes of 64 K by 64 experts.
+    map over W_gate with K contiguous, read in boxes of 64 K by 64 experts. "K_in_block" and
+    "K_block" are K seen as blocks as wide as the box's first extent, which may be read together.
     """
 
     tensor: str

@@ -74,11 +74,12 @@ def test_tensor_maps_cover_one_tile(spec: specs.KernelSpec) -> None:
     w_map, x_map = maps["w_map"], maps["x_map"]
     assert dict(zip(w_map.dims, w_map.box, strict=True)) == {"K": 64, "E": spec.expert_tile}
     assert w_map.dims[0] == {"kmajor": "K", "emajor": "E"}[spec.problem.layout]
-    assert dict(zip(x_map.dims, x_map.box, strict=True)) == {"K": 64, "N": spec.token_tile}
+    assert isinstance(spec.source, DslSource)
+    x_box = {"K_in_block": 64, "N": spec.token_tile, "K_block": spec.source.chunk}
+    assert dict(zip(x_map.dims, x_map.box, strict=True)) == x_box
     # The swizzle spans the box's rows exactly.
     assert {w_map.box[0] * 2, x_map.box[0] * 2} == {128}
     assert w_map.swizzle == x_map.swizzle == "128B"
-    assert isinstance(spec.source, DslSource)
     assert spec.source.token_tile == spec.token_tile
     assert spec.source.layout == spec.problem.layout
 

@@ -77,11 +77,12 @@ class RouterDecode:
     producer_warp = 4
     mma_arrivals = 1
 
-    def __init__(self, *, layout: str, token_tile: int):
+    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int):
         self.layout = layout
         self.token_tile = token_tile
-        self.chunk, self.stages = (4, 2) if token_tile <= 32 else (1, 6)
-        self.ring_blocks = self.chunk * self.stages
+        self.chunk = chunk
+        self.stages = stages
+        self.ring_blocks = chunk * stages
         self.x_chunk_bytes = self.chunk * token_tile * K_BLOCK * 2
         self.num_threads = 32 * (self.producer_warp + 1)
         # token pairs that a CTA owns at most
@@ -569,19 +570,19 @@ def store_token(
         ids[lane] = expert
 
 
-def decode_kernel(*, arch: str, layout: str, token_tile: int) -> RouterDecode:
-    """The decode kernel of an architecture: sm_90* or sm_100*, sm_103*."""
+def decode_kernel(*, arch: str, **config) -> RouterDecode:
+    """The decode kernel of an architecture, sm_90* or sm_10*; `config` as for RouterDecode."""
     from build_kernels.kernels.decode_sm90 import RouterDecodeSm90
     from build_kernels.kernels.decode_sm100 import RouterDecodeSm100
 
     kind = RouterDecodeSm90 if arch.startswith("sm_90") else RouterDecodeSm100
-    return kind(layout=layout, token_tile=token_tile)
+    return kind(**config)
 
 
-def launch_facts(*, arch: str, layout: str, token_tile: int) -> dict:
+def launch_facts(*, arch: str, **config) -> dict:
     """What a launch needs besides its arguments: block, cluster, dynamic shared bytes, expert
     tile."""
-    kernel = decode_kernel(arch=arch, layout=layout, token_tile=token_tile)
+    kernel = decode_kernel(arch=arch, **config)
     return {
         "block": [kernel.num_threads, 1, 1],
         "cluster": [NUM_SPLITS, 1, 1],
@@ -592,11 +593,11 @@ def launch_facts(*, arch: str, layout: str, token_tile: int) -> dict:
 
 
 def compile_kernel(
-    *, symbol: str, arch: str, layout: str, token_tile: int, dump_dir: str
+    *, symbol: str, arch: str, dump_dir: str, **config
 ) -> tuple[bytes, str]:
     """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is
     `<symbol>_0`."""
-    kernel = decode_kernel(arch=arch, layout=layout, token_tile=token_tile)
+    kernel = decode_kernel(arch=arch, **config)
     type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
 
     def pointer(dtype, align):

@@ -16,6 +16,8 @@ from build_kernels.emulator.clocks import (
     WEAK,
     Clock,
     Ints,
+    Issue,
+    Slot,
     actors_of,
     instruction_of,
     join,
@@ -33,16 +35,19 @@ if TYPE_CHECKING:
 class Operation:
     """One asynchronous operation.
 
-    what: for reports. pipe: operations of one issuer in one pipe act in issue order, so that a
-    conflict between them is none. proxied: it goes through the async proxy, where ordinary
-    writes are seen only behind a fence.proxy.async (PTX ISA 8.x "Proxies").
+    what: for reports. pipe: the number of the CTA's in-order unit that it belongs to, or -1;
+    operations of one pipe act in issue order, so that a conflict between them is none.
+    proxied: it goes through the async proxy, where ordinary writes are seen only behind a
+    fence.proxy.async (PTX ISA 8.x "Proxies"). reduces: its writes commute with their like.
     """
 
     what = "asynchronous operation"
-    pipe = ""
     proxied = True
+    reduces = False
 
-    def __init__(self, warp: Warp, lane: int, after: Operation | None = None) -> None:
+    def __init__(
+        self, warp: Warp, lane: int, after: Operation | None = None, pipe: int = -1
+    ) -> None:
         self.machine = warp.machine
         self.warp = warp
         self.lane = lane
@@ -53,11 +58,17 @@ class Operation:
         self.issue_tick = warp.tick
         warp.tick += 1
         warp.touch()
-        self.after = after
         self.done = False
         self.signal = Signal()
-        self.slot = self.machine.lend(self)
-        self.tick = self.slot.tick
+        self.pipe = pipe
+        if pipe >= 0:
+            after = self.cta.pipes.get(pipe)
+            self.cta.pipes[pipe] = self
+        self.after = after
+        self.slot: Slot = self.machine.slot_for(self)
+        self.tick = self.slot.begin(
+            Issue(self.thread(), self.issuer, self.issue_tick, warp, self.reduces)
+        )
         self.reader_slot = self.slot.actor % READER_SLOTS
 
     @property
@@ -112,20 +123,23 @@ class Operation:
         if known.all():
             return None
         bad = [int(i) for i in np.flatnonzero(~known)]
-        if self.pipe:
-            bad = [i for i in bad if not self._same_pipe(int(records[i]))]
+        if self.pipe >= 0 or self.reduces:
+            bad = [i for i in bad if not self.harmless(int(records[i]))]
         return np.array(bad, dtype=np.int64) if bad else None
 
-    def _same_pipe(self, other: int) -> bool:
-        operation = self.machine.operation_of(other)
-        return (
-            operation is not None
-            and operation.pipe == self.pipe
-            and (operation.issuer == self.issuer or self._issued_after(operation))
-        )
+    def harmless(self, other: int) -> bool:
+        """Is the other an earlier operation of this pipe, or a reduction like this one?
 
-    def _issued_after(self, other: Operation) -> bool:
-        return bool(self.clock[GENERIC, other.issuer] >= other.issue_tick)
+        Operations of a pipe that other threads issued need an order of their issues."""
+        issue = self.machine.clocks.issue(other)
+        if issue is None:
+            return False
+        if self.reduces and issue.reduces:
+            return True
+        return int(actors_of(np.int64(other))) == self.slot.actor and (
+            issue.issuer == self.issuer
+            or bool(self.clock[GENERIC, issue.issuer] >= issue.issue_tick)
+        )
 
     def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
         one = np.array([other], dtype=np.int64)

@@ -19,8 +19,8 @@ from build_kernels.emulator.operands import (
     registers_of,
     source,
 )
-from build_kernels.emulator.ptx import TYPE_BITS, Instruction, Negated, Pair, Vector
-from build_kernels.emulator.warp import LANES, Outcome, Warp
+from build_kernels.emulator.ptx import TYPE_BITS, Instruction, Operand, Pair, Register, Vector
+from build_kernels.emulator.warp import LANES, Outcome, Pending, Warp
 
 Array = NDArray[Any]
 Run = Callable[[Warp], Outcome]
@@ -328,7 +328,9 @@ def lop3(ins: Instruction, context: Context) -> Run:
     mods = Modifiers(ins)
     kind = mods.type()
     mods.done()
-    table = source(ins, ins.operands[4], "u32", context).constant if len(ins.operands) == 5 else None
+    if len(ins.operands) != 5:
+        raise ins.error("takes 5 operands")
+    table = source(ins, ins.operands[4], "u32", context).constant
     if not isinstance(table, int):
         raise ins.error("needs a literal lookup table")
     sources = [source(ins, operand, kind, context) for operand in ins.operands[1:4]]
@@ -567,7 +569,8 @@ def move(ins: Instruction, context: Context) -> Run:
             stacked = np.stack(values, axis=1)
             return np.ascontiguousarray(stacked).view(unsigned).reshape(LANES)
 
-        return _runner(sources, destination(ins, target, f"b{bits}"), pack)
+        run = _runner(sources, destination(ins, target, f"b{bits}"), pack)
+        return _movable(run, registers_of(sources), (target,))
     if isinstance(target, Vector):
         part = f"b{bits // len(target.items)}"
         whole = source(ins, origin, f"b{bits}", context)
@@ -580,8 +583,22 @@ def move(ins: Instruction, context: Context) -> Run:
             for i, write in enumerate(writes):
                 write(w, np.ascontiguousarray(parts[:, i]), taint)
 
-        return unpack
-    return _build(ins, context, kind, [kind], lambda a: a)
+        return _movable(unpack, whole.registers, target.items)
+    run = _build(ins, context, kind, [kind], lambda a: a)
+    return _movable(run, source(ins, origin, kind, context).registers, (target,))
+
+
+def _movable(run: Run, sources: Sequence[int], targets: Sequence[Operand]) -> Run:
+    """A mov of registers that are pending is no use of them: it happens after the wait."""
+    written = [each.index for each in targets if isinstance(each, Register)]
+
+    def guarded(w: Warp) -> Outcome:
+        for register in sources:
+            if type(w.t[register]) is Pending and w.postpone(sources, written, run):
+                return None
+        return run(w)
+
+    return guarded if sources else run
 
 
 def convert(ins: Instruction, context: Context) -> Run:
@@ -721,5 +738,3 @@ DECODERS: dict[str, Callable[[Instruction, Context], Run]] = {
     "copysign": copysign,
     "testp": test_property,
 }
-
-__all__ = ["DECODERS", "Negated"]

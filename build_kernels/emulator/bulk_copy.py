@@ -86,7 +86,8 @@ def signal(operation: Operation, barrier: Mbarrier | None, tx: int, clock: Clock
     if barrier is None:
         return
     if barrier.cta is not operation.cta:
-        barrier.foreign_touches.append((operation.slot.actor, operation.tick, operation.instruction))
+        touch = (operation.slot.actor, operation.tick, operation.instruction)
+        barrier.foreign_touches.append(touch)
     if barrier.cta.exited:
         operation.machine.report(
             "exited-peer",
@@ -520,6 +521,7 @@ class RemoteStore(Operation):
         update: Callable[[Array, Array], Array] | None,
     ) -> None:
         clock = warp.publish(warp.bits)
+        self.reduces = update is not None
         super().__init__(warp, warp.first_lane())
         self.clock = clock
         self.pieces = pieces
@@ -535,18 +537,6 @@ class RemoteStore(Operation):
                 state = np.where(cta.shared.state[offsets] == VALID, state, POISON)
             write_shared(self, cta, offsets, data, state.astype(np.uint8))
             signal(self, barrier, len(offsets), clock)
-
-    def unordered(self, records: Ints, written: bool) -> Ints | None:
-        bad = super().unordered(records, written)
-        if bad is None or self.update is None:
-            return bad
-        # Reductions into one location do not race with each other.
-        left = [i for i in bad if not self._also_reduces(int(records[i]))]
-        return np.array(left, dtype=np.int64) if left else None
-
-    def _also_reduces(self, record: int) -> bool:
-        other = self.machine.operation_of(record)
-        return isinstance(other, RemoteStore) and other.update is not None
 
 
 def remote_store(ins: Instruction, context: Context) -> Run:

@@ -15,10 +15,12 @@ A record is one int64 that names an access: tick, actor, scope and instruction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from build_kernels.emulator.findings import Thread
 
 GENERIC, ASYNC, INIT, TENSOR = range(4)
 ROWS = 4
@@ -67,26 +69,52 @@ def join(left: Clock, right: Clock) -> Clock:
     return left if left is right else np.maximum(left, right)
 
 
+@dataclass(frozen=True)
+class Issue:
+    """What is remembered of an operation for as long as its records may matter."""
+
+    thread: Thread
+    issuer: int
+    issue_tick: int
+    warp: object
+    reduces: bool
+
+
+_REMEMBERED = 32
+
+
 @dataclass
 class Slot:
-    """One component of the clocks, lent to one asynchronous operation at a time."""
+    """One component of the clocks, lent to one asynchronous operation, or one in-order pipe."""
 
     actor: int
+    pipe: bool = False
     tick: int = 0
-    operation: object | None = None
+    busy: bool = False
+    issues: dict[int, Issue] = field(default_factory=dict)
+
+    def begin(self, issue: Issue) -> int:
+        """Count one more operation and return its tick."""
+        self.tick += 1
+        self.issues[self.tick] = issue
+        if not self.pipe:
+            self.issues.pop(self.tick - _REMEMBERED, None)
+        return self.tick
 
 
 class ClockSpace:
-    """Numbers the components: threads first, then agent slots, then one for the grid before.
+    """Numbers the components: threads, in-order pipes, agents, and one for the grid before.
 
-    threads: thread slots; agents: how many asynchronous operations may be tracked at once.
+    threads: thread slots; pipes: units whose operations act in issue order, so that knowing of
+    one implies all before it; agents: how many other operations may be in flight at once.
     """
 
-    def __init__(self, threads: int, agents: int) -> None:
+    def __init__(self, threads: int, pipes: int, agents: int) -> None:
         self.threads = threads
-        self.size = threads + agents + 1
+        self.size = threads + pipes + agents + 1
         self.predecessor = self.size - 1
-        self._slots = [Slot(threads + i) for i in range(agents)]
+        self._slots = [Slot(threads + i, i < pipes) for i in range(pipes + agents)]
+        self._agents = self._slots[pipes:]
         self._next = 0
 
     def zero(self) -> Clock:
@@ -95,12 +123,21 @@ class ClockSpace:
     def slot(self, actor: int) -> Slot:
         return self._slots[actor - self.threads]
 
+    def pipe(self, number: int) -> Slot:
+        return self._slots[number]
+
     def lend(self) -> Slot | None:
-        """The slot idle for longest, or None when every slot has an operation in flight."""
-        for _ in range(len(self._slots)):
-            slot = self._slots[self._next]
-            self._next = (self._next + 1) % len(self._slots)
-            if slot.operation is None or getattr(slot.operation, "done", True):
-                slot.tick += 1
+        """The agent slot idle for longest, or None when every one has an operation in flight."""
+        for _ in range(len(self._agents)):
+            slot = self._agents[self._next]
+            self._next = (self._next + 1) % len(self._agents)
+            if not slot.busy:
                 return slot
         return None
+
+    def issue(self, record: int) -> Issue | None:
+        """The operation that left a record, if it was one and is still remembered."""
+        actor = (record >> _ACTOR_AT) & _ACTOR_MASK
+        if not self.threads <= actor < self.predecessor:
+            return None
+        return self.slot(actor).issues.get(record >> _TICK_AT)

@@ -258,7 +258,7 @@ def elect(ins: Instruction, context: Context) -> Run:
             return wait
         leader = (members & -members).bit_length() - 1
         write(w, np.full(LANES, leader, dtype=np.uint32), None)
-        write_leader(w, leader == LANE_INDEX, None)
+        write_leader(w, np.equal(LANE_INDEX, leader), None)
         return None
 
     return run
@@ -298,7 +298,7 @@ def branch(ins: Instruction, context: Context) -> Run:
 
 
 def nothing(ins: Instruction, context: Context) -> Run:
-    """nanosleep, pmevent and setmaxnreg change nothing that is modelled."""
+    """nanosleep ends the warp's turn; pmevent and setmaxnreg change nothing that is modelled."""
     mods = Modifiers(ins)
     name = ins.words[0]
     if name == "setmaxnreg":
@@ -313,7 +313,11 @@ def nothing(ins: Instruction, context: Context) -> Run:
         return aligned
     mods.take("u32")
     mods.done()
-    return lambda w: None
+
+    def end_turn(w: Warp) -> None:
+        w.budget = 0
+
+    return end_turn if name == "nanosleep" else lambda w: None
 
 
 def dependency(ins: Instruction, context: Context) -> Run:

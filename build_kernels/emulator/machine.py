@@ -44,7 +44,8 @@ from build_kernels.emulator.warp import LANE_INDEX, LANES, Decoded, Signal, Warp
 
 AGENTS_PER_CTA = 96
 QUANTUM = 400  # instructions a warp runs before another may
-IDLE_ROUNDS = 400  # turns without an event before spinning warps count as stuck
+IDLE_TURNS = 3  # turns of every warp without an event before an operation must finish
+STUCK_TURNS = 2000  # and before warps that spin count as stuck
 Dim = tuple[int, int, int]
 
 
@@ -83,7 +84,7 @@ class Cta:
         self.tensor_memory = TensorMemory(self)
         self.mbarriers: dict[int, Mbarrier] = {}
         self.barriers = [NamedBarrier(machine) for _ in range(16)]
-        self.agents: dict[str, Operation] = {}  # last operation of each in-order unit
+        self.pipes: dict[int, Operation] = {}  # last operation of each in-order unit
         self.incoming: list[Operation] = []  # operations that touch this CTA's memories
         self.slot = machine.claim(self)
         block = machine.launch.block
@@ -193,7 +194,11 @@ class Machine:
         clusters = int(np.prod(launch.grid)) // cluster_size
         self.resident = max(1, min(clusters, schedule.resident_ctas // cluster_size))
         slots = self.resident * cluster_size
-        self.clocks = ClockSpace(slots * self.warps_per_cta * LANES, slots * AGENTS_PER_CTA)
+        # Pipe 0 of a CTA is its tcgen05 unit, pipe 1 + w the wgmma unit as warp w sees it.
+        self.pipes_per_cta = 1 + self.warps_per_cta
+        self.clocks = ClockSpace(
+            slots * self.warps_per_cta * LANES, slots * self.pipes_per_cta, slots * AGENTS_PER_CTA
+        )
         self._free_slots = list(range(slots))
         self._occupants: list[list[tuple[int, Cta]]] = [[] for _ in range(slots)]
         self._end_ticks = [0] * slots
@@ -210,32 +215,20 @@ class Machine:
         return self._end_ticks[actor // (self.warps_per_cta * LANES)] + 1
 
     def cta_of(self, actor: int, tick: int | None = None) -> Cta | None:
-        """The CTA of a thread (as of a tick), or of the operation in an agent's slot."""
+        """The CTA of a thread as of a tick; None for an agent."""
         if actor >= self.clocks.threads:
-            operation = self.clocks.slot(actor).operation
-            return operation.cta if isinstance(operation, Operation) else None
+            return None
         history = self._occupants[actor // (self.warps_per_cta * LANES)]
         for first, cta in reversed(history):
             if tick is None or tick >= first:
                 return cta
         return None
 
-    def operation_of(self, record: int) -> Operation | None:
-        """The operation that left a record, while its slot still holds it."""
-        actor = int(actors_of(np.int64(record)))
-        if actor < self.clocks.threads or actor >= self.clocks.predecessor:
-            return None
-        slot = self.clocks.slot(actor)
-        operation = slot.operation
-        if isinstance(operation, Operation) and slot.tick == int(ticks_of(np.int64(record))):
-            return operation
-        return None
-
     def actor_thread(self, record: int) -> Thread | None:
         actor, tick = int(actors_of(np.int64(record))), int(ticks_of(np.int64(record)))
         if actor >= self.clocks.threads:
-            operation = self.operation_of(record)
-            return operation.thread() if operation else None
+            issue = self.clocks.issue(record)
+            return issue.thread if issue else None
         cta = self.cta_of(actor, tick)
         if cta is None:
             return None
@@ -304,12 +297,15 @@ class Machine:
 
     # ---- asynchronous operations ----
 
-    def lend(self, operation: Operation) -> Slot:
+    def slot_for(self, operation: Operation) -> Slot:
+        """The operation's component of the clocks: its pipe's, or an agent's of its own."""
+        if operation.pipe >= 0:
+            return self.clocks.pipe(operation.cta.slot * self.pipes_per_cta + operation.pipe)
         slot = self.clocks.lend()
         while slot is None:
             self.perform(self.pending[0])
             slot = self.clocks.lend()
-        slot.operation = operation
+        slot.busy = True
         return slot
 
     def issue(self, operation: Operation) -> None:
@@ -324,6 +320,7 @@ class Machine:
 
     def finished(self, operation: Operation) -> None:
         self.events += 1
+        operation.slot.busy = False
         if operation in self.pending:
             self.pending.remove(operation)
 
@@ -368,11 +365,11 @@ class Machine:
                 idle, events = 0, self.events
             if policy == "random" and self.pending and self.random.random() < 0.3:
                 self._perform_one()
-            if idle > IDLE_ROUNDS * max(1, len(self.runnable)):
-                if not self._perform_one():
-                    self._report_stuck(active, "spins and nothing else happens")
-                    return False
+            if self.runnable and idle > IDLE_TURNS * len(self.runnable) and self._perform_one():
                 continue
+            if idle > STUCK_TURNS * max(1, len(self.runnable)):
+                self._report_stuck(active, "spins and nothing else happens")
+                return False
             if self.runnable:
                 idle += 1
                 self._turn()

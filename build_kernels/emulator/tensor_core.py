@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from build_kernels.emulator import tensor_memory
 from build_kernels.emulator.agents import Operation
 from build_kernels.emulator.bulk_copy import target_barrier
-from build_kernels.emulator.clocks import GENERIC, TENSOR, Clock, Ints
+from build_kernels.emulator.clocks import TENSOR, Clock, Ints
 from build_kernels.emulator.collectives import aligned
 from build_kernels.emulator.floats import bf16_to_f32
 from build_kernels.emulator.memory import (
@@ -42,6 +42,7 @@ from build_kernels.emulator.warp import (
     ALL,
     LANES,
     Mask,
+    Move,
     Outcome,
     Pending,
     Wait,
@@ -201,7 +202,6 @@ class TensorMma(Operation):
     """tcgen05.mma of kind::f16 with A and B in shared memory."""
 
     what = "tcgen05.mma"
-    pipe = "tcgen05"
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class TensorMma(Operation):
         accumulate: bool,
         disabled: Array | None,
     ) -> None:
-        super().__init__(warp, lane, after=warp.cta.agents.get("tcgen05"))
+        super().__init__(warp, lane, pipe=0)
         self.shape = shape
         self.a, self.b = a, b
         self.ctas = ctas
@@ -316,7 +316,7 @@ def mma(ins: Instruction, context: Context) -> Run:
                 decode_shared(ins, int(b.get(w)[lane]), True),
                 ctas, where, bool(enable.get(w)[lane]), disabled,
             )  # fmt: skip
-            _enqueue(w, lane, operation)
+            w.machine.issue(operation)
 
     return run
 
@@ -333,33 +333,20 @@ def _pair(w: Warp, group: int) -> list[Cta]:
     return [peers[even], peers[even + 1]]
 
 
-def _enqueue(w: Warp, lane: int, operation: Operation) -> None:
-    """Tensor operations of a CTA act in the order of their issue."""
-    w.cta.agents["tcgen05"] = operation
-    w.groups.setdefault(f"tcgen05 {lane}", []).append(operation)
-    w.machine.issue(operation)
-
-
 class TensorCommit(Operation):
     """tcgen05.commit: arrives when all earlier tcgen05 operations of the thread are complete.
 
     It implies tcgen05.fence::before_thread_sync (PTX ISA 9.7.16.12, "tcgen05.commit")."""
 
     what = "tcgen05.commit"
-    pipe = "tcgen05"
 
-    def __init__(
-        self, warp: Warp, lane: int, covered: Sequence[Operation], barriers: Sequence[Mbarrier]
-    ) -> None:
-        super().__init__(warp, lane, after=warp.cta.agents.get("tcgen05"))
-        self.covered = [(op.slot.actor, op.tick) for op in covered]
+    def __init__(self, warp: Warp, lane: int, barriers: Sequence[Mbarrier]) -> None:
+        super().__init__(warp, lane, pipe=0)
         self.barriers = barriers
 
     def completion(self) -> Clock:
         clock = super().completion()
-        for actor, tick in self.covered:
-            clock[GENERIC, actor] = max(clock[GENERIC, actor], tick)
-            clock[TENSOR, actor] = max(clock[TENSOR, actor], tick)
+        clock[TENSOR, self.slot.actor] = self.tick
         return clock
 
     def perform(self) -> None:
@@ -401,10 +388,8 @@ def commit(ins: Instruction, context: Context) -> Run:
                 ranks = int(mask.get(w)[lane])
                 places = [r << SHARED_RANK_SHIFT | low for r in range(16) if ranks >> r & 1]
             found = [target_barrier(w, lane, place, proxied=True) for place in places]
-            covered = w.groups.setdefault(f"tcgen05 {lane}", [])
-            operation = TensorCommit(w, lane, covered, [b for b in found if b is not None])
-            w.groups[f"tcgen05 {lane}"] = covered[-64:]
-            _enqueue(w, lane, operation)
+            barriers = [barrier for barrier in found if barrier is not None]
+            w.machine.issue(TensorCommit(w, lane, barriers))
 
     return run
 
@@ -427,7 +412,6 @@ class WarpgroupMma(Operation):
     """One warp's quarter of a wgmma.mma_async: rows 16 (w mod 4) .. + 15 of 64."""
 
     what = "wgmma.mma_async"
-    pipe = "wgmma"
 
     def __init__(
         self,
@@ -442,7 +426,7 @@ class WarpgroupMma(Operation):
         accumulate: bool,
         targets: Sequence[int],
     ) -> None:
-        super().__init__(warp, warp.first_lane(), after=warp.cta.agents.get(f"wgmma {warp.index}"))
+        super().__init__(warp, warp.first_lane(), pipe=1 + warp.index)
         self.a, self.b = a, b
         self.a_poison = a_poison
         self.n = n
@@ -450,12 +434,13 @@ class WarpgroupMma(Operation):
         self.bf16 = bf16
         self.sign = signs[0] * signs[1]
         self.accumulate = accumulate
+        self.moves: list[Move] = []
         self.targets: list[tuple[int, Pending, Any]] = []
         for register in targets:
             before = warp.t[register]
             if isinstance(before, Pending) and before.what != _WAIT:
                 before = warp.unwaited(register, before)
-            pending = Pending(_WAIT, warp.instruction, self.settle)
+            pending = Pending(_WAIT, self)
             self.targets.append((register, pending, before))
             warp.t[register] = pending
         self.cta.incoming.append(self)
@@ -581,7 +566,6 @@ def _wgmma_mma(ins: Instruction, context: Context) -> Run:
             w, n, matrix, poison, decode_shared(ins, int(b.get(w)[lane]), False), majors,
             kind == "bf16", signs, bool(enable.get(w)[lane]), targets,
         )  # fmt: skip
-        w.cta.agents[f"wgmma {w.index}"] = operation
         w.groups.setdefault("wgmma open", []).append(operation)
         w.machine.issue(operation)
         return None

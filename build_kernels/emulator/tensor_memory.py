@@ -30,6 +30,8 @@ from build_kernels.emulator.ptx import Instruction, Register, Sink
 from build_kernels.emulator.warp import (
     ALL,
     LANES,
+    Mask,
+    Move,
     Outcome,
     Pending,
     Wait,
@@ -145,17 +147,13 @@ class TensorAccess:
 
     def _ordered(self, one: int) -> bool:
         operation = self.operation
-        other = operation.machine.operation_of(one)
-        if other is None:
+        if operation.harmless(one):
+            return True
+        issue = operation.machine.clocks.issue(one)
+        if issue is None or issue.warp is not operation.warp:
             return False
-        if operation.pipe and other.pipe == operation.pipe:
-            return other.issuer == operation.issuer or operation._issued_after(other)
-        if other.issuer == operation.issuer or self._same_warp(other):
-            return bool(operation.clock[GENERIC, other.slot.actor] >= other.tick)
-        return False
-
-    def _same_warp(self, other: Operation) -> bool:
-        return other.warp is self.operation.warp
+        actor, tick = int(actors_of(np.int64(one))), int(ticks_of(np.int64(one)))
+        return bool(operation.clock[GENERIC, actor] >= tick)
 
     def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
         operation = self.operation
@@ -356,9 +354,10 @@ class TensorMemoryLoad(Operation):
         self.cells = cells
         self.tensor = warp.tensor
         self.lanes = warp.bits
-        self.targets = []
+        self.moves: list[Move] = []
+        self.targets: list[tuple[int, Pending, Mask | None]] = []
         for register in targets:
-            pending = Pending("tcgen05.wait::ld", warp.instruction, self.settle)
+            pending = Pending("tcgen05.wait::ld", self)
             before = warp.t[register]
             if isinstance(before, Pending):
                 before = warp.unwaited(register, before)
@@ -389,6 +388,7 @@ class TensorMemoryLoad(Operation):
         for register, pending, _ in self.targets:
             if self.warp.t[register] is pending:
                 self.warp.t[register] = pending.taint
+        self.warp.make_up(self.moves)
 
     def settle(self) -> None:
         """Go on as if it had been waited for, after a finding that it was not."""

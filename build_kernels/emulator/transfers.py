@@ -52,6 +52,7 @@ Ints = NDArray[np.int64]
 Run = Callable[[Warp], Outcome]
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 SCOPES = {"cta": CTA_SCOPE, "cluster": CLUSTER_SCOPE, "gpu": GPU_SCOPE, "sys": GPU_SCOPE}
+POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
 CACHE_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 
 
@@ -321,6 +322,7 @@ def load(ins: Instruction, context: Context) -> Run:
             bad[place.lanes] = state == POISON
             if scope:
                 synchronise_read(w, place, order == "acquire", scope)
+                w.budget -= POLL_COST
         values = data.view(dtype)
         poison = bad.any()
         for i, write in enumerate(writes):
@@ -366,7 +368,9 @@ def store(ins: Instruction, context: Context) -> Run:
     def run(w: Warp) -> None:
         w.machine.events += 1
         w.poisoned("the address", where.registers)
-        parts = [np.ascontiguousarray(s.get(w)).view(np.uint8).reshape(LANES, unit) for s in sources]
+        parts = [
+            np.ascontiguousarray(s.get(w)).view(np.uint8).reshape(LANES, unit) for s in sources
+        ]
         taints = [w.taint(s.registers) for s in sources]
         data = np.concatenate(parts, axis=1) if count > 1 else parts[0]
         clean = all(taint is None for taint in taints)

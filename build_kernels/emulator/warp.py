@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,14 +111,36 @@ class Fragment:
 class Pending:
     """A register that an asynchronous operation will write: not to be read before its wait.
 
-    settle(): finishes the operation as if it had been waited for, to go on after the finding.
     taint: what the register's taint is once it was waited for.
     """
 
     what: str
-    instruction: Instruction
-    settle: Callable[[], None]
+    owner: Writer
     taint: Mask | None = None
+
+
+class Writer(Protocol):
+    """An asynchronous operation that writes registers.
+
+    moves: register moves that came before the wait, to be made up for after it."""
+
+    instruction: Instruction
+    moves: list[Move]
+
+    def settle(self) -> None:
+        """Finish as if it had been waited for, to go on after the finding that it was not."""
+        ...
+
+
+@dataclass(eq=False)
+class Move:
+    """A mov whose sources are pending: compilers put copies between a load and its wait.
+
+    pending: what the targets hold till then; bits: the lanes; run: the mov itself."""
+
+    pending: dict[int, Pending]
+    bits: int
+    run: Callable[[Warp], Outcome]
 
 
 Taint = Mask | Pending | None
@@ -170,6 +192,7 @@ class Warp:
         self.cluster_arrived = 0
         self.cluster_generation = 0
         self.queued = True
+        self.budget = 0
 
     # ---- identity ----
 
@@ -220,11 +243,42 @@ class Warp:
             f"{self.machine.kernel.registers[register].name} is used before the wait for "
             f"{pending.what}",
             warp=self,
-            other=pending.instruction,
+            other=pending.owner.instruction,
         )
-        pending.settle()
+        pending.owner.settle()
         self.t[register] = pending.taint
         return pending.taint
+
+    def postpone(
+        self, sources: Iterable[int], targets: Iterable[int], run: Callable[[Warp], Outcome]
+    ) -> bool:
+        """Put a mov off when it reads registers that are pending; False when it may run now."""
+        owners = [t.owner for t in (self.t[i] for i in sources) if isinstance(t, Pending)]
+        if not owners:
+            return False
+        owner = owners[-1]
+        pending = {}
+        for target in targets:
+            before = self.t[target]
+            if self.bits != self.live and isinstance(before, Pending):
+                return False
+            pending[target] = Pending("the operation that it copies from", owner)
+            self.t[target] = pending[target]
+        owner.moves.append(Move(pending, self.bits, run))
+        return True
+
+    def make_up(self, moves: list[Move]) -> None:
+        """Run moves that were put off, where their targets still wait for them."""
+        bits, active = self.bits, self.active
+        for move in moves:
+            if any(self.t[target] is not was for target, was in move.pending.items()):
+                continue
+            for target in move.pending:
+                self.t[target] = None
+            self.bits, self.active = move.bits, lanes_of(move.bits)
+            move.run(self)
+        self.bits, self.active = bits, active
+        moves.clear()
 
     def poisoned(self, what: str, registers: Iterable[int], lane: int | None = None) -> bool:
         """Report poison in active lanes of these registers, used as `what`."""
@@ -272,7 +326,8 @@ class Warp:
     def run(self, budget: int) -> None:
         """Run up to `budget` instructions, or until every fragment is blocked."""
         program = self.machine.program
-        while budget > 0 and self.fragments:
+        self.budget = budget
+        while self.budget > 0 and self.fragments:
             ready = [f for f in self.fragments if f.wait is None]
             if not ready:
                 return
@@ -280,9 +335,9 @@ class Warp:
             others = [f.pc for f in self.fragments if f is not fragment]
             stop = min((pc for pc in others if pc > fragment.pc), default=1 << 30)
             self.fragment = fragment
-            while budget > 0:
+            while self.budget > 0:
                 step = program[fragment.pc]
-                budget -= 1
+                self.budget -= 1
                 bits = fragment.mask
                 if step.guard >= 0:
                     bits &= self._guard(step, fragment)
@@ -308,7 +363,7 @@ class Warp:
                     break
             if len(self.fragments) > 1:
                 self._merge()
-                if budget <= 0:
+                if self.budget <= 0:
                     # A fragment that spins must not starve the others.
                     self.fragments = self.fragments[1:] + self.fragments[:1]
 

@@ -305,8 +305,9 @@ def _launch_attributes(kernel: Kernel, *, pdl: bool) -> list[Any]:
 def capture_id(stream: int) -> int:
     """The id of the capture that `stream` takes part in, unique in the process; 0 if none."""
     driver = bindings()
-    status, identifier, *_ = checked(
-        "asking for the stream's capture", driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
-    )
+    # Bindings of CUDA 12 keep the form that knows programmatic edges under a name of its own; the
+    # plain one fails (LOSSY_QUERY) after a launch with pdl.
+    ask = getattr(driver, "cuStreamGetCaptureInfo_v3", None) or driver.cuStreamGetCaptureInfo
+    status, identifier, *_ = checked("asking for the stream's capture", ask(stream))
     active = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
     return int(identifier) if status == active else 0

@@ -30,8 +30,8 @@ from .manifest import Kernel
 
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1}
 ALIGNMENT_BYTES = 256
-# A decode workspace is 256 KB, so 128 captures' take 34 MB. All layers of a capture share one, and a
-# server captures each batch size once.
+# A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and
+# a server captures each batch size once.
 RESERVE_SLOTS = 128
 RESERVE_LOW = 32
 # CU_STREAM_PER_THREAD: one handle that is a different stream in each thread.

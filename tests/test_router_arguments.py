@@ -197,6 +197,7 @@ def test_wrong_layer(wrong, error, message):
             "out_ids: expected dtype torch.int32",
         ),
         ({"out_ids": torch.zeros(N, 3).int()}, ValueError, "out_ids: expected at least [3, 4]"),
+        ({"out_ids": torch.zeros(2, 4).int()}, ValueError, "out_ids: expected at least [3, 4]"),
         (
             {"out_ids": torch.zeros(N, TOP_K, device="meta").int()},
             ValueError,
@@ -225,6 +226,13 @@ def test_outputs_must_not_share_elements():
     for overlapping in (ids, ids[:, TOP_K - 1 :]):
         with pytest.raises(ValueError, match="out_ids: expected memory apart from out_weights"):
             call(out_weights=w, out_ids=overlapping)
+    # Other strides, and columns that reach into the next row.
+    flat = torch.zeros(64)
+    for stride, ids_stride, at in ((10, 5, 5), (10, 10, 8)):
+        w = flat.as_strided((N, TOP_K), (stride, 1))
+        ids = flat.view(torch.int32)[at:].as_strided((N, TOP_K), (ids_stride, 1))
+        with pytest.raises(ValueError, match="out_ids: expected memory apart from out_weights"):
+            call(out_weights=w, out_ids=ids)
     flat = torch.zeros(N * TOP_K + 2)
     first = flat[:12].view(N, TOP_K)
     with pytest.raises(ValueError, match="out_ids: expected memory apart from out_weights"):
@@ -241,10 +249,12 @@ def test_outputs_must_not_share_elements_with_the_input():
 
 @settings(max_examples=400, deadline=None)
 @given(
-    rows=st.tuples(*[st.integers(0, 4)] * 3),
-    columns=st.tuples(st.sampled_from([K - 8, K, K + 64]), st.integers(3, 6), st.integers(3, 6)),
-    padding=st.tuples(st.sampled_from([0, 4, 8]), st.integers(0, 2), st.integers(0, 2)),
-    start=st.tuples(st.sampled_from([0, 4, 8]), st.integers(0, 40), st.integers(0, 40)),
+    rows=st.tuples(st.integers(0, 4), st.integers(2, 5), st.integers(2, 5)),
+    columns=st.tuples(
+        st.sampled_from([K, K, K, K - 8, K + 64]), st.integers(3, 6), st.integers(3, 6)
+    ),
+    padding=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 2), st.integers(0, 2)),
+    start=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 999), st.integers(0, 999)),
     shared=st.booleans(),
 )
 def test_the_quick_check_never_passes_what_the_rules_refuse(rows, columns, padding, start, shared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
+from elftools.elf.elffile import ELFFile
+
 from build_kernels import compilers, cubin
 from build_kernels.cubin import CubinError, CubinParameter, read_cubin
-from build_kernels.specs import ARCHITECTURES
+from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
 
@@ -92,6 +95,17 @@ def test_opcodes_are_counted_without_their_modifiers(
     assert counts[opcode] == 1
     assert counts["LDG"] == counts["STG"] == 1
     assert cubin.watched(counts) == {opcode: 1, "LDG": 1, "STG": 1, "LDL": 0, "STL": 0}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
+    """Predicated ones too: an instruction is 16 bytes of the kernel's .text section."""
+    spec = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
+    data = compilers.compile_kernel(spec, arch, tmp_path).cubin
+    path = tmp_path / "topk.cubin"
+    path.write_bytes(data)
+    text = ELFFile(io.BytesIO(data)).get_section_by_name(f".text.{spec.symbol}")
+    assert cubin.count_opcodes(path).total() == text["sh_size"] // 16
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -170,7 +170,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
 
   // ------------------------------------------------------------------ select
   // Each round takes the warp's best candidate and strikes it out. Only its owner then lacks a
-  // candidate, and the whole warp finds it there: lane s looks at the owner's slot s.
+  // candidate, and the whole warp finds it there: lane s looks at the owner's slot s. From here on
+  // row s of the keys is touched by lane s alone, so the rounds need no barrier between them.
   const int num_slots = num_groups * kGroupSlots;
   int my_expert = 0;
 #pragma unroll 1
@@ -193,7 +194,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     const unsigned next_expert = next_slot * 32 + owner;
     best.key = lane == owner ? next_key : best.key;
     best.expert = lane == owner ? next_expert : best.expert;
-    __syncwarp();
   }
 
   // ------------------------------------------------------------------ weigh and store

@@ -22,6 +22,7 @@ from build_kernels.specs import KERNELS
 from build_kernels.verify import (
     Evidence,
     Result,
+    emulated,
     hardware,
     lint,
     protocol,
@@ -39,7 +40,7 @@ from build_kernels.verify.artifact import (
     ptx_entry,
     ptx_opcodes,
 )
-from build_kernels.verify.climb import Outcome, climb_one, is_failure
+from build_kernels.verify.climb import Outcome, climb_one, is_failure, without_target
 from build_kernels.verify.evidence import EvidenceError, not_run, write_evidence
 
 KERNEL = topk_kernel()
@@ -484,3 +485,61 @@ def test_the_lint_rung_knows_every_dsl_kernel() -> None:
     names = {spec.name for spec in KERNELS}
     assert {kernel.name for kernel in sample_manifest().kernels} <= names
     assert compilers.NVRTC_OPTIONS, "the CUDA kernels are compiled by NVRTC, not linted"
+
+
+def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -> None:
+    pytest.importorskip("sentryward", reason="needs the extra `verify`")
+    folder = tmp_path / "artifacts"
+    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a", "sm_103a"]), jobs=2)
+    first, twin = (load_artifact(folder, f"router_topk.sm_{n}a") for n in (100, 103))
+    assert without_target(first.ptx) == without_target(twin.ptx)
+    assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))
+    outcomes = [item for item in verify(folder, rungs=["protocol"], quick=True) if item.climbed]
+    assert [item.result.status for item in outcomes] == ["passed", "passed"]
+    shared = [any(".target line alone" in a for a in o.result.assumptions) for o in outcomes]
+    assert shared == [False, True]
+
+
+# ---------------------------------------------------------------- emulated
+
+
+@pytest.mark.parametrize("kind", ["integers", "ties", "biased", "extreme", "nan"])
+def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
+    pytest.importorskip("torch")
+    for kernel, k in ((topk.kernel, 0), (decode_kernel("sm_100a", "emajor"), 1024)):
+        case = emulated.Case(num_tokens=3, num_experts=70, top_k=4, k=k, kind=kind)
+        first, again = (emulated.make_inputs(kernel, case) for _ in range(2))
+        for name, tensor in first.tensors.items():
+            assert tensor.tobytes() == again.tensors[name].tobytes()
+        assert first.ids.shape == (3, 4)
+        if kind == "ties":
+            assert first.ids.tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("build_kernels.emulator")
+    result = emulated.climb(topk, quick=True)
+    assert (result.status, result.reason) == ("passed", "")
+    assert result.figures["runs"] == 4
+    # The sum of the scores is multiplied by 1 instead of the scale.
+    scale = re.compile(r"(ld\.param\.[bf]32\s+%[rf]\d+, \[router_topk_param_)7\]")
+    text, count = scale.subn(r"\g<1>5]", topk.ptx)
+    assert count
+    wrong = emulated.climb(replace(topk, ptx=text), quick=True)
+    assert wrong.status == "failed"
+    assert "a weight is off" in wrong.reason
+
+
+def test_decode_cases_are_those_that_the_evidence_promises() -> None:
+    cases = [
+        case
+        for layout in ("kmajor", "emajor")
+        for tile in (16, 64)
+        for case in emulated.decode_cases(decode_kernel("sm_100a", layout, tile), quick=False)
+    ]
+    assert len(cases) >= 20
+    assert {case.num_tokens for case in cases} >= {1, 6, 7, 16, 64}
+    assert len({case.k for case in cases}) >= 2
+    assert any(case.num_experts % 64 for case in cases)
+    assert len(emulated.FULL_SCHEDULES) >= 5

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import open_artifacts
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.tensor_map import EncodeArguments, encode_arguments
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
 _PARAMETER = re.compile(
@@ -76,6 +77,16 @@ def load_artifact(folder: Path, key: str) -> Artifact:
             "make it with `build-kernels build`"
         )
     return artifact
+
+
+def encoded_map(
+    recipe: TensorMapRecipe, *, num_tokens: int, num_experts: int, k: int, row: int
+) -> EncodeArguments:
+    """A recipe's map over a tensor at address 0 whose rows lie `row` elements apart."""
+    block = recipe.box[0]
+    sizes = {"N": num_tokens, "E": num_experts, "K": k, "K_in_block": block, "K_block": k // block}
+    strides = dict.fromkeys(recipe.dims, row) | {"K_block": block} | {recipe.dims[0]: 1}
+    return encode_arguments(recipe, address=0, sizes=sizes, strides=strides)
 
 
 def ptx_target(ptx: str) -> str:

@@ -2,19 +2,21 @@
 
 Each (artifact, rung) is one task of a process pool: the DSL and the emulator are single-threaded,
 and SentryWard is a program of its own. A rung is a module with
-`climb(artifact, *, quick) -> Result`.
+`climb(artifact, *, quick) -> Result`. Two of the rungs read nothing but the PTX and the launch:
+where a kernel's PTX for two architectures differs in its `.target` only, one climb serves both.
 """
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
+import re
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
@@ -36,6 +38,8 @@ from .hardware import Record, result_of
 
 # Longest first, so that the pool does not end on one long task.
 _START_ORDER = ("emulated", "protocol", "lint", "structure", "hardware")
+# Rungs whose answer is settled by the PTX's text and the launch.
+_TEXT_RUNGS = ("emulated", "protocol")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +77,7 @@ def verify(
         for kernel in listed
         if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
     ]
-    for kernel in chosen:
-        load_artifact(artifacts_dir, kernel.key)
+    texts = {k.key: without_target(load_artifact(artifacts_dir, k.key).ptx) for k in chosen}
     asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
     path = artifacts_dir / EVIDENCE_NAME
     evidence = read_evidence(path).only(listed)
@@ -86,20 +89,24 @@ def verify(
     if records:
         write_evidence(path, evidence)
 
-    tasks = [
-        (kernel, rung)
-        for rung in _START_ORDER
-        if rung in asked
-        for kernel in chosen
-        if not (rung == "hardware" and rung in evidence.of(kernel))
-    ]
+    tasks: dict[tuple[str, str, str], list[Kernel]] = {}
+    for rung in _START_ORDER:
+        for kernel in chosen if rung in asked else ():
+            if not (rung == "hardware" and rung in evidence.of(kernel)):
+                same = texts[kernel.key] if rung in _TEXT_RUNGS else kernel.key
+                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
     found: dict[tuple[str, str], Result] = {}
-    for kernel, rung, result in _climb_all(artifacts_dir, tasks, quick=quick, jobs=jobs):
-        found[kernel.key, rung] = result
-        evidence = evidence.with_result(kernel, rung, result)
-        # After each, so that an interrupted run keeps what it found.
-        write_evidence(path, evidence)
-        on_done(Outcome(artifact=kernel.key, rung=rung, result=result, climbed=True))
+    groups = [(rung, tuple(kernels)) for (rung, _, _), kernels in tasks.items()]
+    for rung, (first, *twins), result in _climb_all(artifacts_dir, groups, quick=quick, jobs=jobs):
+        note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
+        of_twins = replace(result, assumptions=(*result.assumptions, note))
+        for kernel in (first, *twins):
+            shown = result if kernel is first else of_twins
+            found[kernel.key, rung] = shown
+            evidence = evidence.with_result(kernel, rung, shown)
+            # After each, so that an interrupted run keeps what it found.
+            write_evidence(path, evidence)
+            on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     missing = not_run("not asked for, and no evidence is stored for these bytes")
     return [
         Outcome(
@@ -136,10 +143,15 @@ def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> No
             )
 
 
+def without_target(ptx: str) -> str:
+    """PTX with the architecture of its .target line left out."""
+    return re.sub(r"^(\.target\s+)\w+", r"\1", ptx, count=1, flags=re.M)
+
+
 def _climb_all(
-    folder: Path, tasks: Sequence[tuple[Kernel, str]], *, quick: bool, jobs: int
-) -> Iterable[tuple[Kernel, str, Result]]:
-    """Each task's result as it comes."""
+    folder: Path, tasks: Sequence[tuple[str, tuple[Kernel, ...]]], *, quick: bool, jobs: int
+) -> Iterator[tuple[str, tuple[Kernel, ...], Result]]:
+    """Each task's result as it comes, found on the first of its kernels."""
     if not tasks:
         return
     pool = ProcessPoolExecutor(
@@ -150,16 +162,16 @@ def _climb_all(
     )
     try:
         futures = {
-            pool.submit(climb_one, folder, kernel.key, rung, quick): (kernel, rung)
-            for kernel, rung in tasks
+            pool.submit(climb_one, folder, kernels[0].key, rung, quick): (rung, kernels)
+            for rung, kernels in tasks
         }
         for future in as_completed(futures):
-            kernel, rung = futures[future]
+            rung, kernels = futures[future]
             try:
                 result = future.result()
             except BrokenProcessPool:
                 result = not_run("the process died; was it out of memory?")
-            yield kernel, rung, result
+            yield rung, kernels, result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -25,9 +25,8 @@ from typing import Any
 
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
-from dsv4_router_runtime.tensor_map import encode_arguments
 
-from .artifact import Artifact, ptx_entry
+from .artifact import Artifact, encoded_map, ptx_entry
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 INPUT_SCHEMA = "spverify.kernel-input/v1"
@@ -81,10 +80,10 @@ ALWAYS_ASSUMED = (
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """One expert tile, ragged and full; N below the tile and at it; two wraps of every ring.
+    """One expert tile, ragged and full; N below the tile and at it; two wraps of the ring.
 
-    A CTA of a cluster of `k_splits` multiplies K / 64 / k_splits blocks. Its rings hold at most 8,
-    so the 17th block waits for the second round of the empty barriers.
+    A CTA of a cluster multiplies K / 64 / k_splits blocks. Its ring holds at most 8, so
+    that the 17th block waits for the second round of the empty barriers, in a chunk of its own.
     """
     tile, splits = kernel.launch.token_tile, kernel.launch.k_splits
     block = kernel.problem.k_multiple
@@ -203,7 +202,6 @@ def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
 
 def kernel_input(kernel: Kernel, ptx: str, case: Case) -> dict[str, Any]:
     """SentryWard's input for one launch: packed tensors, every integer parameter by its name."""
-    sizes = {"N": case.num_tokens, "E": case.num_experts, "K": case.k}
     integers = {
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
@@ -219,9 +217,15 @@ def kernel_input(kernel: Kernel, ptx: str, case: Case) -> dict[str, Any]:
         place = {"parameter": index, "offset": 0}
         if parameter.tensor_map is not None:
             recipe = parameter.tensor_map
-            row = 8 * -(-sizes[recipe.dims[0]] // 8)  # in multiples of 16 bytes
-            strides = dict(zip(recipe.dims, (1, row), strict=True))
-            encoded = encode_arguments(recipe, address=0, sizes=sizes, strides=strides)
+            # Packed rows, in multiples of 16 bytes.
+            row = 8 * -(-(case.num_experts if recipe.dims[0] == "E" else case.k) // 8)
+            encoded = encoded_map(
+                recipe,
+                num_tokens=case.num_tokens,
+                num_experts=case.num_experts,
+                k=case.k,
+                row=row,
+            )
             descriptor = {
                 "object": recipe.tensor,
                 "element_type": _ELEMENT_TYPES[encoded.element_type],

@@ -1,0 +1,401 @@
+"""Rung: the artifact's PTX, executed on a CPU, gives the reference's ids and weights.
+
+Shows, for each case under each schedule: no finding (races, poison, phases, TMEM, lifetimes), ids
+equal and weights within 1e-6 of the FP64 reference, nothing written beside the outputs, scratch
+left zero. The inputs are small integers, so logits are exact whatever the order of the sums. Does
+not show that ptxas translated rightly, what undocumented hardware does, rounding order, or speed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dsv4_router_runtime.launch import grid_of
+from dsv4_router_runtime.manifest import Kernel
+
+from .artifact import Artifact, encoded_map
+from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from build_kernels.emulator import DeviceArray, Schedule
+
+    Array = NDArray[Any]
+
+WEIGHT_TOLERANCE = 1e-6
+# Ids are compared where neighbouring keys differ by more than FP32 can err; see `make_inputs`.
+CLEAR_MARGIN = 1e-4
+CANARY_FLOAT = -12345.0
+CANARY_INT = -77
+CANARY_COLUMNS = 3
+SCALE = 2.5
+ELEMENT_TYPES = {"float32": "float32", "int32": "int32", "uint32": "uint32", "uint8": "uint8"}
+
+# Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
+FULL_SCHEDULES = (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2), ("random", 3))
+QUICK_SCHEDULES = (("latest", 0), ("random", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call. `kind`: what is in the inputs.
+
+    integers   small integers, biases in quarters
+    ties       logits all equal: ids must be 0 .. top_k - 1
+    biased     integers, with biases near 8 as real checkpoints have
+    extreme    logits beyond +-100
+    nan        one expert's weights NaN, and one token's row of hidden_states infinite
+    """
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    k: int = 0
+    kind: str = "integers"
+
+    def __str__(self) -> str:
+        k = f" K={self.k}" if self.k else ""
+        return f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k} {self.kind}"
+
+
+def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """N in {1, 6, 7, 16, 64}, ragged E, two K; K of 16 blocks gives each CTA of the cluster one."""
+    tile = kernel.launch.token_tile
+    block = kernel.problem.k_multiple * kernel.launch.k_splits
+    first = (
+        Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block),
+        Case(num_tokens=1, num_experts=132, top_k=4, k=block, kind="biased"),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
+        Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
+        Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block),
+        Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
+        Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+    )
+
+
+def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Below, at and above a block's tokens; each number of register groups of experts."""
+    first = (
+        Case(num_tokens=7, num_experts=132, top_k=6),
+        Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=1, num_experts=8, top_k=8),
+        Case(num_tokens=16, num_experts=384, top_k=6, kind="biased"),
+        Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),
+        Case(num_tokens=3, num_experts=130, top_k=4, kind="nan"),
+        Case(num_tokens=2, num_experts=70, top_k=8, kind="ties"),
+        Case(num_tokens=66, num_experts=60, top_k=1),
+    )
+
+
+def climb(artifact: Artifact, *, quick: bool) -> Result:
+    """Run each case under each schedule; the first that is not right ends the climb."""
+    try:
+        from build_kernels.emulator import Schedule
+    except ImportError as error:
+        return not_run(f"{error}: install this project's extra `verify`")
+    kernel = artifact.kernel
+    cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+    schedules = QUICK_SCHEDULES if quick else FULL_SCHEDULES
+    runs = 0
+    worst = 0.0
+    for case in cases:
+        inputs = make_inputs(kernel, case)
+        for policy, seed in schedules:
+            outcome = run(kernel, artifact.ptx, inputs, Schedule(policy=policy, seed=seed))
+            if outcome.problems:
+                problems = "; ".join(outcome.problems[:3])
+                return Result(
+                    status=FAILED,
+                    scope=QUICK if quick else FULL,
+                    reason=f"{case}, schedule {policy} {seed}: {problems}",
+                    figures={"runs_before": runs},
+                )
+            runs += 1
+            worst = max(worst, outcome.weight_error)
+    figures = {
+        "cases": [str(case) for case in cases],
+        "schedules": [f"{policy} {seed}" for policy, seed in schedules],
+        "runs": runs,
+        "worst_weight_error": float(f"{worst:.2g}"),
+    }
+    return Result(status=PASSED, scope=QUICK if quick else FULL, figures=figures)
+
+
+def is_decode(kernel: Kernel) -> bool:
+    """Does the kernel multiply (and so read tensor maps), or only select from logits?"""
+    return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A case's arrays, and what the reference makes of them.
+
+    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, e_bias [E] FP32, or logits [N, E]
+    FP32. weights [N, top_k] FP64, ids [N, top_k].
+    """
+
+    case: Case
+    tensors: Mapping[str, Array]
+    weights: Array
+    ids: Array
+
+
+def make_inputs(kernel: Kernel, case: Case) -> Inputs:
+    """Inputs from a seed of the case's own, drawn again until no key is near its neighbour.
+
+    Equal keys are kept: the tie rule decides them. Keys that differ by less than CLEAR_MARGIN could
+    be told apart by rounding, and are not.
+    """
+    import torch
+
+    from dsv4_router_runtime.reference import ranking_margin, select_reference
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
+    for _ in range(100):
+        hidden, weight, logits, bias = _draw(generator, kernel, case)
+        if float(ranking_margin(logits, bias, case.top_k).min()) > CLEAR_MARGIN:
+            break
+    else:
+        raise ValueError(f"{case}: no inputs with clear margins in 100 draws")
+    weights, ids = select_reference(logits, bias, SCALE, case.top_k)
+    tensors = {"e_bias": bias.float().numpy()}
+    if hidden is None or weight is None:
+        tensors["logits"] = logits.float().numpy()
+    else:
+        tensors["hidden_states"] = _bf16_bits(hidden)
+        tensors["W_gate"] = _bf16_bits(weight)
+    return Inputs(case=case, tensors=tensors, weights=weights.numpy(), ids=ids.numpy())
+
+
+def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
+    """hidden_states, W_gate (None for a kernel that reads logits), FP64 logits and e_bias."""
+    import torch
+
+    n, e, k = case.num_tokens, case.num_experts, case.k
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).double()
+
+    bias = integers(-8, 8, e) / 4
+    if case.kind == "biased":
+        bias = 8.0 + integers(-16, 16, e) / 64
+    if case.kind == "ties":
+        bias = torch.zeros(e).double()
+    if not is_decode(kernel):
+        logits = integers(-6, 6, n, e)
+        if case.kind == "extreme":
+            logits *= 40
+        if case.kind == "ties":
+            logits[:] = 1.0
+        if case.kind == "nan":
+            logits[:, 1] = torch.nan
+            logits[-1, 0] = torch.inf
+        return None, None, logits, bias
+    # Sparse, so that logits stay within a few units at any K.
+    sparse = (torch.rand(n, k, generator=generator) < 16 / k).double()
+    hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
+    if case.kind == "extreme":
+        hidden *= 16
+    if case.kind == "ties":
+        weight[:] = weight[:, :1]
+    if case.kind == "nan":
+        weight[:, 1] = torch.nan
+        hidden[-1, :] = 0.0
+        hidden[-1, 0] = torch.inf
+        weight[0] = weight[0].abs() + 1
+    return hidden, weight, hidden @ weight, bias
+
+
+def _bf16_bits(values: Any) -> Array:
+    import numpy as np
+    import torch
+
+    exact = values.bfloat16()
+    if not torch.equal(exact.double().nan_to_num(7.0), values.nan_to_num(7.0)):
+        raise ValueError("inputs are not exact in BF16")
+    return np.ascontiguousarray(exact.view(torch.int16).numpy().view(np.uint16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One run: everything that is wrong with it, in lines, and the weights' relative error."""
+
+    problems: tuple[str, ...]
+    weight_error: float
+
+
+def run(
+    kernel: Kernel,
+    ptx: str,
+    inputs: Inputs,
+    schedule: Schedule,
+    *,
+    tensor_map_changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Outcome:
+    """Emulate one launch and hold it against the reference.
+
+    tensor_map_changes: fields of the emulator's TensorMap to change, by parameter name.
+    """
+    from build_kernels.emulator import Launch, emulate
+
+    case, launch = inputs.case, kernel.launch
+    arrays = _device_arrays(kernel, inputs)
+    grid = grid_of(launch, num_tokens=case.num_tokens, num_experts=case.num_experts)
+    result = emulate(
+        ptx,
+        Launch(
+            grid=grid,
+            block=launch.block,
+            cluster=launch.cluster,
+            dynamic_shared_bytes=launch.dynamic_shared_bytes,
+            arch=kernel.arch,
+        ),
+        _arguments(kernel, case, arrays, tensor_map_changes or {}),
+        schedule,
+    )
+    problems = [str(finding) for finding in result.findings]
+    wrong, error = _against_reference(inputs, result.memory)
+    problems += wrong
+    for parameter in kernel.parameters:
+        scratch = parameter.scratch
+        if scratch is not None and scratch.zeroed and result.memory[parameter.name].any():
+            problems.append(f"the scratch {parameter.name} is not left zero")
+    return Outcome(problems=tuple(problems), weight_error=error)
+
+
+def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
+    """Global memory, by tensor or parameter name.
+
+    What a kernel before this one may have written or may still use is `dependent`: the kernel has
+    to griddepcontrol.wait before it touches it. Weights and biases are not.
+    """
+    import numpy as np
+
+    from build_kernels.emulator import DeviceArray
+
+    case = inputs.case
+    shape = (case.num_tokens, case.top_k + CANARY_COLUMNS)
+    layout = kernel.problem.layout
+    contents: dict[str, tuple[Array, dict[str, bool]]] = {
+        "out_weights": (np.full(shape, CANARY_FLOAT, np.float32), {"dependent": True}),
+        "out_ids": (np.full(shape, CANARY_INT, np.int32), {"dependent": True}),
+        "e_bias": (inputs.tensors["e_bias"], {"read_only": True}),
+    }
+    if "logits" in inputs.tensors:
+        logits = inputs.tensors["logits"]
+        padded = np.full((logits.shape[0], logits.shape[1] + 5), np.nan, np.float32)
+        padded[:, : logits.shape[1]] = logits
+        contents["logits"] = (padded, {"read_only": True, "dependent": True})
+    else:
+        weight = inputs.tensors["W_gate"]
+        rows = _with_aligned_rows(weight.T if layout == "kmajor" else weight)
+        contents["W_gate"] = (rows, {"read_only": True})
+        hidden = _with_aligned_rows(inputs.tensors["hidden_states"])
+        contents["hidden_states"] = (hidden, {"read_only": True, "dependent": True})
+    for parameter in kernel.parameters:
+        if parameter.scratch is not None and parameter.element_type is not None:
+            zeros = np.zeros(parameter.scratch.elements, ELEMENT_TYPES[parameter.element_type])
+            facts = {"initialised": parameter.scratch.zeroed, "dependent": True}
+            contents[parameter.name] = (zeros, facts)
+    return {
+        name: DeviceArray(name=name, data=data, **facts) for name, (data, facts) in contents.items()
+    }
+
+
+def _with_aligned_rows(rows: Array) -> Array:
+    """Rows padded to a multiple of 16 bytes with BF16 NaNs, which nobody may multiply."""
+    import numpy as np
+
+    width = -(-rows.shape[1] // 8) * 8
+    padded = np.full((rows.shape[0], width), 0x7FFF, np.uint16)
+    padded[:, : rows.shape[1]] = rows
+    return padded
+
+
+def _arguments(
+    kernel: Kernel,
+    case: Case,
+    arrays: Mapping[str, DeviceArray],
+    changes: Mapping[str, Mapping[str, Any]],
+) -> list[Any]:
+    """The kernel's arguments in order, by the manifest's names."""
+    from build_kernels.emulator import TensorMap
+
+    row = case.top_k + CANARY_COLUMNS
+    numbers: dict[str, int | float] = {
+        "num_tokens": case.num_tokens,
+        "num_experts": case.num_experts,
+        "num_k_blocks": case.k // kernel.problem.k_multiple,
+        "top_k": case.top_k,
+        "routed_scaling_factor": SCALE,
+        "out_weights_stride": row,
+        "out_ids_stride": row,
+        "logits_stride": case.num_experts + 5,
+    }
+    arguments: list[Any] = []
+    for parameter in kernel.parameters:
+        recipe = parameter.tensor_map
+        if recipe is None:
+            known: Mapping[str, Any] = arrays if parameter.kind == "pointer" else numbers
+            if parameter.name not in known:
+                raise ValueError(f"{kernel.key}: no value for the parameter {parameter.name}")
+            arguments.append(known[parameter.name])
+            continue
+        array = arrays[recipe.tensor]
+        encoded = encoded_map(
+            recipe,
+            num_tokens=case.num_tokens,
+            num_experts=case.num_experts,
+            k=case.k,
+            row=array.data.shape[1],
+        )
+        described = TensorMap(
+            array=array,
+            element_type=encoded.element_type,
+            dims=encoded.dims,
+            strides=encoded.strides,
+            box=encoded.box,
+            swizzle=encoded.swizzle,
+        )
+        arguments.append(replace(described, **changes.get(parameter.name, {})))
+    return arguments
+
+
+def _against_reference(inputs: Inputs, memory: Mapping[str, Array]) -> tuple[list[str], float]:
+    """What is wrong with the outputs, and the largest relative error of a weight."""
+    import numpy as np
+
+    top_k = inputs.case.top_k
+    weights, ids = memory["out_weights"], memory["out_ids"]
+    problems = []
+    wrong = np.argwhere(ids[:, :top_k] != inputs.ids)
+    if len(wrong):
+        row = int(wrong[0, 0])
+        problems.append(
+            f"{len(wrong)} ids are wrong, first in token {row}: {ids[row, :top_k].tolist()}, "
+            f"expected {inputs.ids[row].tolist()}"
+        )
+    expected = inputs.weights
+    scale = np.where(expected == 0, 1.0, np.abs(expected))
+    errors = np.abs(weights[:, :top_k].astype(np.float64) - expected) / scale
+    error = float(np.where(np.isfinite(errors), errors, np.inf).max())
+    if error > WEIGHT_TOLERANCE:
+        problems.append(f"a weight is off by {error:.2g} of its value")
+    if (weights[:, top_k:] != CANARY_FLOAT).any() or (ids[:, top_k:] != CANARY_INT).any():
+        problems.append("something was written beside the outputs")
+    return problems, error

@@ -42,7 +42,7 @@ from build_kernels.emulator.tensor_map import TensorMap
 from build_kernels.emulator.tensor_memory import TensorMemory
 from build_kernels.emulator.warp import LANE_INDEX, LANES, Decoded, Signal, Warp, lanes_of
 
-AGENTS_PER_CTA = 96
+AGENTS_PER_CTA = 64
 QUANTUM = 400  # instructions a warp runs before another may
 IDLE_TURNS = 3  # turns of every warp without an event before an operation must finish
 STUCK_TURNS = 2000  # and before warps that spin count as stuck
@@ -79,7 +79,7 @@ class Cta:
         self.place = place
         self.rank = rank
         self.shared_base = rank << SHARED_RANK_SHIFT
-        self.shared = Memory(f"shared memory of cta {index}", SHARED_CAPACITY)
+        self.shared = Memory(f"shared memory of cta {index}", machine.shared_end)
         self.shared_end = machine.shared_end
         self.tensor_memory = TensorMemory(self)
         self.mbarriers: dict[int, Mbarrier] = {}

@@ -66,25 +66,11 @@ class Memory:
         else:
             self.data = initial.copy()
             self.state = np.full(size, VALID, dtype=np.uint8)
+        # Records of each byte's last write, and of reads since: a row for each reader slot, made
+        # when first used. Readers share slots by a hash of the reader; of two unordered readers
+        # of a byte in one slot only the later is remembered.
         self._writes: Ints | None = None
-        self._reads: Ints | None = None
-
-    @property
-    def writes(self) -> Ints:
-        """[size] record of each byte's last write; 0 for none."""
-        if self._writes is None:
-            self._writes = np.zeros(self.size, dtype=np.int64)
-        return self._writes
-
-    @property
-    def reads(self) -> Ints:
-        """[READER_SLOTS, size] records of reads since the last write.
-
-        Readers share slots by a hash of the reader: of two unordered readers of a byte in one
-        slot only the later is remembered."""
-        if self._reads is None:
-            self._reads = np.zeros((READER_SLOTS, self.size), dtype=np.int64)
-        return self._reads
+        self._reads: list[Ints | None] = [None] * READER_SLOTS
 
     def describe(self, offset: int) -> str:
         if self.base:
@@ -101,39 +87,43 @@ class Memory:
             if bad is not None:
                 at = int(bad[0])
                 access.conflict(self, int(offsets[at]), int(before[at]), "write-read")
-        self.reads[access.reader_slot, offsets] = access.records(len(offsets))
+        row = self._reads[access.reader_slot]
+        if row is None:
+            row = self._reads[access.reader_slot] = np.zeros(self.size, dtype=np.int64)
+        row[offsets] = access.records(len(offsets))
 
     def note_write(self, offsets: Ints, access: Access) -> None:
         """Check and record a write of the bytes at `offsets` (flat)."""
         if not self.tracked:
             return
-        before = self.writes[offsets]
-        bad = access.unordered(before, True)
+        if self._writes is None:
+            self._writes = np.zeros(self.size, dtype=np.int64)
+        self._check(self._writes, offsets, access, True)
+        for row in self._reads:
+            if row is not None:
+                self._check(row, offsets, access, False)
+                row[offsets] = 0
+        self._writes[offsets] = access.records(len(offsets))
+
+    def _check(self, row: Ints, offsets: Ints, access: Access, written: bool) -> None:
+        before = row[offsets]
+        bad = access.unordered(before, written)
         if bad is not None:
             at = int(bad[0])
-            access.conflict(self, int(offsets[at]), int(before[at]), "write-write")
-        if self._reads is not None:
-            for row in range(READER_SLOTS):
-                before = self._reads[row, offsets]
-                bad = access.unordered(before, False)
-                if bad is not None:
-                    at = int(bad[0])
-                    access.conflict(self, int(offsets[at]), int(before[at]), "read-write")
-                self._reads[row, offsets] = 0
-        self.writes[offsets] = access.records(len(offsets))
+            what = "write-write" if written else "read-write"
+            access.conflict(self, int(offsets[at]), int(before[at]), what)
+
+    def records(self, where: Ints | slice) -> Ints:
+        """The distinct records left at these offsets."""
+        found = [row[where] for row in (self._writes, *self._reads) if row is not None]
+        found = [np.unique(part[part != 0]) for part in found]
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     def foreign_records(self, first: int, last: int) -> Ints:
         """Distinct records left by actors outside [first, last)."""
-        found = [
-            np.unique(part)
-            for part in ([self._writes] if self._writes is not None else [])
-            + (list(self._reads) if self._reads is not None else [])
-        ]
-        if not found:
-            return np.zeros(0, dtype=np.int64)
-        records = np.unique(np.concatenate(found))
-        from_actor = actors_of(records)
-        return records[(records != 0) & ((from_actor < first) | (from_actor >= last))]
+        records = self.records(slice(None))
+        actors = actors_of(records)
+        return records[(actors < first) | (actors >= last)]
 
 
 SHARED_WINDOW = 0x0001_0000_0000_0000

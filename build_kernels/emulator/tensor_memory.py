@@ -279,11 +279,10 @@ def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None
     """Every access to these columns must be over and known to be over."""
     cells = memory.cells
     clock = w.joined(w.bits)[GENERIC]
-    pieces = [cells.writes.reshape(ROWS, COLUMNS)[:, start : start + columns]]
-    pieces += [row.reshape(ROWS, COLUMNS)[:, start : start + columns] for row in cells.reads]
-    for record in np.unique(np.concatenate([piece.reshape(-1) for piece in pieces])):
+    grid = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
+    for record in cells.records(grid[:, start : start + columns].reshape(-1)):
         actor, tick = int(actors_of(record)), int(ticks_of(record))
-        if record and clock[actor] < tick and w.tensor[actor] < tick:
+        if clock[actor] < tick and w.tensor[actor] < tick:
             other = w.machine.kernel.instructions[instruction_of(int(record))]
             w.machine.report(
                 "race",

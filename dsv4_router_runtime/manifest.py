@@ -241,6 +241,8 @@ def _to_json(value: Any) -> Any:
 class _Node:
     """A JSON value and its path, with one method per shape the schema asks for."""
 
+    __slots__ = ("path", "source", "value")
+
     def __init__(self, value: Any, path: str, source: str) -> None:
         self.value = value
         self.path = path

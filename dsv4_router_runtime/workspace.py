@@ -10,8 +10,10 @@ Under capture: a slot belongs to the capture's id, which is unique in the proces
 within it. Scratch that needs no zeroing is taken from torch under capture, so it lies in the
 graph's own memory pool and lives as long as the graph. Zeroed scratch comes from a reserve that was
 zeroed before, outside capture: a kernel leaves it zero, so that no memset enters the graph, and no
-two captures ever get the same piece. The reserve grows whenever it is found low outside capture; a
-capture that finds it empty records a memset of fresh memory instead, slower but as right.
+two captures ever get the same piece (it is never given back: nothing says when a graph is gone).
+The reserve is topped up when a layer is bound outside capture. A capture that finds it empty takes
+memory of the graph's own and records one memset of it, which then runs in each replay before the
+graph's first router: 1 or 2 us a replay slower, and as right.
 
 Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator knows about
 capture; and do not run two instances of one captured graph at once: they would share scratch.
@@ -97,6 +99,9 @@ class Workspace:
         self._lock = threading.Lock()
         self._slots: dict[int, Slot] = {}
         self._captured: dict[tuple[int, int], int] = {}
+        # By stream, the capture that found the reserve empty and the memory it zeroes by itself:
+        # kept until another capture on the stream, so that torch does not hand it out within this.
+        self._recorded: dict[int, tuple[int, torch.Tensor]] = {}
         self._reserve: list[torch.Tensor] = []
         self._free: list[int] = []
 
@@ -128,16 +133,23 @@ class Workspace:
     def captured_slot(self, stream: int) -> Slot:
         """A slot for one launch that `stream`, the current one, records into a graph."""
         plain = self._empty_plain()
-        tensors = [plain]
         with self._lock:
-            key = (stream, driver.capture_id(stream))
-            zeroed = self._captured.get(key)
-            if zeroed is None and self._free:
-                zeroed = self._captured[key] = self._free.pop()
-        if zeroed is None:
-            tensors.append(self._zeros(self.layout.zeroed_bytes))
-            zeroed = tensors[-1].data_ptr()
-        return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=tensors)
+            zeroed = self._captured_zeroed(stream, driver.capture_id(stream))
+        return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=[plain])
+
+    def _captured_zeroed(self, stream: int, capture: int) -> int:
+        """The zeroed scratch of `stream` in `capture`, one address for all its layers."""
+        known = self._captured.get((stream, capture))
+        if known is not None:
+            return known
+        recorded = self._recorded.get(stream)
+        if recorded is not None and recorded[0] == capture:
+            return recorded[1].data_ptr()
+        if self._free:
+            return self._captured.setdefault((stream, capture), self._free.pop())
+        memory = self._zeros(self.layout.zeroed_bytes)
+        self._recorded[stream] = (capture, memory)
+        return memory.data_ptr()
 
     def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
         """FP32 [num_tokens, num_experts], uninitialised, under `slot.lock`."""

@@ -283,17 +283,44 @@ def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
     assert len(reserve._free) == workspace.RESERVE_SLOTS - 19
 
 
-def test_empty_reserve_falls_back_to_recorded_zeroing_and_refills(gpu, make):
+def test_reserve_is_topped_up_by_new_layers_when_low(gpu, make, monkeypatch):
+    monkeypatch.setattr(workspace, "RESERVE_SLOTS", 8)
+    monkeypatch.setattr(workspace, "RESERVE_LOW", 2)
     bound = make()
     reserve = reserve_of(bound)
-    reserve._free.clear()
-    gpu.capture = 1
-    bound(*step(4))
-    assert gpu.last["counters"]
-    assert reserve._free == []
+    for gpu.capture in range(1, 7):
+        bound(*step(4))
     gpu.capture = 0
     make()
-    assert len(reserve._free) == workspace.RESERVE_SLOTS
+    assert len(reserve._free) == 2
+    gpu.capture = 7
+    bound(*step(4))
+    make()
+    assert len(reserve._free) == 1
+    gpu.capture = 0
+    make()
+    assert len(reserve._free) == 9
+
+
+def test_capture_that_finds_the_reserve_empty_zeroes_memory_of_its_own_once(gpu, make, monkeypatch):
+    zeroed = []
+    plain_zeros = workspace.Workspace._zeros
+    monkeypatch.setattr(
+        workspace.Workspace,
+        "_zeros",
+        lambda self, size: zeroed.append(size) or plain_zeros(self, size),
+    )
+    bound = make()
+    bound(*step(4))
+    reserve_of(bound)._free.clear()
+    zeroed.clear()
+    for gpu.capture in (1, 1, 1, 2, 2):
+        bound(*step(4))
+    assert zeroed == [256, 256]
+    eager, *first, second, again = (item["counters"] for item in gpu.launches)
+    assert len(set(first)) == 1
+    assert second == again
+    assert eager not in (first[0], second)
 
 
 def test_prefill_under_capture_leaves_the_eager_logits_alone(gpu, make):

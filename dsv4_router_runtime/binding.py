@@ -19,7 +19,7 @@ from .dispatch import Problem, decode_ladder, select_kernel
 from .errors import ArtifactError, RouterError
 from .launch import grid_of
 from .manifest import Kernel, TensorMapRecipe
-from .tensor_map import encode_arguments
+from .tensor_map import encode_arguments, hidden_states_arguments
 from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
 
 DTYPES = {
@@ -285,11 +285,8 @@ class MapCache:
         key = (address, num_tokens, k, row_stride)
         found = self._maps.get(key)
         if found is None:
-            arguments = encode_arguments(
-                self._recipe,
-                address=address,
-                sizes={"N": num_tokens, "K": k, **in_blocks(self._recipe, k)},
-                strides={"N": row_stride, "K": 1, "K_in_block": 1, "K_block": self._recipe.box[0]},
+            arguments = hidden_states_arguments(
+                self._recipe, address=address, num_tokens=num_tokens, k=k, row_stride=row_stride
             )
             found = driver.encode_tensor_map(arguments)
             with self._lock:
@@ -297,12 +294,6 @@ class MapCache:
                     del self._maps[next(iter(self._maps))]
                 self._maps[key] = found
         return found
-
-
-def in_blocks(recipe: TensorMapRecipe, k: int) -> dict[str, int]:
-    """Sizes of K seen as blocks as wide as the recipe's box: within a block, and how many."""
-    block = recipe.box[0]
-    return {"K_in_block": block, "K_block": k // block}
 
 
 _map_caches: dict[TensorMapRecipe, MapCache] = {}
@@ -368,10 +359,11 @@ def _recipes(kernel: Kernel, tensor: str) -> list[TensorMapRecipe]:
 def _encode_w_map(recipe: TensorMapRecipe, W_gate: torch.Tensor) -> driver.TensorMap:
     k, num_experts = W_gate.shape
     along_k, along_e = W_gate.stride()
-    arguments = encode_arguments(
-        recipe,
-        address=W_gate.data_ptr(),
-        sizes={"K": k, "E": num_experts},
-        strides={"K": along_k, "E": 1 if num_experts == 1 else along_e},
+    return driver.encode_tensor_map(
+        encode_arguments(
+            recipe,
+            address=W_gate.data_ptr(),
+            sizes={"K": k, "E": num_experts},
+            strides={"K": along_k, "E": 1 if num_experts == 1 else along_e},
+        )
     )
-    return driver.encode_tensor_map(arguments)

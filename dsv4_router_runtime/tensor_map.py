@@ -35,6 +35,25 @@ class EncodeArguments:
     oob_fill: str
 
 
+def hidden_states_arguments(
+    recipe: TensorMapRecipe, *, address: int, num_tokens: int, k: int, row_stride: int
+) -> EncodeArguments:
+    """The arguments for hidden_states [num_tokens, k] with unit stride along K.
+
+    A recipe may see K whole or as blocks as wide as its box, "K_in_block" by "K_block": then one
+    read can bring several blocks, each of which lies in shared memory as a box of its own.
+    """
+    block = recipe.box[0]
+    if "K_block" in recipe.dims and k % block:
+        raise ValueError(f"hidden_states: expected K in multiples of {block} (got {k})")
+    return encode_arguments(
+        recipe,
+        address=address,
+        sizes={"N": num_tokens, "K": k, "K_in_block": block, "K_block": k // block},
+        strides={"N": row_stride, "K": 1, "K_in_block": 1, "K_block": block},
+    )
+
+
 def encode_arguments(
     recipe: TensorMapRecipe,
     *,

@@ -108,6 +108,7 @@ def _map(tensor: str, dims: tuple[str, ...], box: tuple[int, ...], promotion: st
     return {"tensor_map": recipe}
 
 
+BLOCKS = ("K_in_block", "N", "K_block")
 OUTPUTS = [_pointer("out_weights", "float32"), _pointer("out_ids", "int32")]
 STRIDES = [("out_weights_stride", "int32", {}), ("out_ids_stride", "int32", {})]
 RESOURCES = Resources(
@@ -158,7 +159,7 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) 
         parameters=_parameters(
             [
                 ("w_map", "tensor_map", _map("W_gate", w_dims, (64, 64), "256B")),
-                ("x_map", "tensor_map", _map("hidden_states", ("K", "N"), (64, tile), "none")),
+                ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, tile, 4), "128B")),
                 _pointer("partials", "float32", Scratch(elements=64 * 512, zeroed=False)),
                 _pointer("counters", "uint32", Scratch(elements=64, zeroed=True)),
                 _pointer("e_bias", "float32"),

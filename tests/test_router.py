@@ -15,7 +15,8 @@ import torch
 from conftest import sample_manifest
 
 from dsv4_router_runtime import Router, binding, driver, router, workspace
-from dsv4_router_runtime.artifacts import ArtifactSet
+from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
+from dsv4_router_runtime.dispatch import Problem, decode_ladder, select_kernel
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
 from dsv4_router_runtime.launch import ParameterBlock
 from dsv4_router_runtime.tensor_map import encode_arguments
@@ -148,8 +149,8 @@ def test_tensor_maps_describe_the_tensors(gpu, make):
     bound(x, w, ids)
     w_map, x_map = gpu.maps
     assert (w_map.address, w_map.dims, w_map.strides) == (bound.W_gate.data_ptr(), (K, E), (1024,))
-    assert (x_map.address, x_map.dims, x_map.strides) == (x.data_ptr(), (K, 5), (1024,))
-    assert x_map.box == (64, 16)
+    assert (x_map.address, x_map.dims) == (x.data_ptr(), (64, 5, K // 64))
+    assert (x_map.strides, x_map.box) == ((1024, 128), (64, 16, 4))
 
 
 def test_weights_map_is_encoded_once_and_activations_maps_are_remembered(gpu, make):
@@ -159,7 +160,7 @@ def test_weights_map_is_encoded_once_and_activations_maps_are_remembered(gpu, ma
         bound(x, w, ids)
     assert len(gpu.maps) == 2
     bound(x[:7], w, ids)
-    assert [m.dims for m in gpu.maps[2:]] == [(K, 7)]
+    assert [m.dims[1] for m in gpu.maps[2:]] == [7]
     bound(x, w, ids)
     assert len(gpu.maps) == 3
 
@@ -169,7 +170,7 @@ def test_layers_share_the_maps_of_activations(gpu, make):
     x, w, ids = step(8)
     first(x, w, ids)
     second(x, w, ids)
-    assert [m.dims for m in gpu.maps] == [(K, E), (K, E), (K, 8)]
+    assert [m.dims for m in gpu.maps] == [(K, E), (K, E), (64, 8, K // 64)]
     assert gpu.launches[0]["x_map"] == gpu.launches[1]["x_map"]
     assert gpu.launches[0]["w_map"] != gpu.launches[1]["w_map"]
 
@@ -552,3 +553,28 @@ def test_maps_are_encoded_for_what_the_driver_accepts(gpu, make):
         1,
         K,
     )
+
+
+def test_the_artifacts_built_here_can_be_bound():
+    """The real manifest against this runtime: whole, unaltered, and nothing unknown to fill in."""
+    try:
+        artifacts = open_artifacts()
+    except RouterError as error:
+        pytest.skip(str(error))
+    for kernel in artifacts.manifest.kernels:
+        artifacts.read(kernel)
+        binding.check_parameter_names(kernel)
+    for arch in {kernel.arch for kernel in artifacts.manifest.kernels}:
+        for layout in ("kmajor", "emajor"):
+            problem = Problem(
+                layout=layout,
+                num_tokens=1,
+                num_experts=384,
+                top_k=6,
+                k=7168,
+                dtypes=binding.DTYPES,
+            )
+            assert decode_ladder(artifacts.manifest, problem, arch)[-1][0] == 64
+            assert select_kernel(
+                artifacts.manifest, replace(problem, layout="logits", num_tokens=65), arch
+            )

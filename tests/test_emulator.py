@@ -154,7 +154,7 @@ INTEGER = [
 @pytest.mark.parametrize(("text", "expected"), INTEGER, ids=[text for text, _ in INTEGER])
 def test_integer_instructions(text, expected):
     if expected is None:
-        with pytest.raises(PtxError, match="needs .rni"):
+        with pytest.raises(PtxError, match=r"needs \.rni"):
             one_lane(text)
         return
     assert one_lane(text) == np.uint32(expected & 0xFFFFFFFF)
@@ -502,8 +502,7 @@ EMPTY = module("", directives=".reqntid 32, 1, 1")
 )
 def test_bad_input_is_refused_before_anything_runs(ptx, make, message):
     with pytest.raises((LaunchError, PtxError), match=message):
-        arguments = make()
-        emulate(ptx, arguments[0], arguments[1])
+        emulate(ptx, *make())
 
 
 @pytest.mark.parametrize(
@@ -544,7 +543,6 @@ def test_more_ctas_than_are_resident():
     out, result = run_threads(body, grid=(7, 1, 1), schedule=Schedule(resident_ctas=2))
     assert result.findings == ()
     np.testing.assert_array_equal(out[:, 0], np.arange(7 * 32))
-    body = "ld.param.u64 %rd2, [out]; @%p0 bra X; X: st.global.b32 [%rd2], %r255;"
     body = "setp.ne.u32 %p0, %r0, 0; ld.param.u64 %rd2, [out]; @!%p0 st.global.b32 [%rd2], %r255;"
     _, result = run_threads(body, grid=(4, 1, 1), schedule=Schedule(resident_ctas=1))
     assert kinds(result) == {"race"}

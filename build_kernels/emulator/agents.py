@@ -18,14 +18,14 @@ from build_kernels.emulator.clocks import (
     Ints,
     Issue,
     Slot,
+    actor_of,
     actors_of,
     instruction_of,
-    join,
     record,
     ticks_of,
 )
 from build_kernels.emulator.findings import Thread
-from build_kernels.emulator.memory import POISON, READER_SLOTS, Memory
+from build_kernels.emulator.memory import READER_SLOTS, Memory
 from build_kernels.emulator.warp import Signal, Warp
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Operation:
             return False
         if self.reduces and issue.reduces:
             return True
-        return int(actors_of(np.int64(other))) == self.slot.actor and (
+        return actor_of(other) == self.slot.actor and (
             issue.issuer == self.issuer
             or bool(self.clock[GENERIC, issue.issuer] >= issue.issue_tick)
         )
@@ -156,22 +156,6 @@ class Operation:
             other_thread=self.machine.actor_thread(other),
         )
 
-    # ---- shared work ----
-
-    def poisoned(self, what: str, memory: Memory, offsets: Ints) -> bool:
-        """Report poison among the bytes that this operation takes to a result."""
-        bad = memory.state[offsets] == POISON
-        if not bad.any():
-            return False
-        offset = int(offsets[np.flatnonzero(bad)[0]])
-        self.machine.report(
-            "poison",
-            f"{what} was never written",
-            operation=self,
-            address=memory.describe(offset),
-        )
-        return True
-
 
 class Group:
     """Operations committed together; `waited` makes its completion known to the waiter."""
@@ -182,11 +166,3 @@ class Group:
     @property
     def done(self) -> bool:
         return all(operation.done for operation in self.operations)
-
-
-def completion_of(operations: list[Operation], zero: Clock) -> Clock:
-    """What the completion of all of these implies."""
-    clock = zero
-    for operation in operations:
-        clock = join(clock, operation.completion())
-    return clock

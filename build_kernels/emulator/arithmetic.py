@@ -15,7 +15,6 @@ from build_kernels.emulator.operands import (
     Modifiers,
     Source,
     destination,
-    items,
     registers_of,
     source,
 )
@@ -104,7 +103,9 @@ def add_sub_mul(ins: Instruction, context: Context) -> Run:
         if kind == "f64":
             if mode != "rn":
                 raise ins.error("directed rounding of .f64 is not modelled")
-            plain = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
+            plain: Callable[..., Array] = {
+                "add": np.add, "sub": np.subtract, "mul": np.multiply,
+            }[name]  # fmt: skip
         elif name == "mul":
             plain = lambda a, b: floats.mul32(a, b, mode)  # noqa: E731
         elif name == "add":

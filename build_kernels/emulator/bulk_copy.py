@@ -20,7 +20,6 @@ from build_kernels.emulator.memory import (
     POISON,
     SHARED_RANK_SHIFT,
     SHARED_RESERVED,
-    SHARED_WINDOW,
     VALID,
     Memory,
 )
@@ -28,14 +27,12 @@ from build_kernels.emulator.operands import (
     DTYPE,
     Context,
     Modifiers,
-    Source,
     address,
     items,
     source,
 )
 from build_kernels.emulator.ptx import TYPE_BITS, Address, Instruction
 from build_kernels.emulator.synchronisation import find
-from build_kernels.emulator.tensor_map import TensorMap
 from build_kernels.emulator.transfers import ATOMIC, check_dependent, combine, locate, reach
 from build_kernels.emulator.warp import LANES, Outcome, Wait, Warp, indices_of, lanes_of
 
@@ -216,10 +213,13 @@ class BulkStoreWrite(Operation):
             return
         poison = state == POISON
         if poison.any():
-            self.poisoned(
-                "a value stored to global memory",
-                self.cta.shared,
-                self.reader.offsets[self.inside][poison],
+            self.machine.report(
+                "poison",
+                "a value stored to global memory comes from memory that was never written",
+                operation=self,
+                address=self.cta.shared.describe(
+                    int(self.reader.offsets[self.inside][np.flatnonzero(poison)[0]])
+                ),
             )
         self.target.note_write(inner, self)
         self.target.data[inner] = self.reader.data[self.inside]
@@ -625,5 +625,3 @@ def _together(
         for group in found.values()
     ]
 
-
-__all__ = ["SHARED_WINDOW", "BulkLoad", "Source", "TensorMap", "copy", "remote_store"]

@@ -56,6 +56,14 @@ def ticks_of(records: Ints) -> Ints:
     return records >> _TICK_AT
 
 
+def actor_of(one: int) -> int:
+    return (one >> _ACTOR_AT) & _ACTOR_MASK
+
+
+def tick_of(one: int) -> int:
+    return one >> _TICK_AT
+
+
 def scope_of(one: int) -> int:
     return (one >> _INSTRUCTION_BITS) & 3
 
@@ -137,7 +145,7 @@ class ClockSpace:
 
     def issue(self, record: int) -> Issue | None:
         """The operation that left a record, if it was one and is still remembered."""
-        actor = (record >> _ACTOR_AT) & _ACTOR_MASK
+        actor = actor_of(record)
         if not self.threads <= actor < self.predecessor:
             return None
-        return self.slot(actor).issues.get(record >> _TICK_AT)
+        return self.slot(actor).issues.get(tick_of(record))

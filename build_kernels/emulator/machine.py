@@ -15,12 +15,14 @@ from build_kernels.emulator.barriers import ClusterBarrier, Mbarrier, NamedBarri
 from build_kernels.emulator.clocks import (
     GENERIC,
     INIT,
+    WEAK,
     ClockSpace,
     Slot,
-    actors_of,
+    actor_of,
     instruction_of,
     join,
-    ticks_of,
+    record,
+    tick_of,
 )
 from build_kernels.emulator.findings import Finding, FindingLog, LaunchError, Party, Thread
 from build_kernels.emulator.launch import (
@@ -40,7 +42,7 @@ from build_kernels.emulator.memory import (
 from build_kernels.emulator.ptx import TYPE_BITS, Instruction, Kernel
 from build_kernels.emulator.tensor_map import TensorMap
 from build_kernels.emulator.tensor_memory import TensorMemory
-from build_kernels.emulator.warp import LANE_INDEX, LANES, Decoded, Signal, Warp, lanes_of
+from build_kernels.emulator.warp import LANE_INDEX, LANES, Decoded, Warp, lanes_of
 
 AGENTS_PER_CTA = 64
 QUANTUM = 400  # instructions a warp runs before another may
@@ -225,7 +227,7 @@ class Machine:
         return None
 
     def actor_thread(self, record: int) -> Thread | None:
-        actor, tick = int(actors_of(np.int64(record))), int(ticks_of(np.int64(record)))
+        actor, tick = actor_of(record), tick_of(record)
         if actor >= self.clocks.threads:
             issue = self.clocks.issue(record)
             return issue.thread if issue else None
@@ -451,7 +453,7 @@ class Machine:
                         "exited-peer",
                         "the CTA may have exited before a peer's operation on its mbarrier",
                         instruction=touch,
-                        thread=self.actor_thread(_pack(actor, tick)),
+                        thread=self.actor_thread(int(record(tick, actor, WEAK, 0))),
                         address=barrier.describe(),
                         other=instruction,
                         other_thread=thread,
@@ -476,14 +478,14 @@ class Machine:
         self, cta: Cta, known: NDArray[np.int32], instruction: Instruction, thread: Thread
     ) -> None:
         records = cta.shared.foreign_records(cta.first_actor, cta.last_actor)
-        for record in records:
-            actor, tick = int(actors_of(record)), int(ticks_of(record))
+        for one in (int(one) for one in records):
+            actor, tick = actor_of(one), tick_of(one)
             if actor < self.clocks.threads and known[actor] < tick:
                 self.report(
                     "exited-peer",
                     "the CTA may have exited before a peer's access to its shared memory",
-                    instruction=self.kernel.instructions[instruction_of(int(record))],
-                    thread=self.actor_thread(int(record)),
+                    instruction=self.kernel.instructions[instruction_of(one)],
+                    thread=self.actor_thread(one),
                     address=cta.shared.name,
                     other=instruction,
                     other_thread=thread,
@@ -495,12 +497,6 @@ class Machine:
         span = slice(peer.first_actor, peer.first_actor + self.warps_per_cta * LANES)
         first = peer.warps[0].first_tick
         return bool((clock[GENERIC, span] >= first).any() or (clock[INIT, span] >= first).any())
-
-
-def _pack(actor: int, tick: int) -> int:
-    from build_kernels.emulator.clocks import record
-
-    return int(record(tick, actor, 0, 0))
 
 
 def place_variables(machine: Machine, kernel: Kernel, launch: Launch) -> dict[str, dict[str, int]]:
@@ -543,5 +539,3 @@ def place_variables(machine: Machine, kernel: Kernel, launch: Launch) -> dict[st
     machine.shared_end = end
     return {"shared": shared, "address": addresses}
 
-
-__all__ = ["Cluster", "Cta", "Machine", "Signal", "place_variables"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from build_kernels.emulator.barriers import MAX_COUNT, Mbarrier
-from build_kernels.emulator.clocks import ASYNC, GENERIC, INIT, Clock, join
+from build_kernels.emulator.clocks import ASYNC, GENERIC, INIT, Clock
 from build_kernels.emulator.collectives import aligned, gather
 from build_kernels.emulator.memory import (
     BARRIER,
@@ -28,7 +28,6 @@ from build_kernels.emulator.operands import (
 from build_kernels.emulator.ptx import Instruction, Sink
 from build_kernels.emulator.transfers import reach
 from build_kernels.emulator.warp import (
-    ALL,
     LANES,
     Outcome,
     ThreadAccess,
@@ -388,15 +387,22 @@ def _arrive(ins: Instruction, context: Context) -> Run:
             states[lanes] = found.phase
             total = int(amounts[lanes].sum())
             _touch_remote(w, found, int(lanes[0]))
-            clock = w.publish(bits, release=strong)
             if drop:
                 found.expected -= len(lanes) if expect else total
-            if expect:
-                # Expect first, then arrive, as one step (PTX ISA, "mbarrier.arrive").
-                found.tx += total
-                found.arrive(len(lanes), clock, warp=w)
-            else:
-                found.arrive(total, clock, warp=w)
+            arrivals = len(lanes) if expect else total
+            parts = [bits]
+            if arrivals > found.pending:
+                # The lanes' arrivals end a phase half way: take them one by one.
+                parts = [1 << int(lane) for lane in lanes]
+            for part in parts:
+                mine = indices_of(part)
+                clock = w.publish(part, release=strong)
+                if expect:
+                    # Expect first, then arrive, as one step (PTX ISA, "mbarrier.arrive").
+                    found.tx += int(amounts[mine].sum())
+                    found.arrive(len(mine), clock, warp=w)
+                else:
+                    found.arrive(int(amounts[mine].sum()), clock, warp=w)
         if write is not None:
             write(w, states, None)
 
@@ -433,7 +439,10 @@ def _expect(ins: Instruction, context: Context) -> Run:
 
 
 def _wait(ins: Instruction, context: Context) -> Run:
-    """test_wait and try_wait. A try_wait sleeps until its phase ends or time is up."""
+    """test_wait and try_wait. A try_wait sleeps until its phase ends or time is up.
+
+    Time is up at once when a wait is first met too early, so that code which takes a try_wait's
+    return for success is found out; met again, it sleeps."""
     mods = _words(ins)
     parity = mods.take("parity")
     strong = _order(mods)
@@ -473,7 +482,12 @@ def _wait(ins: Instruction, context: Context) -> Run:
                 found.observe(w, seen, strong)
             else:
                 missed.append(found)
-        if blocking and not result[w.active].any() and missed and not w.fragment.timed_out:
+        if blocking and missed and not result[w.active].any() and not w.fragment.timed_out:
+            this = (w.fragment.pc, missed[0], missed[0].phase)
+            if w.fragment.refused != this:
+                w.fragment.refused = this
+                write(w, result, None)
+                return None
             w.fragment.token = (missed[0], missed[0].phase)
             return Wait(
                 f"phase {missed[0].phase} of {missed[0].describe()} ({missed[0].pending} of "
@@ -495,5 +509,3 @@ DECODERS: dict[str, Callable[[Instruction, Context], Run]] = {
     "barrier": barrier,
     "mbarrier": mbarrier,
 }
-
-__all__ = ["ALL", "DECODERS", "find", "join"]

@@ -48,7 +48,6 @@ from build_kernels.emulator.warp import (
     Wait,
     Warp,
     indices_of,
-    lanes_of,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +138,12 @@ def read_matrix(
     raw = memory.data[touched].view(np.uint16).reshape(offsets.shape)
     poison = (memory.state[touched] != VALID).reshape(*offsets.shape, 2).any(axis=-1)
     return decode_halves(raw, bf16), poison
+
+
+def _rows(poison: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which rows hold poison anywhere."""
+    found: NDArray[np.bool_] = np.logical_or.reduce(poison, axis=1)
+    return found
 
 
 def decode_halves(raw: Array, bf16: bool) -> Array:
@@ -240,7 +245,7 @@ class TensorMma(Operation):
         for number, cta in enumerate(self.ctas):
             a, a_poison = read_matrix(self, cta, a_offsets, shape.a_bf16)
             product = a @ b.T
-            poison = a_poison.any(axis=1)[:, None] | b_poison.any(axis=1)[None, :]
+            poison = np.logical_or.outer(_rows(a_poison), _rows(b_poison))
             self._accumulate(cta, number, product, poison)
 
     def _accumulate(self, cta: Cta, number: int, product: Array, poison: Array) -> None:
@@ -454,7 +459,7 @@ class WarpgroupMma(Operation):
         if isinstance(self.a, SharedDescriptor):
             offsets = matrix_offsets(self.a, 64, self.majors[0])[quarter : quarter + 16]
             a, a_poison = read_matrix(self, self.cta, offsets, self.bf16)
-            bad_rows = a_poison.any(axis=1)
+            bad_rows = _rows(a_poison)
         else:
             a = decode_halves(self.a, self.bf16)
             bad_rows = np.zeros(16, dtype=bool)
@@ -463,7 +468,7 @@ class WarpgroupMma(Operation):
                 rows = self.a_poison.reshape(8, 4).any(axis=1)
                 bad_rows = np.concatenate([rows, rows])
         product = self.sign * (a @ b.T)
-        poison = bad_rows[:, None] | b_poison.any(axis=1)[None, :]
+        poison = np.logical_or.outer(bad_rows, _rows(b_poison))
         lane = np.arange(LANES)
         for i, (register, pending, before) in enumerate(self.targets):
             row = lane // 4 + 8 * (i // 2 % 2)
@@ -653,5 +658,3 @@ def _wgmma_wait(ins: Instruction, context: Context) -> Run:
 
 
 DECODERS: dict[str, Callable[[Instruction, Context], Run]] = {"tcgen05": tcgen05, "wgmma": wgmma}
-
-__all__ = ["DECODERS", "lanes_of"]

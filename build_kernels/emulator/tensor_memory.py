@@ -18,8 +18,10 @@ from build_kernels.emulator.clocks import (
     TENSOR,
     Clock,
     Ints,
+    actor_of,
     actors_of,
     instruction_of,
+    tick_of,
     ticks_of,
 )
 from build_kernels.emulator.collectives import aligned
@@ -152,13 +154,13 @@ class TensorAccess:
         issue = operation.machine.clocks.issue(one)
         if issue is None or issue.warp is not operation.warp:
             return False
-        actor, tick = int(actors_of(np.int64(one))), int(ticks_of(np.int64(one)))
+        actor, tick = actor_of(one), tick_of(one)
         return bool(operation.clock[GENERIC, actor] >= tick)
 
     def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
         operation = self.operation
         machine = operation.machine
-        actor, tick = int(actors_of(np.int64(other))), int(ticks_of(np.int64(other)))
+        actor, tick = actor_of(other), tick_of(other)
         kind, why = "race", f"{what} conflict with no order between the two"
         if operation.clock[GENERIC, actor] >= tick:
             kind = "missing-tcgen05-fence"
@@ -281,7 +283,7 @@ def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None
     clock = w.joined(w.bits)[GENERIC]
     grid = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
     for record in cells.records(grid[:, start : start + columns].reshape(-1)):
-        actor, tick = int(actors_of(record)), int(ticks_of(record))
+        actor, tick = actor_of(int(record)), tick_of(int(record))
         if clock[actor] < tick and w.tensor[actor] < tick:
             other = w.machine.kernel.instructions[instruction_of(int(record))]
             w.machine.report(

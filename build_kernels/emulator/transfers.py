@@ -42,7 +42,7 @@ from build_kernels.emulator.operands import (
     source,
 )
 from build_kernels.emulator.ptx import TYPE_BITS, Address, Instruction
-from build_kernels.emulator.warp import LANES, Outcome, ThreadAccess, Warp, indices_of, lanes_of
+from build_kernels.emulator.warp import LANES, Mask, Outcome, ThreadAccess, Warp, indices_of
 
 if TYPE_CHECKING:
     from build_kernels.emulator.machine import Cta
@@ -326,10 +326,10 @@ def load(ins: Instruction, context: Context) -> Run:
         values = data.view(dtype)
         poison = bad.any()
         for i, write in enumerate(writes):
-            taint = None
+            taint: Mask | None = None
             if poison:
-                taint = bad[:, i * unit : (i + 1) * unit].any(axis=1)
-                taint = taint if taint.any() else None
+                mine: Mask = np.logical_or.reduce(bad[:, i * unit : (i + 1) * unit], axis=1)
+                taint = mine if mine.any() else None
             write(w, np.ascontiguousarray(values[:, i]), taint)
 
     return run
@@ -679,5 +679,3 @@ DECODERS: dict[str, Callable[[Instruction, Context], Run]] = {
     "prefetch": prefetch,
     "createpolicy": create_policy,
 }
-
-__all__ = ["DECODERS", "Place", "lanes_of", "locate", "reach"]

@@ -24,6 +24,7 @@ from build_kernels.emulator.clocks import (
     WEAK,
     Clock,
     Ints,
+    actor_of,
     actors_of,
     instruction_of,
     join,
@@ -33,7 +34,7 @@ from build_kernels.emulator.clocks import (
 )
 from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.memory import READER_SLOTS, Memory
-from build_kernels.emulator.ptx import Instruction, Register
+from build_kernels.emulator.ptx import Instruction
 
 if TYPE_CHECKING:
     from build_kernels.emulator.machine import Cta, Machine
@@ -98,12 +99,15 @@ Outcome = Wait | Exited | None
 
 @dataclass(eq=False)
 class Fragment:
-    """Lanes of a warp that run together. `token` is the state of a half-done instruction."""
+    """Lanes of a warp that run together.
+
+    token: the state of a half-done instruction; refused: the wait that last gave up early."""
 
     pc: int
     mask: int
     wait: Wait | None = None
     token: Any = None
+    refused: Any = None
     timed_out: bool = False
 
 
@@ -171,7 +175,9 @@ class Warp:
         self.actors = actor + LANE_INDEX.astype(np.int64)
         self.live = (1 << threads) - 1
         self.fragments = [Fragment(0, self.live)]
-        poison = {n: np.full(LANES, -1, dtype=np.int64).astype(t) for n, t in STORAGE.items()}
+        poison: dict[int, Array] = {
+            n: np.full(LANES, -1, dtype=np.int64).astype(t) for n, t in STORAGE.items()
+        }
         self.r: list[Array] = [poison[bits] for bits in machine.register_bits]
         self.t: list[Taint] = [EVERY_LANE] * len(self.r)
         self.bits = self.live
@@ -180,7 +186,9 @@ class Warp:
         self.instruction: Instruction = machine.program[0].instruction
         self.specials: dict[str, Array] = {}
         # Knowledge
-        self.first_tick = self.tick = machine.first_tick(actor)
+        # A CTA's start is its first tick; what its threads do has later ones.
+        self.first_tick = machine.first_tick(actor)
+        self.tick = self.first_tick + 1
         zero = machine.clocks.zero()
         self.clocks: list[Clock] = [zero] * LANES
         self.fenced: list[Clock | None] = [None] * LANES
@@ -546,7 +554,7 @@ class ThreadAccess:
         scope = min(scope_of(other), self.scope)
         if scope == WEAK:
             return False
-        actor = int(actors_of(np.int64(other)))
+        actor = actor_of(other)
         cta = self.warp.machine.cta_of(actor)
         if scope == CTA_SCOPE:
             return cta is self.warp.cta
@@ -566,7 +574,3 @@ class ThreadAccess:
             other=machine.kernel.instructions[instruction_of(other)],
             other_thread=machine.actor_thread(other),
         )
-
-
-def register_bits(registers: Iterable[Register], widths: dict[str, int]) -> list[int]:
-    return [widths[register.type] for register in registers]

@@ -1,0 +1,20 @@
+"""Time the router on this machine's GPU beside what else computes it, checked before it is timed.
+
+    measure     the loop over shapes, modes, N and contenders: check, then time
+    inputs      weights, bias and hidden states of one shape
+    contenders  this project's kernels and torch; peers: other projects' kernels, where staged
+    check       is a contender's answer the router's answer
+    stopwatch   CUDA graphs, events and the host's clock
+    floors      an empty kernel and a streaming read of the weights
+    report      the figures, their ratios, and the JSON file that holds them
+    model       sm_100a on paper, from sm_90a's figures
+    table, plot the figures for people
+
+Importing this, or drawing a stored report, needs neither a GPU nor torch.
+"""
+
+from __future__ import annotations
+
+from .command import bench_command
+
+__all__ = ["bench_command"]

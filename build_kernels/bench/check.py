@@ -1,0 +1,76 @@
+"""Is a contender's answer the router's answer: against an FP64 evaluation of the same operands.
+
+Two experts whose keys differ by less than FP32 sums can tell may rightly change places, so ids are
+not compared one by one: each chosen key has to reach the top_k-th best key but for KEY_TOLERANCE.
+Where the choice is clear, that admits the reference's ids alone. Their order is not looked at here:
+the contract's tie order is this project's, and its own tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_router_runtime.reference import router_scores, selection_keys
+
+from .inputs import Inputs, Result
+
+# Keys near 9 in FP32, from logits of size 1 summed in any order: errors stay below 1e-5.
+KEY_TOLERANCE = 1e-4
+# Relative. Peers take fast logarithms; an error of this size is still no wrong formula.
+WEIGHT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """scores and keys: [N, E] FP64. least_key: [N, 1], the top_k-th best key."""
+
+    scores: torch.Tensor
+    keys: torch.Tensor
+    least_key: torch.Tensor
+    routed_scaling_factor: float
+
+
+def reference_of(inputs: Inputs, layer: int) -> Reference:
+    """On the device of the operands, in FP64: no kernel under test takes part."""
+    logits = inputs.hidden_states.double() @ inputs.weights[layer].double().t()
+    keys = selection_keys(logits, inputs.bias)
+    best = keys.topk(inputs.problem.top_k, dim=1)[0]
+    return Reference(
+        scores=router_scores(logits),
+        keys=keys,
+        least_key=best[:, -1:],
+        routed_scaling_factor=inputs.problem.routed_scaling_factor,
+    )
+
+
+def complaint(result: Result, reference: Reference, top_k: int) -> str | None:
+    """What is wrong with an answer, in words; None if nothing is."""
+    weights, ids = result
+    num_tokens, num_experts = reference.keys.shape
+    shape = [num_tokens, top_k]
+    if list(weights.shape) != shape or list(ids.shape) != shape:
+        got = f"{list(weights.shape)} and {list(ids.shape)}"
+        return f"outputs: expected shape {shape} (got {got})"
+    chosen = ids.long()
+    outside = ((chosen < 0) | (chosen >= num_experts)).any(1)
+    if outside.any():
+        return f"ids outside [0, {num_experts}) in {_rows(outside)}"
+    repeated = (chosen.sort(1)[0].diff(dim=1) == 0).any(1)
+    if repeated.any():
+        return f"an id twice in {_rows(repeated)}"
+    wrong = (reference.keys.gather(1, chosen) < reference.least_key - KEY_TOLERANCE).any(1)
+    if wrong.any():
+        return f"wrong ids in {_rows(wrong)}"
+    scores = reference.scores.gather(1, chosen)
+    expected = scores / (scores.sum(1, keepdim=True) + 1e-20) * reference.routed_scaling_factor
+    error = ((weights.double() - expected).abs() / expected).amax(1)
+    off = ~(error <= WEIGHT_TOLERANCE)
+    if off.any():
+        return f"weights off by up to {100 * error[off].max().item():.3g} % in {_rows(off)}"
+    return None
+
+
+def _rows(mask: torch.Tensor) -> str:
+    return f"{int(mask.sum())} of {mask.numel()} rows"

@@ -1,0 +1,167 @@
+"""Who is timed. A contender is a way to make a call; making it may fail, and then says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_router_runtime import driver
+from dsv4_router_runtime.artifacts import ArtifactSet
+from dsv4_router_runtime.binding import current_stream, load_once
+from dsv4_router_runtime.launch import grid_of
+from dsv4_router_runtime.router import Router
+
+from .inputs import Call, Inputs, Result
+from .report import OURS, OWN, PEER, Contender
+
+
+class Unavailable(Exception):
+    """A contender that cannot take part, or not at this problem; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A contender that can be called. `make` prepares its calls for one shape and N; it may raise
+    whatever it likes, and that is reported in place of a figure.
+    """
+
+    contender: Contender
+    make: Callable[[Inputs], Call]
+
+
+def own_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
+    """This project's ways; the first is what the ratios are of."""
+    plain = Entrant(
+        contender=Contender(
+            name="ours, no PDL" if pdl else "ours",
+            role=OWN if pdl else OURS,
+            what="Router: one launch up to 64 tokens",
+        ),
+        make=lambda inputs: router_call(inputs, artifacts, pdl=False),
+    )
+    composed = Entrant(
+        contender=Contender(
+            name="cuBLAS + router_topk",
+            role=OWN,
+            what="torch.mm(out_dtype=float32), then this project's prefill selection",
+        ),
+        make=lambda inputs: composed_call(inputs, artifacts, pdl=pdl),
+    )
+    if not pdl:
+        return plain, composed
+    dependent = Entrant(
+        contender=Contender(
+            name="ours",
+            role=OURS,
+            what="Router with programmatic dependent launch: one launch up to 64 tokens",
+        ),
+        make=lambda inputs: router_call(inputs, artifacts, pdl=True),
+    )
+    return dependent, plain, composed
+
+
+def torch_entrant() -> Entrant:
+    contender = Contender(name="torch", role=PEER, what="eager torch operations, FP32 logits")
+    return Entrant(contender=contender, make=torch_call)
+
+
+def router_call(inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> Call:
+    problem = inputs.problem
+    routers = [
+        Router(
+            gate,
+            inputs.bias,
+            top_k=problem.top_k,
+            routed_scaling_factor=problem.routed_scaling_factor,
+            pdl=pdl,
+            artifacts=artifacts,
+        )
+        for gate in inputs.gates
+    ]
+    outputs = [inputs.new_outputs() for _ in routers]
+    hidden_states = inputs.hidden_states
+
+    def call(layer: int) -> Result:
+        weights, ids = outputs[layer]
+        routers[layer](hidden_states, weights, ids)
+        return weights, ids
+
+    return call
+
+
+def composed_call(inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> Call:
+    select = TopkLauncher(inputs, artifacts, pdl=pdl)
+    outputs = [inputs.new_outputs() for _ in inputs.gates]
+    hidden_states, gates = inputs.hidden_states, inputs.gates
+
+    def call(layer: int) -> Result:
+        logits = torch.mm(hidden_states, gates[layer], out_dtype=torch.float32)
+        select(logits, outputs[layer])
+        return outputs[layer]
+
+    return call
+
+
+class TopkLauncher:
+    """router_topk on its own, for fewer tokens than `Router` would give it."""
+
+    def __init__(self, inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> None:
+        device = inputs.bias.device.index or 0
+        arch = driver.arch_of_device(device)
+        kernels = [k for k in artifacts.manifest.for_arch(arch) if k.problem.layout == "logits"]
+        if not kernels:
+            raise Unavailable(f"the artifacts hold no router_topk for {arch}")
+        self._device = device
+        self._loaded = load_once(artifacts, kernels[0], device)
+        self._pdl = pdl
+        self._sites: dict[int, driver.LaunchSite] = {}
+        self._grid = grid_of(
+            kernels[0].launch,
+            num_tokens=inputs.num_tokens,
+            num_experts=inputs.problem.num_experts,
+        )
+        self._constants = {
+            "e_bias": inputs.bias.data_ptr(),
+            "num_tokens": inputs.num_tokens,
+            "num_experts": inputs.problem.num_experts,
+            "top_k": inputs.problem.top_k,
+            "routed_scaling_factor": inputs.problem.routed_scaling_factor,
+        }
+
+    def __call__(self, logits: torch.Tensor, outputs: Result) -> None:
+        site = self._site(current_stream(self._device))
+        weights, ids = outputs
+        cells = site.block.cells
+        cells["logits"].value = logits.data_ptr()
+        cells["out_weights"].value = weights.data_ptr()
+        cells["out_ids"].value = ids.data_ptr()
+        cells["logits_stride"].value = logits.stride(0)
+        cells["out_weights_stride"].value = weights.stride(0)
+        cells["out_ids_stride"].value = ids.stride(0)
+        site.launch()
+
+    def _site(self, stream: int) -> driver.LaunchSite:
+        site = self._sites.get(stream)
+        if site is None:
+            site = driver.LaunchSite(self._loaded, stream=stream, grid=self._grid, pdl=self._pdl)
+            site.block.set(self._constants)
+            self._sites[stream] = site
+        return site
+
+
+def torch_call(inputs: Inputs) -> Call:
+    problem, bias = inputs.problem, inputs.bias
+    hidden_states, gates = inputs.hidden_states, inputs.gates
+
+    def call(layer: int) -> Result:
+        logits: Any = torch.mm(hidden_states, gates[layer], out_dtype=torch.float32)
+        scores = torch.nn.functional.softplus(logits).sqrt()
+        ids = (scores + bias).topk(problem.top_k, dim=1)[1]
+        weights = scores.gather(1, ids)
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20) * problem.routed_scaling_factor
+        return weights, ids.to(torch.int32)
+
+    return call

@@ -1,0 +1,235 @@
+"""The run: for each shape, mode, N and contender, check the answers, then time the same calls."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4_router_runtime.artifacts import MANIFEST_NAME, ArtifactSet
+
+from . import floors
+from .check import KEY_TOLERANCE, WEIGHT_TOLERANCE, Reference, complaint, reference_of
+from .contenders import Entrant, Unavailable
+from .inputs import Call, Inputs, make_inputs, poison
+from .report import (
+    COLD,
+    EMPTY,
+    HOST,
+    READ,
+    WARM,
+    Contender,
+    Figure,
+    Floor,
+    Machine,
+    Method,
+    Problem,
+    Report,
+)
+from .stopwatch import HOST_CALLS, REPLAYS, Stopwatch
+
+SEED = 20
+MIN_LAYERS = 30
+MIN_WEIGHT_BYTES = 200_000_000
+# The weights of a cold run hold this many L2 caches.
+L2_CAPACITIES = 4
+
+OnFigures = Callable[[Sequence[Figure]], None]
+
+
+def make_problem(k: int, num_experts: int, top_k: int, l2_bytes: int) -> Problem:
+    """With as many layers as keep a cold run's weights out of an L2 of `l2_bytes`."""
+    least = max(MIN_WEIGHT_BYTES, L2_CAPACITIES * l2_bytes)
+    return Problem(
+        k=k,
+        num_experts=num_experts,
+        top_k=top_k,
+        # V4-Pro's, and V4-Flash's.
+        routed_scaling_factor=2.5 if k == 7168 else 1.5,
+        layers=max(MIN_LAYERS, math.ceil(least / (k * num_experts * 2))),
+    )
+
+
+def measure(
+    *,
+    problems: Sequence[Problem],
+    num_tokens: Sequence[int],
+    modes: Sequence[str],
+    layout: str,
+    entrants: Sequence[Entrant],
+    stopwatch: Stopwatch,
+    machine: Machine,
+    manifest_sha256: str,
+    on_figures: OnFigures,
+) -> Report:
+    """Every cell of the report. `on_figures` gets the figures of each shape, N and mode at once.
+
+    No failure of a contender ends the run: it becomes the reason in the place of the figure.
+    """
+    figures: list[Figure] = []
+    measured_floors: list[Floor] = []
+    for problem in problems:
+        layers = make_inputs(problem, layout, stopwatch.device, SEED)
+        measured_floors += measure_floors(layers, modes, stopwatch)
+        for count in num_tokens:
+            inputs = layers.with_tokens(count, SEED)
+            references = References(inputs)
+            calls = [made_call(entrant, inputs) for entrant in entrants]
+            for mode in (*modes, HOST):
+                row = [
+                    measure_cell(entrant.contender, call, inputs, references, mode, stopwatch)
+                    for entrant, call in zip(entrants, calls, strict=True)
+                ]
+                figures += row
+                on_figures(row)
+    return Report(
+        machine=machine,
+        method=Method(
+            date=time.strftime("%Y-%m-%d"),
+            modes=tuple(modes),
+            num_tokens=tuple(num_tokens),
+            layout=layout,
+            replays=REPLAYS,
+            host_calls=HOST_CALLS,
+            least_weight_bytes=min(p.weight_bytes * p.layers for p in problems),
+            seed=SEED,
+            key_tolerance=KEY_TOLERANCE,
+            weight_tolerance=WEIGHT_TOLERANCE,
+            manifest_sha256=manifest_sha256,
+        ),
+        problems=tuple(problems),
+        contenders=tuple(entrant.contender for entrant in entrants),
+        figures=tuple(figures),
+        floors=tuple(measured_floors),
+    )
+
+
+class References:
+    """The right answers of one shape and N, made when a layer is first asked for."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._made: dict[int, Reference] = {}
+
+    def __getitem__(self, layer: int) -> Reference:
+        if layer not in self._made:
+            self._made[layer] = reference_of(self._inputs, layer)
+        return self._made[layer]
+
+
+def made_call(entrant: Entrant, inputs: Inputs) -> Call | Exception:
+    """The contender's call for these inputs, or what it raised."""
+    try:
+        return entrant.make(inputs)
+    except Exception as error:
+        return error
+
+
+def measure_cell(
+    contender: Contender,
+    call: Call | Exception,
+    inputs: Inputs,
+    references: References,
+    mode: str,
+    stopwatch: Stopwatch,
+) -> Figure:
+    """Check every call of the run that is then timed; a wrong answer is not timed."""
+    shape, num_tokens = inputs.problem.name, inputs.num_tokens
+
+    def figure(**more: Any) -> Figure:
+        return Figure(
+            shape=shape, mode=mode, num_tokens=num_tokens, contender=contender.name, **more
+        )
+
+    order = call_order(inputs.problem, mode)
+    try:
+        if isinstance(call, Exception):
+            raise call
+        run = stopwatch.prepare(call, order, mode)
+        # What a contender allocates anew, it gets out of these poisoned blocks.
+        for result in run():
+            poison(result)
+        results = run()
+        stopwatch.wait()
+        for layer, result in zip(order, results, strict=True):
+            if problem := complaint(result, references[layer], inputs.problem.top_k):
+                return figure(reason=f"wrong answer in layer {layer}: {problem}")
+        del results
+        if mode == HOST:
+            timing = stopwatch.time_host(call, order)
+        else:
+            timing = stopwatch.time(run, len(order))
+    except Unavailable as error:
+        return figure(reason=str(error))
+    # Whatever a contender raises, the others are still measured.
+    except Exception as error:
+        return figure(reason=f"{type(error).__name__}: {error}")
+    return figure(microseconds=timing.microseconds, low=timing.low, high=timing.high)
+
+
+def call_order(problem: Problem, mode: str) -> list[int]:
+    """The layer of each call; one layer over and over where the weight is to stay in L2."""
+    return [0] * problem.layers if mode == WARM else list(range(problem.layers))
+
+
+def measure_floors(inputs: Inputs, modes: Sequence[str], stopwatch: Stopwatch) -> Iterator[Floor]:
+    """An empty kernel in every mode, and the read where a graph leaves nothing but the read."""
+    for mode in modes:
+        yield measure_floor(EMPTY, floors.empty_candidates(inputs), inputs, mode, stopwatch)
+        if mode in (COLD, WARM):
+            yield measure_floor(READ, floors.read_candidates(inputs), inputs, mode, stopwatch)
+
+
+def measure_floor(
+    name: str,
+    candidates: Iterable[floors.Candidate],
+    inputs: Inputs,
+    mode: str,
+    stopwatch: Stopwatch,
+) -> Floor:
+    """The fastest candidate."""
+    shape, order = inputs.problem.name, call_order(inputs.problem, mode)
+    times: list[tuple[float, str]] = []
+    try:
+        for candidate in candidates:
+            run = stopwatch.prepare(candidate.call, order, mode)
+            times.append((stopwatch.time(run, len(order)).microseconds, candidate.how))
+    # A floor that cannot be measured is reported like a contender that cannot.
+    except Exception as error:
+        if not times:
+            reason = f"{type(error).__name__}: {error}"
+            return Floor(shape=shape, mode=mode, name=name, how="", reason=reason)
+    microseconds, how = min(times)
+    return Floor(shape=shape, mode=mode, name=name, how=how, microseconds=microseconds)
+
+
+def this_machine(arch: str) -> Machine:
+    """Torch's current GPU and what drives it."""
+    return Machine(
+        gpu=torch.cuda.get_device_name(),
+        arch=arch,
+        driver=driver_version(),
+        cuda=str(torch.version.cuda),
+        torch=torch.__version__,
+        triton=floors.triton_version(),
+    )
+
+
+def driver_version() -> str:
+    """The kernel module's version by nvidia-smi; "unknown" where that cannot be asked."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else "unknown"
+
+
+def manifest_sha256(artifacts: ArtifactSet) -> str:
+    return hashlib.sha256((Path(artifacts.folder) / MANIFEST_NAME).read_bytes()).hexdigest()

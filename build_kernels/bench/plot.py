@@ -1,0 +1,210 @@
+"""The figures as a picture: latency over N, a panel a shape, a line a contender, both floors."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import COLD, EMPTY, OURS, OWN, READ, Problem, Report, replace_file
+
+# Colours of equal weight that the colour-blind tell apart (Okabe and Ito), ours the strongest.
+OURS_COLOUR = "#D55E00"
+OWN_COLOURS = ("#E69F00", "#CC79A7", "#8C6D1F")
+PEER_COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#777777", "#333333")
+FLOOR_COLOUR = "#9A9A9A"
+PANELS_A_ROW = 3
+PANEL_INCHES = (3.5, 4.1)
+LABEL_INCHES = 1.75
+DOTS_PER_INCH = 150
+# Least distance of two labels, in parts of the axis' height.
+LABEL_STEP = 0.052
+
+
+def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
+    """Write a PNG by rename. mode: COLD if measured, else the first one measured."""
+    # Slow to import, and needed by nothing else. No pyplot: it would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mode = mode or (COLD if COLD in report.modes else report.modes[0])
+    columns = min(PANELS_A_ROW, len(report.problems))
+    rows = math.ceil(len(report.problems) / columns)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(columns * width + LABEL_INCHES, rows * height), dpi=DOTS_PER_INCH)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    colours = colours_of(report)
+    lowest, highest = limits(report, mode)
+    for at, axes in enumerate(panels.flat):
+        if at >= len(report.problems):
+            axes.axis("off")
+            continue
+        draw_panel(axes, report, report.problems[at], mode, colours)
+        axes.set_ylim(lowest, highest)
+        last = at % columns == columns - 1 or at == len(report.problems) - 1
+        if last:
+            label_lines(axes, report, report.problems[at], mode, colours)
+        if at % columns == 0:
+            axes.set_ylabel("µs per call")
+    figure.suptitle(heading(report, mode), x=0.012, ha="left", fontsize=10.5)
+    side = LABEL_INCHES / (columns * width + LABEL_INCHES)
+    figure.tight_layout(rect=(0, 0, 1 - side * 0.93, 0.985), w_pad=0.8)
+    buffer = io.BytesIO()
+    # No version of matplotlib in the file: the same figures give the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    replace_file(path, buffer.getvalue())
+
+
+def heading(report: Report, mode: str) -> str:
+    words = {
+        "cold": "gate weights cold, from HBM (CUDA graph)",
+        "warm": "gate weight in L2 (CUDA graph)",
+        "eager": "no CUDA graph, host included",
+        "host": "host time until the call returns",
+    }
+    return f"DeepSeek-V4 router on one {report.machine.gpu}: {words[mode]}"
+
+
+def colours_of(report: Report) -> dict[str, str]:
+    """By contender's name; a palette that runs out starts again."""
+    counts = {OURS: 0, OWN: 0}
+    colours = {}
+    for contender in report.contenders:
+        at = counts.setdefault(contender.role, 0)
+        counts[contender.role] += 1
+        palette: Sequence[str] = PEER_COLOURS
+        if contender.role == OURS:
+            palette = (OURS_COLOUR,)
+        elif contender.role == OWN:
+            palette = OWN_COLOURS
+        colours[contender.name] = palette[at % len(palette)]
+    return colours
+
+
+def limits(report: Report, mode: str) -> tuple[float, float]:
+    """Of the common axis: all figures and floors, and some air."""
+    times = [f.microseconds for f in report.figures if f.mode == mode]
+    times += [f.microseconds for f in report.floors if f.mode == mode]
+    known = [time for time in times if time is not None and time > 0] or [1.0]
+    return min(known) / 1.25, max(known) * 1.25
+
+
+def draw_panel(
+    axes: Any, report: Report, problem: Problem, mode: str, colours: Mapping[str, str]
+) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    # Peers below, ours on top.
+    for contender in reversed(report.contenders):
+        points = points_of(report, problem, mode, contender.name)
+        if not points:
+            continue
+        ours = contender.role == OURS
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colours[contender.name],
+            linewidth=2.6 if ours else 1.5,
+            linestyle="--" if contender.role == OWN else "-",
+            marker="o",
+            markersize=4.5 if ours else 3,
+            zorder=4 if ours else 3,
+        )
+    for name, style in ((READ, (0, (5, 2))), (EMPTY, (0, (1, 1.5)))):
+        if (time := report.floor(problem.name, mode, name)) is not None:
+            axes.axhline(time, color=FLOOR_COLOUR, linewidth=1.3, linestyle=style, zorder=2)
+            axes.annotate(
+                f"{name} {time:.1f}",
+                (0.985, time),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, -2),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+                color="#707070",
+            )
+    axes.set_title(f"K {problem.k}, E {problem.num_experts}", fontsize=10, loc="left")
+    axes.set_xlabel("tokens N")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(report.method.num_tokens)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8.5)
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def points_of(
+    report: Report, problem: Problem, mode: str, contender: str
+) -> list[tuple[int, float]]:
+    return [
+        (num_tokens, time)
+        for num_tokens in sorted(report.method.num_tokens)
+        if (time := report.microseconds(problem.name, mode, num_tokens, contender)) is not None
+    ]
+
+
+def label_lines(
+    axes: Any, report: Report, problem: Problem, mode: str, colours: Mapping[str, str]
+) -> None:
+    """Each line's name beside its last point, moved apart where lines end close together."""
+    ends = []
+    for contender in report.contenders:
+        if points := points_of(report, problem, mode, contender.name):
+            ends.append((contender, points[-1]))
+    transform = axes.transAxes.inverted()
+    wanted = [transform.transform(axes.transData.transform(point))[1] for _, point in ends]
+    places = spread(wanted, LABEL_STEP)
+    for (contender, point), place in zip(ends, places, strict=True):
+        axes.annotate(
+            contender.name,
+            point,
+            xytext=(1.055, place),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            va="center",
+            fontsize=9,
+            fontweight="bold" if contender.role == OURS else "normal",
+            color=colours[contender.name],
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[contender.name],
+                "linewidth": 0.7,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+            },
+        )
+
+
+def spread(wanted: Sequence[float], step: float) -> list[float]:
+    """Places at least `step` apart, in the order of `wanted` and near it.
+
+    Neighbours that are too close become one block, centred on the mean of what its members want.
+    """
+    order = sorted(range(len(wanted)), key=lambda at: wanted[at])
+    blocks: list[list[int]] = []
+
+    def bottom(block: list[int]) -> float:
+        centre = sum(wanted[at] for at in block) / len(block)
+        return centre - step * (len(block) - 1) / 2
+
+    for at in order:
+        blocks.append([at])
+        while len(blocks) > 1:
+            below, above = blocks[-2], blocks[-1]
+            if bottom(above) - (bottom(below) + step * (len(below) - 1)) >= step - 1e-12:
+                break
+            blocks[-2:] = [below + above]
+    places = [0.0] * len(wanted)
+    for block in blocks:
+        start = bottom(block)
+        for rank, at in enumerate(block):
+            places[at] = start + rank * step
+    return places

@@ -1,0 +1,114 @@
+"""Clocks: a CUDA graph's replay between two events, the same without a graph, and the host's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from .report import EAGER, HOST
+
+REPLAYS = 20
+HOST_CALLS = 200
+WARM_UP_CALLS = 3
+# Calls between two waits of the host's clock: far below the depth of the driver's launch queue.
+HOST_BATCH = 20
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Microseconds per call: median and quartiles of the repetitions."""
+
+    microseconds: float
+    low: float
+    high: float
+
+
+class Stopwatch(Protocol):
+    """What `measure` needs of a machine. device: where torch puts the operands."""
+
+    device: str
+
+    def prepare(
+        self, call: Callable[[int], Result], order: Sequence[int], mode: str
+    ) -> Callable[[], list[Result]]:
+        """What does every call of `order` once, and gives their results."""
+        ...
+
+    def time(self, run: Callable[[], object], calls: int) -> Timing: ...
+
+    def time_host(self, call: Callable[[int], object], order: Sequence[int]) -> Timing: ...
+
+    def wait(self) -> None: ...
+
+
+class CudaStopwatch:
+    """Torch's current GPU."""
+
+    device = "cuda"
+
+    def prepare(
+        self, call: Callable[[int], Result], order: Sequence[int], mode: str
+    ) -> Callable[[], list[Result]]:
+        """Warm up, then record one graph of all calls; EAGER and HOST have nothing to record."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for layer in order[:WARM_UP_CALLS]:
+                call(layer)
+        self.wait()
+        if mode in (EAGER, HOST):
+            return lambda: [call(layer) for layer in order]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call(layer) for layer in order]
+
+        def run() -> list[Result]:
+            graph.replay()
+            return results
+
+        return run
+
+    def time(self, run: Callable[[], object], calls: int) -> Timing:
+        """Between two events around all calls."""
+        for _ in range(WARM_UP_CALLS):
+            run()
+        self.wait()
+        samples = []
+        for _ in range(REPLAYS):
+            start = torch.cuda.Event(enable_timing=True)
+            stop = torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            stop.record()
+            self.wait()
+            samples.append(start.elapsed_time(stop) * 1e3 / calls)
+        return timing_of(samples)
+
+    def time_host(self, call: Callable[[int], object], order: Sequence[int]) -> Timing:
+        """Each call on its own, by the host's clock; the waits between batches are not counted."""
+        samples = []
+        for at in range(HOST_CALLS):
+            if at % HOST_BATCH == 0:
+                self.wait()
+            layer = order[at % len(order)]
+            start = time.perf_counter_ns()
+            call(layer)
+            samples.append((time.perf_counter_ns() - start) / 1e3)
+        self.wait()
+        return timing_of(samples)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+def timing_of(samples: Sequence[float]) -> Timing:
+    """Median and quartiles of at least two samples."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(microseconds=median, low=low, high=high)

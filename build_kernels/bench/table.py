@@ -1,0 +1,181 @@
+"""The figures as tables: boxes on a terminal, Markdown where the output goes elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .model import ASSUMPTIONS, H200_NAME, NoModelError, attained_fraction, predict
+from .report import (
+    COLD,
+    EMPTY,
+    HOST,
+    MODE_WORDS,
+    OURS,
+    PEER,
+    READ,
+    Problem,
+    Report,
+    geometric_mean,
+    ratio_at,
+    ratios,
+)
+
+NOTHING = "-"
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Every table, the ratios over all of it, what was not measured, and the model."""
+    machine, method = report.machine, report.method
+    _line(
+        console,
+        f"{machine.gpu} ({machine.arch}), driver {machine.driver}, torch {machine.torch}, CUDA "
+        f"{machine.cuda}, Triton {machine.triton or 'absent'}; {method.date}; W_gate "
+        f"{method.layout}; microseconds per call, median of {method.replays} (host: of "
+        f"{method.host_calls}); every answer checked against FP64 before it was timed",
+    )
+    for problem, mode in itertools.product(report.problems, report.modes):
+        _line(console, "")
+        _line(console, title(report, problem, mode))
+        _line(console, "")
+        console.print(figures_table(console, report, problem, mode))
+    _line(console, "")
+    for line in (*summary(report), *contender_lines(report), *missing_lines(report)):
+        _line(console, line)
+    if COLD in report.modes:
+        print_model(console, report)
+
+
+def title(report: Report, problem: Problem, mode: str) -> str:
+    shape = problem.name
+    parts = [f"{shape}, top {problem.top_k}, {mode} ({MODE_WORDS[mode]})"]
+    for name in (EMPTY, READ):
+        if (time := report.floor(shape, mode, name)) is not None:
+            parts.append(f"{name} {microseconds(time)}")
+    return "; ".join(parts)
+
+
+def figures_table(console: Console, report: Report, problem: Problem, mode: str) -> Table:
+    names = [contender.name for contender in report.contenders]
+    has_peer = mode != HOST and bool(report.of_role(PEER))
+    has_read = report.floor(problem.name, mode, READ) is not None
+    columns = ["N", *names]
+    columns += ["ours / best peer"] * has_peer + ["ours / read W"] * has_read
+    table = new_table(console, columns)
+    for num_tokens in report.method.num_tokens:
+        ratio = ratio_at(report, problem.name, mode, num_tokens)
+        cells = [str(num_tokens)]
+        cells += [
+            microseconds(report.microseconds(problem.name, mode, num_tokens, name))
+            for name in names
+        ]
+        if has_peer:
+            shown = ratio_text(ratio.to_peer)
+            cells.append(shown if ratio.to_peer is None else f"{shown} ({ratio.best_peer})")
+        if has_read:
+            cells.append(ratio_text(ratio.to_read))
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def summary(report: Report) -> Iterator[str]:
+    """Worst ratio and geometric mean of each mode."""
+    for mode in report.modes:
+        if mode == HOST:
+            continue
+        found = ratios(report, mode)
+        to_peer = [(r.to_peer, r) for r in found if r.to_peer is not None]
+        if to_peer:
+            worst, at = max(to_peer, key=lambda pair: pair[0])
+            yield (
+                f"{mode}: ours / best peer: worst {worst:.3f} ({at.shape}, N={at.num_tokens}, "
+                f"{at.best_peer}), geometric mean {geometric_mean(v for v, _ in to_peer):.3f} "
+                f"of {len(to_peer)} points"
+            )
+        to_read = [(r.to_read, r) for r in found if r.to_read is not None]
+        if to_read:
+            worst, at = max(to_read, key=lambda pair: pair[0])
+            yield f"{mode}: ours / read W: worst {worst:.3f} ({at.shape}, N={at.num_tokens})"
+
+
+def contender_lines(report: Report) -> Iterator[str]:
+    for contender in report.contenders:
+        mark = {OURS: ", what the ratios are of", PEER: ", a peer"}.get(contender.role, "")
+        yield f"{contender.name}{mark}: {contender.what}"
+    for name in (EMPTY, READ):
+        ways = sorted({floor.how for floor in report.floors if floor.name == name and floor.how})
+        if ways:
+            yield f"{name}: {' | '.join(ways)}"
+
+
+def missing_lines(report: Report) -> Iterator[str]:
+    """A line for each contender and reason, with the cells that share it."""
+    shared: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    for figure in report.figures:
+        if figure.reason is not None:
+            cells = shared.setdefault((figure.contender, figure.reason), {})
+            cells.setdefault((figure.shape, figure.mode), []).append(str(figure.num_tokens))
+    for floor in report.floors:
+        if floor.reason is not None:
+            shared.setdefault((floor.name, floor.reason), {})[floor.shape, floor.mode] = []
+    for (name, reason), cells in shared.items():
+        places = "; ".join(
+            f"{shape} {mode}" + (f" N={','.join(counts)}" if counts else "")
+            for (shape, mode), counts in cells.items()
+        )
+        yield f"not measured: {name} ({places}): {' '.join(reason.split())}"
+
+
+def print_model(console: Console, report: Report) -> None:
+    for problem in report.problems:
+        _line(console, "")
+        try:
+            predictions = predict(report, problem.name)
+        except NoModelError as error:
+            _line(console, f"sm_100a, model: none ({error})")
+            continue
+        empty = report.floor(problem.name, COLD, EMPTY) or 0.0
+        read = report.floor(problem.name, COLD, READ) or 0.0
+        fraction = attained_fraction(problem.weight_bytes, read, empty)
+        _line(
+            console,
+            f"{problem.name} on a B200, sm_100a: MODEL, NOT MEASURED; read at {fraction:.2f} of "
+            "the datasheet's bandwidth",
+        )
+        _line(console, "")
+        columns = ["N", f"measured, {H200_NAME}"]
+        columns += ["launch", "read", "exchange", "tokens", "sum (model, not measured)"]
+        table = new_table(console, columns)
+        for p in predictions:
+            terms = (p.measured, p.launch, p.read, p.exchange, p.tokens, p.total)
+            table.add_row(str(p.num_tokens), *(microseconds(term) for term in terms))
+        console.print(table)
+    _line(console, "")
+    _line(console, f"The model assumes: {'; '.join(ASSUMPTIONS)}.")
+
+
+def new_table(console: Console, columns: Sequence[str]) -> Table:
+    style = box.ROUNDED if console.is_terminal else box.MARKDOWN
+    table = Table(box=style)
+    for column in columns:
+        table.add_column(escape(column), justify="right", no_wrap=not console.is_terminal)
+    return table
+
+
+def microseconds(time: float | None) -> str:
+    if time is None:
+        return NOTHING
+    return f"{time:.2f}" if time < 20 else f"{time:.1f}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    return NOTHING if ratio is None else f"{ratio:.2f}"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

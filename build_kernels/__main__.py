@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-# What the command itself imports; the compilers are looked for when something is to be compiled.
+# What the commands themselves import; compilers are looked for when something is to be compiled.
 _NEEDED = ("click", "rich", "elftools")
 
 
@@ -12,6 +12,8 @@ def main() -> None:
     """Run the command, or say which extra is missing: an installed wheel may be a server's."""
     try:
         from .cli import main as command
+
+        command(prog_name="build-kernels")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _NEEDED:
             raise
@@ -19,7 +21,6 @@ def main() -> None:
             f"error: build-kernels needs the package {error.name}, which comes with the extra "
             "`build`: pip install 'dsv4-router[build]'"
         )
-    command(prog_name="build-kernels")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dsv4_router_runtime.errors import RouterError
 from dsv4_router_runtime.manifest import Kernel, Manifest, Parameter, serialise_manifest
 
 from . import build as builder
+from .bench import bench_command
 from .compilers import CompileError
 from .publish import LockedError
 from .specs import ARCHITECTURES, KERNELS
@@ -50,6 +51,9 @@ artifacts_option = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Build the DeepSeek-V4 router's kernels ahead of time: no GPU, no CUDA toolkit."""
+
+
+main.add_command(bench_command)
 
 
 @main.command()

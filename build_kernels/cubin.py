@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
+from typing import TYPE_CHECKING
 
 from dsv4_router_runtime.artifacts import elf_compute_capability
 from dsv4_router_runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
 
 # Counted into the manifest: tensor cores, TMA and its barriers, TMEM, clusters, global and shared
 # traffic, warp exchanges, the arithmetic of the scores, programmatic dependent launch.
@@ -83,6 +83,10 @@ class Cubin:
 
 def read_cubin(data: bytes) -> Cubin:
     """The facts of a cubin that holds exactly one kernel; CubinError for anything else."""
+    # Imported here, so that commands which read no cubin run where it is not installed.
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     try:
         elf = ELFFile(io.BytesIO(data))
         kernels = _kernel_symbols(elf)
@@ -135,6 +139,8 @@ def wheel_file(distribution: str, name: str) -> Path:
 
 def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
     """Name and symbol-table index of every kernel: a global function with an `.nv.info` section."""
+    from elftools.elf.sections import SymbolTableSection
+
     table = elf.get_section_by_name(".symtab")
     if not isinstance(table, SymbolTableSection):
         raise CubinError("no symbol table")

@@ -142,6 +142,9 @@ def bench_command(
         if num_experts < top_k:
             raise click.UsageError(f"--top-k {top_k}: {k}x{num_experts} has fewer experts")
     try:
+        for file in (json_file, plot_file):
+            if file is not None and not file.parent.is_dir():
+                raise BenchError(f"{file}: there is no folder {file.parent}; make it first")
         if plot_file is not None:
             _require_matplotlib()
         if render_file is not None:

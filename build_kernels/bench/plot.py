@@ -16,8 +16,8 @@ OWN_COLOURS = ("#E69F00", "#CC79A7", "#8C6D1F")
 PEER_COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#777777", "#333333")
 FLOOR_COLOUR = "#9A9A9A"
 PANELS_A_ROW = 3
-PANEL_INCHES = (3.5, 4.1)
-LABEL_INCHES = 1.75
+PANEL_INCHES = (2.75, 3.9)
+LABEL_INCHES = 1.7
 DOTS_PER_INCH = 150
 # Least distance of two labels, in parts of the axis' height.
 LABEL_STEP = 0.052
@@ -50,8 +50,8 @@ def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
         if at % columns == 0:
             axes.set_ylabel("µs per call")
     figure.suptitle(heading(report, mode), x=0.012, ha="left", fontsize=10.5)
-    side = LABEL_INCHES / (columns * width + LABEL_INCHES)
-    figure.tight_layout(rect=(0, 0, 1 - side * 0.93, 0.985), w_pad=0.8)
+    # Room for the labels is found by the layout itself.
+    figure.tight_layout(w_pad=0.8)
     buffer = io.BytesIO()
     # No version of matplotlib in the file: the same figures give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -89,7 +89,7 @@ def limits(report: Report, mode: str) -> tuple[float, float]:
     times = [f.microseconds for f in report.figures if f.mode == mode]
     times += [f.microseconds for f in report.floors if f.mode == mode]
     known = [time for time in times if time is not None and time > 0] or [1.0]
-    return min(known) / 1.25, max(known) * 1.25
+    return min(known) / 1.4, max(known) * 1.25
 
 
 def draw_panel(
@@ -135,7 +135,7 @@ def draw_panel(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(labelsize=8.5)
+    axes.tick_params(labelsize=9)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -165,11 +165,11 @@ def label_lines(
         axes.annotate(
             contender.name,
             point,
-            xytext=(1.055, place),
+            xytext=(1.075, place),
             textcoords="axes fraction",
             annotation_clip=False,
             va="center",
-            fontsize=9,
+            fontsize=9.5,
             fontweight="bold" if contender.role == OURS else "normal",
             color=colours[contender.name],
             arrowprops={

@@ -15,6 +15,8 @@ from .report import EAGER, HOST
 REPLAYS = 20
 HOST_CALLS = 200
 WARM_UP_CALLS = 3
+# Before timing: an idle GPU's clocks take milliseconds to rise.
+WARM_UP_SECONDS = 0.01
 # Calls between two waits of the host's clock: far below the depth of the driver's launch queue.
 HOST_BATCH = 20
 
@@ -77,9 +79,10 @@ class CudaStopwatch:
 
     def time(self, run: Callable[[], object], calls: int) -> Timing:
         """Between two events around all calls."""
-        for _ in range(WARM_UP_CALLS):
+        end = time.perf_counter() + WARM_UP_SECONDS
+        while time.perf_counter() < end:
             run()
-        self.wait()
+            self.wait()
         samples = []
         for _ in range(REPLAYS):
             start = torch.cuda.Event(enable_timing=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -43,7 +42,7 @@ def print_report(console: Console, report: Report) -> None:
         _line(console, "")
         _line(console, title(report, problem, mode))
         _line(console, "")
-        console.print(figures_table(console, report, problem, mode))
+        print_figures(console, report, problem, mode)
     _line(console, "")
     for line in (*summary(report), *contender_lines(report), *missing_lines(report)):
         _line(console, line)
@@ -60,27 +59,24 @@ def title(report: Report, problem: Problem, mode: str) -> str:
     return "; ".join(parts)
 
 
-def figures_table(console: Console, report: Report, problem: Problem, mode: str) -> Table:
+def print_figures(console: Console, report: Report, problem: Problem, mode: str) -> None:
     names = [contender.name for contender in report.contenders]
     has_peer = mode != HOST and bool(report.of_role(PEER))
     has_read = report.floor(problem.name, mode, READ) is not None
     columns = ["N", *names]
     columns += ["ours / best peer"] * has_peer + ["ours / read W"] * has_read
-    table = new_table(console, columns)
+    rows = []
     for num_tokens in report.method.num_tokens:
         ratio = ratio_at(report, problem.name, mode, num_tokens)
-        cells = [str(num_tokens)]
-        cells += [
-            microseconds(report.microseconds(problem.name, mode, num_tokens, name))
-            for name in names
-        ]
+        times = (report.microseconds(problem.name, mode, num_tokens, name) for name in names)
+        row = [str(num_tokens), *(microseconds(time) for time in times)]
         if has_peer:
             shown = ratio_text(ratio.to_peer)
-            cells.append(shown if ratio.to_peer is None else f"{shown} ({ratio.best_peer})")
+            row.append(shown if ratio.to_peer is None else f"{shown} ({ratio.best_peer})")
         if has_read:
-            cells.append(ratio_text(ratio.to_read))
-        table.add_row(*(escape(cell) for cell in cells))
-    return table
+            row.append(ratio_text(ratio.to_read))
+        rows.append(row)
+    print_grid(console, columns, rows)
 
 
 def summary(report: Report) -> Iterator[str]:
@@ -150,21 +146,35 @@ def print_model(console: Console, report: Report) -> None:
         _line(console, "")
         columns = ["N", f"measured, {H200_NAME}"]
         columns += ["launch", "read", "exchange", "tokens", "sum (model, not measured)"]
-        table = new_table(console, columns)
+        rows = []
         for p in predictions:
             terms = (p.measured, p.launch, p.read, p.exchange, p.tokens, p.total)
-            table.add_row(str(p.num_tokens), *(microseconds(term) for term in terms))
-        console.print(table)
+            rows.append([str(p.num_tokens), *(microseconds(term) for term in terms)])
+        print_grid(console, columns, rows)
     _line(console, "")
     _line(console, f"The model assumes: {'; '.join(ASSUMPTIONS)}.")
 
 
-def new_table(console: Console, columns: Sequence[str]) -> Table:
-    style = box.ROUNDED if console.is_terminal else box.MARKDOWN
-    table = Table(box=style)
+def print_grid(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not console.is_terminal:
+        for line in markdown(columns, rows):
+            _line(console, line)
+        return
+    table = Table()
     for column in columns:
-        table.add_column(escape(column), justify="right", no_wrap=not console.is_terminal)
-    return table
+        table.add_column(escape(column), justify="right")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table with right-aligned columns, padded so that it also reads as plain text."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    rule = [f"{'-' * (width - 1)}:" for width in widths]
+    for cells in (columns, rule, *rows):
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        yield f"| {' | '.join(padded)} |"
 
 
 def microseconds(time: float | None) -> str:

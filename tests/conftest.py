@@ -34,8 +34,21 @@ ELF_FLAGS = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="add to FILE what the gpu tests launched, for build-kernels verify --record",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU that the artifacts are built for")
+    if path := config.getoption("--record"):
+        from hardware_record import HardwareRecord
+
+        config.pluginmanager.register(HardwareRecord(path))
 
 
 def why_no_gpu() -> str | None:

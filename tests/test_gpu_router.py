@@ -422,7 +422,7 @@ def test_two_streams_at_once(random, here, there):
 
 
 def test_two_graphs_at_once(random):
-    """Each replay counts, inside the graph, the ids that are not the expected ones."""
+    """10,000 replays of each; they count, inside the graph, the ids that are not the expected."""
     inputs = [integers(random, n, 7168, 384) for n in (16, 64)]
     graphs, wrong = [], torch.zeros(2, dtype=torch.int64, device="cuda")
     for index, (x, W, bias) in enumerate(inputs):
@@ -438,7 +438,7 @@ def test_two_graphs_at_once(random):
 
         graphs.append(captured([step]))
     streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(100):
+    for _ in range(10_000):
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 graph.replay()

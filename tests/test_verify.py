@@ -273,7 +273,7 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
         for i, p in enumerate(kernel.parameters)
     )
     case = protocol.Case(num_tokens=6, num_experts=132, top_k=4, k=2048)
-    given = protocol.kernel_input(kernel, f".visible .entry k({declared})\n{{ ret; }}", case)
+    given = protocol.kernel_input(kernel, f".visible .entry k({declared})\n{{ ret; }}", case, {})
     by_index = {item["parameter"]: item["value"] for item in given["arguments"]}
     named = {kernel.parameters[index].name: value for index, value in by_index.items()}
     assert named["num_k_blocks"] == 32
@@ -434,9 +434,7 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     assert "NVIDIA H200, 2 cases" in merged.stdout
 
 
-def test_a_damaged_artifact_is_not_climbed(
-    artifacts: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_artifact_is_not_climbed(artifacts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
     folder.mkdir()
     for path in artifacts.iterdir():

@@ -79,6 +79,11 @@ def load_artifact(folder: Path, key: str) -> Artifact:
     return artifact
 
 
+def is_decode(kernel: Kernel) -> bool:
+    """Does the kernel multiply (and so read tensor maps), or only select from logits?"""
+    return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
+
+
 def encoded_map(
     recipe: TensorMapRecipe, *, num_tokens: int, num_experts: int, k: int, row: int
 ) -> EncodeArguments:

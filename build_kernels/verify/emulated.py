@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, encoded_map
+from .artifact import Artifact, encoded_map, is_decode
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 if TYPE_CHECKING:
@@ -134,11 +134,6 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         "worst_weight_error": float(f"{worst:.2g}"),
     }
     return Result(status=PASSED, scope=QUICK if quick else FULL, figures=figures)
-
-
-def is_decode(kernel: Kernel) -> bool:
-    """Does the kernel multiply (and so read tensor maps), or only select from logits?"""
-    return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
 
 
 @dataclass(frozen=True, kw_only=True)

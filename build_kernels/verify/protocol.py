@@ -19,14 +19,14 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, encoded_map, ptx_entry
+from .artifact import Artifact, encoded_map, is_decode, ptx_entry
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 INPUT_SCHEMA = "spverify.kernel-input/v1"
@@ -79,6 +79,20 @@ ALWAYS_ASSUMED = (
 )
 
 
+SAMPLED_WINNER = (
+    "the winning expert, a redux.sync.min result that becomes a shared-memory address, is a "
+    "constant: the addresses are proven disjoint for the sampled winners only"
+)
+
+
+def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
+    """What SentryWard needs rewritten in a kernel's PTX."""
+    if is_decode(kernel):
+        return (NO_COLLECTOR,)
+    pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
+    return (Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER),)
+
+
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """One expert tile, ragged and full; N below the tile and at it; two wraps of the ring.
 
@@ -94,7 +108,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
             num_experts=num_experts,
             top_k=top_k,
             k=block * splits * blocks,
-            rewrites=(NO_COLLECTOR,),
+            rewrites=rewrites_for(kernel),
         )
 
     full_tile = case(tile, kernel.launch.expert_tile, 1, 8)
@@ -107,14 +121,11 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Ragged and full E, N below and at a block's tokens, with the winning expert sampled."""
 
     def case(num_tokens: int, num_experts: int, top_k: int, winner: int) -> Case:
-        rewrite = Rewrite(
-            pattern=r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;",
-            replacement=rf"mov.u32\1, {winner};",
-            why="the winning expert, a redux.sync.min result that becomes a shared-memory address, "
-            "is a constant: the addresses are proven disjoint for the sampled winners only",
-        )
         return Case(
-            num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, rewrites=(rewrite,)
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            rewrites=rewrites_for(kernel, winner=winner),
         )
 
     block = kernel.launch.token_tile
@@ -123,9 +134,23 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
-    """Prove each case; the first one that is not proven ends the climb."""
+    """Prove the kernel's cases."""
     kernel = artifact.kernel
-    is_decode = any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
+    cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+    return replace(prove(artifact, cases), scope=QUICK if quick else FULL)
+
+
+def prove(
+    artifact: Artifact,
+    cases: tuple[Case, ...],
+    *,
+    tensor_map_changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Result:
+    """Prove each case; the first one that is not proven ends the climb.
+
+    tensor_map_changes: fields of the encoded tensor maps to change, by parameter name.
+    """
+    kernel = artifact.kernel
     if "wgmma." in artifact.ptx:
         reason = "SentryWard has no semantics for wgmma, the tensor instruction of sm_90a"
         return not_run(reason, applies=False)
@@ -133,7 +158,6 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         import sentryward
     except ImportError as error:
         return not_run(f"{error}: pip install sentryward")
-    cases = (decode_cases if is_decode else topk_cases)(kernel, quick=quick)
     assumptions = dict.fromkeys(ALWAYS_ASSUMED)
     proven: list[str] = []
     for case in cases:
@@ -143,7 +167,8 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
                 ptx_path.write_text(rewritten(artifact.ptx, case.rewrites))
             except ProtocolError as error:
                 return not_run(f"{case}: {error}")
-            input_path.write_text(json.dumps(kernel_input(kernel, artifact.ptx, case)))
+            given = kernel_input(kernel, artifact.ptx, case, tensor_map_changes or {})
+            input_path.write_text(json.dumps(given))
             report = sentryward.verify(
                 ptx_path,
                 input=input_path,
@@ -160,7 +185,6 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         assumptions |= dict.fromkeys(_first_line(item) for item in report.get("warnings", ()))
     return Result(
         status=PASSED,
-        scope=QUICK if quick else FULL,
         figures={"race_free": proven, "sentryward": _version()},
         assumptions=tuple(assumptions),
     )
@@ -200,7 +224,12 @@ def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
     return ptx
 
 
-def kernel_input(kernel: Kernel, ptx: str, case: Case) -> dict[str, Any]:
+def kernel_input(
+    kernel: Kernel,
+    ptx: str,
+    case: Case,
+    tensor_map_changes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
     """SentryWard's input for one launch: packed tensors, every integer parameter by its name."""
     integers = {
         "num_tokens": case.num_tokens,
@@ -226,6 +255,7 @@ def kernel_input(kernel: Kernel, ptx: str, case: Case) -> dict[str, Any]:
                 k=case.k,
                 row=row,
             )
+            encoded = replace(encoded, **tensor_map_changes.get(parameter.name, {}))
             descriptor = {
                 "object": recipe.tensor,
                 "element_type": _ELEMENT_TYPES[encoded.element_type],

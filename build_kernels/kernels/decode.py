@@ -71,6 +71,12 @@ class RouterDecode:
         barriers, cluster sync | fill the ring with W_gate, wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, publish
         | merge, select, store
+
+    A subclass supplies the constants below and
+        allocate_accumulator, free_accumulator   before the cluster sync, after the last read
+        issue_mma                                the MMA warp's loop
+        accumulators                             the epilogue warps' sums: FP32 registers and the
+                                                 (expert, token) of each, as an identity tensor
     """
 
     mma_warp = None
@@ -97,23 +103,17 @@ class RouterDecode:
         shape = (EXPERT_TILE, K_BLOCK, self.ring_blocks)
         return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
 
-    def x_smem_layout(self) -> cute.ComposedLayout:
-        """(token_tile, 64 k, ring_blocks) BF16, 128-byte swizzle, K contiguous."""
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        return cute.tile_to_shape(
-            atom, (self.token_tile, K_BLOCK, self.ring_blocks), order=(0, 1, 2)
-        )
+    def x_smem_layout(self, *ring: int) -> cute.ComposedLayout:
+        """(token_tile, 64 k, *ring) BF16, 128-byte swizzle, K contiguous.
 
-    def x_chunk_smem_layout(self) -> cute.ComposedLayout:
-        """x_smem_layout as (token_tile, 64 k, chunk, stages): what one TMA writes, and how
-        often."""
+        `ring` is (ring_blocks,) as the MMA reads it or (chunk, stages) as TMA writes it.
+        """
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        shape = (self.token_tile, K_BLOCK, self.chunk, self.stages)
-        return cute.tile_to_shape(atom, shape, order=(0, 1, 2, 3))
+        shape = (self.token_tile, K_BLOCK, *ring)
+        return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
     def shared_storage(self):
-        """The shared-memory struct: swizzled rings first, on the 1024 bytes that the swizzle
-        repeats in."""
+        """The shared-memory struct; rings on 1024 bytes, where the 128-byte swizzle repeats."""
 
         @cute.struct
         class SharedStorage:
@@ -172,7 +172,7 @@ class RouterDecode:
         x_atom, x_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(hidden_states, x_layout),
-            cute.select(self.x_chunk_smem_layout(), mode=[0, 1, 2]),
+            cute.select(self.x_smem_layout(self.chunk, self.stages), mode=[0, 1, 2]),
             (self.token_tile, K_BLOCK, self.chunk),
         )
         self.kernel(
@@ -242,7 +242,8 @@ class RouterDecode:
                     sums_full, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4)
                 )
         self.allocate_accumulator(storage, warp)
-        # A peer may not send before this CTA's barrier exists.
+        # A peer may not send before this CTA's barrier exists. The relaxed arrival publishes the
+        # barriers only (by their fence); sync_threads is for the TMEM address.
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()
         cute.arch.cluster_wait()
@@ -259,6 +260,7 @@ class RouterDecode:
             pair, column = warp // 2, warp % 2
             token = 2 * (pair * NUM_SPLITS + split) + column
             biases = self.read_biases(e_bias, tile, num_experts)
+            entries = self.own_entries(workspace, token, tile, num_tiles)
             # Outputs and workspace may be in use until the grid before has ended.
             cute.arch.griddepcontrol_wait()
             ticket = self.draw_ticket(workspace, token, num_tokens, num_tiles)
@@ -273,10 +275,16 @@ class RouterDecode:
                     entry = self.select_alone(keys, scores, top_k)
                     store_token(entry, top_k, routed_scaling_factor, weights, ids)
                 else:
-                    self.publish(workspace, token, tile, num_tiles, keys, scores)
+                    for i in cutlass.range_constexpr(2):
+                        word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
+                        cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
                     if cute.arch.shuffle_sync(ticket, 0) == num_tiles - 1:
-                        if num_tiles <= MAX_TILES // 2:
-                            entry = self.merge(workspace, token, num_tiles, top_k, MAX_TILES // 2)
+                        # E up to 256, up to 384 and up to 512: as few registers as hold them.
+                        if num_tiles <= 4:
+                            entry = self.merge(workspace, token, num_tiles, top_k, 4)
+                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
+                        elif num_tiles <= 6:
+                            entry = self.merge(workspace, token, num_tiles, top_k, 6)
                             store_token(entry, top_k, routed_scaling_factor, weights, ids)
                         else:
                             entry = self.merge(workspace, token, num_tiles, top_k, MAX_TILES)
@@ -295,7 +303,8 @@ class RouterDecode:
         num_blocks: Int32,
     ):
         """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
-        w_layout, x_layout = self.w_smem_layout(), self.x_chunk_smem_layout()
+        w_layout = self.w_smem_layout()
+        x_layout = self.x_smem_layout(self.chunk, self.stages)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         # (64, 64, k_block) and (token_tile, 64, k_block)
@@ -360,8 +369,7 @@ class RouterDecode:
             )
 
     def sums(self, storage) -> cute.Tensor:
-        """(expert, column, source, pair) FP32: partial sums in the order in which a sender holds
-        them.
+        """(expert, column, source, pair) FP32: partial sums as a sender holds them.
 
         The accumulator fragment of wgmma and of tcgen05.ld 16x256b gives a thread experts r and r +
         8 of two neighbouring tokens: these four are neighbours here, so they travel as one 16-byte
@@ -378,8 +386,7 @@ class RouterDecode:
 
     @cute.jit
     def lane_expert(self, half: cutlass.Constexpr[int]) -> Int32:
-        """The lower (half 0) or upper (half 1) expert of a lane within the tile: 8 apart, as in
-        `sums`."""
+        """A lane's lower (half 0) or upper (half 1) expert of the tile: 8 apart, as in `sums`."""
         lane = cute.arch.lane_idx()
         return lane // 8 * 16 + lane % 8 + 8 * half
 
@@ -438,8 +445,7 @@ class RouterDecode:
         biases: cute.Tensor,
         num_experts: Int32,
     ):
-        """Keys (uint32) and scores (FP32) of a lane's two experts, from the sums in source
-        order."""
+        """Keys (uint32) and scores (FP32) of a lane's two experts, the sums in source order."""
         lane = cute.arch.lane_idx()
         sums = self.sums(storage)
         parts = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
@@ -483,24 +489,17 @@ class RouterDecode:
         return take_top_k(ordered_keys, ordered_scores, expert, top_k)
 
     @cute.jit
-    def publish(
-        self,
-        workspace: cute.Pointer,
-        token: Int32,
-        tile: Int32,
-        num_tiles: Int32,
-        keys: cute.Tensor,
-        scores: cute.Tensor,
-    ):
-        """Write a lane's two entries where the merging lane will look for them."""
-        for i in cutlass.range_constexpr(2):
-            expert = EXPERT_TILE * tile + self.lane_expert(i)
-            cute.arch.store(
-                entry_of(workspace, token, expert // (2 * num_tiles), expert % (2 * num_tiles)),
-                (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i])),
-                sem="relaxed",
-                scope="gpu",
-            )
+    def own_entries(self, workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32):
+        """Pointers to a lane's two entries, where the merging lane will look for them.
+
+        The division is why they are made before the multiply, off the path that others wait for.
+        """
+        pointers = []
+        for half in cutlass.range_constexpr(2):
+            expert = EXPERT_TILE * tile + self.lane_expert(half)
+            run = 2 * num_tiles
+            pointers.append(entry_of(workspace, token, expert // run, expert % run))
+        return pointers
 
     @cute.jit
     def merge(
@@ -511,8 +510,10 @@ class RouterDecode:
         top_k: Int32,
         max_tiles: cutlass.Constexpr[int],
     ):
-        """Wait for all entries of a token, 2 num_tiles experts to a lane; clear them; take the
-        top_k."""
+        """Wait for a token's entries, 2 num_tiles experts to a lane; clear them; take the top_k.
+
+        max_tiles: how many tiles there are registers for; the tree of every round is as wide.
+        """
         lane = cute.arch.lane_idx()
         words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
         words.fill(Uint64(NOT_A_CANDIDATE << 32))
@@ -580,8 +581,7 @@ def decode_kernel(*, arch: str, **config) -> RouterDecode:
 
 
 def launch_facts(*, arch: str, **config) -> dict:
-    """What a launch needs besides its arguments: block, cluster, dynamic shared bytes, expert
-    tile."""
+    """What a launch needs besides its arguments, and the workspace's size in bytes."""
     kernel = decode_kernel(arch=arch, **config)
     return {
         "block": [kernel.num_threads, 1, 1],
@@ -592,11 +592,8 @@ def launch_facts(*, arch: str, **config) -> dict:
     }
 
 
-def compile_kernel(
-    *, symbol: str, arch: str, dump_dir: str, **config
-) -> tuple[bytes, str]:
-    """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is
-    `<symbol>_0`."""
+def compile_kernel(*, symbol: str, arch: str, dump_dir: str, **config) -> tuple[bytes, str]:
+    """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is symbol_0."""
     kernel = decode_kernel(arch=arch, **config)
     type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
 

@@ -115,8 +115,7 @@ class RouterDecodeSm100(RouterDecode):
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """This CTA's sums from tensor memory: FP32 registers and their (expert, token)
-        coordinates."""
+        """This CTA's sums from tensor memory: FP32 registers and their (expert, token)."""
         tiled_mma = self.make_tiled_mma()
         tCtAcc = self.accumulator(storage, tiled_mma)
         thread, _, _ = cute.arch.thread_idx()

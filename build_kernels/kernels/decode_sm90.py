@@ -1,5 +1,4 @@
-"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, accumulators in
-registers."""
+"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, into registers."""
 
 import cutlass
 import cutlass.cute as cute
@@ -46,7 +45,7 @@ class RouterDecodeSm90(RouterDecode):
                 OperandMajorMode.K,
             )
         )
-        w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout()
+        w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout(self.ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         thread, _, _ = cute.arch.thread_idx()

@@ -96,12 +96,12 @@ def best_of(keys: cute.Tensor, scores: cute.Tensor):
     entries = [(keys[i], scores[i], Int32(i)) for i in range(cute.size(keys))]
     while cutlass.const_expr(len(entries) > 1):
         winners = []
-        for i in cutlass.range_constexpr(0, len(entries), 2):
+        for i in cutlass.range_constexpr(0, len(entries) - 1, 2):
             later_is_better = entries[i + 1][0] > entries[i][0]
             winners.append(
                 tuple(choose(later_is_better, entries[i + 1][j], entries[i][j]) for j in range(3))
             )
-        entries = winners
+        entries = winners + entries[2 * len(winners) :]
     return entries[0]
 
 

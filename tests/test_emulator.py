@@ -369,9 +369,7 @@ def test_constant_tables():
     ld.global.b32 %r2, [%rd3];
     st.global.b32 [%rd0], %r2;
 """
-    out, result = run_threads(
-        body, globals_=".global .align 4 .u32 table[4] = {10, 20, 30, 0x28};"
-    )
+    out, result = run_threads(body, globals_=".global .align 4 .u32 table[4] = {10, 20, 30, 0x28};")
     assert result.findings == ()
     np.testing.assert_array_equal(out[:, 0], np.tile([10, 20, 30, 40], 8))
 

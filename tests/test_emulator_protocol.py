@@ -126,9 +126,7 @@ DONE:
 )
 def test_release_and_acquire(changes, expected):
     def run(text, schedule):
-        arrays = [
-            DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")
-        ]
+        arrays = [DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")]
         return run_threads(
             text, threads=1, grid=(2, 1, 1), extra=arrays, schedule=schedule,
             parameters=".param .u64 data, .param .u64 flag",
@@ -145,9 +143,7 @@ def test_fences_make_relaxed_flags_release_and_acquire():
         ("ld.global.b32 %r2", "fence.acq_rel.gpu; ld.global.b32 %r2"),
     )
     for schedule in SCHEDULES:
-        arrays = [
-            DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")
-        ]
+        arrays = [DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")]
         out, result = run_threads(
             fenced, threads=1, grid=(2, 1, 1), extra=arrays, schedule=schedule,
             parameters=".param .u64 data, .param .u64 flag",
@@ -383,9 +379,7 @@ DONE:"""),
     )  # fmt: skip
     rows = DeviceArray(name="rows", data=np.zeros((21, 16), np.uint32), read_only=True)
     out = DeviceArray(name="out", data=np.zeros(32, np.uint32), initialised=False)
-    tensor = TensorMap(
-        array=rows, element_type="uint32", dims=(16, 21), strides=(64,), box=(16, 8)
-    )
+    tensor = TensorMap(array=rows, element_type="uint32", dims=(16, 21), strides=(64,), box=(16, 8))
     seen = set()
     for schedule in SCHEDULES:
         result = emulate(

@@ -273,9 +273,7 @@ def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None):
                 swizzle=operand.swizzle,
             )
         )
-    out = DeviceArray(
-        name="out", data=np.zeros((a.rows, b.rows), np.float32), initialised=False
-    )
+    out = DeviceArray(name="out", data=np.zeros((a.rows, b.rows), np.float32), initialised=False)
     result = emulate(
         module(text, parameters=PARAMETERS, target=arch, globals_=GLOBALS),
         Launch(
@@ -433,7 +431,7 @@ def test_generic_writes_need_a_proxy_fence_before_the_tensor_core():
     a, b = Operand(64), Operand(16)
     text = tcgen05_gemm(a, b, 1, True)
     head, tail = text.split("    mbarrier.arrive.expect_tx", 1)
-    tail = tail[tail.index("    add.u32 %r20"):]
+    tail = tail[tail.index("    add.u32 %r20") :]
     fill = """
     mov.u32 %r10, 0;
 FILL:

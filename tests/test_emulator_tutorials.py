@@ -138,9 +138,7 @@ def test_hopper_dense_gemm(tmp_path, majors):
     for policy in ("latest", "random"):
         result = emulate(
             ptx,
-            Launch(
-                grid=(2, 2, 1), block=(128, 1, 1), dynamic_shared_bytes=220_000, arch="sm_90a"
-            ),
+            Launch(grid=(2, 2, 1), block=(128, 1, 1), dynamic_shared_bytes=220_000, arch="sm_90a"),
             [
                 operand("a", a, True, majors == "mn", (64, 64)),
                 operand("b", b, True, majors == "mn", (64, 64)),

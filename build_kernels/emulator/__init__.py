@@ -1,7 +1,7 @@
 """A PTX emulator: runs sm_90a and sm_100a kernels on a CPU and reports what is wrong with them.
 
-    result = emulate(ptx, Launch(grid=..., block=..., arch="sm_100a"), arguments, Schedule(seed=1))
-    result.memory["out"], result.findings
+result = emulate(ptx, Launch(grid=..., block=..., arch="sm_100a"), arguments, Schedule(seed=1))
+result.memory["out"], result.findings
 """
 
 from build_kernels.emulator.emulator import Result, emulate

@@ -29,7 +29,7 @@ from build_kernels.emulator.memory import READER_SLOTS, Memory
 from build_kernels.emulator.warp import Signal, Warp
 
 if TYPE_CHECKING:
-    from build_kernels.emulator.machine import Cta
+    from build_kernels.emulator.cta import Cta
 
 
 class Operation:
@@ -91,9 +91,7 @@ class Operation:
         raise NotImplementedError
 
     def thread(self) -> Thread:
-        return Thread(
-            cta=self.cta.index, warp=self.warp.index, lane=self.lane, agent=self.what
-        )
+        return Thread(cta=self.cta.index, warp=self.warp.index, lane=self.lane, agent=self.what)
 
     def completion(self) -> Clock:
         """What knowing of this operation's completion implies."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from build_kernels.emulator.clocks import ASYNC, GENERIC, INIT, Clock, join
-from build_kernels.emulator.ptx import Instruction
+from build_kernels.emulator.syntax import Instruction
 from build_kernels.emulator.warp import Signal, Warp, lanes_of
 
 if TYPE_CHECKING:
     from build_kernels.emulator.agents import Operation
-    from build_kernels.emulator.machine import Cta, Machine
+    from build_kernels.emulator.cta import Cta
+    from build_kernels.emulator.machine import Machine
 
 MAX_COUNT = (1 << 20) - 1
 

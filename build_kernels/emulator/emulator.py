@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator import (
-    arithmetic,
-    bulk_copy,
-    collectives,
-    synchronisation,
-    tensor_core,
-    transfers,
-)
 from build_kernels.emulator.findings import Finding
+from build_kernels.emulator.instructions import collectives
+from build_kernels.emulator.instructions.decoders import decoder_of
 from build_kernels.emulator.launch import (
     Argument,
     DeviceArray,
@@ -26,20 +20,13 @@ from build_kernels.emulator.launch import (
     check_launch,
     pack,
 )
-from build_kernels.emulator.machine import Machine, place_variables
+from build_kernels.emulator.machine import Machine
 from build_kernels.emulator.memory import Memory
 from build_kernels.emulator.operands import Context
-from build_kernels.emulator.ptx import Instruction, Kernel, parse
-from build_kernels.emulator.warp import Decoded, Outcome, Warp
-
-DECODERS: dict[str, Callable[[Instruction, Context], Callable[[Warp], Outcome]]] = {
-    **arithmetic.DECODERS,
-    **collectives.DECODERS,
-    **synchronisation.DECODERS,
-    **transfers.DECODERS,
-    **tensor_core.DECODERS,
-    "cp": bulk_copy.copy,
-}
+from build_kernels.emulator.ptx import parse
+from build_kernels.emulator.syntax import Instruction, Kernel
+from build_kernels.emulator.variables import place_variables
+from build_kernels.emulator.warp import Decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +83,7 @@ def decode(kernel: Kernel, context: Context) -> list[Decoded]:
     """Turn every instruction into a closure; PtxError for the first that is unknown."""
     program = []
     for ins in kernel.instructions:
-        words = ins.words
-        decoder = DECODERS.get(words[0])
-        if words[0] in ("st", "red") and words[1:2] == ("async",):
-            decoder = bulk_copy.remote_store
-        if decoder is None:
-            raise ins.error(f"unknown instruction {words[0]}")
+        decoder = decoder_of(ins)
         try:
             run = decoder(ins, context)
         except IndexError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from build_kernels.emulator.findings import LaunchError
 from build_kernels.emulator.memory import SHARED_CAPACITY, SHARED_RESERVED
-from build_kernels.emulator.ptx import TYPE_BITS, Kernel, Parameter
+from build_kernels.emulator.syntax import TYPE_BITS, Kernel, Parameter
 from build_kernels.emulator.tensor_map import TensorMap
 
 POLICIES = ("earliest", "latest", "random")
@@ -160,9 +160,7 @@ def pack(kernel: Kernel, arguments: Sequence[Argument]) -> PackedParameters:
         )
     data = bytearray(kernel.parameter_bytes)
     packed = PackedParameters(data=b"")
-    for number, (parameter, argument) in enumerate(
-        zip(kernel.parameters, arguments, strict=True)
-    ):
+    for number, (parameter, argument) in enumerate(zip(kernel.parameters, arguments, strict=True)):
         where = f"arguments[{number}]"
         size = _place(data, packed, parameter, parameter.offset, argument, where)
         if size != parameter.size:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.ptx import (
+from build_kernels.emulator.syntax import (
     TYPE_BITS,
     Address,
     Immediate,
@@ -177,9 +177,7 @@ def destination(
             return lambda w, value, taint: w.put(index, value, taint)
         return lambda w, value, taint: w.put(index, value.view(storage), taint)
     if DTYPE[kind] is np.float16:
-        return lambda w, value, taint: w.put(
-            index, value.view(np.uint16).astype(storage), taint
-        )
+        return lambda w, value, taint: w.put(index, value.view(np.uint16).astype(storage), taint)
     return lambda w, value, taint: w.put(index, value.astype(storage), taint)
 
 

@@ -95,8 +95,7 @@ class TensorMap:
             )
         if any(s % 16 or not 0 < s < 1 << 40 for s in self.strides):
             raise LaunchError(
-                f"{where}.strides: expected multiples of 16 bytes below 2^40 "
-                f"(got {self.strides})"
+                f"{where}.strides: expected multiples of 16 bytes below 2^40 (got {self.strides})"
             )
         if self.offset % 16:
             raise LaunchError(f"{where}.offset: must be a multiple of 16 (got {self.offset})")

@@ -9,42 +9,32 @@ warp make progress independently (PTX ISA 3.1, "Scalable multithreading").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.clocks import (
-    CLUSTER_SCOPE,
-    CTA_SCOPE,
-    GENERIC,
-    INIT,
-    WEAK,
-    Clock,
-    Ints,
-    actor_of,
-    actors_of,
-    instruction_of,
-    join,
-    record,
-    scope_of,
-    ticks_of,
-)
+from build_kernels.emulator.clocks import GENERIC, INIT, Clock, join
 from build_kernels.emulator.findings import Thread
-from build_kernels.emulator.memory import READER_SLOTS, Memory
-from build_kernels.emulator.ptx import Instruction
+from build_kernels.emulator.syntax import Instruction
 
 if TYPE_CHECKING:
-    from build_kernels.emulator.machine import Cta, Machine
+    from build_kernels.emulator.cta import Cta
+    from build_kernels.emulator.machine import Machine
+
 
 LANES = 32
+
 ALL = (1 << LANES) - 1
+
 LANE_INDEX = np.arange(LANES)
+
 STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 Array = NDArray[Any]
+
 Mask = NDArray[np.bool_]
 
 
@@ -94,7 +84,9 @@ class Exited:
 
 
 EXITED = Exited()
+
 Outcome = Wait | Exited | None
+Run = Callable[["Warp"], Outcome]
 
 
 @dataclass(eq=False)
@@ -319,9 +311,7 @@ class Warp:
         kept = []
         for fragment in self.fragments:
             at = places.get(fragment.pc)
-            free = fragment.token is None and (
-                fragment.wait is None or fragment.wait.convergence
-            )
+            free = fragment.token is None and (fragment.wait is None or fragment.wait.convergence)
             if at is not None and free:
                 at.mask |= fragment.mask
                 at.wait = None
@@ -504,73 +494,3 @@ class Warp:
     def touch(self) -> None:
         """An access was recorded at the current tick."""
         self._settled = 0
-
-
-@dataclass(eq=False)
-class ThreadAccess:
-    """An access by lanes of a warp through the generic proxy.
-
-    lanes: the lane of each touched byte; scope: 0 for weak, else the scope of a strong one."""
-
-    warp: Warp
-    lanes: Ints
-    scope: int = WEAK
-    reader_slot: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reader_slot = self.warp.actor // LANES % READER_SLOTS
-        self.warp.touch()
-
-    def records(self, count: int) -> Ints:
-        warp = self.warp
-        actors = warp.actor + self.lanes
-        return record(warp.tick, actors, self.scope, warp.instruction.index)
-
-    def unordered(self, records: Ints, written: bool) -> Ints | None:
-        if not records.any():
-            return None
-        warp = self.warp
-        actors, ticks = actors_of(records), ticks_of(records)
-        groups = warp.groups_of(warp.bits)
-        if len(groups) == 1:
-            known = groups[0][0][GENERIC][actors] >= ticks
-        else:
-            known = np.zeros(len(records), dtype=bool)
-            for clock, bits in groups:
-                mine = lanes_of(bits)[self.lanes]
-                known[mine] = clock[GENERIC][actors[mine]] >= ticks[mine]
-        known |= (actors == warp.actor + self.lanes) & (ticks >= warp.first_tick)
-        if known.all():
-            return None
-        bad = np.flatnonzero(~known)
-        if self.scope:
-            bad = np.array(
-                [i for i in bad if not self._morally_strong(int(records[i]))], dtype=np.int64
-            )
-        return bad if len(bad) else None
-
-    def _morally_strong(self, other: int) -> bool:
-        """PTX ISA 8.x "Morally strong operations": both strong, each scope includes the other."""
-        scope = min(scope_of(other), self.scope)
-        if scope == WEAK:
-            return False
-        actor = actor_of(other)
-        cta = self.warp.machine.cta_of(actor)
-        if scope == CTA_SCOPE:
-            return cta is self.warp.cta
-        if scope == CLUSTER_SCOPE:
-            return cta is not None and cta.cluster is self.warp.cta.cluster
-        return True
-
-    def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
-        machine = self.warp.machine
-        lane = int(self.lanes[0]) if len(self.lanes) else None
-        machine.report(
-            "race",
-            f"{what} conflict with no order between the two",
-            warp=self.warp,
-            lane=lane,
-            address=memory.describe(offset),
-            other=machine.kernel.instructions[instruction_of(other)],
-            other_thread=machine.actor_thread(other),
-        )

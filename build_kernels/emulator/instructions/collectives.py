@@ -6,26 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from build_kernels.emulator import floats
 from build_kernels.emulator.clocks import GENERIC
 from build_kernels.emulator.operands import Context, Modifiers, Source, destination, source
-from build_kernels.emulator.ptx import Instruction, Pair
+from build_kernels.emulator.syntax import Instruction, Pair
 from build_kernels.emulator.warp import (
     ALL,
     EXITED,
     LANE_INDEX,
     LANES,
+    Array,
     Outcome,
+    Run,
     Wait,
     Warp,
     bits_of,
     indices_of,
 )
-
-Array = NDArray[Any]
-Run = Callable[[Warp], Outcome]
 
 
 def gather(w: Warp, mask: Source) -> tuple[int, Wait | None]:
@@ -228,9 +226,7 @@ def reduce(ins: Instruction, context: Context) -> Run:
             values = np.abs(values) if absolute else values
             result = values[:1]
             for i in range(1, len(values)):
-                result = floats.extreme(
-                    result, values[i : i + 1], largest=name == "max", nan=nan
-                )
+                result = floats.extreme(result, values[i : i + 1], largest=name == "max", nan=nan)
             total = floats.canonical(result)[0]
         else:
             total = table[name](values)
@@ -337,21 +333,3 @@ def dependency(ins: Instruction, context: Context) -> Run:
         w.replace_clocks(w.bits, know)
 
     return run
-
-
-DECODERS: dict[str, Callable[[Instruction, Context], Run]] = {
-    "shfl": shuffle,
-    "vote": vote,
-    "match": match,
-    "redux": reduce,
-    "elect": elect,
-    "activemask": active_mask,
-    "ret": leave,
-    "exit": leave,
-    "trap": trap,
-    "bra": branch,
-    "nanosleep": nothing,
-    "pmevent": nothing,
-    "setmaxnreg": nothing,
-    "griddepcontrol": dependency,
-}

@@ -1,0 +1,1 @@
+"""What each instruction does: functions that decode it into a closure over a warp."""

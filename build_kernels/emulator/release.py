@@ -1,0 +1,70 @@
+"""What strong operations hand over to each other (PTX ISA 8, "Release and Acquire Patterns")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from build_kernels.emulator.clocks import CLUSTER_SCOPE, CTA_SCOPE, GPU_SCOPE, WEAK, Clock, join
+from build_kernels.emulator.operands import Modifiers
+from build_kernels.emulator.warp import Warp
+
+if TYPE_CHECKING:
+    from build_kernels.emulator.cta import Cta
+from build_kernels.emulator.places import Place
+
+SCOPES = {"cta": CTA_SCOPE, "cluster": CLUSTER_SCOPE, "gpu": GPU_SCOPE, "sys": GPU_SCOPE}
+
+
+@dataclass
+class Released:
+    """What the last strong write of a location handed over, at which scope, by whom."""
+
+    clock: Clock
+    scope: int
+    cta: Cta
+
+
+def _reaches(entry: Released, scope: int, cta: Cta) -> bool:
+    scope = min(scope, entry.scope)
+    if scope == CTA_SCOPE:
+        return entry.cta is cta
+    if scope == CLUSTER_SCOPE:
+        return entry.cta.cluster is cta.cluster
+    return True
+
+
+def synchronise_read(w: Warp, place: Place, acquire: bool, scope: int) -> None:
+    """Strong loads learn what the location's last strong store released."""
+    for lane, offset in zip(place.lanes, place.offsets, strict=True):
+        entry = w.machine.released.get((place.memory, int(offset)))
+        if entry is None or not _reaches(entry, scope, w.cta):
+            continue
+        bit = 1 << int(lane)
+        if acquire:
+            w.acquire(bit, entry.clock)
+        else:
+            before = w.unfenced[lane]
+            w.unfenced[lane] = entry.clock if before is None else join(before, entry.clock)
+
+
+def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: bool) -> None:
+    """Strong stores hand over what the lane knows; a read-modify-write keeps what was there."""
+    for lane, offset in zip(place.lanes, place.offsets, strict=True):
+        key = (place.memory, int(offset))
+        clock = w.publish(1 << int(lane), release)
+        before = w.machine.released.get(key)
+        if rmw and before is not None:
+            clock = join(before.clock, clock)
+        w.machine.released[key] = Released(clock, scope, w.cta)
+
+
+def order_of(mods: Modifiers, default: str) -> tuple[str, int]:
+    """The memory order and the scope (WEAK for weak accesses)."""
+    order = mods.one_of("weak", "relaxed", "acquire", "release", "acq_rel", "volatile") or default
+    scope = mods.one_of(*SCOPES)
+    if order == "volatile":
+        return "relaxed", GPU_SCOPE
+    if order == "weak":
+        return order, WEAK
+    return order, SCOPES[scope] if scope else GPU_SCOPE

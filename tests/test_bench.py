@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -24,7 +25,15 @@ from hypothesis import strategies as st  # noqa: E402
 
 import build_kernels  # noqa: E402
 from build_kernels import cli  # noqa: E402
-from build_kernels.bench import command, contenders, floors, measure, model, peers  # noqa: E402
+from build_kernels.bench import (  # noqa: E402
+    command,
+    contenders,
+    floors,
+    measure,
+    model,
+    peers,
+    stopwatch,
+)
 from build_kernels.bench.check import complaint, reference_of  # noqa: E402
 from build_kernels.bench.contenders import Entrant, Unavailable  # noqa: E402
 from build_kernels.bench.inputs import make_inputs, poison  # noqa: E402
@@ -53,7 +62,7 @@ from build_kernels.bench.report import (  # noqa: E402
     read_report,
     write_report,
 )
-from build_kernels.bench.stopwatch import Timing, timing_of  # noqa: E402
+from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
 from dsv4_router_runtime import driver  # noqa: E402
 from dsv4_router_runtime.artifacts import ArtifactSet  # noqa: E402
 from dsv4_router_runtime.launch import ParameterBlock  # noqa: E402
@@ -796,10 +805,159 @@ def test_a_floor_that_fails_says_why() -> None:
     assert (floor.microseconds, floor.reason) == (None, "RuntimeError: no kernel image")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("one\ntwo"), "ValueError: one"),
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("x" * 1000), "RuntimeError: " + "x" * 300),
+    ],
+)
+def test_a_reason_is_one_line(error: Exception, words: str) -> None:
+    assert measure.in_a_line(error) == words
+
+
 def test_progress_is_one_line_a_row() -> None:
     row = (figure("7168x384", 4, "ours", 4.2), figure("7168x384", 4, "vllm", None))
     line = command.progress_line(row)
     assert line == f"7168x384 cold N=4: ours 4.20, vllm not measured: {WHY}"
+
+
+# ---- The shell around the GPU, on a stand-in ---------------------------------------------------
+
+
+class FakeCuda:
+    """torch.cuda as the stopwatch uses it: capturing calls, replaying counts, events tick."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.clock = 0.0
+        cuda = self
+
+        class Stream:
+            def wait_stream(self, other) -> None:
+                cuda.log.append("side waits")
+
+        class Graph:
+            def replay(self) -> None:
+                cuda.log.append("replay")
+                cuda.clock += 0.5
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = cuda.clock
+
+            def elapsed_time(self, later) -> float:
+                return later.at - self.at
+
+        @contextlib.contextmanager
+        def inside(what: str):
+            cuda.log.append(what)
+            yield
+            cuda.log.append(f"end of {what}")
+
+        fakes = {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "current_stream": lambda: Stream(),
+            "stream": lambda stream: inside("side stream"),
+            "graph": lambda graph: inside("capture"),
+            "synchronize": lambda: cuda.log.append("wait"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    monkeypatch.setattr(stopwatch, "WARM_UP_SECONDS", 1e-9)
+    return FakeCuda(monkeypatch)
+
+
+def test_a_graph_is_recorded_after_a_warm_up_and_replayed(cuda: FakeCuda) -> None:
+    def call(layer: int) -> int:
+        cuda.log.append(f"call {layer}")
+        return layer
+
+    run = CudaStopwatch().prepare(call, [0, 1, 2, 3], COLD)
+    warm_up = ["side stream", "call 0", "call 1", "call 2", "end of side stream"]
+    calls = [f"call {layer}" for layer in range(4)]
+    capture = ["capture", *calls, "end of capture"]
+    assert cuda.log == ["side waits", *warm_up, "wait", *capture]
+    assert run() == [0, 1, 2, 3]
+    assert cuda.log[-1] == "replay"
+
+
+@pytest.mark.parametrize("mode", [EAGER, HOST])
+def test_without_a_graph_each_run_calls_again(cuda: FakeCuda, mode: str) -> None:
+    calls: list[int] = []
+    run = CudaStopwatch().prepare(lambda layer: calls.append(layer), [0, 1, 2, 3], mode)
+    run()
+    assert "capture" not in cuda.log
+    assert calls == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_a_replays_time_is_shared_among_its_calls(cuda: FakeCuda) -> None:
+    watch = CudaStopwatch()
+    run = watch.prepare(lambda layer: layer, [0] * 50, WARM)
+    timing = watch.time(run, 50)
+    # 0.5 ms a replay of 50 calls.
+    assert timing == Timing(microseconds=10.0, low=10.0, high=10.0)
+    assert cuda.log.count("replay") == 1 + stopwatch.REPLAYS
+
+
+@pytest.mark.usefixtures("cuda")
+def test_host_time_is_that_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0, 7_000)
+    monkeypatch.setattr(stopwatch.time, "perf_counter_ns", lambda: next(ticks))
+    calls: list[int] = []
+    timing = CudaStopwatch().time_host(lambda layer: calls.append(layer), [0, 1, 2])
+    assert timing.microseconds == 7.0
+    assert len(calls) == stopwatch.HOST_CALLS
+    assert calls[:4] == [0, 1, 2, 0]
+
+
+def test_the_whole_command_on_a_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_artifacts
+) -> None:
+    properties = types.SimpleNamespace(L2_cache_size=60 << 20)
+    for name, fake in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda: "NVIDIA H200",
+        "get_device_capability": lambda: (9, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(driver, "arch_of_device", lambda index: "sm_90a")
+    monkeypatch.setattr(stopwatch, "CudaStopwatch", FloorsAside)
+    monkeypatch.setattr(contenders, "router_call", lambda inputs, artifacts, *, pdl: right(inputs))
+    monkeypatch.setattr(measure, "make_problem", lambda k, e, top_k, l2: PROBLEM)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(peers, "stand_in_for_packages", lambda: None)
+    artifacts = write_artifacts(sample_manifest())
+    (tmp_path / "peers").mkdir()
+    path = tmp_path / "out.json"
+    options = ("--shapes", "256x24", "--n", "1,3", "--mode", "all", "--json", path)
+    result = bench(*options, "--artifacts", artifacts, "--peers", tmp_path / "peers")
+    assert result.exit_code == 0, result.stderr
+    report = read_report(path)
+    assert (report.machine.gpu, report.machine.arch) == ("NVIDIA H200", "sm_90a")
+    assert report.method.modes == (COLD, WARM, EAGER)
+    assert [c.name for c in report.contenders] == [
+        *("ours", "ours, no PDL", "cuBLAS + router_topk"),
+        *("vllm", "cuBLAS + dsv4_topk", "sglang", "torch"),
+    ]
+    reasons = {f.contender: f.reason for f in report.figures}
+    assert reasons["ours"] is None
+    assert reasons["vllm"] == "ll_bf16.py is not in peers/ (stage it there)"
+    # This torch has no product of BF16 with an FP32 result on a CPU.
+    assert str(reasons["torch"]).startswith("NotImplementedError: ")
+    assert "256x24 warm N=3: ours 4.00" in result.stderr
 
 
 # ---- Contenders --------------------------------------------------------------------------------

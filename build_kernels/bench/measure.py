@@ -40,6 +40,8 @@ MIN_WEIGHT_BYTES = 200_000_000
 # The weights of a cold run hold this many L2 caches.
 L2_CAPACITIES = 4
 
+MAX_REASON = 300
+
 OnFigures = Callable[[Sequence[Figure]], None]
 
 
@@ -169,8 +171,14 @@ def measure_cell(
         return figure(reason=str(error))
     # Whatever a contender raises, the others are still measured.
     except Exception as error:
-        return figure(reason=f"{type(error).__name__}: {error}")
+        return figure(reason=in_a_line(error))
     return figure(microseconds=timing.microseconds, low=timing.low, high=timing.high)
+
+
+def in_a_line(error: Exception) -> str:
+    """An exception's type and the first line of what it says; torch's go on for pages."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:MAX_REASON]}".removesuffix(": ")
 
 
 def call_order(problem: Problem, mode: str) -> list[int]:
@@ -203,8 +211,7 @@ def measure_floor(
     # A floor that cannot be measured is reported like a contender that cannot.
     except Exception as error:
         if not times:
-            reason = f"{type(error).__name__}: {error}"
-            return Floor(shape=shape, mode=mode, name=name, how="", reason=reason)
+            return Floor(shape=shape, mode=mode, name=name, how="", reason=in_a_line(error))
     microseconds, how = min(times)
     return Floor(shape=shape, mode=mode, name=name, how=how, microseconds=microseconds)
 

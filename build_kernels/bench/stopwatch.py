@@ -80,6 +80,8 @@ class CudaStopwatch:
     def time(self, run: Callable[[], object], calls: int) -> Timing:
         """Between two events around all calls."""
         end = time.perf_counter() + WARM_UP_SECONDS
+        run()
+        self.wait()
         while time.perf_counter() < end:
             run()
             self.wait()

@@ -282,7 +282,7 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
     assert given["launch"]["grid_dim"] == [16, 3, 1]
     w_map, x_map = given["tma_descriptors"]
     assert (w_map["global_shape"], w_map["global_strides_bytes"]) == ([132, 2048], [272])
-    assert (x_map["global_shape"], x_map["box_shape"]) == ([2048, 6], [64, 16])
+    assert (x_map["global_shape"], x_map["box_shape"]) == ([64, 6, 32], [64, 16, 4])
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:

@@ -63,7 +63,11 @@ class Case:
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """N in {1, 6, 7, 16, 64}, ragged E, two K; K of 16 blocks gives each CTA of the cluster one."""
+    """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
+
+    K of 16 blocks gives each CTA of the cluster one; with 17 each, every stage of the ring is used
+    three times.
+    """
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     first = (
@@ -80,6 +84,9 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
+        Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased"),
+        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased"),
     )
 
 

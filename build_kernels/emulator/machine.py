@@ -214,13 +214,17 @@ class Machine:
             self.pending.remove(operation)
 
     def _perform_one(self) -> bool:
+        """Finish one operation that is ready: the oldest, or any of them."""
+        if self.schedule.policy != "earliest":
+            for _ in range(4):
+                if self.pending and (one := self.random.choice(self.pending)).ready:
+                    self.perform(one)
+                    return True
         ready = [operation for operation in self.pending if operation.ready]
         if not ready:
             return False
-        if self.schedule.policy == "earliest":
-            self.perform(ready[0])
-        else:
-            self.perform(self.random.choice(ready))
+        earliest = self.schedule.policy == "earliest"
+        self.perform(ready[0] if earliest else self.random.choice(ready))
         return True
 
     # ---- running ----

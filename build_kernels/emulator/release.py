@@ -52,8 +52,13 @@ def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: boo
     """Strong stores hand over what the lane knows; a read-modify-write keeps what was there."""
     for lane, offset in zip(place.lanes, place.offsets, strict=True):
         key = (place.memory, int(offset))
-        clock = w.publish(1 << int(lane), release)
         before = w.machine.released.get(key)
+        if not release and w.fenced[lane] is None:
+            # A relaxed store with no fence before it hands nothing over.
+            if before is not None and not rmw:
+                del w.machine.released[key]
+            continue
+        clock = w.publish(1 << int(lane), release)
         if rmw and before is not None:
             clock = join(before.clock, clock)
         w.machine.released[key] = Released(clock, scope, w.cta)

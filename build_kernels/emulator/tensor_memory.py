@@ -121,15 +121,11 @@ class TensorAccess:
         known |= (actors == operation.slot.actor) & (ticks == operation.tick)
         if known.all():
             return None
-        verdicts: dict[int, bool] = {}
-        bad = []
-        for i in np.flatnonzero(~known):
-            one = int(records[i])
-            if one not in verdicts:
-                verdicts[one] = self._ordered(one)
-            if not verdicts[one]:
-                bad.append(int(i))
-        return np.array(bad, dtype=np.int64) if bad else None
+        bad = np.flatnonzero(~known)
+        distinct, which = np.unique(records[bad], return_inverse=True)
+        verdicts = np.array([self._ordered(int(one)) for one in distinct], dtype=bool)
+        bad = bad[~verdicts[which]]
+        return bad if len(bad) else None
 
     def _ordered(self, one: int) -> bool:
         operation = self.operation

@@ -215,7 +215,8 @@ def prove(
         if report["result"] != _PROVEN:
             return _not_proven(case, report, proven)
         proven.append(str(case))
-        assumptions |= dict.fromkeys(item.why for item in (*case.rewrites, *case.forced))
+        assumptions |= dict.fromkeys(rewrite.why for rewrite in case.rewrites)
+        assumptions |= dict.fromkeys(branch.why for branch in case.forced)
         assumptions |= dict.fromkeys(
             item["text"] for item in report.get("assumptions", ()) if item.get("triggered")
         )

@@ -63,6 +63,7 @@ from build_kernels.bench.report import (  # noqa: E402
     write_report,
 )
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
+from build_kernels.bench.table import places  # noqa: E402
 from dsv4_router_runtime import driver  # noqa: E402
 from dsv4_router_runtime.artifacts import ArtifactSet  # noqa: E402
 from dsv4_router_runtime.launch import ParameterBlock  # noqa: E402
@@ -311,7 +312,7 @@ def test_a_figure_of_ours_that_is_missing_fails_the_run(
     result = bench()
     assert result.exit_code == 1
     assert "ours is not measured at 7168x384 cold N=1 (wrong ids in 3 of 64 rows)" in result.stderr
-    assert "not measured: ours (7168x384 cold N=1): wrong ids in 3 of 64 rows" in result.stdout
+    assert "not measured: ours (7168x384; cold; N=1): wrong ids in 3 of 64 rows" in result.stdout
 
 
 def test_no_pdl_names_ours_without_it() -> None:
@@ -414,7 +415,13 @@ def test_worst_and_mean_are_printed(report_file: Path) -> None:
 
 def test_what_is_not_measured_says_why(report_file: Path) -> None:
     out = bench("--render", report_file).stdout
-    assert f"not measured: vllm (4096x256 cold N=1): {WHY}" in out
+    assert f"not measured: vllm (4096x256; cold; N=1): {WHY}" in out
+
+
+def test_places_are_short_where_they_are_a_product() -> None:
+    cells = [("a", mode, n) for mode in ("cold", "warm") for n in ("N=1", "N=4")]
+    assert places(cells) == "a; cold, warm; N=1, N=4"
+    assert places(cells[:3]) == "a cold N=1; a cold N=4; a warm N=1"
 
 
 def test_a_floor_names_the_kernel_that_was_run(report_file: Path) -> None:

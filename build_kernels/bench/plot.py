@@ -44,12 +44,12 @@ def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
             continue
         draw_panel(axes, report, report.problems[at], mode, colours)
         axes.set_ylim(lowest, highest)
-        last = at % columns == columns - 1 or at == len(report.problems) - 1
-        if last:
+        if at % columns == columns - 1:
             label_lines(axes, report, report.problems[at], mode, colours)
         if at % columns == 0:
             axes.set_ylabel("µs per call")
-    figure.suptitle(heading(report, mode), x=0.012, ha="left", fontsize=10.5)
+    separator = ":\n" if columns == 1 else ": "
+    figure.suptitle(separator.join(heading(report, mode)), x=0.012, ha="left", fontsize=10.5)
     # Room for the labels is found by the layout itself.
     figure.tight_layout(w_pad=0.8)
     buffer = io.BytesIO()
@@ -58,14 +58,14 @@ def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def heading(report: Report, mode: str) -> str:
+def heading(report: Report, mode: str) -> tuple[str, str]:
     words = {
         "cold": "gate weights cold, from HBM (CUDA graph)",
         "warm": "gate weight in L2 (CUDA graph)",
         "eager": "no CUDA graph, host included",
         "host": "host time until the call returns",
     }
-    return f"DeepSeek-V4 router on one {report.machine.gpu}: {words[mode]}"
+    return f"DeepSeek-V4 router on one {report.machine.gpu}", words[mode]
 
 
 def colours_of(report: Report) -> dict[str, str]:

@@ -111,20 +111,25 @@ def contender_lines(report: Report) -> Iterator[str]:
 
 def missing_lines(report: Report) -> Iterator[str]:
     """A line for each contender and reason, with the cells that share it."""
-    shared: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    shared: dict[tuple[str, str], list[tuple[str, ...]]] = {}
     for figure in report.figures:
         if figure.reason is not None:
-            cells = shared.setdefault((figure.contender, figure.reason), {})
-            cells.setdefault((figure.shape, figure.mode), []).append(str(figure.num_tokens))
+            shared.setdefault((figure.contender, figure.reason), []).append(
+                (figure.shape, figure.mode, f"N={figure.num_tokens}")
+            )
     for floor in report.floors:
         if floor.reason is not None:
-            shared.setdefault((floor.name, floor.reason), {})[floor.shape, floor.mode] = []
+            shared.setdefault((floor.name, floor.reason), []).append((floor.shape, floor.mode))
     for (name, reason), cells in shared.items():
-        places = "; ".join(
-            f"{shape} {mode}" + (f" N={','.join(counts)}" if counts else "")
-            for (shape, mode), counts in cells.items()
-        )
-        yield f"not measured: {name} ({places}): {' '.join(reason.split())}"
+        yield f"not measured: {name} ({places(cells)}): {' '.join(reason.split())}"
+
+
+def places(cells: Sequence[tuple[str, ...]]) -> str:
+    """Cells in words; in short where they are all combinations of some shapes, modes and Ns."""
+    axes = [list(dict.fromkeys(axis)) for axis in zip(*cells, strict=True)]
+    if set(itertools.product(*axes)) == set(cells):
+        return "; ".join(", ".join(axis) for axis in axes)
+    return "; ".join(" ".join(cell) for cell in cells)
 
 
 def print_model(console: Console, report: Report) -> None:

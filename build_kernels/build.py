@@ -19,32 +19,24 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
 from dsv4_router_runtime.errors import ManifestError
 from dsv4_router_runtime.manifest import (
-    KIND_LAYOUT,
-    MAX_PORTABLE_CLUSTER_CTAS,
     SCHEMA_VERSION,
     Kernel,
-    Launch,
     Manifest,
-    Parameter,
-    Resources,
-    compute_capability,
     cubin_name,
     parse_manifest,
     serialise_manifest,
 )
 
 from . import compilers, cubin
+from .entry import ENTRY_VERSION, EntryError, make_entry, sha256
 from .publish import build_folder, publish
 from .specs import KERNELS, KernelSpec
 
-# Files of the builder that decide what an entry of the manifest says.
-_BUILDER_FILES = ("build.py", "compilers.py", "cubin.py")
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -67,12 +59,11 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A compiled kernel: its manifest entry and files. `ptxas` is None where no cubin says it."""
+    """A compiled kernel: its manifest entry and its files."""
 
     entry: Kernel
     cubin: bytes
     ptx: str
-    ptxas: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +136,19 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
 
 
 def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
-    """sha256 over all that decides the kernel's bytes and its manifest entry."""
-    package = Path(__file__).resolve().parent
-    files = (*compilers.source_files(spec), *(package / name for name in _BUILDER_FILES))
-    digest = hashlib.sha256()
-    facts = {"arch": arch, "spec": asdict(spec), "tools": toolchain, "schema": SCHEMA_VERSION}
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for file in files:
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"\n{file.relative_to(package).as_posix()} {content}".encode())
+    """sha256 over all that decides the kernel's bytes and what its manifest entry says of them."""
+    facts = {
+        "arch": arch,
+        "spec": asdict(spec),
+        "tools": toolchain,
+        "options": compilers.NVRTC_OPTIONS,
+        "opcodes": cubin.WATCHED_OPCODES,
+        "entry": ENTRY_VERSION,
+        "schema": SCHEMA_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for file in compilers.source_files(spec):
+        digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
     return digest.hexdigest()
 
 
@@ -174,7 +169,7 @@ def run_build(
         raise BuildError(f"--locked needs a manifest to compare with: {plan.problem}")
     with build_folder(artifacts) as folder:
         built = _compile_all(plan.stale, folder, jobs, on_done)
-        manifest = _new_manifest(plan, built)
+        manifest = _new_manifest(artifacts, plan, built)
         text = serialise_manifest(manifest)
         path = artifacts / MANIFEST_NAME
         if locked and path.read_text() != text:
@@ -231,7 +226,7 @@ def _files_are_whole(artifacts: Path, entry: Kernel) -> bool:
         found = [(artifacts / name).read_bytes() for name in _file_names(entry)]
     except OSError:
         return False
-    return all(_sha256(data) == sha256 for data, sha256 in zip(found, wanted, strict=True))
+    return all(sha256(data) == digest for data, digest in zip(found, wanted, strict=True))
 
 
 def _surplus(artifacts: Path, kept: Iterable[str]) -> bool:
@@ -239,22 +234,15 @@ def _surplus(artifacts: Path, kept: Iterable[str]) -> bool:
     return any(name not in known and not name.startswith(".") for name in os.listdir(artifacts))
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _new_manifest(plan: Plan, built: Sequence[Built]) -> Manifest:
-    toolchain = dict(plan.toolchain)
-    # The assembler inside the DSL. Its sm_90a cubins do not say which it is, the others do.
-    stated = {item.ptxas for item in built if item.ptxas} or (
-        {plan.manifest.toolchain["ptxas"]}
-        if plan.manifest and "ptxas" in plan.manifest.toolchain
-        else set()
-    )
-    if stated:
-        toolchain["ptxas"] = " ".join(sorted(stated))
-    entries = [item.entry for item in built]
-    return Manifest(toolchain=toolchain, kernels=(*entries, *plan.current, *plan.kept))
+def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manifest:
+    untouched = (*plan.current, *plan.kept)
+    # The assemblers inside the DSL and NVRTC. Read from the whole set and not only from what was
+    # built now, so that the manifest does not depend on the order in which its parts were built.
+    cubins = [item.cubin for item in built]
+    cubins += [(artifacts / entry.file).read_bytes() for entry in untouched]
+    stated = {version for data in cubins if (version := cubin.stated_ptxas(data))}
+    toolchain = plan.toolchain | ({"ptxas": " ".join(sorted(stated))} if stated else {})
+    return Manifest(toolchain=toolchain, kernels=(*(item.entry for item in built), *untouched))
 
 
 def _locked_difference(old: Manifest | None, new: Manifest) -> str:
@@ -342,100 +330,10 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
         path.write_bytes(compiled.cubin)
         facts = cubin.read_cubin(compiled.cubin)
         opcodes = cubin.watched(cubin.count_opcodes(path))
-        entry = make_entry(task, compiled, facts, opcodes)
-        return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx, ptxas=facts.ptxas)
-    except (BuildError, compilers.CompileError, cubin.CubinError) as error:
+        entry = make_entry(task.spec, task.arch, task.digest, compiled, facts, opcodes)
+        return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
+    except (EntryError, compilers.CompileError, cubin.CubinError) as error:
         return str(error)
     except Exception:
         # A DSL kernel raises whatever its author's mistake raises: its traceback is the message.
         return traceback.format_exc()
-
-
-def make_entry(
-    task: Task, compiled: compilers.Compiled, facts: cubin.Cubin, opcodes: dict[str, int]
-) -> Kernel:
-    """The manifest's entry; BuildError where the cubin is not what the spec says it is."""
-    spec = task.spec
-    _check("compute capability", facts.compute_capability, compute_capability(task.arch))
-    _check("symbol", facts.symbol, spec.symbol)
-    _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
-    _check("block that the cubin is bounded to", facts.max_block or compiled.block, compiled.block)
-    _check("cluster", compiled.cluster, spec.cluster)
-    _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
-    _check("expert tile", compiled.expert_tile, spec.expert_tile)
-    _check("scratch bytes", compiled.scratch_bytes, spec.scratch_bytes)
-    _check_no_local_memory(facts, opcodes)
-    return Kernel(
-        name=spec.name,
-        arch=task.arch,
-        file=cubin_name(spec.name, task.arch),
-        symbol=facts.symbol,
-        cubin_sha256=_sha256(compiled.cubin),
-        ptx_sha256=_sha256(compiled.ptx.encode()),
-        source_digest=task.digest,
-        problem=spec.problem,
-        launch=Launch(
-            block=compiled.block,
-            cluster=compiled.cluster,
-            grid=spec.grid,
-            k_splits=spec.k_splits,
-            expert_tile=spec.expert_tile,
-            token_tile=spec.token_tile,
-            dynamic_shared_bytes=compiled.dynamic_shared_bytes,
-            pdl=spec.pdl,
-            nonportable_cluster=prod(compiled.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
-        ),
-        parameters=make_parameters(spec, facts.parameters),
-        resources=Resources(
-            registers=facts.registers,
-            spill_bytes=0,  # no local memory, so no spills: checked above
-            stack_bytes=facts.stack_bytes,
-            static_shared_bytes=facts.static_shared_bytes,
-            opcodes=opcodes,
-        ),
-    )
-
-
-def make_parameters(
-    spec: KernelSpec, found: Sequence[cubin.CubinParameter]
-) -> tuple[Parameter, ...]:
-    """The spec's names and kinds, the cubin's offsets and sizes; BuildError if they disagree."""
-    names = ", ".join(parameter.name for parameter in spec.parameters)
-    if len(found) != len(spec.parameters):
-        raise BuildError(
-            f"parameters: the cubin has {len(found)}, the spec {len(spec.parameters)} ({names})"
-        )
-    parameters = []
-    end = 0
-    for wanted, actual in zip(spec.parameters, found, strict=True):
-        size, alignment = KIND_LAYOUT[wanted.kind]
-        offset = -(-end // alignment) * alignment
-        _check(f"parameter {wanted.name}: size of a {wanted.kind}", actual.size, size)
-        _check(f"parameter {wanted.name}: offset", actual.offset, offset)
-        end = offset + size
-        parameters.append(
-            Parameter(
-                name=wanted.name,
-                kind=wanted.kind,
-                offset=actual.offset,
-                size=actual.size,
-                element_type=wanted.element_type,
-                scratch=wanted.scratch,
-                tensor_map=wanted.tensor_map,
-            )
-        )
-    return tuple(parameters)
-
-
-def _check(what: str, got: object, expected: object) -> None:
-    if got != expected:
-        raise BuildError(f"{what}: the compiled kernel has {got}, the spec says {expected}")
-
-
-def _check_no_local_memory(facts: cubin.Cubin, opcodes: dict[str, int]) -> None:
-    used = {opcode: opcodes[opcode] for opcode in cubin.LOCAL_OPCODES if opcodes[opcode]}
-    if used or facts.stack_bytes:
-        raise BuildError(
-            f"uses local memory: stack {facts.stack_bytes} bytes, {used or 'no LDL or STL'}; "
-            f"registers {facts.registers}. Kernels are shipped without spills or local arrays"
-        )

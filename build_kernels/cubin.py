@@ -64,10 +64,7 @@ class CubinParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Cubin:
-    """The facts of a cubin with one kernel. Blocks and clusters are None where it names none.
-
-    `ptxas` is the assembler's version; cubins of ABI 7 (sm_90 by toolkit 12) do not say it.
-    """
+    """The facts of a cubin with one kernel. Blocks and clusters are None where it names none."""
 
     compute_capability: int
     symbol: str
@@ -78,7 +75,6 @@ class Cubin:
     required_block: tuple[int, int, int] | None
     max_block: tuple[int, int, int] | None
     cluster: tuple[int, int, int] | None
-    ptxas: str | None
 
 
 def read_cubin(data: bytes) -> Cubin:
@@ -97,6 +93,12 @@ def read_cubin(data: bytes) -> Cubin:
         return _facts(elf, data, symbol, index)
     except (ELFError, ArtifactError, struct.error) as error:
         raise CubinError(f"not a readable cubin ({error})") from error
+
+
+def stated_ptxas(data: bytes) -> str | None:
+    """The assembler's version; cubins of ABI 7 (sm_90 by toolkit 12) do not say it."""
+    found = _PTXAS.search(data)
+    return found.group(1).decode() if found else None
 
 
 def count_opcodes(path: Path) -> Counter[str]:
@@ -156,7 +158,6 @@ def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
 def _facts(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
     capability = elf_compute_capability(data, file="cubin")
     of_kernel = dict(_records(elf, f".nv.info.{symbol}"))
-    ptxas = _PTXAS.search(data)
     return Cubin(
         compute_capability=capability,
         symbol=symbol,
@@ -167,7 +168,6 @@ def _facts(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
         required_block=_dim3(of_kernel.get(_REQNTID)),
         max_block=_dim3(of_kernel.get(_MAX_THREADS)),
         cluster=_dim3(of_kernel.get(_CTA_PER_CLUSTER)),
-        ptxas=ptxas.group(1).decode() if ptxas else None,
     )
 
 

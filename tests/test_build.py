@@ -19,9 +19,10 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels import build, compilers, publish
+from build_kernels import build, compilers, entry, publish
 from build_kernels.build import BuildError, Report, Task, make_plan, run_build
 from build_kernels.cubin import CubinParameter
+from build_kernels.entry import EntryError
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, KernelSpec
 from dsv4_router_runtime.artifacts import open_artifacts
 
@@ -156,6 +157,12 @@ class TestPlan:
             build.source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
             build.source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
         ]
+        with monkeypatch.context() as patch:
+            patch.setattr(compilers, "NVRTC_OPTIONS", ())
+            digests.append(build.source_digest(TOPK, "sm_90a", tools))
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "ENTRY_VERSION", 0)
+            digests.append(build.source_digest(TOPK, "sm_90a", tools))
         monkeypatch.setattr(compilers, "source_files", lambda spec: (Path(build.__file__),))
         digests.append(build.source_digest(TOPK, "sm_90a", tools))
         assert len(set(digests)) == len(digests)
@@ -172,6 +179,17 @@ class TestPlan:
         for arch in ARCHS:
             assert make(parts, archs=[arch]).built == (f"{TOPK.name}.{arch}",)
         assert contents(parts) == contents(artifacts)
+
+    @pytest.mark.parametrize("rebuilt", ARCHS)
+    def test_a_part_built_again_gives_the_same_manifest(
+        self, artifacts: Path, rebuilt: str
+    ) -> None:
+        """Some cubins name their assembler and some do not: the history must not show."""
+        wanted = contents(artifacts)
+        (artifacts / f"{TOPK.name}.{rebuilt}.cubin").unlink()
+        make(artifacts, archs=[rebuilt])
+        assert contents(artifacts) == wanted
+        assert open_artifacts(artifacts).manifest.toolchain["ptxas"]
 
     def test_a_manifest_without_its_cubins_keeps_only_what_is_there(self, artifacts: Path) -> None:
         """A fresh clone has the manifest alone; building a part must not list the rest."""
@@ -288,14 +306,14 @@ class TestRefusals:
     ) -> None:
         found, end = [], 0
         for parameter in DECODE.parameters:
-            size, alignment = build.KIND_LAYOUT[parameter.kind]
+            size, alignment = entry.KIND_LAYOUT[parameter.kind]
             offset = -(-end // alignment) * alignment
             found.append(CubinParameter(offset=offset, size=size))
             end = offset + size
-        assert len(build.make_parameters(DECODE, found)) == len(found)
+        assert len(entry.make_parameters(DECODE, found)) == len(found)
         found[index] = dataclasses.replace(found[index], **change)
-        with pytest.raises(BuildError, match=message):
-            build.make_parameters(DECODE, found)
+        with pytest.raises(EntryError, match=message):
+            entry.make_parameters(DECODE, found)
 
     def test_one_failure_publishes_nothing(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -505,10 +523,10 @@ class TestPublish:
 def _compilers_of(artifacts: Path) -> list[str]:
     """Processes that still have the build's folder in an argument or as an open file."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
             if str(artifacts) in command:

@@ -1,0 +1,127 @@
+"""The manifest's entry of a compiled kernel: read from its cubin, checked against its spec."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from dsv4_router_runtime.manifest import (
+    KIND_LAYOUT,
+    MAX_PORTABLE_CLUSTER_CTAS,
+    Kernel,
+    Launch,
+    Parameter,
+    Resources,
+    compute_capability,
+    cubin_name,
+)
+
+from .compilers import Compiled
+from .cubin import LOCAL_OPCODES, Cubin, CubinParameter
+from .specs import KernelSpec
+
+# Part of every kernel's digest. Raise it when this module or `cubin` comes to say something else
+# about the same bytes: a locked build in a fresh clone fails until then.
+ENTRY_VERSION = 1
+
+
+class EntryError(Exception):
+    """A compiled kernel is not what its spec says it is."""
+
+
+def make_entry(
+    spec: KernelSpec,
+    arch: str,
+    digest: str,
+    compiled: Compiled,
+    facts: Cubin,
+    opcodes: Mapping[str, int],
+) -> Kernel:
+    """The entry; EntryError where the cubin is not what the spec says it is."""
+    _check("compute capability", facts.compute_capability, compute_capability(arch))
+    _check("symbol", facts.symbol, spec.symbol)
+    _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
+    _check("block that the cubin is bounded to", facts.max_block or compiled.block, compiled.block)
+    _check("cluster", compiled.cluster, spec.cluster)
+    _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
+    _check("expert tile", compiled.expert_tile, spec.expert_tile)
+    _check("scratch bytes", compiled.scratch_bytes, spec.scratch_bytes)
+    _check_no_local_memory(facts, opcodes)
+    return Kernel(
+        name=spec.name,
+        arch=arch,
+        file=cubin_name(spec.name, arch),
+        symbol=facts.symbol,
+        cubin_sha256=sha256(compiled.cubin),
+        ptx_sha256=sha256(compiled.ptx.encode()),
+        source_digest=digest,
+        problem=spec.problem,
+        launch=Launch(
+            block=compiled.block,
+            cluster=compiled.cluster,
+            grid=spec.grid,
+            k_splits=spec.k_splits,
+            expert_tile=spec.expert_tile,
+            token_tile=spec.token_tile,
+            dynamic_shared_bytes=compiled.dynamic_shared_bytes,
+            pdl=spec.pdl,
+            nonportable_cluster=prod(compiled.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+        ),
+        parameters=make_parameters(spec, facts.parameters),
+        resources=Resources(
+            registers=facts.registers,
+            spill_bytes=0,  # no local memory, so no spills: checked above
+            stack_bytes=facts.stack_bytes,
+            static_shared_bytes=facts.static_shared_bytes,
+            opcodes=opcodes,
+        ),
+    )
+
+
+def make_parameters(spec: KernelSpec, found: Sequence[CubinParameter]) -> tuple[Parameter, ...]:
+    """The spec's names and kinds, the cubin's offsets and sizes; EntryError if they disagree."""
+    names = ", ".join(parameter.name for parameter in spec.parameters)
+    if len(found) != len(spec.parameters):
+        raise EntryError(
+            f"parameters: the cubin has {len(found)}, the spec {len(spec.parameters)} ({names})"
+        )
+    parameters = []
+    end = 0
+    for wanted, actual in zip(spec.parameters, found, strict=True):
+        size, alignment = KIND_LAYOUT[wanted.kind]
+        offset = -(-end // alignment) * alignment
+        _check(f"parameter {wanted.name}: size of a {wanted.kind}", actual.size, size)
+        _check(f"parameter {wanted.name}: offset", actual.offset, offset)
+        end = offset + size
+        parameters.append(
+            Parameter(
+                name=wanted.name,
+                kind=wanted.kind,
+                offset=actual.offset,
+                size=actual.size,
+                element_type=wanted.element_type,
+                scratch=wanted.scratch,
+                tensor_map=wanted.tensor_map,
+            )
+        )
+    return tuple(parameters)
+
+
+def _check(what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise EntryError(f"{what}: the compiled kernel has {got}, the spec says {expected}")
+
+
+def _check_no_local_memory(facts: Cubin, opcodes: Mapping[str, int]) -> None:
+    used = {opcode: opcodes[opcode] for opcode in LOCAL_OPCODES if opcodes[opcode]}
+    if used or facts.stack_bytes:
+        raise EntryError(
+            f"uses local memory: stack {facts.stack_bytes} bytes, {used or 'no LDL or STL'}; "
+            f"registers {facts.registers}. Kernels are shipped without spills or local arrays"
+        )
+
+
+def sha256(data: bytes) -> str:
+    """The hexadecimal digest that the manifest records."""
+    return hashlib.sha256(data).hexdigest()

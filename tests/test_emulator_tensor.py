@@ -458,6 +458,73 @@ def test_operands_past_the_end_of_shared_memory():
     assert result.findings[0].line > 0
 
 
+A_IN_REGISTERS = """
+    ld.param.u64 %rd0, [out];
+    ld.param.u64 %rd2, [words];
+    mov.u32 %r0, %tid.x;
+    mul.wide.u32 %rd1, %r0, 16;
+    add.u64 %rd2, %rd2, %rd1;
+    ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd2];
+    mov.u32 %r1, tiles;
+    shl.b32 %r2, %r0, 2;
+    add.u32 %r3, %r1, %r2;
+    setp.ge.u32 %p1, %r0, 64;
+    @!%p1 st.shared.b32 [%r3], 0x3F803F80;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    shr.u32 %r4, %r1, 4;
+    cvt.u64.u32 %rd11, %r4;
+    or.b64 %rd11, %rd11, DESCRIPTOR;
+    mov.pred %p2, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, \
+{%r10, %r11, %r12, %r13}, %rd11, %p2, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    add.u64 %rd0, %rd0, %rd1;
+    st.global.v4.b32 [%rd0], {%f0, %f1, %f2, %f3};
+"""
+
+
+def test_wgmma_with_a_in_registers():
+    """B is all ones, without swizzle: each accumulator is the sum of its row of A."""
+    matrix = np.random.default_rng(3).integers(-9, 10, (64, 16)).astype(np.float32)
+    halves = as_bf16(matrix).astype(np.uint32)
+    words = np.zeros((128, 4), np.uint32)
+    for thread in range(128):
+        for i in range(4):
+            row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i % 2)
+            column = thread % 4 * 2 + 8 * (i // 2)
+            words[thread, i] = halves[row, column] | halves[row, column + 1] << 16
+    # 8 rows of 16 bytes make a core matrix; the second half of K is 128 bytes further.
+    text = A_IN_REGISTERS.replace("DESCRIPTOR", str(128 >> 4 << 16 | 256 >> 4 << 32))
+    sums = matrix.sum(axis=1)
+
+    def run(text, schedule):
+        out = DeviceArray(name="out", data=np.zeros((128, 4), np.float32), initialised=False)
+        return emulate(
+            module(
+                text, parameters=".param .u64 out, .param .u64 words",
+                globals_=".extern .shared .align 1024 .b8 tiles[];",
+            ),
+            Launch(grid=(1, 1, 1), block=(128, 1, 1), arch="sm_90a", dynamic_shared_bytes=256),
+            [out, DeviceArray(name="words", data=words, read_only=True)],
+            schedule,
+        )  # fmt: skip
+
+    for schedule in SCHEDULES:
+        result = run(text, schedule)
+        assert [str(f) for f in result.findings] == []
+        for thread in range(128):
+            row = thread // 32 * 16 + thread % 32 // 4
+            expected = [sums[row], sums[row], sums[row + 8], sums[row + 8]]
+            assert result.memory["out"][thread].tolist() == expected
+    unfenced = mutate(text, ("    wgmma.fence.sync.aligned;", ""))
+    assert "missing-wgmma-fence" in kinds(run(unfenced, Schedule()))
+    unwritten = mutate(text, ("    @!%p1 st.shared.b32", "    @%p1 st.shared.b32"))
+    assert "poison" in kinds(run(unwritten, Schedule()))
+
+
 SHAPES = """
     ld.param.u64 %rd0, [out];
     mov.u32 %r0, %tid.x;

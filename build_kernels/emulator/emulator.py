@@ -33,7 +33,8 @@ from build_kernels.emulator.warp import Decoded
 class Result:
     """What a run left behind.
 
-    memory: array name -> contents after the run (dtype and shape of its DeviceArray);
+    memory: array name -> contents after the run (dtype and shape of its DeviceArray); bytes of an
+    array that was not initialised and never written are 0xFF;
     findings: by PTX line, empty for a clean run; steps: instructions of all warps, about.
     """
 

@@ -61,7 +61,7 @@ class Signal:
     """Something warps wait for."""
 
     def __init__(self) -> None:
-        self.waiters: set[Warp] = set()
+        self.waiters: dict[Warp, None] = {}  # in order, for the same run from the same seed
 
     def notify(self) -> None:
         for warp in self.waiters:
@@ -389,7 +389,7 @@ class Warp:
     def _block(self, fragment: Fragment, wait: Wait) -> None:
         fragment.wait = wait
         for signal in wait.signals:
-            signal.waiters.add(self)
+            signal.waiters[self] = None
 
     def _retire(self, fragment: Fragment, bits: int) -> bool:
         """Lanes are gone; True when the whole fragment is."""

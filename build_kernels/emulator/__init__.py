@@ -4,8 +4,8 @@
     result.memory["out"], result.findings
 
 A warp's 32 lanes are one NumPy vector. Asynchronous operations (TMA, tensor cores, st.async,
-commits) are agents that act at any legal moment that the schedule picks. Every byte knows whether it
-was ever written, and by whom; vector clocks over threads and agents tell whether that is ordered
+commits) are agents that act at any legal moment that the schedule picks. Every byte knows whether
+it was ever written, and by whom; vector clocks over threads and agents tell whether that is ordered
 before the access at hand, so most faults are found whatever the schedule.
 
 Findings by kind
@@ -15,8 +15,9 @@ Findings by kind
     missing-wgmma-fence         accumulators or A registers written since the last wgmma.fence
     missing-griddepcontrol-wait data of the grid before, touched with no wait for it
     unwaited-register           result of tcgen05.ld or wgmma used before its wait
-    poison                      memory or a register that was never written reaches a store to global
-                                memory, an address, a predicate, or an operand of a copy or barrier
+    poison                      memory or a register that was never written reaches a store to
+                                global memory, an address, a predicate, or another operand that
+                                decides what happens
     phase-overrun               an mbarrier's phase may end before a wait for the last one is over
     barrier-uninitialised, -reinitialised, -overflow, -mismatch, mbarrier-as-data
     tx-leftover, tx-overflow    transaction bytes pending at exit, or beyond the counter

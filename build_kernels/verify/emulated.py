@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dsv4_router_runtime.launch import grid_of
@@ -111,10 +112,11 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Run each case under each schedule; the first that is not right ends the climb."""
-    try:
-        from build_kernels.emulator import Schedule
-    except ImportError as error:
-        return not_run(f"{error}: install this project's extra `verify`")
+    for package, extra in (("numpy", "verify"), ("torch", "torch")):
+        if find_spec(package) is None:
+            return not_run(f"{package} is not installed: it is in this project's extra `{extra}`")
+    from build_kernels.emulator import Schedule
+
     kernel = artifact.kernel
     cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
     schedules = QUICK_SCHEDULES if quick else FULL_SCHEDULES
@@ -235,10 +237,15 @@ def _bf16_bits(values: Any) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One run: everything that is wrong with it, in lines, and the weights' relative error."""
+    """One run: everything that is wrong with it, in lines, and what it wrote.
+
+    weight_error: the largest relative error of a weight. weights, ids: [N, top_k] FP32 and int32.
+    """
 
     problems: tuple[str, ...]
     weight_error: float
+    weights: Array
+    ids: Array
 
 
 def run(
@@ -277,7 +284,12 @@ def run(
         scratch = parameter.scratch
         if scratch is not None and scratch.zeroed and result.memory[parameter.name].any():
             problems.append(f"the scratch {parameter.name} is not left zero")
-    return Outcome(problems=tuple(problems), weight_error=error)
+    return Outcome(
+        problems=tuple(problems),
+        weight_error=error,
+        weights=result.memory["out_weights"][:, : case.top_k],
+        ids=result.memory["out_ids"][:, : case.top_k],
+    )
 
 
 def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:

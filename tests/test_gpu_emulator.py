@@ -1,0 +1,102 @@
+"""The emulator against a GPU: the same PTX, the same integer inputs, the same bits out.
+
+That is how the emulator itself is checked; what it says of architectures that nobody has here rests
+on it. Inputs are integers, so that no order of summation can excuse a difference.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+np = pytest.importorskip("numpy", reason="needs the extra `verify`")
+
+from build_kernels.emulator import Schedule  # noqa: E402
+from build_kernels.verify import emulated  # noqa: E402
+from build_kernels.verify.artifact import load_artifact  # noqa: E402
+from dsv4_router_runtime import dense_router_dispatch  # noqa: E402
+from dsv4_router_runtime.artifacts import find_artifacts  # noqa: E402
+from dsv4_router_runtime.driver import arch_of_device  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+SCHEDULE = Schedule(policy="random", seed=1)
+TILES = (16, 32, 64)
+
+
+def decode_case(num_tokens: int, num_experts: int, k: int, kind: str) -> emulated.Case:
+    return emulated.Case(num_tokens=num_tokens, num_experts=num_experts, top_k=6, k=k, kind=kind)
+
+
+# Ragged E, one and several expert tiles, K of one block and of four a CTA.
+DECODE_CASES = [
+    decode_case(num_tokens, num_experts, k, kind)
+    for num_tokens, kind in ((1, "biased"), (6, "integers"), (7, "biased"), (16, "integers"))
+    for num_experts, k in ((60, 1024), (132, 4096))
+] + [
+    decode_case(64, 60, 4096, "biased"),
+    decode_case(64, 132, 1024, "integers"),
+    decode_case(31, 256, 4096, "biased"),
+    decode_case(3, 96, 1024, "extreme"),
+]
+TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
+
+
+def on_gpu(inputs: emulated.Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and ids that the GPU gives for a case."""
+    case = inputs.case
+
+    def bfloat16(name: str) -> torch.Tensor:
+        bits = torch.from_numpy(inputs.tensors[name].view(np.int16).copy())
+        return bits.view(torch.bfloat16).cuda()
+
+    hidden, weight = bfloat16("hidden_states"), bfloat16("W_gate")
+    if layout == "kmajor":
+        weight = weight.t().contiguous().t()
+    bias = torch.from_numpy(inputs.tensors["e_bias"]).cuda()
+    weights = torch.empty(case.num_tokens, case.top_k, dtype=torch.float32, device="cuda")
+    ids = torch.empty(case.num_tokens, case.top_k, dtype=torch.int32, device="cuda")
+    dense_router_dispatch(hidden, weight, bias, emulated.SCALE, case.top_k, weights, ids)
+    torch.cuda.synchronize()
+    return weights.cpu().numpy(), ids.cpu().numpy()
+
+
+def assert_same_bits(emulated_run: emulated.Outcome, weights: np.ndarray, ids: np.ndarray) -> None:
+    assert emulated_run.problems == ()
+    np.testing.assert_array_equal(emulated_run.ids, ids)
+    np.testing.assert_array_equal(emulated_run.weights.view(np.uint32), weights.view(np.uint32))
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode_gives_the_bits_that_the_emulator_gives(case: emulated.Case, layout: str) -> None:
+    tile = next(tile for tile in TILES if case.num_tokens <= tile)
+    # E = 132: rows that TMA cannot step by, so the router multiplies a K-contiguous copy.
+    built = "kmajor" if case.num_experts % 8 else layout
+    arch = arch_of_device(0)
+    artifact = load_artifact(find_artifacts(), f"router_decode_{built}_n{tile}.{arch}")
+    inputs = emulated.make_inputs(artifact.kernel, case)
+    emulation = emulated.run(artifact.kernel, artifact.ptx, inputs, SCHEDULE)
+    assert_same_bits(emulation, *on_gpu(inputs, layout))
+
+
+@pytest.mark.parametrize("case", TOPK_CASES, ids=str)
+def test_topk_gives_the_bits_that_the_emulator_gives(case: emulated.Case) -> None:
+    """Above 64 tokens: torch multiplies, exactly for integers, and router_topk selects."""
+    arch = arch_of_device(0)
+    decode = load_artifact(find_artifacts(), f"router_decode_kmajor_n64.{arch}")
+    topk = load_artifact(find_artifacts(), f"router_topk.{arch}")
+    inputs = emulated.make_inputs(decode.kernel, case)
+    hidden, weight = (
+        torch.from_numpy(inputs.tensors[name].view(np.int16).copy()).view(torch.bfloat16).double()
+        for name in ("hidden_states", "W_gate")
+    )
+    logits = (hidden @ weight).float().numpy()
+    given = emulated.Inputs(
+        case=case,
+        tensors={"logits": logits, "e_bias": inputs.tensors["e_bias"]},
+        weights=inputs.weights,
+        ids=inputs.ids,
+    )
+    emulation = emulated.run(topk.kernel, topk.ptx, given, SCHEDULE)
+    assert_same_bits(emulation, *on_gpu(inputs, "kmajor"))

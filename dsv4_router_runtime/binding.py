@@ -83,14 +83,12 @@ class Binding:
         e_bias: torch.Tensor,
         facts: LayerFacts,
         *,
-        pdl: bool,
         artifacts: ArtifactSet,
     ) -> None:
         self.facts = facts
-        self.pdl = pdl
         self._index = facts.device.index
         self._lock = threading.Lock()
-        self._sites: dict[tuple[int, int], _Site] = {}
+        self._sites: dict[tuple[int, int, bool], _Site] = {}
         self._many_devices = torch.cuda.device_count() > 1
         with torch.cuda.device(self._index):
             arch = driver.arch_of_device(self._index)
@@ -144,6 +142,7 @@ class Binding:
         call: CallFacts,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
+        pdl: bool,
     ) -> None:
         """Launch `call`, which was checked and has tokens, on the current stream.
 
@@ -151,28 +150,31 @@ class Binding:
         """
         if self._many_devices and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                self._run(call, hidden_states, W_gate)
+                self._run(call, hidden_states, W_gate, pdl)
         else:
-            self._run(call, hidden_states, W_gate)
+            self._run(call, hidden_states, W_gate, pdl)
 
-    def _run(self, call: CallFacts, hidden_states: torch.Tensor, W_gate: torch.Tensor) -> None:
+    def _run(
+        self, call: CallFacts, hidden_states: torch.Tensor, W_gate: torch.Tensor, pdl: bool
+    ) -> None:
         num_tokens = call[0]
         for rung, (most, _) in enumerate(self._rungs):
             if num_tokens <= most:
-                site = self._site(rung, current_stream(self._index))
+                site = self._site(rung, current_stream(self._index), pdl)
                 with self._lock:
                     site.write_call(call)
                     site.launch()
                 return
-        self._prefill(call, hidden_states, W_gate)
+        self._prefill(call, hidden_states, W_gate, pdl)
 
     def _prefill(
         self,
         call: CallFacts,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
+        pdl: bool,
     ) -> None:
-        site = self._site(len(self._rungs), current_stream(self._index))
+        site = self._site(len(self._rungs), current_stream(self._index), pdl)
         W_bound = W_gate if self.w_copy is None else self.w_copy
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
@@ -182,20 +184,20 @@ class Binding:
             site.write_call(call)
             site.launch()
 
-    def _site(self, rung: int, stream: int) -> _Site:
+    def _site(self, rung: int, stream: int, pdl: bool) -> _Site:
         """The launch site of a kernel on a stream; under capture one of its own for each launch."""
         if is_capturing():
-            return self._make_site(rung, stream, self._workspace.captured_slot(stream))
-        key = (rung, stream_identity(stream))
+            return self._make_site(rung, stream, pdl, self._workspace.captured_slot(stream))
+        key = (rung, stream_identity(stream), pdl)
         site = self._sites.get(key)
         if site is None:
-            site = self._make_site(rung, stream, self._workspace.eager_slot(stream))
+            site = self._make_site(rung, stream, pdl, self._workspace.eager_slot(stream))
             self._sites[key] = site
         return site
 
-    def _make_site(self, rung: int, stream: int, slot: Slot) -> _Site:
+    def _make_site(self, rung: int, stream: int, pdl: bool, slot: Slot) -> _Site:
         loaded = (*(kernel for _, kernel in self._rungs), self._select)[rung]
-        site = _Site(loaded, self.facts, stream=stream, slot=slot, pdl=self.pdl)
+        site = _Site(loaded, self.facts, stream=stream, slot=slot, pdl=pdl)
         blocks = self.facts.k // loaded.kernel.problem.k_multiple
         constants = {**self._constants, "num_k_blocks": blocks, **slot.addresses}
         site.write_constants(constants, self._w_maps)

@@ -405,9 +405,19 @@ def test_modified_weights_are_refused_only_where_they_were_copied(gpu, make):
 
 
 def test_pdl_reaches_the_launch(gpu, make):
-    make(pdl=True)(*step(4))
+    router = make(pdl=True)
+    router(*step(4))
     make()(*step(4))
     assert gpu.pdl == [True, False]
+
+
+def test_a_call_may_say_otherwise_about_pdl(gpu, make):
+    """Each choice has a launch site of its own, made once."""
+    router = make(pdl=True)
+    for choice in (None, False, None, False, True):
+        router(*step(4), pdl=choice)
+    assert gpu.pdl == [True, False]
+    assert len(gpu.launches) == 5
 
 
 def test_no_kernel_for_this_gpu(gpu, make):

@@ -525,6 +525,133 @@ def test_wgmma_with_a_in_registers():
     assert "poison" in kinds(run(unwritten, Schedule()))
 
 
+CTA_PAIR = """
+    ld.param.u64 %rd0, [out];
+    ld.param.u64 %rd2, [a];
+    ld.param.u64 %rd3, [b];
+    mov.u32 %r0, %tid.x;
+    shr.u32 %r3, %r0, 5;
+    mov.u32 %r1, %cluster_ctarank;
+    mov.u32 %r2, tiles;
+    setp.ne.u32 %p1, %r0, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared.b64 [bars], 1;
+    fence.mbarrier_init.release.cluster;
+READY:
+    // Row t of this CTA's 128 rows of A: two chunks of 16 bytes, 2048 bytes apart.
+    shl.b32 %r10, %r1, 7;
+    add.u32 %r10, %r10, %r0;
+    mul.wide.u32 %rd4, %r10, 32;
+    add.u64 %rd4, %rd4, %rd2;
+    ld.global.v4.b32 {%r11, %r12, %r13, %r14}, [%rd4];
+    ld.global.v4.b32 {%r15, %r16, %r17, %r18}, [%rd4+16];
+    shl.b32 %r19, %r0, 4;
+    add.u32 %r19, %r19, %r2;
+    st.shared.v4.b32 [%r19], {%r11, %r12, %r13, %r14};
+    st.shared.v4.b32 [%r19+2048], {%r15, %r16, %r17, %r18};
+    // Row t of this CTA's 32 rows of B.
+    setp.ge.u32 %p2, %r0, 32;
+    @%p2 bra FILLED;
+    shl.b32 %r10, %r1, 5;
+    add.u32 %r10, %r10, %r0;
+    mul.wide.u32 %rd4, %r10, 32;
+    add.u64 %rd4, %rd4, %rd3;
+    ld.global.v4.b32 {%r11, %r12, %r13, %r14}, [%rd4];
+    ld.global.v4.b32 {%r15, %r16, %r17, %r18}, [%rd4+16];
+    st.shared.v4.b32 [%r19+4096], {%r11, %r12, %r13, %r14};
+    st.shared.v4.b32 [%r19+4608], {%r15, %r16, %r17, %r18};
+FILLED:
+    fence.proxy.async.shared::cta;
+    setp.ne.u32 %p3, %r3, 0;
+    @%p3 bra ALLOCATED;
+    tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [slot], 64;
+    tcgen05.relinquish_alloc_permit.cta_group::2.sync.aligned;
+ALLOCATED:
+    barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;
+    tcgen05.fence::after_thread_sync;
+    ld.shared.b32 %r4, [slot];
+    add.u32 %r20, %r1, %r0;
+    setp.ne.u32 %p4, %r20, 0;
+    @%p4 bra MULTIPLIED;
+    shr.u32 %r21, %r2, 4;
+    cvt.u64.u32 %rd10, %r21;
+    add.u64 %rd11, %rd10, 256;
+    or.b64 %rd10, %rd10, A_DESCRIPTOR;
+    or.b64 %rd11, %rd11, B_DESCRIPTOR;
+    mov.pred %p5, 0;
+    tcgen05.mma.cta_group::2.kind::f16 [%r4], %rd10, %rd11, SHAPE, %p5;
+    mov.u16 %rs1, 3;
+    tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 \
+[bars], %rs1;
+MULTIPLIED:
+    mbarrier.try_wait.parity.shared.b64 %p6, [bars], 0;
+    @!%p6 bra MULTIPLIED;
+    tcgen05.fence::after_thread_sync;
+    shl.b32 %r5, %r3, 21;
+    add.u32 %r5, %r5, %r4;
+    tcgen05.ld.sync.aligned.32x32b.x64.b32 {REGISTERS}, [%r5];
+    tcgen05.wait::ld.sync.aligned;
+    shl.b32 %r10, %r1, 7;
+    add.u32 %r10, %r10, %r0;
+    mul.wide.u32 %rd4, %r10, 256;
+    add.u64 %rd0, %rd0, %rd4;
+STORES
+    barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;
+    @%p3 bra FREED;
+    tcgen05.dealloc.cta_group::2.sync.aligned.b32 %r4, 64;
+FREED:
+"""
+
+
+def test_a_multiplication_by_a_pair_of_ctas():
+    """M = 256, N = 64: each CTA holds half of A's rows, half of B's, and half of D's."""
+    rng = np.random.default_rng(8)
+    a = rng.integers(-9, 10, (256, 16)).astype(np.float32)
+    b = rng.integers(-9, 10, (64, 16)).astype(np.float32)
+    version = 1 << 46 | 128 >> 4 << 32
+    stores = "".join(f"    st.global.f32 [%rd0+{4 * i}], %f{i};\n" for i in range(64))
+    text = (
+        CTA_PAIR.replace("A_DESCRIPTOR", str(version | 2048 >> 4 << 16))
+        .replace("B_DESCRIPTOR", str(version | 512 >> 4 << 16))
+        .replace("SHAPE", str(0x490 | 64 >> 3 << 17 | 256 >> 4 << 24))
+        .replace("REGISTERS", ", ".join(f"%f{i}" for i in range(64)))
+        .replace("STORES", stores)
+    )
+
+    def run(text, schedule):
+        out = DeviceArray(name="out", data=np.zeros((256, 64), np.float32), initialised=False)
+        return emulate(
+            module(
+                text, parameters=".param .u64 out, .param .u64 a, .param .u64 b",
+                target="sm_100a", globals_=GLOBALS,
+            ),
+            Launch(
+                grid=(2, 1, 1), block=(128, 1, 1), cluster=(2, 1, 1), arch="sm_100a",
+                dynamic_shared_bytes=5120,
+            ),
+            [
+                out,
+                DeviceArray(name="a", data=as_bf16(a), read_only=True),
+                DeviceArray(name="b", data=as_bf16(b), read_only=True),
+            ],
+            schedule,
+        )  # fmt: skip
+
+    for schedule in SCHEDULES:
+        result = run(text, schedule)
+        assert [str(f) for f in result.findings] == []
+        np.testing.assert_array_equal(result.memory["out"], a @ b.T)
+    alone = mutate(text, ("mov.u16 %rs1, 3;", "mov.u16 %rs1, 1;"))
+    assert "deadlock" in kinds(run(alone, Schedule()))
+    unfenced = mutate(text, ("    fence.proxy.async.shared::cta;", ""))
+    assert "missing-proxy-fence" in kinds(run(unfenced, Schedule()))
+    sync = "    barrier.cluster.arrive.aligned;\n    barrier.cluster.wait.aligned;\n"
+    early = mutate(text, (sync + "    @%p3 bra FREED", "    @%p3 bra FREED"))
+    assert any("race" in kinds(run(early, schedule)) for schedule in SCHEDULES)
+
+
 SHAPES = """
     ld.param.u64 %rd0, [out];
     mov.u32 %r0, %tid.x;

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -436,9 +438,7 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
 
 def test_a_damaged_artifact_is_not_climbed(artifacts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
-    folder.mkdir()
-    for path in artifacts.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(artifacts, folder)
     ptx = folder / "router_topk.sm_100a.ptx"
     ptx.write_text(ptx.read_text() + "\n// one line more\n")
     result = _call("--artifacts", folder, "--rung", "structure")
@@ -467,6 +467,23 @@ def test_every_artifact_gets_every_rung(artifacts: Path, tmp_path: Path) -> None
     only = verify(folder, archs=["sm_90a"], rungs=["lint"])
     assert {item.artifact for item in only} == {"router_topk.sm_90a"}
     assert {item.rung: item.result.status for item in only}["structure"] == "passed"
+
+
+def test_a_stop_does_not_wait_for_the_workers(artifacts: Path, tmp_path: Path) -> None:
+    """The full emulated rung of router_topk takes tens of seconds."""
+    pytest.importorskip("torch")
+    folder = tmp_path / "artifacts"
+    shutil.copytree(artifacts, folder)
+    code = "from build_kernels.verify import verify_command as c; c()"
+    options = ["--artifacts", str(folder), "--rung", "emulated"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options], stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(4)
+    process.terminate()
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"what was found so far is kept" in stderr
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -8,8 +8,10 @@ where a kernel's PTX for two architectures differs in its `.target` only, one cl
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
+import os
 import re
 import signal
 import traceback
@@ -158,7 +160,7 @@ def _climb_all(
         max_workers=min(jobs, len(tasks)),
         # spawn: the DSL's and torch's state must not be shared between processes.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_ignore_interrupts,
+        initializer=_lead_a_group,
     )
     try:
         futures = {
@@ -172,12 +174,21 @@ def _climb_all(
             except BrokenProcessPool:
                 result = not_run("the process died; was it out of memory?")
             yield rung, kernels, result
+    except BaseException:
+        # Ctrl-C must not wait for minutes of proofs; what the workers started goes with them.
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _lead_a_group() -> None:
+    """Give a worker and the programs it starts a process group, which Ctrl-C does not reach."""
+    os.setpgid(0, 0)
 
 
 def climb_one(folder: Path, key: str, rung: str, quick: bool) -> Result:

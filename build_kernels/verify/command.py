@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,8 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Show, rung by rung, that the artifacts are right, and keep the evidence beside them."""
+    # A stop asked for by the system ends like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = verify(
             artifacts or find_artifacts(),

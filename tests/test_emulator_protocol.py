@@ -125,6 +125,10 @@ DONE:
     ],
 )
 def test_release_and_acquire(changes, expected):
+    release_and_acquire(PUBLISH, changes, expected)
+
+
+def release_and_acquire(clean, changes, expected):
     def run(text, schedule):
         arrays = [DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")]
         return run_threads(
@@ -132,24 +136,29 @@ def test_release_and_acquire(changes, expected):
             parameters=".param .u64 data, .param .u64 flag",
         )[1]  # fmt: skip
 
-    check(run, PUBLISH, changes, expected)
+    check(run, clean, changes, expected)
 
 
-def test_fences_make_relaxed_flags_release_and_acquire():
-    fenced = mutate(
-        PUBLISH,
-        ("st.release.gpu", "fence.acq_rel.gpu; st.relaxed.gpu"),
-        ("ld.acquire.gpu", "ld.relaxed.gpu"),
-        ("ld.global.b32 %r2", "fence.acq_rel.gpu; ld.global.b32 %r2"),
-    )
-    for schedule in SCHEDULES:
-        arrays = [DeviceArray(name=name, data=np.zeros(1, np.uint32)) for name in ("data", "flag")]
-        out, result = run_threads(
-            fenced, threads=1, grid=(2, 1, 1), extra=arrays, schedule=schedule,
-            parameters=".param .u64 data, .param .u64 flag",
-        )  # fmt: skip
-        assert result.findings == ()
-        assert out[1, 0] == 42
+FENCED = mutate(
+    PUBLISH,
+    ("st.release.gpu", "fence.acq_rel.gpu; st.relaxed.gpu"),
+    ("ld.acquire.gpu", "ld.relaxed.gpu"),
+    ("ld.global.b32 %r2", "fence.sc.gpu; ld.global.b32 %r2"),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (None, ""),
+        ([("fence.acq_rel.gpu;", "")], "race"),
+        ([("fence.sc.gpu;", "")], "race"),
+        ([("fence.acq_rel.gpu;", "fence.acq_rel.cta;")], "race"),
+        ([("fence.sc.gpu;", "membar.cta;")], "race"),
+    ],
+)
+def test_fences_make_relaxed_flags_release_and_acquire(changes, expected):
+    release_and_acquire(FENCED, changes, expected)
 
 
 LAST_ARRIVER = (

@@ -38,7 +38,7 @@ class Operation:
     what: for reports. pipe: the number of the CTA's in-order unit that it belongs to, or -1;
     operations of one pipe act in issue order, so that a conflict between them is none.
     proxied: it goes through the async proxy, where ordinary writes are seen only behind a
-    fence.proxy.async (PTX ISA 8.x "Proxies"). reduces: its writes commute with their like.
+    fence.proxy.async (PTX ISA, "Proxies"). reduces: its writes commute with their like.
     """
 
     what = "asynchronous operation"

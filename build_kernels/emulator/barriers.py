@@ -30,7 +30,7 @@ class Observation:
 
 
 class Mbarrier:
-    """An mbarrier object (PTX ISA 9.7.13.15, "Parallel Synchronization and Communication").
+    """An mbarrier object (PTX ISA, "Parallel Synchronization and Communication").
 
     A phase ends when no arrivals and no transaction bytes are pending. `phase` counts the
     phases that ended; `released` is what the arrivals of the last one handed over.
@@ -155,7 +155,7 @@ class Mbarrier:
 
 
 class NamedBarrier:
-    """One of a CTA's 16 barriers (PTX ISA 9.7.13.1, "bar")."""
+    """One of a CTA's 16 barriers (PTX ISA, "bar")."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -199,7 +199,7 @@ class NamedBarrier:
 
 
 class ClusterBarrier:
-    """barrier.cluster (PTX ISA 9.7.13.4): waits for all threads of the cluster that live."""
+    """barrier.cluster (PTX ISA): waits for all threads of the cluster that live."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine

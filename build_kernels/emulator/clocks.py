@@ -3,7 +3,7 @@
 A clock is an int32 array [4, size]. Component i says up to which tick of thread (or agent) i the
 owner knows; the four rows say through what:
 
-GENERIC  ordinary causality order (PTX ISA 8, "Memory Consistency Model")
+GENERIC  ordinary causality order (PTX ISA, "Memory Consistency Model")
 ASYNC    what a fence.proxy.async has made visible to the async proxy (8.x "Proxies")
 INIT     mbarrier initialisations published by fence.mbarrier_init
 TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync has handed over

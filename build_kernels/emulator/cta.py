@@ -71,7 +71,7 @@ class Cta:
         self.exited = False
 
     def special(self, warp: Warp, name: str) -> NDArray[Any]:
-        """A special register of the warp's lanes (PTX ISA 10)."""
+        """A special register of the warp's lanes (PTX ISA, "Special Registers")."""
         machine = self.machine
         launch, cluster = machine.launch, self.cluster
         register, _, axis = name[1:].partition(".")

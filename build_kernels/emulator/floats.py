@@ -30,7 +30,7 @@ def saturate(values: Array) -> Array:
 
 
 def canonical(values: Array) -> Array:
-    """float32 results that are NaN get the one pattern hardware makes (PTX ISA 9.7.3)."""
+    """float32 results that are NaN get the one pattern hardware makes (PTX ISA, "fma")."""
     bad = np.isnan(values)
     if values.dtype != np.float32 or not bad.any():
         return values
@@ -100,7 +100,7 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
 
 
 def extreme(a: Array, b: Array, *, largest: bool, nan: bool) -> Array:
-    """min or max: a NaN loses unless `nan`; -0 is less than +0 (PTX ISA 9.7.3, "min")."""
+    """min or max: a NaN loses unless `nan`; -0 is less than +0 (PTX ISA, "min")."""
     if nan:
         result = (np.maximum if largest else np.minimum)(a, b)
     else:

@@ -38,7 +38,7 @@ class SharedDescriptor:
 
 
 def decode_shared(ins: Instruction, bits: int, blackwell: bool) -> SharedDescriptor:
-    """PTX ISA 9.7.16.4.1 (tcgen05) and 9.7.15.5.1 (wgmma), "Matrix Descriptor"."""
+    """PTX ISA, "Shared memory descriptor" of tcgen05, "Matrix Descriptor" of wgmma."""
     start = (bits & 0x3FFF) << 4
     leading = (bits >> 16 & 0x3FFF) << 4
     stride = (bits >> 32 & 0x3FFF) << 4
@@ -118,7 +118,7 @@ def decode_halves(raw: Array, bf16: bool) -> Array:
 
 @dataclass(frozen=True)
 class InstructionDescriptor:
-    """PTX ISA 9.7.16.4.2, "Instruction descriptor", of kind::f16."""
+    """PTX ISA, "Instruction descriptor", of kind::f16."""
 
     m: int
     n: int
@@ -155,7 +155,7 @@ def accumulator_cells(m: int, n: int, group: int, lane: int, column: int) -> Int
 
     One CTA: M=128 row r in lane r; M=64 row r in lane 32 (r/16) + r mod 16, from lane 0 or 16.
     Two CTAs: M=256 as M=128 in each; M=128 has 64 rows each, the upper half of the columns in
-    lanes 64.. (PTX ISA 9.7.16.10.5, "Data path layout organization")."""
+    lanes 64.. (PTX ISA, "Data path layout organization")."""
     rows = m // group
     r, c = np.meshgrid(np.arange(rows), np.arange(n), indexing="ij")
     if group == 2 and m == 128:

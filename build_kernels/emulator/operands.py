@@ -163,7 +163,7 @@ def destination(
     """A function that writes 32 values of `kind` to the operand.
 
     A register wider than the value is zero-extended, or sign-extended for signed kinds
-    (PTX ISA 6.4, "Operand Size Exceeding Instruction-Type Size")."""
+    (PTX ISA, "Operand Size Exceeding Instruction-Type Size")."""
     if isinstance(operand, Sink):
         return lambda w, value, taint: None
     if not isinstance(operand, Register):

@@ -1,6 +1,6 @@
 """PTX text -> a kernel: parameters, variables, registers and a flat list of instructions.
 
-The grammar is the PTX ISA's chapter 4 ("Syntax") and 5 ("State Spaces, Types, and Variables"),
+The grammar is the PTX ISA's, chapters "Syntax" and "State Spaces, Types, and Variables",
 as far as CuTeDSL and NVRTC emit it. Whatever is not understood raises PtxError with its line.
 """
 
@@ -80,7 +80,7 @@ def parse(text: str, kernel: str | None = None) -> Kernel:
 
 
 class _Scope:
-    """Names of one { } block: registers, labels, variables (PTX ISA 4.4 "Identifiers")."""
+    """Names of one { } block: registers, labels, variables (PTX ISA, "Identifiers")."""
 
     def __init__(self, outer: _Scope | None) -> None:
         self.outer = outer

@@ -1,4 +1,4 @@
-"""What strong operations hand over to each other (PTX ISA 8, "Release and Acquire Patterns")."""
+"""What strong operations hand over to each other (PTX ISA, "Release and Acquire Patterns")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from build_kernels.emulator.places import Place
 SCOPES = {"cta": CTA_SCOPE, "cluster": CLUSTER_SCOPE, "gpu": GPU_SCOPE, "sys": GPU_SCOPE}
 
 
-@dataclass
+@dataclass(eq=False)
 class Released:
     """What the last strong write of a location handed over, at which scope, by whom."""
 
@@ -40,12 +40,10 @@ def synchronise_read(w: Warp, place: Place, acquire: bool, scope: int) -> None:
         entry = w.machine.released.get((place.memory, int(offset)))
         if entry is None or not _reaches(entry, scope, w.cta):
             continue
-        bit = 1 << int(lane)
         if acquire:
-            w.acquire(bit, entry.clock)
-        else:
-            before = w.unfenced[lane]
-            w.unfenced[lane] = entry.clock if before is None else join(before, entry.clock)
+            w.acquire(1 << int(lane), entry.clock)
+        elif entry not in w.unfenced[lane]:
+            w.unfenced[lane].append(entry)
 
 
 def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: bool) -> None:
@@ -59,9 +57,21 @@ def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: boo
                 del w.machine.released[key]
             continue
         clock = w.publish(1 << int(lane), release)
+        reach = scope if release else min(scope, w.fence_scope[lane])
         if rmw and before is not None:
             clock = join(before.clock, clock)
-        w.machine.released[key] = Released(clock, scope, w.cta)
+        w.machine.released[key] = Released(clock, reach, w.cta)
+
+
+def fence(w: Warp, lane: int, scope: int) -> None:
+    """fence.acq_rel: later relaxed writes release, earlier relaxed reads have acquired."""
+    bit = 1 << lane
+    for entry in w.unfenced[lane]:
+        if _reaches(entry, scope, w.cta):
+            w.acquire(bit, entry.clock)
+    w.unfenced[lane] = [e for e in w.unfenced[lane] if not _reaches(e, scope, w.cta)]
+    w.fenced[lane] = w.publish(bit)
+    w.fence_scope[lane] = scope
 
 
 def order_of(mods: Modifiers, default: str) -> tuple[str, int]:

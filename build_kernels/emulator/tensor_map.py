@@ -1,6 +1,6 @@
 """Tensor maps: which global bytes a box covers and where they lie in shared memory.
 
-Tiled mode only (PTX ISA 5.5, "Tensors"): dimension 0 is the fastest, coordinates are signed,
+Tiled mode only (PTX ISA, "Tensors"): dimension 0 is the fastest, coordinates are signed,
 elements outside the tensor read as zero and are not written.
 """
 

@@ -1,4 +1,4 @@
-"""Tensor memory (TMEM): cells, allocation, and the order of accesses (PTX ISA 9.7.16).
+"""Tensor memory (TMEM): cells, allocation, and the order of accesses (PTX ISA, "Tensor Memory").
 
 128 lanes of 512 columns of 32 bits; an address is lane << 16 | column. Warp w of a CTA reaches
 lanes 32 (w mod 4) .. + 31 only.
@@ -102,7 +102,7 @@ class TensorAccess:
 
     tcgen05 operations are ordered across threads by tcgen05.fence::before_thread_sync, a
     synchronisation, and tcgen05.fence::after_thread_sync; within a thread by waits alone
-    (PTX ISA 9.7.16.6, "Memory Consistency Model of tcgen05")."""
+    (PTX ISA, "Memory Consistency Model of tcgen05")."""
 
     def __init__(self, operation: Operation, tensor: Array) -> None:
         self.operation = operation

@@ -71,7 +71,7 @@ class ThreadAccess:
         return bad if len(bad) else None
 
     def _morally_strong(self, other: int) -> bool:
-        """PTX ISA 8.x "Morally strong operations": both strong, each scope includes the other."""
+        """PTX ISA, "Morally strong operations": both strong, each scope includes the other."""
         scope = min(scope_of(other), self.scope)
         if scope == WEAK:
             return False

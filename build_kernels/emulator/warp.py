@@ -3,7 +3,7 @@
 Lanes that took different branches are kept as fragments (a program counter and a mask). The
 fragment with the lowest counter runs first, and fragments that meet at one instruction merge,
 which reconverges structured code. Any fragment may run while another is blocked: threads of a
-warp make progress independently (PTX ISA 3.1, "Scalable multithreading").
+warp make progress independently (PTX ISA, "Scalable multithreading").
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.clocks import GENERIC, INIT, Clock, join
+from build_kernels.emulator.clocks import GENERIC, INIT, WEAK, Clock, join
 from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.syntax import Instruction
 
 if TYPE_CHECKING:
     from build_kernels.emulator.cta import Cta
     from build_kernels.emulator.machine import Machine
+    from build_kernels.emulator.release import Released
 
 
 LANES = 32
@@ -184,7 +185,8 @@ class Warp:
         zero = machine.clocks.zero()
         self.clocks: list[Clock] = [zero] * LANES
         self.fenced: list[Clock | None] = [None] * LANES
-        self.unfenced: list[Clock | None] = [None] * LANES
+        self.fence_scope = [WEAK] * LANES
+        self.unfenced: list[list[Released]] = [[] for _ in range(LANES)]
         self.tensor = np.zeros(machine.clocks.size, dtype=np.int32)
         self._settled = 0
         # Asynchronous work of this warp, owned by the modules that issue it

@@ -1,4 +1,4 @@
-"""Address arithmetic and hints: cvta, mapa, isspacep, prefetch (PTX ISA 9.7.9)."""
+"""Address arithmetic and hints: cvta, mapa, isspacep, prefetch (PTX ISA, "Data Movement")."""
 
 from __future__ import annotations
 

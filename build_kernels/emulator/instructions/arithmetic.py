@@ -1,4 +1,4 @@
-"""Integer and floating-point arithmetic (PTX ISA 9.7.1 to 9.7.5)."""
+"""Integer and floating-point arithmetic (PTX ISA, "Integer Arithmetic Instructions" ff.)."""
 
 from __future__ import annotations
 

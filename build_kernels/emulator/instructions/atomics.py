@@ -1,4 +1,4 @@
-"""atom and red, and what strong operations hand over (PTX ISA 8, 9.7.13)."""
+"""atom and red, and what strong operations hand over (PTX ISA, "atom", "red")."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def combine(kind: str, name: str, old: Any, value: Any) -> Any:
 
 
 def atomic(ins: Instruction, context: Context) -> Run:
-    """atom and red (PTX ISA 9.7.13, "atom"): lanes of a warp act in a scheduled order."""
+    """atom and red (PTX ISA, "atom"): lanes of a warp act in a scheduled order."""
     if len(ins.words) > 1 and ins.words[1] == "async":
         raise ins.error("handled elsewhere")
     reduce = ins.words[0] == "red"

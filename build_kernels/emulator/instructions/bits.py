@@ -1,4 +1,4 @@
-"""Logic, shifts and bit fields (PTX ISA 9.7.1 and 9.7.8)."""
+"""Logic, shifts and bit fields (PTX ISA, "Logic and Shift Instructions")."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def logic(ins: Instruction, context: Context) -> Run:
 
 
 def shift(ins: Instruction, context: Context) -> Run:
-    """shl and shr: amounts of the width or more give zero, or the sign (PTX ISA 9.7.7)."""
+    """shl and shr: amounts of the width or more give zero, or the sign (PTX ISA, "shl", "shr")."""
     mods = Modifiers(ins)
     kind = mods.type()
     mods.done()
@@ -86,7 +86,7 @@ def lop3(ins: Instruction, context: Context) -> Run:
 
 
 def extract(ins: Instruction, context: Context) -> Run:
-    """bfe (PTX ISA 9.7.1, "bfe"): past the top, .s replicates the sign bit."""
+    """bfe (PTX ISA, "bfe"): past the top, .s replicates the sign bit."""
     mods = Modifiers(ins)
     kind = mods.type()
     mods.done()

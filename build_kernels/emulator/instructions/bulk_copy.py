@@ -1,4 +1,4 @@
-"""Bulk copies (TMA), tensor and linear, and their groups (PTX ISA 9.7.9.25).
+"""Bulk copies (TMA), tensor and linear, and their groups (PTX ISA, "cp.async.bulk").
 
 Each is an agent: a load writes shared memory and then takes its bytes off an mbarrier's tx-count;
 a store is two agents, one that reads shared memory and one that writes global memory.

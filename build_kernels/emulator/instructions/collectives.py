@@ -57,7 +57,7 @@ def aligned(w: Warp) -> Wait | None:
 
 
 def shuffle(ins: Instruction, context: Context) -> Run:
-    """shfl.sync (PTX ISA 9.7.9, "shfl.sync")."""
+    """shfl.sync (PTX ISA, "shfl.sync")."""
     mods = Modifiers(ins)
     mods.need("sync")
     mode = mods.need("idx", "up", "down", "bfly")

@@ -1,4 +1,4 @@
-"""cvt between integer and float types (PTX ISA 9.7.9, "cvt")."""
+"""cvt between integer and float types (PTX ISA, "cvt")."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from build_kernels.emulator.warp import LANES, Array, Run
 
 
 def convert(ins: Instruction, context: Context) -> Run:
-    """cvt between integer and float types (PTX ISA 9.7.9, "cvt")."""
+    """cvt between integer and float types (PTX ISA, "cvt")."""
     mods = Modifiers(ins)
     origin = mods.type()
     target = mods.type()

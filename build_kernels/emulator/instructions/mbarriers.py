@@ -1,4 +1,4 @@
-"""mbarrier instructions (PTX ISA 9.7.13.15)."""
+"""mbarrier instructions (PTX ISA, "mbarrier")."""
 
 from __future__ import annotations
 

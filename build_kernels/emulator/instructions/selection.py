@@ -1,4 +1,4 @@
-"""Comparison, selection and moves (PTX ISA 9.7.6 and 9.7.9)."""
+"""Comparison, selection and moves (PTX ISA, "setp", "selp", "mov")."""
 
 from __future__ import annotations
 

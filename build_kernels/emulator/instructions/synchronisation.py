@@ -1,9 +1,10 @@
-"""Fences, named barriers and cluster barriers (PTX ISA 9.7.13)."""
+"""Fences, named barriers and cluster barriers (PTX ISA, "Parallel Synchronization")."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from build_kernels.emulator import release
 from build_kernels.emulator.clocks import ASYNC, GENERIC, INIT, Clock
 from build_kernels.emulator.instructions.collectives import aligned, gather
 from build_kernels.emulator.operands import Context, Modifiers, source
@@ -15,7 +16,7 @@ def fence(ins: Instruction, context: Context) -> Run:
     """fence and membar. Proxy fences other than the async proxy's are unknown."""
     mods = Modifiers(ins)
     if mods.take("proxy"):
-        mods.need("async", "async.global", "async::generic")
+        mods.need("async")
         mods.one_of("global", "shared::cta", "shared::cluster")
         mods.done()
         return lambda w: _fence_rows(w, ASYNC)
@@ -26,11 +27,16 @@ def fence(ins: Instruction, context: Context) -> Run:
         return lambda w: _fence_rows(w, INIT)
     if ins.words[0] == "fence":
         mods.one_of("sc", "acq_rel", "acquire", "release")
-        mods.need("cta", "cluster", "gpu", "sys")
+        scope = mods.need("cta", "cluster", "gpu", "sys")
     else:
-        mods.need("cta", "gl", "sys")
+        scope = {"cta": "cta", "gl": "gpu", "sys": "sys"}[mods.need("cta", "gl", "sys")]
     mods.done()
-    return _fence
+
+    def run(w: Warp) -> None:
+        for lane in indices_of(w.bits):
+            release.fence(w, int(lane), release.SCOPES[scope])
+
+    return run
 
 
 def _fence_rows(w: Warp, row: int) -> None:
@@ -44,17 +50,6 @@ def _fence_rows(w: Warp, row: int) -> None:
 
     w.replace_clocks(w.bits, change)
     w.tick += 1
-
-
-def _fence(w: Warp) -> None:
-    """fence.acq_rel: later relaxed writes release, earlier relaxed reads have acquired."""
-    for lane in indices_of(w.bits):
-        bit = 1 << int(lane)
-        read = w.unfenced[lane]
-        if read is not None:
-            w.acquire(bit, read)
-            w.unfenced[lane] = None
-        w.fenced[lane] = w.publish(bit)
 
 
 def barrier(ins: Instruction, context: Context) -> Run:

@@ -1,4 +1,4 @@
-"""tcgen05.alloc, .dealloc and .relinquish_alloc_permit (PTX ISA 9.7.16.7)."""
+"""tcgen05.alloc, .dealloc and .relinquish_alloc_permit (PTX ISA, "Tensor Memory Allocation")."""
 
 from __future__ import annotations
 

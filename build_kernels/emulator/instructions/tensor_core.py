@@ -1,4 +1,4 @@
-"""tcgen05.mma and tcgen05.commit (PTX ISA 9.7.16.10 and 9.7.16.12).
+"""tcgen05.mma and tcgen05.commit (PTX ISA, "TensorCore 5th Generation").
 
 Products of 16-bit floats are summed in float64 and rounded to float32 once for each instruction:
 exact for integers in any order of summation; hardware's rounding order is not modelled.
@@ -167,7 +167,7 @@ def mma(ins: Instruction, context: Context) -> Run:
 
 
 def _pair(w: Warp, group: int) -> list[Cta]:
-    """The CTAs of an operation: this one, or the pair (PTX ISA 9.7.16.5, "CTA pair")."""
+    """The CTAs of an operation: this one, or the pair (PTX ISA, "CTA pair")."""
     if group == 1:
         return [w.cta]
     peers = w.cta.cluster.ctas
@@ -181,7 +181,7 @@ def _pair(w: Warp, group: int) -> list[Cta]:
 class TensorCommit(Operation):
     """tcgen05.commit: arrives when all earlier tcgen05 operations of the thread are complete.
 
-    It implies tcgen05.fence::before_thread_sync (PTX ISA 9.7.16.12, "tcgen05.commit")."""
+    It implies tcgen05.fence::before_thread_sync (PTX ISA, "tcgen05.commit")."""
 
     what = "tcgen05.commit"
 

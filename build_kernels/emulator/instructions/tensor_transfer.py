@@ -40,7 +40,7 @@ from build_kernels.emulator.warp import Array, Run
 def shape_cells(shape: str, registers: int, split: int) -> tuple[Ints, Ints]:
     """Relative (lane, column) of register j of thread t, each [registers, 32].
 
-    PTX ISA 9.7.16.8, "Tensor Memory and Register Load/Store Instructions"."""
+    PTX ISA, "Tensor Memory and Register Load/Store Instructions"."""
     j, t = np.meshgrid(np.arange(registers), np.arange(LANES), indexing="ij")
     if shape == "32x32b":
         return t, j

@@ -1,4 +1,4 @@
-"""Loads and stores through the generic proxy (PTX ISA 9.7.9)."""
+"""Loads and stores through the generic proxy (PTX ISA, "Data Movement")."""
 
 from __future__ import annotations
 

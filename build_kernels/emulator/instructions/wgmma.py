@@ -1,4 +1,6 @@
-"""wgmma (PTX ISA 9.7.15): the warpgroup multiplies, one warp's quarter at a time.
+"""wgmma: the warpgroup multiplies, one warp's quarter at a time.
+
+PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 
 Rounding is as in tensor_core.
 """
@@ -194,7 +196,7 @@ def _wgmma_mma(ins: Instruction, context: Context) -> Run:
 
 
 def _fragment(registers: Sequence[Array]) -> Array:
-    """A [16, 16] of raw halves from 4 registers (PTX ISA 9.7.15.5.1.1, "Register fragments")."""
+    """A [16, 16] of raw halves from 4 registers (PTX ISA, "Register fragments")."""
     lane = np.arange(LANES)
     matrix = np.zeros((16, K), dtype=np.uint16)
     for i, values in enumerate(registers):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dsv4_router_runtime.artifacts import EVIDENCE_NAME
 from dsv4_router_runtime.errors import RouterError
 from dsv4_router_runtime.manifest import Kernel, Manifest, Parameter, serialise_manifest
 
@@ -26,6 +27,7 @@ from .bench import bench_command
 from .compilers import CompileError
 from .publish import LockedError
 from .specs import ARCHITECTURES, KERNELS
+from .verify import RUNGS, Evidence, read_evidence, standing, validated_on, verify_command
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
@@ -54,6 +56,7 @@ def main() -> None:
 
 
 main.add_command(bench_command)
+main.add_command(verify_command)
 
 
 @main.command()
@@ -113,16 +116,18 @@ def build(
 @artifacts_option
 @json_option
 def list_kernels(artifacts: Path | None, as_json: bool) -> None:
-    """Every kernel and architecture: its state, where it can load and where it was validated."""
+    """Each kernel's state, where it can load, where it was validated, and its evidence."""
     with reported_errors():
-        plan = builder.make_plan(artifacts or builder.default_artifacts(), KERNEL_NAMES, ARCH_NAMES)
-    rows = _rows(plan)
+        folder = artifacts or builder.default_artifacts()
+        plan = builder.make_plan(folder, KERNEL_NAMES, ARCH_NAMES)
+        evidence = read_evidence(folder / EVIDENCE_NAME)
+    rows = _rows(plan, evidence)
     if as_json:
         print(json.dumps(rows, indent=1, sort_keys=True))
         return
-    table = Table("kernel", "arch", "state", "loads on", "validated on", "N", "E", "top_k")
+    table = Table("kernel", "arch", "state", "N", "can load on", "validated on", *RUNGS)
     for row in rows:
-        table.add_row(*(str(row[name]) for name in _COLUMNS))
+        table.add_row(*(row[name] for name in (*_COLUMNS, *RUNGS)))
     _print_table(table)
 
 
@@ -171,31 +176,31 @@ def progress_of(total: int) -> Iterator[Any]:
         yield on_done
 
 
-_COLUMNS = (
-    *("kernel", "arch", "state", "loads_on", "validated_on"),
-    *("num_tokens", "num_experts", "top_k"),
-)
+_COLUMNS = ("kernel", "arch", "state", "num_tokens", "loads_on", "validated_on")
 
 
-def _rows(plan: builder.Plan) -> list[dict[str, str]]:
+def _rows(plan: builder.Plan, evidence: Evidence) -> list[dict[str, str]]:
     current = {entry.key for entry in plan.current}
-    listed = {entry.key for entry in plan.manifest.kernels} if plan.manifest else set()
+    listed = {entry.key: entry for entry in plan.manifest.kernels} if plan.manifest else {}
     archs = {arch.name: arch for arch in ARCHITECTURES}
     rows = []
     for spec in KERNELS:
         for arch in spec.archs:
             key = f"{spec.name}.{arch}"
             state = "built" if key in current else "out of date" if key in listed else "not built"
+            entry = listed.get(key)
+            rungs = standing(evidence, entry) if entry else dict.fromkeys(RUNGS, "not run")
             rows.append(
                 {
                     "kernel": spec.name,
                     "arch": arch,
                     "state": state,
                     "loads_on": archs[arch].loads_on,
-                    "validated_on": archs[arch].validated_on,
+                    "validated_on": validated_on(evidence, entry) if entry else "nowhere",
                     "num_tokens": str(spec.problem.num_tokens),
                     "num_experts": str(spec.problem.num_experts),
                     "top_k": str(spec.problem.top_k),
+                    **rungs,
                 }
             )
     return rows

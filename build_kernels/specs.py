@@ -32,17 +32,16 @@ TOPK_WARPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """`loads_on` is where a cubin can run at all, `validated_on` where the project's was run."""
+    """`loads_on` is where a cubin can run at all; where it was run is in the evidence, not here."""
 
     name: str
     loads_on: str
-    validated_on: str
 
 
 ARCHITECTURES = (
-    Architecture(name="sm_90a", loads_on="H100, H200, GH200", validated_on="H200"),
-    Architecture(name="sm_100a", loads_on="B200, GB200", validated_on="nowhere"),
-    Architecture(name="sm_103a", loads_on="B300, GB300", validated_on="nowhere"),
+    Architecture(name="sm_90a", loads_on="H100, H200, GH200"),
+    Architecture(name="sm_100a", loads_on="B200, GB200"),
+    Architecture(name="sm_103a", loads_on="B300, GB300"),
 )
 
 

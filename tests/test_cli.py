@@ -134,7 +134,7 @@ def test_list_tells_state_loading_and_validation_apart(artifacts: Path) -> None:
     assert by_arch["sm_103a"]["loads_on"] == "B300, GB300"
     table = call("list", "--artifacts", artifacts)
     assert table.exit_code == 0
-    assert all(word in table.stdout for word in ("loads on", "validated on", "nowhere", "B300"))
+    assert all(word in table.stdout for word in ("can load on", "validated on", "nowhere", "B300"))
 
 
 def test_list_sees_what_is_out_of_date(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

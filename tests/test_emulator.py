@@ -193,6 +193,30 @@ def test_float_instructions(text, expected):
     assert hex(one_lane(text)) == hex(want)
 
 
+def test_a_gpus_own_results_for_approximate_instructions():
+    out = DeviceArray(name="out", data=np.zeros(1, np.float32))
+    body = """
+    ld.param.u64 %rd0, [out];
+    ex2.approx.ftz.f32 %f1, 0f40400000;
+    rcp.approx.ftz.f32 %f2, %f1;
+    st.global.f32 [%rd0], %f2;
+"""
+    asked = []
+
+    def measured(values):
+        asked.append(values[0])
+        return np.nextafter(np.exp2(values), np.float32(np.inf))
+
+    result = emulate(
+        module(body),
+        Launch(grid=(1, 1, 1), block=(1, 1, 1), arch="sm_90a"),
+        [out],
+        approximate={"ex2.approx.ftz.f32": measured},
+    )
+    assert asked == [3.0]
+    assert result.memory["out"][0] == np.float32(1) / np.nextafter(np.float32(8), np.float32(9))
+
+
 def test_packed_halves():
     assert one_lane("cvt.rn.bf16x2.f32 %r1, 0f3F800000, 0f40000000;") == 0x3F804000
     assert one_lane("cvt.rn.f16x2.f32 %r1, 0f3F800000, 0f40000000;") == 0x3C004000

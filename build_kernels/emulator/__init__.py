@@ -29,11 +29,11 @@ Findings by kind
 
 Not modelled
     the order in which tensor cores round (exact on integers); the last bits of approximate
-    functions (ex2, lg2, rcp.approx, ...: correctly rounded here); caches, timing, bank conflicts,
-    register counts (setmaxnreg is taken as done); the scopes of mbarrier operations (taken as the
-    cluster's); two CTAs on one SM competing for tensor memory; the grid that griddepcontrol
-    starts; order between lanes beyond .sync collectives, each of which is taken to order its
-    lanes' memory accesses
+    functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` says how);
+    caches, timing, bank conflicts, register counts (setmaxnreg is taken as done); the scopes of
+    mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
+    the grid that griddepcontrol starts; order between lanes beyond .sync collectives, each of
+    which is taken to order its lanes' memory accesses
 """
 
 from build_kernels.emulator.emulator import Result, emulate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,16 @@ def emulate(
     launch: Launch,
     arguments: Sequence[Argument],
     schedule: Schedule | None = None,
+    *,
+    approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
     ptx: the module's text; launch: grid, block, cluster and architecture; arguments: one for each
     kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a
     pointer; a TensorMap; or a tuple of these for a struct. schedule: Schedule() when None.
+    approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
+    use a GPU's own results where the emulator would round correctly.
 
     The same inputs give the same result. Raises PtxError for PTX that is not understood and
     LaunchError for a launch or arguments that do not fit; nothing has run then. Faults of the
@@ -65,10 +69,11 @@ def emulate(
     machine = Machine(kernel, launch, packed, schedule or Schedule())
     placed = place_variables(machine, kernel, launch)
     context = Context(
-        launch.arch,
-        placed["shared"],
-        {p.name: p.offset for p in kernel.parameters},
-        placed["address"],
+        arch=launch.arch,
+        shared=placed["shared"],
+        parameters={p.name: p.offset for p in kernel.parameters},
+        addresses=placed["address"],
+        approximate=approximate or {},
     )
     machine.program = decode(kernel, context)
     arrays = _place_arrays(machine)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,23 +45,18 @@ class Source:
     constant: int | float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class Context:
-    """What decoding needs to know beside the instruction: where symbols live.
+    """What decoding needs to know beside the instruction.
 
-    shared, constant, local: variable name -> offset; parameters: name -> offset.
-    """
+    shared: offsets of shared variables; parameters: offsets in parameter space; addresses: of
+    other variables; approximate: functions to use for approximate instructions, by opcode."""
 
-    def __init__(
-        self,
-        arch: str,
-        shared: dict[str, int],
-        parameters: dict[str, int],
-        addresses: dict[str, int],
-    ) -> None:
-        self.arch = arch
-        self.shared = shared
-        self.parameters = parameters
-        self.addresses = addresses
+    arch: str
+    shared: Mapping[str, int]
+    parameters: Mapping[str, int]
+    addresses: Mapping[str, int]
+    approximate: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
 
 
 class Modifiers:

@@ -175,7 +175,7 @@ def extreme(ins: Instruction, context: Context) -> Run:
 
 
 def approximate(ins: Instruction, context: Context) -> Run:
-    """ex2, lg2, sin, cos, tanh, rsqrt, rcp, sqrt."""
+    """ex2, lg2, sin, cos, tanh, rsqrt, rcp, sqrt; the caller's function where one is given."""
     name = ins.words[0]
     mods = Modifiers(ins)
     kind = mods.type()
@@ -194,6 +194,10 @@ def approximate(ins: Instruction, context: Context) -> Run:
         plain = lambda a: function(a.astype(np.float64)).astype(dtype)  # noqa: E731
     compute = float_compute(ins, mods, kind, plain)
     mods.done()
+    given = context.approximate.get(ins.opcode)
+    if given is not None:
+        measured = given
+        compute = lambda a: np.asarray(measured(a), dtype=DTYPE[kind])  # noqa: E731
     return build(ins, context, kind, [kind], compute)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from test_emulator import SCHEDULES, kinds, module
-from test_emulator_protocol import mutate
+from test_emulator_protocol import check, mutate
 
 from build_kernels.emulator import DeviceArray, Launch, Schedule, TensorMap, emulate
 
@@ -523,6 +523,86 @@ def test_wgmma_with_a_in_registers():
     assert "missing-wgmma-fence" in kinds(run(unfenced, Schedule()))
     unwritten = mutate(text, ("    @!%p1 st.shared.b32", "    @%p1 st.shared.b32"))
     assert "poison" in kinds(run(unwritten, Schedule()))
+
+
+REUSE = """
+    mov.u32 %r0, %tid.x;
+    shr.u32 %r3, %r0, 5;
+    setp.ne.u32 %p1, %r0, 0;
+    setp.ne.u32 %p2, %r3, 0;
+    @%p2 bra ALLOCATED;
+    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [slot], 32;
+    tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+    @%p1 bra ALLOCATED;
+    mbarrier.init.shared.b64 [bars], 1;
+    fence.mbarrier_init.release.cluster;
+ALLOCATED:
+    bar.sync 0;
+    ld.shared.b32 %r4, [slot];
+    mov.u32 %r2, tiles;
+    shr.u32 %r2, %r2, 4;
+    cvt.u64.u32 %rd10, %r2;
+    or.b64 %rd10, %rd10, DESCRIPTOR;
+    mov.pred %p5, 0;
+    @%p1 bra FIRST;
+    tcgen05.mma.cta_group::1.kind::f16 [%r4], %rd10, %rd10, SHAPE, %p5;
+    tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bars];
+FIRST:
+    mbarrier.try_wait.parity.shared.b64 %p6, [bars], 0;
+    @!%p6 bra FIRST;
+    tcgen05.fence::after_thread_sync;
+    shl.b32 %r5, %r3, 21;
+    add.u32 %r5, %r5, %r4;
+    tcgen05.ld.sync.aligned.32x32b.x8.b32 {%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}, [%r5];
+    tcgen05.wait::ld.sync.aligned;
+    tcgen05.fence::before_thread_sync;
+    bar.sync 1, 128;
+    @%p1 bra SECOND;
+    tcgen05.fence::after_thread_sync;
+    tcgen05.mma.cta_group::1.kind::f16 [%r4], %rd10, %rd10, SHAPE, %p5;
+    tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bars];
+SECOND:
+    mbarrier.try_wait.parity.shared.b64 %p6, [bars], 1;
+    @!%p6 bra SECOND;
+    @%p2 bra FREED;
+    tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r4, 32;
+FREED:
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (None, ""),
+        ([("    tcgen05.fence::before_thread_sync;", "")], "missing-tcgen05-fence"),
+        ([("    tcgen05.fence::after_thread_sync;\n    tcgen05.mma", "    tcgen05.mma")],
+         "missing-tcgen05-fence"),
+        ([("    bar.sync 1, 128;", "")], "race"),
+        ([("    tcgen05.wait::ld.sync.aligned;", "")], "race"),
+        ([("    @!%p6 bra SECOND;", "")], "race"),
+        ([("shared.b64 %p6, [bars], 1", "shared.b64 %p6, [bars], 0")], "race"),
+        ([("mbarrier.init.shared.b64 [bars], 1", "mbarrier.init.shared.b64 [bars], 2")],
+         "deadlock"),
+    ],
+)  # fmt: skip
+def test_an_accumulator_is_reused_after_it_was_read(changes, expected):
+    """A and B are the same poison in shared memory: nothing of it leaves, so it is no finding."""
+    text = REUSE.replace("DESCRIPTOR", str(1 << 46 | 128 >> 4 << 32 | 2048 >> 4 << 16)).replace(
+        "SHAPE", str(0x490 | 8 >> 3 << 17 | 64 >> 4 << 24)
+    )
+
+    def run(text, schedule):
+        out = DeviceArray(name="out", data=np.zeros(1, np.uint32))
+        return emulate(
+            module(text, target="sm_100a", globals_=GLOBALS),
+            Launch(
+                grid=(1, 1, 1), block=(128, 1, 1), arch="sm_100a", dynamic_shared_bytes=4096
+            ),
+            [out],
+            schedule,
+        )
+
+    check(run, text, changes, expected)
 
 
 CTA_PAIR = """

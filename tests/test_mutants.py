@@ -93,7 +93,7 @@ def test_every_mutant_still_changes_the_kernel(
 @pytest.mark.parametrize("mutant", EMULATED, ids=lambda mutant: mutant.name)
 def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     verdict = judge(mutant, artifacts[mutant.artifact], "emulated")
-    assert verdict.rejected, verdict.reason
+    assert verdict.word == "rejected", verdict.reason
 
 
 def test_the_kernels_themselves_are_accepted_on_the_same_cases(
@@ -116,7 +116,7 @@ def test_the_protocol_rung_rejects(artifacts: dict[str, Artifact]) -> None:
     for name in (barrier, "full needs two arrivals"):
         mutant = by_name[name]
         verdict = judge(mutant, artifacts[mutant.artifact], "protocol")
-        assert verdict.rejected, verdict.reason
+        assert verdict.word == "rejected", verdict.reason
 
 
 def test_a_mutant_that_the_kernel_has_outgrown_is_an_error() -> None:
@@ -132,13 +132,16 @@ def test_a_mutant_that_the_kernel_has_outgrown_is_an_error() -> None:
 def test_the_command_fails_for_a_survivor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(m for m in MUTANTS if m.artifact.startswith("router_topk"))
     harmless = replace(
-        first, name="nothing changed", edits=(Edit(pattern="ret;", replacement="ret;"),)
+        first,
+        name="nothing changed",
+        edits=(Edit(pattern="ret;", replacement="ret;"),),
+        rejected_by=("emulated",),
     )
     monkeypatch.setattr("build_kernels.mutants.MUTANTS", (harmless,))
     options = ["--artifacts", str(folder), "--rung", "emulated", "--json"]
     result = CliRunner().invoke(mutants_command, options)
     assert result.exit_code == 1
-    assert "not rejected: nothing changed" in result.stderr
+    assert "not rejected by emulated: nothing changed" in result.stderr
     (row,) = json.loads(result.stdout)
-    assert row["verdicts"]["emulated"]["rejected"] is False
+    assert row["verdicts"]["emulated"]["word"] == "accepted"
     assert mutant_table([row]).row_count == 1

@@ -30,7 +30,9 @@ from .artifact import (
 from .evidence import FAILED, PASSED, Result, not_run
 
 _ELF_FLAGS_OFFSET = 48
-_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
+_SASS = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

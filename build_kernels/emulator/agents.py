@@ -6,6 +6,7 @@ The machine's schedule decides when; an operation whose `after` is not done yet 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +27,21 @@ from build_kernels.emulator.clocks import (
 )
 from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.memory import READER_SLOTS, Memory
+from build_kernels.emulator.syntax import Instruction
 from build_kernels.emulator.warp import Signal, Warp
 
 if TYPE_CHECKING:
     from build_kernels.emulator.cta import Cta
+
+
+@dataclass(frozen=True)
+class Touch:
+    """That an operation used a CTA's memories."""
+
+    actor: int
+    tick: int
+    instruction: Instruction
+    thread: Thread
 
 
 class Operation:
@@ -92,6 +104,10 @@ class Operation:
 
     def thread(self) -> Thread:
         return Thread(cta=self.cta.index, warp=self.warp.index, lane=self.lane, agent=self.what)
+
+    def touches(self, cta: Cta) -> None:
+        """Say that this operation uses the CTA's memories."""
+        cta.touched_by.append(Touch(self.slot.actor, self.tick, self.instruction, self.thread()))
 
     def completion(self) -> Clock:
         """What knowing of this operation's completion implies."""

@@ -56,6 +56,13 @@ class Mbarrier:
     def describe(self) -> str:
         return f"mbarrier {self.cta.shared.describe(self.offset)}"
 
+    def missing(self) -> str:
+        """What the current phase waits for, for a reader."""
+        return (
+            f"phase {self.phase} of {self.describe()} ({self.pending} of {self.expected} arrivals "
+            f"and {self.tx} bytes missing)"
+        )
+
     def knows_init(self, clock: Clock, actor: int, *, proxied: bool, remote: bool) -> bool:
         """Is the initialisation ordered before an operation with this clock?"""
         if clock[INIT, self.initialiser] >= self.init_tick:

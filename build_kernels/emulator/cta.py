@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.agents import Operation
+from build_kernels.emulator.agents import Operation, Touch
 from build_kernels.emulator.barriers import ClusterBarrier, Mbarrier, NamedBarrier
 from build_kernels.emulator.memory import SHARED_RANK_SHIFT, SHARED_RESERVED, Memory
 from build_kernels.emulator.tensor_memory import TensorMemory
@@ -57,7 +57,8 @@ class Cta:
         self.mbarriers: dict[int, Mbarrier] = {}
         self.barriers = [NamedBarrier(machine) for _ in range(16)]
         self.pipes: dict[int, Operation] = {}  # last operation of each in-order unit
-        self.incoming: list[Operation] = []  # operations that touch this CTA's memories
+        # Operations on this CTA's memories: to be known to its threads when it exits.
+        self.touched_by: list[Touch] = []
         self.slot = machine.claim(self)
         block = machine.launch.block
         self.threads = int(np.prod(block))

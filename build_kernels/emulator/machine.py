@@ -91,7 +91,6 @@ class Machine:
         self._free_slots = list(range(slots))
         self._occupants: list[list[tuple[int, Cta]]] = [[] for _ in range(slots)]
         self._end_ticks = [0] * slots
-        self._claimed: list[Cta] = []
 
     # ---- identity ----
 
@@ -269,7 +268,7 @@ class Machine:
             elif not self._perform_one():
                 # All are blocked. A try_wait may give up; if that changes nothing, all is lost.
                 if stuck_at == self.events or not self._time_out(active):
-                    self._report_stuck(active, "waits for")
+                    self._report_stuck(active, "goes round and round")
                     return False
                 stuck_at = self.events
         return True
@@ -309,11 +308,10 @@ class Machine:
     def _report_stuck(self, active: list[Cluster], verb: str) -> None:
         for warp in (w for c in active for cta in c.ctas for w in cta.warps):
             for fragment in warp.fragments:
-                reason = fragment.wait.reason if fragment.wait else "loop that never ends"
                 first = int(np.flatnonzero(lanes_of(fragment.mask))[0])
                 self.report(
                     "deadlock",
-                    f"{verb} {reason}" if fragment.wait else verb,
+                    f"waits for {fragment.wait.reason()}" if fragment.wait else verb,
                     instruction=self.kernel.instructions[fragment.pc],
                     thread=warp.thread(first),
                 )
@@ -350,17 +348,17 @@ class Machine:
                         other_thread=thread,
                     )
         cta.tensor_memory.check_exit(thread)
-        for operation in cta.incoming:
-            if known[operation.slot.actor] < operation.tick:
+        for unwaited in cta.touched_by:
+            if known[unwaited.actor] < unwaited.tick:
                 self.report(
                     "unfinished-at-exit",
-                    f"no thread of the CTA waited for this {operation.what} before it exited",
-                    operation=operation,
+                    f"the CTA exited and none of its threads waited for {unwaited.thread.agent}",
+                    instruction=unwaited.instruction,
+                    thread=unwaited.thread,
                 )
         if len(cta.cluster.ctas) > 1:
             self._check_foreign(cta, known, instruction, thread)
         self._end_ticks[cta.slot] = max(warp.tick for warp in cta.warps)
-        self._claimed.append(cta)
         if cta.cluster.exited:
             for each in cta.cluster.ctas:
                 self._free_slots.append(each.slot)

@@ -72,9 +72,11 @@ class Signal:
 
 @dataclass(eq=False)
 class Wait:
-    """Why a fragment does not go on. times_out: the instruction may also give up (try_wait)."""
+    """Why a fragment does not go on. times_out: the instruction may also give up (try_wait).
 
-    reason: str
+    reason(): what it waits for, as of the asking."""
+
+    reason: Callable[[], str]
     signals: tuple[Signal, ...] = ()
     times_out: bool = False
     convergence: bool = False
@@ -410,7 +412,7 @@ class Warp:
         missing = required & self.live & ~self.bits
         if not missing:
             return None
-        return Wait(f"lanes {missing:#010x} of the warp to converge", convergence=True)
+        return Wait(lambda: f"lanes {missing:#010x} of the warp to converge", convergence=True)
 
     # ---- happens-before ----
 

@@ -52,7 +52,7 @@ class BulkLoad(Operation):
         self.inside = inside
         self.pieces = pieces
         for cta, _, _ in pieces:
-            cta.incoming.append(self)
+            self.touches(cta)
 
     def perform(self) -> None:
         inner = self.read[self.inside]
@@ -77,7 +77,7 @@ class BulkStoreRead(Operation):
         self.offsets = offsets
         self.data = np.zeros(0, dtype=np.uint8)
         self.state = self.data
-        self.cta.incoming.append(self)
+        self.touches(self.cta)
 
     def perform(self) -> None:
         memory = self.cta.shared
@@ -398,9 +398,13 @@ def _wait_group(ins: Instruction, context: Context) -> Run:
                 ]
         left = [operation for _, operation in waited if not operation.done]
         if left:
-            return Wait(f"{len(left)} bulk stores", (left[0].signal,))
+            return Wait(lambda: f"{len(left)} bulk stores", (left[0].signal,))
         for lane, operation in waited:
             w.learn(1 << lane, operation.slot.actor, operation.tick)
+        if not reads_only:
+            for lane in (int(lane) for lane in indices_of(w.bits)):
+                groups = _groups(w, lane)
+                del groups[: max(len(groups) - 1 - count, 0)]
         return None
 
     return run

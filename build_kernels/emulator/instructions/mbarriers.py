@@ -299,8 +299,10 @@ def _wait(ins: Instruction, context: Context) -> Run:
                 return None
             w.fragment.token = (missed[0], missed[0].phase)
             return Wait(
-                f"phase {missed[0].phase} of {missed[0].describe()} ({missed[0].pending} of "
-                f"{missed[0].expected} arrivals and {missed[0].tx} bytes missing)",
+                lambda: (
+                    f"phase {missed[0].phase} of {missed[0].describe()} ({missed[0].pending} of "
+                    f"{missed[0].expected} arrivals and {missed[0].tx} bytes missing)"
+                ),
                 tuple(each.signal for each in missed),
                 times_out=True,
             )

@@ -44,7 +44,7 @@ class RemoteStore(Operation):
         self.pieces = pieces
         self.update = update
         for cta, *_ in pieces:
-            cta.incoming.append(self)
+            self.touches(cta)
 
     def perform(self) -> None:
         clock = self.completion()

@@ -99,7 +99,7 @@ def _await_named(w: Warp, index: int, generation: int) -> Outcome:
     barrier_ = w.cta.barriers[index]
     if barrier_.generation == generation:
         return Wait(
-            f"barrier {index} ({barrier_.arrived} of {barrier_.expected} threads arrived)",
+            lambda: f"barrier {index} ({barrier_.arrived} of {barrier_.expected} threads arrived)",
             (barrier_.signal,),
         )
     w.fragment.token = None
@@ -150,8 +150,10 @@ def _cluster(ins: Instruction) -> Run:
         barrier_ = w.cta.cluster.barrier
         if barrier_.generation == w.cluster_generation:
             return Wait(
-                f"the cluster barrier ({barrier_.arrived} of {w.cta.cluster.living()} threads "
-                "arrived)",
+                lambda: (
+                    f"the cluster barrier ({barrier_.arrived} of {w.cta.cluster.living()} threads "
+                    "arrived)"
+                ),
                 (barrier_.signal,),
             )
         w.cluster_arrived &= ~w.bits

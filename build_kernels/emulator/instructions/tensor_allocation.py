@@ -62,7 +62,7 @@ def allocate(ins: Instruction, context: Context) -> Run:
         anywhere = w.machine.schedule.policy == "random" and group == 1
         start = memory.free_start(columns, anywhere)
         if start is None:
-            return Wait(f"{columns} free columns of tensor memory")
+            return Wait(lambda: f"{columns} free columns of tensor memory")
         memory.allocations[start] = (columns, w.instruction)
         memory.owned[start : start + columns] = True
         w.machine.events += 1

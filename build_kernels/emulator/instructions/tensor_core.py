@@ -71,7 +71,7 @@ class TensorMma(Operation):
         self.tensor = warp.tensor
         self.cells = accumulator_cells(shape.m, shape.n, len(ctas), where >> 16, where & 0xFFFF)
         for cta in ctas:
-            cta.incoming.append(self)
+            self.touches(cta)
 
     def perform(self) -> None:
         shape, share = self.shape, len(self.ctas)

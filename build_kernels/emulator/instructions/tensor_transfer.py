@@ -223,7 +223,7 @@ def await_transfers(ins: Instruction, context: Context) -> Run:
         operations = w.groups.get(kind, [])
         left = [operation for operation in operations if not operation.done]
         if left:
-            return Wait(f"{len(left)} tcgen05.{kind}", (left[0].signal,))
+            return Wait(lambda: f"{len(left)} tcgen05.{kind}", (left[0].signal,))
         for operation in operations:
             operation.waited()
         if operations:

@@ -67,7 +67,7 @@ class WarpgroupMma(Operation):
             pending = Pending(_WAIT, self)
             self.targets.append((register, pending, before))
             warp.t[register] = pending
-        self.cta.incoming.append(self)
+        self.touches(self.cta)
 
     def perform(self) -> None:
         warp = self.warp
@@ -264,7 +264,7 @@ def _wgmma_wait(ins: Instruction, context: Context) -> Run:
         operations = [operation for group in over for operation in group]
         left = [operation for operation in operations if not operation.done]
         if left:
-            return Wait(f"{len(left)} wgmma.mma_async", (left[-1].signal,))
+            return Wait(lambda: f"{len(left)} wgmma.mma_async", (left[-1].signal,))
         for operation in operations:
             operation.waited()
             w.learn(w.bits, operation.slot.actor, operation.tick)

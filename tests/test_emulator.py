@@ -384,6 +384,14 @@ def test_local_memory_is_private_to_the_thread():
     np.testing.assert_array_equal(out[:, 0], np.arange(32))
 
 
+def test_local_and_parameter_accesses_out_of_bounds():
+    depot = ".local .align 8 .b8 depot[16]; mov.b64 %rd5, depot; "
+    _, result = run_threads(depot + "st.local.b32 [%rd5+16], %r0;")
+    assert kinds(result) == {"out-of-bounds"}
+    _, result = run_threads("ld.param.b64 %rd5, [out+64];")
+    assert kinds(result) == {"out-of-bounds"}
+
+
 def test_constant_tables():
     body = """
     and.b32 %r1, %r0, 3;

@@ -60,8 +60,9 @@ def emulate(
     use a GPU's own results where the emulator would round correctly.
 
     The same inputs give the same result. Raises PtxError for PTX that is not understood and
-    LaunchError for a launch or arguments that do not fit; nothing has run then. Faults of the
-    kernel are findings of the result, not exceptions.
+    LaunchError for a launch or arguments that do not fit; nothing has run then (but a matrix
+    descriptor of a kind that is not modelled is met only as it is used). Faults of the kernel are
+    findings of the result, not exceptions.
     """
     kernel = parse(ptx, launch.kernel)
     check_launch(kernel, launch)

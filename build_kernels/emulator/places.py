@@ -60,8 +60,30 @@ def locate(w: Warp, space: str, addresses: Ints, size: int) -> list[Place]:
     if space.startswith("shared"):
         return _shared(w, lanes, found, size, own=space != "shared::cluster")
     if space == "local":
-        return [Place(w.cta.machine.local(w), lanes, lanes * w.machine.local_bytes + found)]
-    return [Place(w.machine.parameters, lanes, found)]
+        return _local(w, lanes, found, size)
+    return _within(w, w.machine.parameters, lanes, found, size)
+
+
+def _local(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
+    each = w.machine.local_bytes
+    inside = (found >= 0) & (found + size <= each)
+    # Out of a thread's own part is out of the memory.
+    offsets = np.where(inside, lanes * each + found, -1)
+    return _within(w, w.machine.local(w), lanes, offsets, size)
+
+
+def _within(w: Warp, memory: Memory, lanes: Ints, offsets: Ints, size: int) -> list[Place]:
+    """One place, of the lanes whose bytes lie in the memory; the others are reported."""
+    inside = (offsets >= 0) & (offsets + size <= memory.size)
+    if not inside.all():
+        at = int(np.flatnonzero(~inside)[0])
+        w.machine.report(
+            "out-of-bounds",
+            f"an access of {size} bytes outside the {memory.name}",
+            warp=w,
+            lane=int(lanes[at]),
+        )
+    return [Place(memory, lanes[inside], offsets[inside])] if inside.any() else []
 
 
 def _generic(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
@@ -73,10 +95,9 @@ def _generic(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
         if window == SHARED_WINDOW:
             places += _shared(w, lanes[mine], inner, size, own=False)
         elif window == LOCAL_WINDOW:
-            offsets = lanes[mine] * w.machine.local_bytes + inner
-            places.append(Place(w.machine.local(w), lanes[mine], offsets))
+            places += _local(w, lanes[mine], inner, size)
         elif window == PARAMETER_WINDOW:
-            places.append(Place(w.machine.parameters, lanes[mine], inner))
+            places += _within(w, w.machine.parameters, lanes[mine], inner, size)
         else:
             places += _global(w, lanes[mine], found[mine], size)
     return places

@@ -15,9 +15,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,11 +34,13 @@ from dsv4_router_runtime.manifest import (
 )
 
 from . import compilers, cubin
-from .entry import ENTRY_VERSION, EntryError, make_entry, sha256
+from .entry import EntryError, make_entry, sha256
 from .publish import build_folder, publish
 from .specs import KERNELS, KernelSpec
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+# What turns a spec and its sources into bytes, and bytes into the manifest's entry.
+_DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
 
 
 class BuildError(Exception):
@@ -141,15 +144,18 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
         "arch": arch,
         "spec": asdict(spec),
         "tools": toolchain,
-        "options": compilers.NVRTC_OPTIONS,
-        "opcodes": cubin.WATCHED_OPCODES,
-        "entry": ENTRY_VERSION,
         "schema": SCHEMA_VERSION,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for file in compilers.source_files(spec):
+    deciding = (Path(__file__).with_name(name) for name in _DECIDING_MODULES)
+    for file in (*compilers.source_files(spec), *deciding):
         digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _unwatched(total: int) -> Iterator[Callable[[str], None]]:
+    yield lambda key: None
 
 
 def run_build(
@@ -158,17 +164,22 @@ def run_build(
     *,
     jobs: int,
     locked: bool = False,
-    on_done: Callable[[str], None] = lambda key: None,
+    watch: Callable[[int], AbstractContextManager[Callable[[str], None]]] = _unwatched,
 ) -> Report:
     """Compile the plan's stale kernels and publish. BuildError if any fails: then nothing changed.
 
-    `locked`: the manifest that results must be the one on disk, byte for byte. `on_done` is called
-    with a kernel's key as it finishes.
+    `locked`: the manifest that results must be the one on disk, byte for byte. `watch` is
+    entered with the number of stale kernels when the build holds the artifacts, and gives what is
+    called with a kernel's key as it finishes.
     """
     if locked and plan.manifest is None:
-        raise BuildError(f"--locked needs a manifest to compare with: {plan.problem}")
+        raise BuildError(
+            f"--locked needs a manifest to compare with: {plan.problem}; "
+            "restore the tracked one, or make one with `build-kernels build`"
+        )
     with build_folder(artifacts) as folder:
-        built = _compile_all(plan.stale, folder, jobs, on_done)
+        with watch(len(plan.stale)) as on_done:
+            built = _compile_all(plan.stale, folder, jobs, on_done)
         manifest = _new_manifest(artifacts, plan, built)
         text = serialise_manifest(manifest)
         path = artifacts / MANIFEST_NAME
@@ -207,13 +218,16 @@ def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Ker
 
 
 def _read_manifest(artifacts: Path) -> tuple[Manifest | None, str | None]:
+    """The manifest, or what is wrong with it; the caller says what to do about it."""
     path = artifacts / MANIFEST_NAME
     try:
         return parse_manifest(path.read_bytes(), source=str(path)), None
     except FileNotFoundError:
         return None, f"{path} does not exist"
-    except (OSError, ManifestError) as error:
-        return None, str(error)
+    except OSError as error:
+        return None, f"{path} cannot be read ({error.strerror})"
+    except ManifestError as error:
+        return None, f"{error.source}: {error.path}: {error.problem}"
 
 
 def _file_names(entry: Kernel) -> tuple[str, str]:

@@ -25,14 +25,17 @@ from dsv4_router_runtime.manifest import Kernel, Manifest, Parameter, serialise_
 from . import build as builder
 from .bench import bench_command
 from .compilers import CompileError
-from .publish import LockedError
+from .publish import LockedError, PlaceError
 from .specs import ARCHITECTURES, KERNELS
 from .verify import RUNGS, Evidence, read_evidence, standing, validated_on, verify_command
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
 
-_EXPECTED_ERRORS = (builder.BuildError, CompileError, LockedError, RouterError, OSError)
+_EXPECTED_ERRORS = (
+    *(builder.BuildError, CompileError, LockedError, PlaceError),
+    *(RouterError, OSError),
+)
 
 talk = Console(stderr=True, highlight=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -95,10 +98,9 @@ def build(
         plan = builder.make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
         if plan.problem and plan.manifest is None:
             talk.print(f"building from scratch: {plan.problem}", markup=False)
-        with progress_of(len(plan.stale)) as on_done:
-            report = builder.run_build(
-                folder, plan, jobs=jobs or _cpus(), locked=locked, on_done=on_done
-            )
+        report = builder.run_build(
+            folder, plan, jobs=jobs or _cpus(), locked=locked, watch=progress_of
+        )
     seconds = round(time.monotonic() - started, 2)
     for name in report.removed:
         talk.print(f"removed {name}", markup=False)

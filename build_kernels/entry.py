@@ -21,10 +21,6 @@ from .compilers import Compiled
 from .cubin import LOCAL_OPCODES, Cubin, CubinParameter
 from .specs import KernelSpec
 
-# Part of every kernel's digest. Raise it when this module or `cubin` comes to say something else
-# about the same bytes: a locked build in a fresh clone fails until then.
-ENTRY_VERSION = 1
-
 
 class EntryError(Exception):
     """A compiled kernel is not what its spec says it is."""

@@ -33,16 +33,28 @@ class LockedError(Exception):
     """Another build of the same artifacts is running."""
 
 
+class PlaceError(Exception):
+    """The artifacts cannot be where they are asked for: no files can be made there."""
+
+
 @contextlib.contextmanager
 def build_folder(artifacts: Path) -> Iterator[Path]:
     """An empty private folder on the artifacts' file system, held by one build at a time.
 
     It is `.<name>.build/` beside the artifacts. The lock is the kernel's: it goes with the process.
+    LockedError if another build holds it, PlaceError if nothing can be made there.
     """
-    artifacts.parent.mkdir(parents=True, exist_ok=True)
     lock = artifacts.parent / f".{artifacts.name}.lock"
     folder = artifacts.parent / f".{artifacts.name}.build"
-    with lock.open("w") as handle:
+    try:
+        artifacts.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
+    except OSError as error:
+        raise PlaceError(
+            f"cannot build {artifacts}: no file can be made in {artifacts.parent} "
+            f"({error.strerror}); name a folder in a writable place with --artifacts FOLDER"
+        ) from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels import build, compilers, entry, publish
+from build_kernels import build, compilers, cubin, entry, publish
 from build_kernels.build import BuildError, Report, Task, make_plan, run_build
 from build_kernels.cubin import CubinParameter
 from build_kernels.entry import EntryError
@@ -157,15 +158,22 @@ class TestPlan:
             build.source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
             build.source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
         ]
-        with monkeypatch.context() as patch:
-            patch.setattr(compilers, "NVRTC_OPTIONS", ())
-            digests.append(build.source_digest(TOPK, "sm_90a", tools))
-        with monkeypatch.context() as patch:
-            patch.setattr(build, "ENTRY_VERSION", 0)
-            digests.append(build.source_digest(TOPK, "sm_90a", tools))
         monkeypatch.setattr(compilers, "source_files", lambda spec: (Path(build.__file__),))
         digests.append(build.source_digest(TOPK, "sm_90a", tools))
         assert len(set(digests)) == len(digests)
+
+    @pytest.mark.parametrize("module", [compilers, cubin, entry])
+    @pytest.mark.parametrize("spec", [TOPK, DECODE], ids=["topk", "decode"])
+    def test_a_change_of_what_decides_bytes_or_entry_makes_them_stale(
+        self, spec: KernelSpec, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changed = Path(module.__file__ or "")
+        before = build.source_digest(spec, "sm_90a", {})
+        read = Path.read_bytes
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b"")
+        )
+        assert build.source_digest(spec, "sm_90a", {}) != before
 
     def test_decode_sources_are_all_python_kernels(self) -> None:
         names = {path.name for path in compilers.source_files(DECODE)}
@@ -190,6 +198,18 @@ class TestPlan:
         make(artifacts, archs=[rebuilt])
         assert contents(artifacts) == wanted
         assert open_artifacts(artifacts).manifest.toolchain["ptxas"]
+
+    def test_one_kernel_built_again_gives_the_same_manifest(self, tmp_path: Path) -> None:
+        """The DSL's assembler and NVRTC's differ: each must stay named when one alone is run."""
+        folder = tmp_path / "artifacts"
+        make(folder, [DECODE.name, TOPK.name], ["sm_90a", "sm_100a"])
+        wanted = contents(folder)
+        assert len(open_artifacts(folder).manifest.toolchain["ptxas"].split()) == 2
+        for path in folder.glob(f"{TOPK.name}.*"):
+            path.unlink()
+        report = make(folder, [TOPK.name], ["sm_90a", "sm_100a"])
+        assert report.built == (f"{TOPK.name}.sm_90a", f"{TOPK.name}.sm_100a")
+        assert contents(folder) == wanted
 
     def test_a_manifest_without_its_cubins_keeps_only_what_is_there(self, artifacts: Path) -> None:
         """A fresh clone has the manifest alone; building a part must not list the rest."""
@@ -376,8 +396,8 @@ class TestLocked:
     def test_resources_count_too(self, artifacts: Path) -> None:
         path = artifacts / "manifest.json"
         path.write_text(path.read_text().replace('"registers": ', '"registers": 1'))
-        for cubin in artifacts.glob("*.cubin"):
-            cubin.unlink()
+        for file in artifacts.glob("*.cubin"):
+            file.unlink()
         with pytest.raises(BuildError, match=r"router_topk\.sm_90a: resources: .*registers"):
             make(artifacts, locked=True)
 
@@ -476,12 +496,21 @@ class TestPublish:
         check_whole(artifacts)
 
     def test_two_builds_at_once(self, artifacts: Path) -> None:
-        lock = artifacts.parent / f".{artifacts.name}.lock"
-        with lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with publish.build_folder(artifacts) as folder:
+            (folder / "half.cubin").write_text("of the first build")
             with pytest.raises(publish.LockedError, match=r"another build of .* is running"):
                 make(artifacts)
+            assert (folder / "half.cubin").exists()
         make(artifacts)
+
+    def test_a_refused_build_is_not_watched(self, artifacts: Path) -> None:
+        """Else it draws a progress bar of a build that never starts."""
+
+        def watch(total: int) -> NoReturn:
+            raise AssertionError(f"a build of {total} kernels was announced")
+
+        with publish.build_folder(artifacts), pytest.raises(publish.LockedError):
+            make(artifacts, watch=watch)
 
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     def test_an_interrupted_build_leaves_the_old_set(

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
+from build_kernels.publish import build_folder
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.manifest import parse_manifest
 
@@ -110,8 +111,27 @@ def test_an_unwritable_place_is_an_error_without_a_traceback(tmp_path: Path) -> 
     command += ["build", "--kernel", TOPK, "--artifacts", str(tmp_path / "file" / "artifacts")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot build {tmp_path / 'file' / 'artifacts'}: no file can be")
+    assert last.endswith("name a folder in a writable place with --artifacts FOLDER")
+    assert "Errno" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_place_that_takes_no_files_is_said_with_the_way_out() -> None:
+    result = call("build", "--kernel", TOPK, "--artifacts", "/proc/artifacts")
+    assert result.exit_code == 1
+    assert "no file can be made in /proc (" in result.stderr
+    assert "with --artifacts FOLDER" in result.stderr
+    assert "Errno" not in result.stderr
+
+
+def test_a_refused_second_build_draws_no_progress(tmp_path: Path) -> None:
+    with build_folder(tmp_path / "a"):
+        result = call("build", "--kernel", TOPK, "--artifacts", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "another build of" in result.stderr
+    assert "compiling" not in result.stderr
 
 
 def test_outside_a_checkout_the_folder_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +200,15 @@ def test_inspect_without_a_build_names_the_command(tmp_path: Path) -> None:
     result = call("inspect", TOPK, "--artifacts", tmp_path / "nothing")
     assert result.exit_code == 1
     assert "does not exist; make it with `build-kernels build`" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema_version": 99}'])
+def test_inspect_of_a_broken_manifest_names_the_repair_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    result = call("inspect", TOPK, "--artifacts", tmp_path)
+    assert result.exit_code == 1
+    assert str(tmp_path / "manifest.json") in result.stderr
+    assert result.stderr.count("`build-kernels build`") == 1
 
 
 @pytest.mark.parametrize("command", [[], ["build"], ["list"], ["inspect"]])

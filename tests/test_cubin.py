@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_local_memory_is_seen(arch: str, tmp_path: Path) -> None:
     assert counts["LDL"] > 0
     assert counts["STL"] > 0
     assert read_cubin(data).stack_bytes == 256
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("attribute", [cubin._FRAME_SIZE, cubin._MIN_STACK_SIZE])
+def test_either_record_of_the_stack_is_enough(arch: str, attribute: int) -> None:
+    """The frame is the function's own, the stack that of its calls too: the larger counts."""
+    data = compiled(LOCAL, arch)
+    section = ELFFile(io.BytesIO(data)).get_section_by_name(".nv.info")
+    # A record of format 4 with 8 bytes: (symbol, stack bytes). The other one still says 256.
+    record = section.data().index(struct.pack("<BBH", 4, attribute, 8))
+    at = section["sh_offset"] + record + 8
+    assert struct.unpack_from("<I", data, at) == (256,)
+    assert read_cubin(data[:at] + bytes(4) + data[at + 4 :]).stack_bytes == 256
 
 
 @pytest.mark.parametrize(("arch", "opcode"), [("sm_90a", "REDUX"), ("sm_100a", "CREDUX")])

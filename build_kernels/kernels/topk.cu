@@ -48,7 +48,7 @@ __device__ __forceinline__ float router_score(float x) {
   const float n = shifted - kRound;
   float f = fmaf(magnitude, -0x1.715476p-2f, -n);
   f = fmaf(magnitude, -0x1.4ae0c0p-28f, f);  // what log2(e) / 4 has beyond its FP32 value
-  // 2^f, minimax, relative error 1.9e-9.
+  // 2^f, minimax; relative error of these FP32 coefficients in exact arithmetic: 1.6e-8.
   float q = 1.53458121e-4f;
   q = fmaf(q, f, 1.33999314e-3f);
   q = fmaf(q, f, 9.61848896e-3f);
@@ -59,7 +59,7 @@ __device__ __forceinline__ float router_score(float x) {
   q = __int_as_float(__float_as_int(q) + (__float_as_int(shifted) << 23));
   const float h = q * q;
   const float u = h * h;
-  // log1p(u) / u on [0, 1], minimax, relative error 3.0e-8 (half of it in the score).
+  // log1p(u) / u on [0, 1], likewise 8.2e-8; half of it reaches the score.
   float p = 5.23269e-3f;
   p = fmaf(p, u, -2.950524e-2f);
   p = fmaf(p, u, 7.822597e-2f);

@@ -9,7 +9,7 @@ not show that ptxas translated rightly, what undocumented hardware does, roundin
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -255,10 +255,12 @@ def run(
     schedule: Schedule,
     *,
     tensor_map_changes: Mapping[str, Mapping[str, Any]] | None = None,
+    approximate: Mapping[str, Callable[[Array], Array]] | None = None,
 ) -> Outcome:
     """Emulate one launch and hold it against the reference.
 
     tensor_map_changes: fields of the emulator's TensorMap to change, by parameter name.
+    approximate: a GPU's own results for approximate instructions; see `emulate`.
     """
     from build_kernels.emulator import Launch, emulate
 
@@ -276,6 +278,7 @@ def run(
         ),
         _arguments(kernel, case, arrays, tensor_map_changes or {}),
         schedule,
+        approximate=approximate,
     )
     problems = [str(finding) for finding in result.findings]
     wrong, error = _against_reference(inputs, result.memory)

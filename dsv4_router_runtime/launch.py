@@ -10,10 +10,7 @@ import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-from .manifest import Kernel, Launch
-
-# The driver's limits on the grid: 2**31 - 1 in x, 65535 in y and z.
-MAX_GRID = (2**31 - 1, 65535, 65535)
+from .manifest import MAX_GRID, Kernel, Launch
 
 _CELL_TYPES: dict[str, Any] = {
     "pointer": ctypes.c_uint64,
@@ -45,6 +42,7 @@ def grid_of(launch: Launch, *, num_tokens: int, num_experts: int) -> tuple[int, 
 
 
 def grid_depends_on_tokens(launch: Launch) -> bool:
+    """Whether `grid_of` changes with the number of tokens, so that it is set for each call."""
     return "token_tiles" in launch.grid
 
 

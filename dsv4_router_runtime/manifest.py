@@ -4,21 +4,19 @@ This is the only statement of the format. The builder imports it to write, the r
 uses nothing but the standard library, so importing it costs neither CUDA nor torch.
 
 JSON keys are the field names below. Optional keys are left out when they are None. An unknown key,
-kind or schema version is an error at parse time, with the place in the JSON:
-
-    artifacts/manifest.json: kernels[1].launch.block: expected 3 ints >= 1 (got [256]); rebuild ...
+kind or schema version, and whatever could only fail later, at a launch, is an error at parse time
+that names the place in the JSON (see `json_reader`).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
+from math import prod
 from typing import Any
 
-from .errors import ManifestError
+from .json_reader import JsonNode, read_json
 
 SCHEMA_VERSION = 1
 
@@ -29,19 +27,35 @@ PARAMETER_KINDS = ("tensor_map", "pointer", "int32", "float32")
 # (bytes, alignment in the parameter block) of each kind; a CUtensorMap is 128 bytes aligned to 64.
 KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
 POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8")
-TENSOR_ELEMENTS = ("bfloat16",)
-TENSORS = ("W_gate", "hidden_states")
-TENSOR_DIMS = ("N", "K", "E", "K_in_block", "K_block")
-SWIZZLES = ("none", "32B", "64B", "128B")
+# Bytes of an element that a tensor map reads.
+TENSOR_ELEMENT_BYTES = {"bfloat16": 2}
+# The dimensions of each tensor that a tensor map may be made for.
+TENSOR_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("N", "K", "K_in_block", "K_block")}
+# Those that may come first: the ones that a call's checks find to have unit stride.
+UNIT_STRIDE_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("K", "K_in_block")}
+# The bytes within which each swizzle permutes; a box's row must fit.
+SWIZZLE_SPAN_BYTES = {"none": None, "32B": 32, "64B": 64, "128B": 128}
+BOX_ROW_ALIGNMENT_BYTES = 16
+# Whose dtypes a problem may name.
+DTYPE_TENSORS = ("W_gate", "hidden_states", "e_bias", "logits", "out_weights", "out_ids")
 INTERLEAVES = ("none", "16B", "32B")
 L2_PROMOTIONS = ("none", "64B", "128B", "256B")
 OOB_FILLS = ("zeros", "nan_request_zero_fma")
 # What an axis of the grid may be, besides an int: see `Launch.grid`.
 GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
 
+# The largest problem that kernels are made for, and that a call may bring.
+MAX_EXPERTS = 512
+MAX_TOP_K = 8
+K_MULTIPLE = 64
+
+# The driver's limits, the same for every architecture from sm_90 on.
 MAX_CLUSTER_CTAS = 16
 MAX_PORTABLE_CLUSTER_CTAS = 8
 MAX_THREADS_PER_CTA = 1024
+MAX_GRID = (2**31 - 1, 65535, 65535)
+# A CTA may have 227 KB: 228 KB of a multiprocessor less the 1 KB that the driver keeps.
+MAX_DYNAMIC_SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +232,7 @@ def serialise_manifest(manifest: Manifest) -> str:
 
 def parse_manifest(text: str | bytes, *, source: str = "manifest.json") -> Manifest:
     """Read a manifest; a ManifestError names `source`, the path in the JSON, expected and got."""
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise ManifestError(source=source, path="$", problem=f"not valid JSON ({error})") from error
-    return _manifest(_Node(document, "", source))
+    return read_json(text, _manifest, source=source)
 
 
 def _to_json(value: Any) -> Any:
@@ -238,91 +248,11 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-class _Node:
-    """A JSON value and its path, with one method per shape the schema asks for."""
-
-    __slots__ = ("path", "source", "value")
-
-    def __init__(self, value: Any, path: str, source: str) -> None:
-        self.value = value
-        self.path = path
-        self.source = source
-
-    def error(self, problem: str) -> ManifestError:
-        return ManifestError(source=self.source, path=self.path or "$", problem=problem)
-
-    def expected(self, what: str) -> ManifestError:
-        got = json.dumps(self.value)
-        return self.error(f"expected {what} (got {got if len(got) <= 80 else got[:77] + '...'})")
-
-    def members(self, *required: str, optional: tuple[str, ...] = ()) -> dict[str, _Node]:
-        """The object's members; exactly `required`, plus any of `optional`."""
-        if not isinstance(self.value, dict):
-            raise self.expected("an object")
-        prefix = f"{self.path}." if self.path else ""
-        for key in self.value:
-            if key not in required and key not in optional:
-                allowed = ", ".join(sorted((*required, *optional)))
-                raise self.error(f"unknown key {json.dumps(key)} (allowed: {allowed})")
-        for key in required:
-            if key not in self.value:
-                raise _Node(None, prefix + key, self.source).error("missing")
-        return {key: _Node(member, prefix + key, self.source) for key, member in self.value.items()}
-
-    def items(self, what: str, length: int | None = None) -> list[_Node]:
-        if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
-            raise self.expected(what)
-        return [
-            _Node(member, f"{self.path}[{index}]", self.source)
-            for index, member in enumerate(self.value)
-        ]
-
-    def is_int(self) -> bool:
-        return isinstance(self.value, int) and not isinstance(self.value, bool)
-
-    def integer(self, low: int = 0) -> int:
-        if not self.is_int() or self.value < low:
-            raise self.expected(f"an int >= {low}")
-        return int(self.value)
-
-    def boolean(self) -> bool:
-        if not isinstance(self.value, bool):
-            raise self.expected("true or false")
-        return self.value
-
-    def choice(self, allowed: tuple[str, ...]) -> str:
-        if self.value not in allowed or not isinstance(self.value, str):
-            raise self.expected("one of " + ", ".join(allowed))
-        return self.value
-
-    def string(self, pattern: str, what: str) -> str:
-        if not isinstance(self.value, str) or not re.fullmatch(pattern, self.value):
-            raise self.expected(what)
-        return self.value
-
-    def int3(self) -> tuple[int, int, int]:
-        values = self.value
-        good = isinstance(values, list) and len(values) == 3
-        if not good or not all(_Node(v, "", "").is_int() and v >= 1 for v in values):
-            raise self.expected("3 ints >= 1")
-        return (values[0], values[1], values[2])
-
-    def mapping(self, read: Callable[[_Node], Any]) -> Mapping[str, Any]:
-        if not isinstance(self.value, dict):
-            raise self.expected("an object")
-        return MappingProxyType(
-            {
-                key: read(_Node(member, f"{self.path}.{key}", self.source))
-                for key, member in sorted(self.value.items())
-            }
-        )
-
-
-def _manifest(node: _Node) -> Manifest:
+def _manifest(node: JsonNode) -> Manifest:
     if not isinstance(node.value, dict):
         raise node.expected("an object")
     # The version first: a newer schema has other keys, and "unknown key" would hide the cause.
-    version = _Node(node.value.get("schema_version"), "schema_version", node.source)
+    version = JsonNode(node.value.get("schema_version"), "schema_version", node.source)
     if not version.is_int() or version.value != SCHEMA_VERSION:
         raise version.expected(f"{SCHEMA_VERSION}, the only schema this runtime reads")
     at = node.members("schema_version", "toolchain", "kernels")
@@ -337,7 +267,7 @@ def _manifest(node: _Node) -> Manifest:
     return Manifest(toolchain=toolchain, kernels=kernels)
 
 
-def _kernel(node: _Node) -> Kernel:
+def _kernel(node: JsonNode) -> Kernel:
     at = node.members(*(item.name for item in fields(Kernel)))
     name = at["name"].string(r"[a-z][a-z0-9_]*", "a kernel name (a-z, 0-9, _)")
     arch = at["arch"].string(r"sm_[0-9]{2,3}[af]?", "an architecture such as sm_90a")
@@ -345,6 +275,9 @@ def _kernel(node: _Node) -> Kernel:
     if at["file"].value != file:
         raise at["file"].expected(f'"{file}"')
     sha256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
+    problem = _problem(at["problem"])
+    parameters = _parameters(at["parameters"])
+    _check_maps(at["parameters"], parameters, problem)
     return Kernel(
         name=name,
         arch=arch,
@@ -353,14 +286,32 @@ def _kernel(node: _Node) -> Kernel:
         cubin_sha256=at["cubin_sha256"].string(*sha256),
         ptx_sha256=at["ptx_sha256"].string(*sha256),
         source_digest=at["source_digest"].string(*sha256),
-        problem=_problem(at["problem"]),
+        problem=problem,
         launch=_launch(at["launch"]),
-        parameters=_parameters(at["parameters"]),
+        parameters=parameters,
         resources=_resources(at["resources"]),
     )
 
 
-def _problem(node: _Node) -> ProblemRange:
+def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: ProblemRange) -> None:
+    """Maps fit the problem: W_gate's the layout, hidden_states' blocks every K that is accepted."""
+    fastest = {"kmajor": "K", "emajor": "E"}.get(problem.layout)
+    for index, parameter in enumerate(parameters):
+        recipe = parameter.tensor_map
+        if recipe is None:
+            continue
+        path = f"{node.path}[{index}].tensor_map"
+        if recipe.tensor == "W_gate" and recipe.dims[0] != fastest:
+            raise JsonNode(None, f"{path}.dims", node.source).error(
+                f'W_gate first along "{recipe.dims[0]}" does not fit layout "{problem.layout}"'
+            )
+        if "K_block" in recipe.dims and problem.k_multiple % recipe.box[0]:
+            raise JsonNode(None, f"{path}.box", node.source).error(
+                f"K blocks of {recipe.box[0]} do not divide k_multiple {problem.k_multiple}"
+            )
+
+
+def _problem(node: JsonNode) -> ProblemRange:
     at = node.members(*(item.name for item in fields(ProblemRange)))
     return ProblemRange(
         layout=at["layout"].choice(LAYOUTS),
@@ -368,11 +319,13 @@ def _problem(node: _Node) -> ProblemRange:
         num_experts=_int_range(at["num_experts"]),
         top_k=_int_range(at["top_k"]),
         k_multiple=at["k_multiple"].integer(low=1),
-        dtypes=at["dtypes"].mapping(lambda item: item.string(r"[a-z0-9]+", "a dtype name")),
+        dtypes=at["dtypes"].mapping(
+            lambda item: item.string(r"[a-z0-9]+", "a dtype name"), keys=DTYPE_TENSORS
+        ),
     )
 
 
-def _int_range(node: _Node) -> IntRange:
+def _int_range(node: JsonNode) -> IntRange:
     what = "[low, high] with 1 <= low <= high, or high null"
     low, high = node.items(what, 2)
     ends = [low] if high.value is None else [low, high]
@@ -381,38 +334,50 @@ def _int_range(node: _Node) -> IntRange:
     return IntRange(low=low.value, high=high.value)
 
 
-def _launch(node: _Node) -> Launch:
+def _launch(node: JsonNode) -> Launch:
     at = node.members(*(item.name for item in fields(Launch)))
     block, cluster = at["block"].int3(), at["cluster"].int3()
     nonportable = at["nonportable_cluster"].boolean()
-    if _product(block) > MAX_THREADS_PER_CTA:
+    if prod(block) > MAX_THREADS_PER_CTA:
         raise at["block"].expected(f"at most {MAX_THREADS_PER_CTA} threads")
     limit = MAX_CLUSTER_CTAS if nonportable else MAX_PORTABLE_CLUSTER_CTAS
-    if _product(cluster) > limit:
+    if prod(cluster) > limit:
         raise at["cluster"].expected(f"at most {limit} CTAs with nonportable_cluster {nonportable}")
-    x, y, z = (_grid_axis(item) for item in at["grid"].items("3 grid axes", 3))
+    k_splits = at["k_splits"].integer(low=1)
+    x, y, z = (
+        _grid_axis(item, k_splits, *limits)
+        for item, *limits in zip(at["grid"].items("3 grid axes", 3), cluster, MAX_GRID, strict=True)
+    )
     return Launch(
         block=block,
         cluster=cluster,
         grid=(x, y, z),
-        k_splits=at["k_splits"].integer(low=1),
+        k_splits=k_splits,
         expert_tile=at["expert_tile"].integer(low=1),
         token_tile=at["token_tile"].integer(low=1),
-        dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(),
+        dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(high=MAX_DYNAMIC_SHARED_BYTES),
         pdl=at["pdl"].boolean(),
         nonportable_cluster=nonportable,
     )
 
 
-def _grid_axis(node: _Node) -> int | str:
-    if node.value in GRID_TERMS and isinstance(node.value, str):
-        return node.value
-    if node.is_int() and node.value >= 1:
-        return int(node.value)
-    raise node.expected("an int >= 1 or one of " + ", ".join(GRID_TERMS))
+def _grid_axis(node: JsonNode, k_splits: int, cluster: int, limit: int) -> int | str:
+    """An axis of the grid, whole clusters of `cluster` CTAs whatever the problem's size is."""
+    axis = node.value
+    if not (isinstance(axis, str) and axis in GRID_TERMS) and not (node.is_int() and axis >= 1):
+        raise node.expected("an int >= 1 or one of " + ", ".join(GRID_TERMS))
+    if axis in ("expert_tiles", "token_tiles"):
+        if cluster != 1:
+            raise node.expected(f"whole clusters of {cluster}, which no number of tiles promises")
+        return str(axis)
+    size = k_splits if axis == "k_splits" else axis
+    if size % cluster or size > limit:
+        where = f" with k_splits {k_splits}" if axis == "k_splits" else ""
+        raise node.expected(f"a multiple of the cluster's {cluster}, at most {limit}{where}")
+    return axis if isinstance(axis, str) else int(axis)
 
 
-def _parameters(node: _Node) -> tuple[Parameter, ...]:
+def _parameters(node: JsonNode) -> tuple[Parameter, ...]:
     nodes = node.items("a list of parameters")
     parameters = tuple(_parameter(item) for item in nodes)
     end = 0
@@ -427,7 +392,7 @@ def _parameters(node: _Node) -> tuple[Parameter, ...]:
     return parameters
 
 
-def _parameter(node: _Node) -> Parameter:
+def _parameter(node: JsonNode) -> Parameter:
     at = node.members(
         "name", "kind", "offset", "size", optional=("element_type", "scratch", "tensor_map")
     )
@@ -455,32 +420,43 @@ def _parameter(node: _Node) -> Parameter:
     )
 
 
-def _scratch(node: _Node) -> Scratch:
+def _scratch(node: JsonNode) -> Scratch:
     at = node.members("elements", "zeroed")
     return Scratch(elements=at["elements"].integer(low=1), zeroed=at["zeroed"].boolean())
 
 
-def _recipe(node: _Node) -> TensorMapRecipe:
+def _recipe(node: JsonNode) -> TensorMapRecipe:
     at = node.members(*(item.name for item in fields(TensorMapRecipe)))
-    dims = tuple(item.choice(TENSOR_DIMS) for item in at["dims"].items("a list of dimensions"))
+    tensor = at["tensor"].choice(tuple(TENSOR_DIMS))
+    element_type = at["element_type"].choice(tuple(TENSOR_ELEMENT_BYTES))
+    swizzle = at["swizzle"].choice(tuple(SWIZZLE_SPAN_BYTES))
+    dim_nodes = at["dims"].items("a list of dimensions")
+    dims = tuple(item.choice(TENSOR_DIMS[tensor]) for item in dim_nodes)
     box = tuple(item.integer(low=1) for item in at["box"].items("a list of ints"))
     if not 2 <= len(dims) <= 5 or len(set(dims)) != len(dims):
         raise at["dims"].expected("2 to 5 distinct dimensions")
+    dim_nodes[0].choice(UNIT_STRIDE_DIMS[tensor])
     if len(box) != len(dims) or max(box) > 256:
         raise at["box"].expected(f"{len(dims)} ints from 1 to 256, one for each of dims")
+    row_bytes, span = box[0] * TENSOR_ELEMENT_BYTES[element_type], SWIZZLE_SPAN_BYTES[swizzle]
+    if row_bytes % BOX_ROW_ALIGNMENT_BYTES or (span is not None and row_bytes > span):
+        raise at["box"].expected(
+            f"rows in multiples of {BOX_ROW_ALIGNMENT_BYTES} bytes within the swizzle {swizzle}, "
+            f"not {row_bytes} bytes"
+        )
     return TensorMapRecipe(
-        tensor=at["tensor"].choice(TENSORS),
-        element_type=at["element_type"].choice(TENSOR_ELEMENTS),
+        tensor=tensor,
+        element_type=element_type,
         dims=dims,
         box=box,
-        swizzle=at["swizzle"].choice(SWIZZLES),
+        swizzle=swizzle,
         interleave=at["interleave"].choice(INTERLEAVES),
         l2_promotion=at["l2_promotion"].choice(L2_PROMOTIONS),
         oob_fill=at["oob_fill"].choice(OOB_FILLS),
     )
 
 
-def _resources(node: _Node) -> Resources:
+def _resources(node: JsonNode) -> Resources:
     at = node.members(*(item.name for item in fields(Resources)))
     return Resources(
         registers=at["registers"].integer(low=1),
@@ -489,10 +465,3 @@ def _resources(node: _Node) -> Resources:
         static_shared_bytes=at["static_shared_bytes"].integer(),
         opcodes=at["opcodes"].mapping(lambda item: item.integer()),
     )
-
-
-def _product(values: tuple[int, ...]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .manifest import TensorMapRecipe
+from .manifest import (
+    BOX_ROW_ALIGNMENT_BYTES,
+    SWIZZLE_SPAN_BYTES,
+    TENSOR_ELEMENT_BYTES,
+    TensorMapRecipe,
+)
 
-ELEMENT_BYTES = {"bfloat16": 2}
 ALIGNMENT_BYTES = 16
-SWIZZLE_SPAN_BYTES = {"32B": 32, "64B": 64, "128B": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def encode_arguments(
     A dimension of size 1 is never stepped along, so its stride is replaced by a packed one: torch
     leaves any number there. ValueError where the driver would refuse the map.
     """
-    element_bytes = ELEMENT_BYTES[recipe.element_type]
+    element_bytes = TENSOR_ELEMENT_BYTES[recipe.element_type]
     name = recipe.tensor
     dims = tuple(sizes[dim] for dim in recipe.dims)
     fastest = recipe.dims[0]
@@ -89,12 +92,12 @@ def encode_arguments(
         packed = stride * size
     if not all(1 <= size <= 2**32 for size in dims):
         raise ValueError(f"{name}: expected sizes from 1 to 2**32 (got {dims})")
-    span = SWIZZLE_SPAN_BYTES.get(recipe.swizzle)
+    span = SWIZZLE_SPAN_BYTES[recipe.swizzle]
     row_bytes = recipe.box[0] * element_bytes
-    if row_bytes % ALIGNMENT_BYTES or (span is not None and row_bytes > span):
+    if row_bytes % BOX_ROW_ALIGNMENT_BYTES or (span is not None and row_bytes > span):
         raise ValueError(
-            f"{name}: expected box rows in multiples of {ALIGNMENT_BYTES} bytes within the swizzle "
-            f"{recipe.swizzle} (got {row_bytes} bytes)"
+            f"{name}: expected box rows in multiples of {BOX_ROW_ALIGNMENT_BYTES} bytes within the "
+            f"swizzle {recipe.swizzle} (got {row_bytes} bytes)"
         )
     return EncodeArguments(
         element_type=recipe.element_type,

@@ -121,6 +121,8 @@ def _map(tensor: str, dims: tuple[str, ...], box: tuple[int, ...], promotion: st
     return {"tensor_map": recipe}
 
 
+LAYOUTS = ("emajor", "kmajor")
+TILES = (16, 32, 64)
 BLOCKS = ("K_in_block", "N", "K_block")
 OUTPUTS = [_pointer("out_weights", "float32"), _pointer("out_ids", "int32")]
 STRIDES = [("out_weights_stride", "int32", {}), ("out_ids_stride", "int32", {})]
@@ -232,10 +234,7 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
         kernel
         for arch in archs
         for kernel in (
-            decode_kernel(arch, "emajor", 16),
-            decode_kernel(arch, "emajor", 64),
-            decode_kernel(arch, "kmajor", 16),
-            decode_kernel(arch, "kmajor", 64),
+            *(decode_kernel(arch, layout, tile) for layout in LAYOUTS for tile in TILES),
             topk_kernel(arch),
         )
     ]
@@ -245,7 +244,7 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
 
 @pytest.fixture
 def manifest() -> Manifest:
-    """Five kernels for each of sm_90a and sm_100a, shaped like the real ones."""
+    """Seven kernels for each of sm_90a and sm_100a, shaped like the real ones."""
     return sample_manifest()
 
 

@@ -12,7 +12,16 @@ import pytest
 import dsv4_router_runtime
 
 FOREIGN = ("torch", "numpy", "cutlass", "build_kernels", "cuda", "triton", "click", "rich")
-PURE = ("errors", "manifest", "artifacts", "dispatch", "launch", "tensor_map", "driver")
+PURE = (
+    "errors",
+    "json_reader",
+    "manifest",
+    "artifacts",
+    "dispatch",
+    "launch",
+    "tensor_map",
+    "driver",
+)
 
 
 def python(code: str) -> str:

@@ -19,6 +19,18 @@ from dsv4_router_runtime.dispatch import (
 from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.manifest import IntRange, Manifest
 
+
+@pytest.fixture(params=["ascending", "descending", "mixed"])
+def manifest(request, manifest):
+    """The sample in several orders: the answer is the kernels' own, not their place's."""
+    kernels = list(manifest.kernels)
+    if request.param == "descending":
+        kernels.reverse()
+    elif request.param == "mixed":
+        kernels = kernels[3::2] + kernels[::2] + kernels[1:3:2]
+    return replace(manifest, kernels=tuple(kernels))
+
+
 PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=7168)
 
 
@@ -27,7 +39,9 @@ PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=716
     [
         (1, "kmajor", "router_decode_kmajor_n16"),
         (16, "kmajor", "router_decode_kmajor_n16"),
-        (17, "kmajor", "router_decode_kmajor_n64"),
+        (17, "kmajor", "router_decode_kmajor_n32"),
+        (32, "emajor", "router_decode_emajor_n32"),
+        (33, "kmajor", "router_decode_kmajor_n64"),
         (64, "emajor", "router_decode_emajor_n64"),
         (65, "logits", "router_topk"),
         (1, "logits", "router_topk"),
@@ -43,7 +57,7 @@ def test_every_kernel_gets_an_answer(manifest):
     answers = resolve(manifest, PROBLEM, "sm_90a")
     assert [answer.kernel for answer in answers] == list(manifest.kernels)
     accepted = {a.kernel.key for a in answers if isinstance(a, Accepted)}
-    assert accepted == {"router_decode_kmajor_n16.sm_90a", "router_decode_kmajor_n64.sm_90a"}
+    assert accepted == {f"router_decode_kmajor_n{tile}.sm_90a" for tile in (16, 32, 64)}
     assert all(a.reason for a in answers if isinstance(a, Rejected))
 
 
@@ -115,15 +129,17 @@ def test_ladder(manifest):
     ladder = decode_ladder(manifest, PROBLEM, "sm_90a")
     assert [(most, kernel.key) for most, kernel in ladder] == [
         (16, "router_decode_kmajor_n16.sm_90a"),
+        (32, "router_decode_kmajor_n32.sm_90a"),
         (64, "router_decode_kmajor_n64.sm_90a"),
     ]
 
 
 def test_ladder_with_a_gap_stops_before_it(manifest, change):
-    index = next(
-        i for i, k in enumerate(manifest.kernels) if k.key.startswith("router_decode_kmajor_n64")
-    )
-    for at in (index, index + 1):
-        late = replace(manifest.kernels[at].problem, num_tokens=IntRange(low=33, high=64))
-        manifest = change(manifest, at, problem=late)
+    for at, kernel in enumerate(manifest.kernels):
+        if kernel.name == "router_decode_kmajor_n32":
+            late = replace(kernel.problem, num_tokens=IntRange(low=18, high=32))
+            manifest = change(manifest, at, problem=late)
+        if kernel.name == "router_decode_kmajor_n64":
+            late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
+            manifest = change(manifest, at, problem=late)
     assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [16]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel, topk_kernel
 
-from dsv4_router_runtime.launch import ParameterBlock, ceil_div, grid_of
+from dsv4_router_runtime.launch import ParameterBlock, ceil_div, grid_depends_on_tokens, grid_of
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,27 @@ def test_grid_must_be_whole_clusters():
         grid_of(launch, num_tokens=1, num_experts=384)
 
 
-def test_grid_over_the_limit():
-    launch = replace(topk_kernel().launch, grid=(1, "token_tiles", 1))
-    with pytest.raises(ValueError, match=r"grid.y: expected .* from 1 to 65535 \(got 65536"):
-        grid_of(launch, num_tokens=4 * 65536, num_experts=8)
+@pytest.mark.parametrize(("axis", "limit"), [(0, 2**31 - 1), (1, 65535), (2, 65535)])
+def test_grid_limits_of_each_axis(axis, limit):
+    grid = [1, 1, 1]
+    grid[axis] = "token_tiles"
+    launch = replace(topk_kernel().launch, grid=tuple(grid))
+    assert grid_of(launch, num_tokens=4 * limit, num_experts=8)[axis] == limit
+    message = rf"grid.{'xyz'[axis]}: expected .* from 1 to {limit} \(got {limit + 1} "
+    with pytest.raises(ValueError, match=message):
+        grid_of(launch, num_tokens=4 * limit + 1, num_experts=8)
+
+
+def test_empty_grid():
+    with pytest.raises(
+        ValueError, match=r"grid.x: expected .* from 1 to .*\(got 0 for num_tokens=0"
+    ):
+        grid_of(topk_kernel().launch, num_tokens=0, num_experts=8)
+
+
+def test_whose_grid_follows_the_tokens():
+    assert grid_depends_on_tokens(topk_kernel().launch)
+    assert not grid_depends_on_tokens(decode_kernel().launch)
 
 
 def read_back(block: ParameterBlock) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import ArtifactError
+from .errors import WHEEL_FOLDER, ArtifactError
 from .manifest import Kernel, Manifest, compute_capability, parse_manifest
 
 MANIFEST_NAME = "manifest.json"
@@ -46,17 +46,31 @@ class ArtifactSet:
 def find_artifacts() -> Path:
     """The folder inside the installed package or, in a checkout, the one beside the package."""
     package = Path(__file__).resolve().parent
-    places = (package / "_artifacts", package.parent / "artifacts")
-    for place in places:
+    installed, built = package / WHEEL_FOLDER, package.parent / "artifacts"
+    for place in (installed, built):
         if place.is_dir():
             return place
-    problem = f"no artifacts: neither this folder nor {places[0]} exists"
-    raise ArtifactError(file=str(places[1]), problem=problem)
+    # Only a checkout has the build's settings beside the package, and only it is built in.
+    place = built if (package.parent / "pyproject.toml").is_file() else installed
+    problem = f"no artifacts: neither {installed} nor {built} exists"
+    raise ArtifactError(file=str(place), problem=problem)
 
 
 def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
-    """Read `folder`'s manifest and check the set; the default `find_artifacts()` is opened once."""
-    return _default_artifacts() if folder is None else _open(Path(folder))
+    """Read `folder`'s manifest and check the set; None stands for `find_artifacts()`.
+
+    That default set is opened once and kept for the process. A build under a running server leaves
+    what is loaded as it was: those kernels go on running. A kernel that a later Router loads for
+    the first time no longer has the hash that the kept manifest states, and is an ArtifactError:
+    restart the server to take up the new build. A `folder` given is read anew by every call.
+    """
+    if folder is None:
+        return _default_artifacts()
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"folder: expected a str or os.PathLike, or None (got {type(folder).__name__})"
+        )
+    return _open(Path(folder))
 
 
 @lru_cache(maxsize=1)

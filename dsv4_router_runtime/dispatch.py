@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .errors import NoKernelError
+from .errors import BUILD_COMMAND, NoKernelError
 from .manifest import Kernel, Manifest, compute_capability
 
 
@@ -136,5 +136,5 @@ def _no_kernel_message(
     lines += [f"  {c.kernel.key}: {c.reason}" for c in candidates if isinstance(c, Rejected)]
     if not candidates:
         lines.append("  (the manifest lists no kernels)")
-    lines.append(f"build one with `build-kernels build --arch {device}`")
+    lines.append(f"build one with `{BUILD_COMMAND} --arch {device}`")
     return "\n".join(lines)

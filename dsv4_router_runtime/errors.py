@@ -7,7 +7,18 @@ else about it). Everything that is wrong with the installation, the machine or t
 
 from __future__ import annotations
 
-REPAIR_COMMAND = "build-kernels build"
+from pathlib import PurePath
+
+# The folder inside an installed package that the wheel put the artifacts in.
+WHEEL_FOLDER = "_artifacts"
+BUILD_COMMAND = "build-kernels build"
+REINSTALL_COMMAND = "pip install --force-reinstall dsv4-router"
+
+
+def repair_command(file: str) -> str:
+    """What makes `file` right again: a wheel's own files are installed, all others are built."""
+    installed = WHEEL_FOLDER in PurePath(file).parts[-2:]
+    return REINSTALL_COMMAND if installed else BUILD_COMMAND
 
 
 class RouterError(RuntimeError):
@@ -24,20 +35,23 @@ class ManifestError(RouterError):
         self.source = source
         self.path = path
         self.problem = problem
-        super().__init__(f"{source}: {path}: {problem}; rebuild it with `{REPAIR_COMMAND}`")
+        super().__init__(f"{source}: {path}: {problem}; repair it with `{repair_command(source)}`")
 
 
 class ArtifactError(RouterError):
-    """A file of the artifacts is missing, surplus, altered, or made for another architecture."""
+    """A file of the artifacts is missing, surplus, altered, or not what the manifest says."""
 
     def __init__(self, *, file: str, problem: str) -> None:
         self.file = file
         self.problem = problem
-        super().__init__(f"{file}: {problem}; repair it with `{REPAIR_COMMAND}`")
+        super().__init__(f"{file}: {problem}; repair it with `{repair_command(file)}`")
 
 
 class NoKernelError(RouterError):
-    """No artifact can run this problem on this GPU; the message lists every candidate and why."""
+    """No artifact can run this problem on this GPU, or this one cannot run on it at all.
+
+    The message lists every candidate and why it was refused.
+    """
 
 
 class DriverError(RouterError):

@@ -14,7 +14,7 @@ from dsv4_router_runtime.artifacts import (
     find_artifacts,
     open_artifacts,
 )
-from dsv4_router_runtime.errors import ArtifactError, ManifestError
+from dsv4_router_runtime.errors import ArtifactError, ManifestError, RouterError
 
 
 @pytest.fixture
@@ -52,11 +52,19 @@ def test_known_neighbours_are_allowed(folder, manifest):
 def test_missing_cubin(folder):
     (folder / "router_topk.sm_90a.cubin").unlink()
     message = refused(folder)
-    assert "router_topk.sm_90a.cubin: missing; kernels[9].file of manifest.json" in message
+    assert "router_topk.sm_90a.cubin: missing; kernels[13].file of manifest.json" in message
 
 
 @pytest.mark.parametrize(
-    "name", ["router_old.sm_90a.cubin", "router_old.sm_90a.ptx", "notes.txt", "manifest.json.tmp"]
+    "name",
+    [
+        "router_old.sm_90a.cubin",
+        "router_old.sm_90a.ptx",
+        "notes.txt",
+        "manifest.json.tmp",
+        "x.json",
+        "router_topk.sm_90a.json",
+    ],
 )
 def test_surplus_file(folder, name):
     (folder / name).write_bytes(b"")
@@ -69,7 +77,7 @@ def test_truncated_cubin(folder, manifest):
     message = refused(folder, 2)
     assert str(path) in message
     assert "altered or truncated" in message
-    assert "cubin_sha256 of router_decode_emajor_n64.sm_100a in manifest.json" in message
+    assert "cubin_sha256 of router_decode_emajor_n32.sm_100a in manifest.json" in message
 
 
 def test_one_flipped_bit(folder, manifest):
@@ -78,6 +86,14 @@ def test_one_flipped_bit(folder, manifest):
     content[-1] ^= 1
     path.write_bytes(content)
     assert "altered or truncated: sha256 of its" in refused(folder, 2)
+
+
+@pytest.mark.parametrize("digit", [0, 7, 8, 32, 63])
+def test_every_digit_of_the_hash_counts(manifest, write_artifacts, change, digit):
+    right = manifest.kernels[0].cubin_sha256
+    wrong = right[:digit] + ("0" if right[digit] != "0" else "1") + right[digit + 1 :]
+    folder = write_artifacts(change(manifest, 0, cubin_sha256=wrong))
+    assert "altered or truncated" in refused(folder, 0)
 
 
 def test_bytes_are_hashed_at_every_read(folder, manifest):
@@ -134,6 +150,15 @@ def test_elf_flags_as_measured(flags, abi, capability):
     assert elf_compute_capability(bytes(header), file="x") == capability
 
 
+@pytest.mark.parametrize("abi", [0, 6, 9])
+def test_unknown_elf_abi(abi):
+    """Where the number lies in the flags differs from ABI to ABI: none is guessed."""
+    header = bytearray(cubin_bytes("sm_90a"))
+    header[8] = abi
+    with pytest.raises(ArtifactError, match=rf"not a cubin this .*ABI version {abi}\)"):
+        elf_compute_capability(bytes(header), file="x")
+
+
 def test_no_manifest(tmp_path):
     message = refused(tmp_path)
     assert str(tmp_path / "manifest.json") in message
@@ -156,9 +181,77 @@ def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
     assert find_artifacts() == place
 
 
-def test_found_nowhere(tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkout", [True, False])
+def test_found_nowhere(tmp_path, monkeypatch, checkout):
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(artifacts_module, "__file__", str(tmp_path / "package" / "artifacts.py"))
-    with pytest.raises(
-        ArtifactError, match=r"no artifacts: .* repair it with `build-kernels build`"
-    ):
+    with pytest.raises(ArtifactError, match="no artifacts: neither") as caught:
         find_artifacts()
+    assert str(caught.value).endswith(f"; repair it with `{BUILD if checkout else REINSTALL}`")
+
+
+BUILD, REINSTALL = "build-kernels build", "pip install --force-reinstall dsv4-router"
+
+
+def remove_a_cubin(folder):
+    (folder / "router_topk.sm_90a.cubin").unlink()
+
+
+def alter_a_cubin(folder):
+    (folder / "router_decode_emajor_n16.sm_100a.cubin").write_bytes(b"")
+
+
+def add_a_file(folder):
+    (folder / "notes.txt").touch()
+
+
+def remove_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def spoil_the_manifest(folder):
+    (folder / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize(("name", "command"), [("artifacts", BUILD), ("_artifacts", REINSTALL)])
+@pytest.mark.parametrize(
+    "damage",
+    [remove_a_cubin, alter_a_cubin, add_a_file, remove_the_manifest, spoil_the_manifest],
+)
+def test_a_wheel_is_installed_again_and_a_checkout_built_again(folder, name, command, damage):
+    """There is no compiler beside an installed wheel, and its files are pip's to write."""
+    place = folder.rename(folder.parent / name)
+    damage(place)
+
+    def open_and_read():
+        opened = open_artifacts(place)
+        opened.read(opened.manifest.kernels[0])
+
+    with pytest.raises(RouterError) as caught:
+        open_and_read()
+    assert str(caught.value).endswith(f"; repair it with `{command}`")
+
+
+@pytest.mark.parametrize("folder", [3, b"artifacts", True])
+def test_what_is_no_folder(folder):
+    got = type(folder).__name__
+    with pytest.raises(TypeError, match=rf"folder: expected a str .*\(got {got}\)"):
+        open_artifacts(folder)
+
+
+def test_the_default_set_is_opened_once_for_the_process(folder, monkeypatch):
+    """A build under a running process: what the kept manifest does not vouch for is refused."""
+    monkeypatch.setattr(artifacts_module, "find_artifacts", lambda: folder)
+    artifacts_module._default_artifacts.cache_clear()
+    try:
+        opened = open_artifacts()
+        (folder / "manifest.json").write_text("{}")
+        alter_a_cubin(folder)
+        assert open_artifacts() is opened
+        with pytest.raises(ArtifactError, match="altered"):
+            opened.read(opened.manifest.kernels[0])
+        with pytest.raises(ManifestError):
+            open_artifacts(folder)
+    finally:
+        artifacts_module._default_artifacts.cache_clear()

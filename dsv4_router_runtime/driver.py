@@ -12,8 +12,14 @@ from functools import cache
 from typing import Any
 
 from .artifacts import ArtifactSet
-from .dispatch import device_arch
-from .errors import ArtifactError, DriverError, DriverMissingError
+from .dispatch import device_arch, runs_on
+from .errors import (
+    BUILD_COMMAND,
+    ArtifactError,
+    DriverError,
+    DriverMissingError,
+    NoKernelError,
+)
 from .launch import ParameterBlock
 from .manifest import Kernel
 from .tensor_map import EncodeArguments
@@ -102,10 +108,12 @@ class LoadedKernel:
 def load_kernel(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKernel:
     """Load a verified cubin onto GPU `device`; its parameters must be the manifest's.
 
-    Loading is eager: the function is looked up and its attributes are set here, so that nothing is
-    left to load under stream capture.
+    NoKernelError for a kernel of another architecture: the driver would take the bytes and fail
+    late, so it never sees them. Loading is eager: the function is looked up and its attributes are
+    set here, so that nothing is left to load under stream capture.
     """
     key = kernel.key
+    _check_runs_here(kernel, device)
     cubin = artifacts.read(kernel)
     make_context_current(device)
     driver = bindings()
@@ -116,7 +124,7 @@ def load_kernel(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKe
         f"finding {kernel.symbol} in {kernel.file}",
         driver.cuLibraryGetKernel(library, kernel.symbol.encode()),
     )
-    _check_parameters(kernel, handle)
+    _check_parameters(kernel, handle, file=str(artifacts.folder / kernel.file))
     function = checked(f"loading {key} onto the GPU", driver.cuKernelGetFunction(handle))
     attribute = driver.CUfunction_attribute
     checked(
@@ -137,7 +145,17 @@ def load_kernel(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKe
     return LoadedKernel(kernel=kernel, device=device, library=library, function=function)
 
 
-def _check_parameters(kernel: Kernel, handle: Any) -> None:
+def _check_runs_here(kernel: Kernel, device: int) -> None:
+    arch = arch_of_device(device)
+    if not runs_on(kernel.arch, arch):
+        raise NoKernelError(
+            f"{kernel.key}: built for {kernel.arch}, GPU {device} is {arch}; load a kernel built "
+            f"for {arch}, or build this one with "
+            f"`{BUILD_COMMAND} --kernel {kernel.name} --arch {arch}`"
+        )
+
+
+def _check_parameters(kernel: Kernel, handle: Any, *, file: str) -> None:
     """ArtifactError unless the driver sees the parameters that the manifest lists.
 
     The driver counts offsets inside its constant bank, the manifest from the first parameter, so
@@ -149,18 +167,18 @@ def _check_parameters(kernel: Kernel, handle: Any) -> None:
         code, offset, size = driver.cuKernelGetParamInfo(handle, index)
         if int(code) != 0:
             problem = f"has {index} parameters, the manifest lists {len(kernel.parameters)}"
-            raise ArtifactError(file=kernel.file, problem=problem)
+            raise ArtifactError(file=file, problem=problem)
         first = offset if first is None else first
         if (offset - first, size) != (parameter.offset, parameter.size):
             raise ArtifactError(
-                file=kernel.file,
+                file=file,
                 problem=f"parameters[{index}] ({parameter.name}): the manifest says offset "
                 f"{parameter.offset} and size {parameter.size}, the cubin {offset - first} "
                 f"and {size}",
             )
     if int(driver.cuKernelGetParamInfo(handle, len(kernel.parameters))[0]) == 0:
         problem = f"has more than the {len(kernel.parameters)} parameters that the manifest lists"
-        raise ArtifactError(file=kernel.file, problem=problem)
+        raise ArtifactError(file=file, problem=problem)
 
 
 class TensorMap:

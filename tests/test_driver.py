@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import decode_kernel, topk_kernel
 
 from dsv4_router_runtime import driver
-from dsv4_router_runtime.errors import DriverError, DriverMissingError
+from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.errors import (
+    ArtifactError,
+    DriverError,
+    DriverMissingError,
+    NoKernelError,
+)
 
 bindings = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 
@@ -196,3 +203,114 @@ def test_thread_without_a_context_gets_one(uninitialised, monkeypatch):
     site(topk_kernel()).launch()
     assert made_current == [0]
     assert codes == []
+
+
+class LoadingDriver:
+    """Stands in for what loading calls: notes each call, and answers for one device and cubin."""
+
+    CUresult = bindings.CUresult
+    CUdevice_attribute = bindings.CUdevice_attribute
+    CUfunction_attribute = bindings.CUfunction_attribute
+
+    def __init__(self, capability, parameters):
+        self.capability = capability
+        self.parameters = parameters
+        self.calls = []
+
+    def note(self, *call):
+        self.calls.append(call)
+        return self.CUresult.CUDA_SUCCESS
+
+    def cuDeviceGet(self, index):
+        return self.CUresult.CUDA_SUCCESS, index
+
+    def cuDeviceGetAttribute(self, which, device):
+        minor = which == self.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+        return self.CUresult.CUDA_SUCCESS, self.capability[minor]
+
+    def cuLibraryLoadData(self, code, *options):
+        return self.note("load", code), "library"
+
+    def cuLibraryGetKernel(self, library, symbol):
+        return self.note("find", library, symbol), "kernel"
+
+    def cuKernelGetParamInfo(self, kernel, index):
+        if index >= len(self.parameters):
+            return self.CUresult.CUDA_ERROR_INVALID_VALUE, 0, 0
+        # The driver counts from the start of the constant bank.
+        parameter = self.parameters[index]
+        return self.CUresult.CUDA_SUCCESS, 0x210 + parameter.offset, parameter.size
+
+    def cuKernelGetFunction(self, kernel):
+        return self.note("function", kernel), "function"
+
+    def cuFuncSetAttribute(self, function, which, value):
+        return (self.note(which.name, value),)
+
+
+@pytest.fixture
+def loading(monkeypatch, manifest, write_artifacts):
+    """Artifacts on disk, and a driver for a GPU of `capability` that notes what loading asks."""
+    artifacts = open_artifacts(write_artifacts(manifest))
+
+    def load(name, arch, capability, **more):
+        [kernel] = [k for k in artifacts.manifest.kernels if (k.name, k.arch) == (name, arch)]
+        fake = LoadingDriver(capability, kernel.parameters)
+        monkeypatch.setattr(driver, "bindings", lambda: fake)
+        monkeypatch.setattr(driver, "make_context_current", lambda index: fake.note("context"))
+        return fake, lambda: driver.load_kernel(artifacts, replace(kernel, **more), 0)
+
+    load.folder = artifacts.folder
+    return load
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "device"),
+    [
+        ("sm_100a", (9, 0), "sm_90a"),
+        ("sm_90a", (10, 0), "sm_100a"),
+        ("sm_100a", (10, 3), "sm_103a"),
+    ],
+)
+def test_kernel_of_another_architecture_never_reaches_the_driver(loading, arch, capability, device):
+    """The manifest, the hash and the ELF header all agree; only the GPU is another one."""
+    fake, load = loading("router_topk", arch, capability)
+    with pytest.raises(NoKernelError) as caught:
+        load()
+    assert str(caught.value) == (
+        f"router_topk.{arch}: built for {arch}, GPU 0 is {device}; load a kernel built for "
+        f"{device}, or build this one with "
+        f"`build-kernels build --kernel router_topk --arch {device}`"
+    )
+    assert fake.calls == []
+
+
+def test_what_loading_a_kernel_asks_of_the_driver(loading):
+    fake, load = loading("router_decode_emajor_n32", "sm_90a", (9, 0))
+    loaded = load()
+    cubin = (loading.folder / "router_decode_emajor_n32.sm_90a.cubin").read_bytes()
+    assert loaded.function == "function"
+    assert fake.calls == [
+        ("context",),
+        ("load", cubin),
+        ("find", "library", b"router_decode_emajor_n32"),
+        ("function", "kernel"),
+        ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 100_000),
+        ("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1),
+    ]
+
+
+def test_altered_bytes_never_reach_the_driver(loading):
+    fake, load = loading("router_topk", "sm_90a", (9, 0))
+    (loading.folder / "router_topk.sm_90a.cubin").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match="altered or truncated"):
+        load()
+    assert fake.calls == []
+
+
+def test_parameters_that_differ_from_the_cubin_name_the_file(loading):
+    parameters = topk_kernel().parameters[:-1]
+    _, load = loading("router_topk", "sm_90a", (9, 0), parameters=parameters)
+    with pytest.raises(ArtifactError, match="has more than the 10 parameters") as caught:
+        load()
+    assert caught.value.file == str(loading.folder / "router_topk.sm_90a.cubin")

@@ -61,13 +61,18 @@ def test_loads_and_agrees_with_the_manifest(here, key):
 
 
 @pytest.mark.parametrize("key", built_kernels())
-def test_other_architectures_do_not_reach_the_gpu(here, key):
-    """The driver itself takes such a cubin and fails late, which is why dispatch looks first."""
+def test_other_architectures_do_not_reach_the_gpu(here, key, monkeypatch):
+    """The driver itself takes such a cubin and fails late, so it is refused before."""
     kernel = kernel_of(here, key)
     if kernel.arch == here.arch:
         pytest.skip(f"gpu: {kernel.arch} is this GPU's own architecture")
-    with pytest.raises(DriverError, match=f"{kernel.symbol}.*CUDA_ERROR_NO_BINARY_FOR_GPU"):
+    handed = []
+    monkeypatch.setattr(driver.bindings(), "cuLibraryLoadData", lambda *given: handed.append(given))
+    with pytest.raises(NoKernelError) as caught:
         driver.load_kernel(here.artifacts, kernel, 0)
+    assert f"{key}: built for {kernel.arch}, GPU 0 is {here.arch}; " in str(caught.value)
+    assert f"`build-kernels build --kernel {kernel.name} --arch {here.arch}`" in str(caught.value)
+    assert handed == []
 
 
 def test_all_of_one_architecture_load_within_10_ms(here):

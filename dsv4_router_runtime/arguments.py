@@ -6,17 +6,16 @@ argument, what was expected and what was got.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-MAX_TOP_K = 8
-MAX_EXPERTS = 512
-K_MULTIPLE = 64
+from .manifest import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
+
 ALIGNMENT_BYTES = 16
 BF16_BYTES = 2
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def _check_top_k(top_k: Any, num_experts: int) -> int:
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise TypeError(f"top_k: expected an int (got {type(top_k).__name__})")
     if not 1 <= top_k <= MAX_TOP_K:
-        raise _wrong("top_k", f"1..{MAX_TOP_K}", str(top_k))
+        raise _wrong("top_k", f"1..{MAX_TOP_K}", _number(top_k))
     if top_k > num_experts:
         raise _wrong("top_k", f"at most the {num_experts} experts of W_gate", str(top_k))
     return top_k
@@ -103,8 +102,10 @@ def _check_scale(scale: Any) -> float:
             f"routed_scaling_factor: expected a float (got {type(scale).__name__}); a tensor would "
             "have to be read by the host, so pass its .item()"
         )
-    if not math.isfinite(scale):
-        raise _wrong("routed_scaling_factor", "a finite number", str(scale))
+    # An int is compared as it is: Python's float() overflows above 1.8e308. NaN fails both sides.
+    if not -FP32_MAX <= scale <= FP32_MAX:
+        allowed = f"a finite number in FP32's range, -{FP32_MAX:.9g}..{FP32_MAX:.9g}"
+        raise _wrong("routed_scaling_factor", allowed, _number(scale))
     return float(scale)
 
 
@@ -276,6 +277,13 @@ def _extent(out: torch.Tensor, num_tokens: int, top_k: int) -> tuple[int, int, i
 
 def _wrong(argument: str, expected: str, got: str) -> ValueError:
     return ValueError(f"{argument}: expected {expected} (got {got})")
+
+
+def _number(value: int | float) -> str:
+    # Python refuses to print an int of more than 4300 digits, and nobody would read it.
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
 
 
 def _shape(tensor: torch.Tensor) -> str:

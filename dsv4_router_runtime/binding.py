@@ -17,7 +17,7 @@ from .arguments import CallFacts, LayerFacts
 from .artifacts import ArtifactSet
 from .dispatch import Problem, decode_ladder, select_kernel
 from .errors import ArtifactError, RouterError
-from .launch import grid_of
+from .launch import grid_depends_on_tokens, grid_of
 from .manifest import Kernel, TensorMapRecipe
 from .tensor_map import encode_arguments, hidden_states_arguments
 from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
@@ -106,7 +106,7 @@ class Binding:
             beyond = replace(problem, layout="logits", num_tokens=ladder[-1][0] + 1)
             select = select_kernel(manifest, beyond, arch)
             for kernel in (*(kernel for _, kernel in ladder), select):
-                check_parameter_names(kernel)
+                check_parameter_names(artifacts, kernel)
             self._rungs = tuple(
                 (most, load_once(artifacts, kernel, self._index)) for most, kernel in ladder
             )
@@ -225,7 +225,7 @@ class _Site:
         self._launch_site = driver.LaunchSite(loaded, stream=stream, grid=grid, pdl=pdl)
         self.launch = self._launch_site.launch
         self.cells = self._launch_site.block.cells
-        self._grid_follows_tokens = "token_tiles" in kernel.launch.grid
+        self._grid_follows_tokens = grid_depends_on_tokens(kernel.launch)
         self._grid_tokens = 1
         self._x_map = next(
             (
@@ -320,18 +320,19 @@ def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> driver.Loa
     return loaded
 
 
-def check_parameter_names(kernel: Kernel) -> None:
+def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
     """ArtifactError unless the kernel takes what every call writes, and nothing unknown."""
+    file = str(artifacts.folder / kernel.file)
     names = [parameter.name for parameter in kernel.parameters]
     for name in CALL_PARAMETERS:
         if name not in names:
             problem = f'parameters of {kernel.key}: none is named "{name}", which each call writes'
-            raise ArtifactError(file=kernel.file, problem=problem)
+            raise ArtifactError(file=file, problem=problem)
     for index, parameter in enumerate(kernel.parameters):
         filled = parameter.kind == "tensor_map" or parameter.scratch is not None
         if not filled and parameter.name not in (*CALL_PARAMETERS, *LAYER_PARAMETERS):
             problem = f'parameters[{index}].name: nothing to pass as "{parameter.name}"'
-            raise ArtifactError(file=kernel.file, problem=problem)
+            raise ArtifactError(file=file, problem=problem)
 
 
 def _copy_k_contiguous(W_gate: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,11 @@ class Router:
         facts = check_layer(
             W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
         )
+        if not (artifacts is None or isinstance(artifacts, str | os.PathLike | ArtifactSet)):
+            raise TypeError(
+                "artifacts: expected a folder (str or os.PathLike), an ArtifactSet or None "
+                f"(got {type(artifacts).__name__})"
+            )
         require_gpu(facts.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)

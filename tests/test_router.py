@@ -6,19 +6,22 @@ The driver is replaced by a recorder; tensors lie in host memory and are never l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import sample_manifest
+from conftest import decode_kernel, sample_manifest, topk_kernel
 
 from dsv4_router_runtime import Router, binding, driver, router, workspace
 from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
 from dsv4_router_runtime.dispatch import Problem, decode_ladder, select_kernel
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
 from dsv4_router_runtime.launch import ParameterBlock
+from dsv4_router_runtime.manifest import Scratch
 from dsv4_router_runtime.tensor_map import encode_arguments
 
 K, E, TOP_K = 512, 80, 6
@@ -124,7 +127,7 @@ def step(num_tokens, rows=None, columns=TOP_K):
 
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
-@pytest.mark.parametrize(("num_tokens", "tile"), [(1, 16), (16, 16), (17, 64), (64, 64)])
+@pytest.mark.parametrize(("num_tokens", "tile"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64)])
 def test_decode_is_one_launch_with_every_parameter(gpu, make, layout, num_tokens, tile):
     bound = make(layout)
     x, w, ids = step(num_tokens, rows=70, columns=9)
@@ -270,6 +273,132 @@ def reserve_of(bound: Router) -> workspace.Workspace:
     return bound._binding._workspace
 
 
+def with_scratch(kernel, **elements):
+    """The kernel with the sizes of some of its scratch parameters changed."""
+    parameters = tuple(
+        replace(p, scratch=Scratch(elements=elements[p.name], zeroed=p.scratch.zeroed))
+        if p.name in elements
+        else p
+        for p in kernel.parameters
+    )
+    return replace(kernel, parameters=parameters)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_scratch_of_a_name_is_as_large_as_any_kernel_wants_it(order):
+    """Sizes differ from kernel to kernel, and none fills its last 256 bytes."""
+    small = with_scratch(decode_kernel(tile=16), partials=65, counters=3)
+    large = with_scratch(decode_kernel(tile=64), partials=129, counters=65)
+    layout = workspace.scratch_layout([small, topk_kernel(), large][::order])
+    assert (layout.plain, layout.plain_bytes) == ((("partials", 0),), 768)
+    assert (layout.zeroed, layout.zeroed_bytes) == ((("counters", 0),), 512)
+
+
+def test_each_scratch_starts_on_256_bytes():
+    kernel = with_scratch(decode_kernel(), partials=65, counters=3)
+    renamed = tuple(
+        replace(p, name={"partials": "aside", "counters": "begun"}.get(p.name, p.name))
+        for p in kernel.parameters
+    )
+    layout = workspace.scratch_layout([kernel, replace(kernel, parameters=renamed)])
+    assert layout.plain == (("aside", 0), ("partials", 512))
+    assert layout.zeroed == (("begun", 0), ("counters", 256))
+    assert (layout.plain_bytes, layout.zeroed_bytes) == (1024, 512)
+
+
+def test_counters_of_a_stream_are_zeroed_even_in_used_memory(gpu, make, monkeypatch):
+    used = lambda self, size, dtype=torch.uint8: torch.full((size,), 0x7F, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(workspace.Workspace, "_empty", used)
+    bound = make()
+    bound(*step(4))
+    assert ctypes.string_at(gpu.last["counters"], 256) == bytes(256)
+    assert ctypes.string_at(gpu.last["partials"], 4) == b"\x7f" * 4
+
+
+def test_reserve_is_kept_and_shared_only_once_zeroed(gpu, make, monkeypatch):
+    """The zeroing runs on the stream that asked for it; captures come on others."""
+    events = []
+    zeros = workspace.Workspace._zeros
+
+    def wait(device):
+        [space] = workspace._workspaces.values()
+        events.append(f"waited with {len(space._free)} shared")
+
+    monkeypatch.setattr(
+        workspace.Workspace,
+        "_zeros",
+        lambda self, size: events.append("zeroed") or zeros(self, size),
+    )
+    monkeypatch.setattr(workspace, "wait_for_current_stream", wait)
+    reserve = reserve_of(make())
+    assert events == ["zeroed", "waited with 0 shared"]
+    [chunk] = reserve._reserve
+    start, end = chunk.data_ptr(), chunk.data_ptr() + chunk.numel()
+    assert all(start <= address < end for address in reserve._free)
+    assert chunk.numel() == workspace.RESERVE_SLOTS * reserve.layout.zeroed_bytes
+
+
+def test_reserve_is_topped_up_by_a_new_stream_when_low(gpu, make):
+    bound = make()
+    reserve = reserve_of(bound)
+    reserve._free.clear()
+    bound(*step(4))
+    assert len(reserve._free) == workspace.RESERVE_SLOTS
+    assert len(reserve._reserve) == 2
+    bound(*step(40))
+    assert len(reserve._reserve) == 2
+
+
+def test_call_from_another_current_device_runs_on_the_layers_own(gpu, make, monkeypatch):
+    current, entered = [1], []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    bound = make()
+    stream_asked_on = []
+    monkeypatch.setattr(binding, "current_stream", lambda index: stream_asked_on.append(current[0]))
+    entered.clear()
+    bound(*step(4))
+    # The CPU's tensors have no index, which stands for the layer's own GPU here.
+    assert entered == stream_asked_on == [None]
+    assert current == [1]
+    current[0] = None
+    bound(*step(4))
+    assert entered == [None]
+    assert len(gpu.launches) == 2
+
+
+def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
+    """Another layer's prefill on the stream writes the same logits: it must not come between."""
+    bound = make()
+    bound(*step(100))
+    [slot] = reserve_of(bound)._slots.values()
+    held = []
+    product, launch = binding.multiply, RecordingSite.launch
+    monkeypatch.setattr(
+        binding, "multiply", lambda *given: held.append(slot.lock.locked()) or product(*given)
+    )
+    second = make()
+
+    def launched(site):
+        held.append(slot.lock.locked())
+        launch(site)
+
+    monkeypatch.setattr(RecordingSite, "launch", launched)
+    second(*step(100))
+    assert gpu.launches[0]["logits"] == gpu.launches[1]["logits"]
+    assert held == [True, True]
+    assert not slot.lock.locked()
+
+
 def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
     bound = make()
     reserve = reserve_of(bound)
@@ -347,6 +476,7 @@ def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
     bound = make()
     assert gpu.loads == [
         "router_decode_kmajor_n16.sm_90a",
+        "router_decode_kmajor_n32.sm_90a",
         "router_decode_kmajor_n64.sm_90a",
         "router_topk.sm_90a",
     ]
@@ -354,7 +484,24 @@ def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
     make()
     bound(*step(4))
     bound(*step(100))
-    assert len(gpu.loads) == 3
+    assert len(gpu.loads) == 4
+
+
+def test_same_bytes_under_changed_metadata_are_loaded_as_it_says(gpu, make, artifacts):
+    """Rebuilt entries may launch the same cubin otherwise; the old launch must not live on."""
+    make()
+    manifest = artifacts.manifest
+    kernels = tuple(
+        replace(kernel, launch=replace(kernel.launch, grid=("k_splits", 9, 1)))
+        if kernel.key == "router_decode_kmajor_n16.sm_90a"
+        else kernel
+        for kernel in manifest.kernels
+    )
+    before = len(gpu.loads)
+    bound = make(artifacts=replace(artifacts, manifest=replace(manifest, kernels=kernels)))
+    assert gpu.loads[before:] == ["router_decode_kmajor_n16.sm_90a"]
+    bound(*step(4))
+    assert gpu.last["grid"] == (16, 9, 1)
 
 
 def test_loading_under_capture_is_refused(gpu, make):
@@ -448,10 +595,11 @@ def test_parameters_unknown_to_this_runtime_are_refused_when_bound(gpu, make, ol
         )
         for kernel in manifest.kernels
     )
-    altered = ArtifactSet(folder="", manifest=replace(manifest, kernels=kernels))
+    altered = ArtifactSet(folder=Path("there"), manifest=replace(manifest, kernels=kernels))
     with pytest.raises(ArtifactError) as caught:
         make(artifacts=altered)
     assert message in str(caught.value)
+    assert caught.value.file.startswith("there/router_decode_kmajor_n16.sm_90a")
     assert gpu.loads == []
 
 
@@ -573,7 +721,7 @@ def test_the_artifacts_built_here_can_be_bound():
         pytest.skip(str(error))
     for kernel in artifacts.manifest.kernels:
         artifacts.read(kernel)
-        binding.check_parameter_names(kernel)
+        binding.check_parameter_names(artifacts, kernel)
     for arch in {kernel.arch for kernel in artifacts.manifest.kernels}:
         for layout in ("kmajor", "emajor"):
             problem = Problem(

@@ -44,12 +44,12 @@ def call(**more):
     return check_call(layer(), **given)[0]
 
 
-def unaligned(shape, dtype):
-    """A tensor whose data starts one element past an aligned address."""
+def unaligned(shape, dtype, by=1):
+    """A tensor whose data starts `by` elements past an aligned address."""
     count = 1
     for size in shape:
         count *= size
-    return torch.zeros(count + 1, dtype=dtype)[1:].view(shape)
+    return torch.zeros(count + by, dtype=dtype)[by:].view(shape)
 
 
 def bf16(*shape):
@@ -110,6 +110,11 @@ def test_layouts(W_gate, layout, loadable):
         ),
         ({"W_gate": bf16(E, K + 4)[:, :K].t()}, ValueError, "a stride along E in multiples of 8"),
         ({"W_gate": unaligned((E, K), torch.bfloat16).t()}, ValueError, "aligned to 16 bytes (got"),
+        (
+            {"W_gate": unaligned((E, K), torch.bfloat16, by=4).t()},
+            ValueError,
+            "W_gate: expected data aligned to 16 bytes (got",
+        ),
         ({"e_bias": [0.0] * E}, TypeError, "e_bias: expected a torch.Tensor (got list)"),
         ({"e_bias": torch.zeros(E).double()}, TypeError, "e_bias: expected dtype torch.float32"),
         ({"e_bias": torch.zeros(E, 1)}, ValueError, "e_bias: expected 1 dimension (got shape"),
@@ -122,6 +127,7 @@ def test_layouts(W_gate, layout, loadable):
         ),
         ({"top_k": 0}, ValueError, "top_k: expected 1..8 (got 0)"),
         ({"top_k": 9}, ValueError, "top_k: expected 1..8 (got 9)"),
+        ({"top_k": 10**5000}, ValueError, "top_k: expected 1..8 (got an int of 16610 bits)"),
         ({"top_k": 4.0}, TypeError, "top_k: expected an int (got float)"),
         ({"top_k": True}, TypeError, "top_k: expected an int (got bool)"),
         (
@@ -138,8 +144,15 @@ def test_layouts(W_gate, layout, loadable):
         (
             {"routed_scaling_factor": float("nan")},
             ValueError,
-            "routed_scaling_factor: expected a finite number (got nan)",
+            "routed_scaling_factor: expected a finite number in FP32's range, -3.40282347e+38.."
+            "3.40282347e+38 (got nan)",
         ),
+        ({"routed_scaling_factor": float("inf")}, ValueError, "FP32's range, -3.40282347e+38.."),
+        ({"routed_scaling_factor": 1e300}, ValueError, "routed_scaling_factor: expected a finite"),
+        ({"routed_scaling_factor": -3.403e38}, ValueError, "3.40282347e+38 (got -3.403e+38)"),
+        ({"routed_scaling_factor": 10**39}, ValueError, "(got an int of 130 bits)"),
+        ({"routed_scaling_factor": 10**400}, ValueError, "routed_scaling_factor: expected a fini"),
+        ({"routed_scaling_factor": -(10**5000)}, ValueError, "(got an int of 16610 bits)"),
     ],
 )
 def test_wrong_layer(wrong, error, message):
@@ -164,6 +177,11 @@ def test_wrong_layer(wrong, error, message):
         ({"hidden_states": bf16(N, K + 4)[:, :K]}, ValueError, "a row stride of at least K and a"),
         ({"hidden_states": bf16(1, K).expand(N, K)}, ValueError, "a row stride of at least K"),
         ({"hidden_states": unaligned((N, K), torch.bfloat16)}, ValueError, "aligned to 16 bytes"),
+        (
+            {"hidden_states": unaligned((N, K), torch.bfloat16, by=4)},
+            ValueError,
+            "hidden_states: expected data aligned to 16 bytes",
+        ),
         (
             {"hidden_states": bf16(N, K).to_sparse()},
             ValueError,
@@ -289,6 +307,22 @@ def test_cpu_tensors_are_refused_before_anything_else():
     outputs = torch.zeros(N, TOP_K), torch.zeros(N, TOP_K).int()
     with pytest.raises(ValueError, match=message):
         dense_router_dispatch(bf16(N, K), weights(), torch.zeros(E), 2.5, TOP_K, *outputs)
+
+
+def test_the_largest_fp32_scale_is_taken():
+    largest = torch.finfo(torch.float32).max
+    for scale in (largest, -largest, 10**38, 0, 1e-60):
+        assert layer(routed_scaling_factor=scale).scale == float(scale)
+
+
+@pytest.mark.parametrize("artifacts", [3, b"artifacts", ("artifacts",)])
+def test_router_names_what_is_no_folder_of_artifacts(artifacts):
+    with pytest.raises(TypeError) as caught:
+        Router(weights(), torch.zeros(E), top_k=4, routed_scaling_factor=1.0, artifacts=artifacts)
+    assert str(caught.value) == (
+        "artifacts: expected a folder (str or os.PathLike), an ArtifactSet or None "
+        f"(got {type(artifacts).__name__})"
+    )
 
 
 def test_router_checks_the_layer_before_it_looks_for_artifacts(tmp_path):

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4_router_runtime.manifest import IntRange, ProblemRange, Scratch, TensorMapRecipe
+from dsv4_router_runtime.manifest import (
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    IntRange,
+    ProblemRange,
+    Scratch,
+    TensorMapRecipe,
+)
 
-MAX_EXPERTS = 512
-MAX_TOP_K = 8
 # router_decode: an MMA tile of 64 experts by `token_tile` tokens, K read in blocks of 64 and split
 # over the 16 CTAs of a cluster. The kernel's own constants; the build fails where they differ.
 EXPERT_TILE = 64

@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsv4_router_runtime.errors import RouterError
+from dsv4_router_runtime.manifest import K_MULTIPLE, MAX_EXPERTS
 
 from .plot import plot_report
 from .report import MODES, OURS, Figure, Report, ReportError, read_report, write_report
 from .table import microseconds, print_report
 
 ALL = "all"
-MAX_EXPERTS = 512
-K_MULTIPLE = 64
 
 talk = Console(stderr=True, highlight=False)
 

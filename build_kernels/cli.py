@@ -27,14 +27,22 @@ from .bench import bench_command
 from .compilers import CompileError
 from .publish import LockedError, PlaceError
 from .specs import ARCHITECTURES, KERNELS
-from .verify import RUNGS, Evidence, read_evidence, standing, validated_on, verify_command
+from .verify import (
+    RUNGS,
+    Evidence,
+    EvidenceError,
+    read_evidence,
+    standing,
+    validated_on,
+    verify_command,
+)
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
 
 _EXPECTED_ERRORS = (
     *(builder.BuildError, CompileError, LockedError, PlaceError),
-    *(RouterError, OSError),
+    *(EvidenceError, RouterError, OSError),
 )
 
 talk = Console(stderr=True, highlight=False)

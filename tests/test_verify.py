@@ -105,7 +105,9 @@ FAILED = Result(status="failed", reason="a race")
         (FAILED, not_run("no SentryWard"), FAILED),
         (PASSED, FAILED, FAILED),
         (QUICK, PASSED, PASSED),
-        (FAILED, QUICK, QUICK),
+        (FAILED, QUICK, FAILED),
+        (replace(FAILED, scope="quick"), QUICK, QUICK),
+        (FAILED, PASSED, PASSED),
         (QUICK, FAILED, FAILED),
         (not_run("no SentryWard"), not_run("out of time"), not_run("out of time")),
     ],
@@ -518,7 +520,7 @@ def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -
 # ---------------------------------------------------------------- emulated
 
 
-@pytest.mark.parametrize("kind", ["integers", "ties", "biased", "extreme", "nan"])
+@pytest.mark.parametrize("kind", ["integers", "ties", "biased", "extreme", "low", "nan"])
 def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
     pytest.importorskip("torch")
     for kernel, k in ((topk.kernel, 0), (decode_kernel("sm_100a", "emajor"), 1024)):
@@ -536,7 +538,8 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     pytest.importorskip("build_kernels.emulator")
     result = emulated.climb(topk, quick=True)
     assert (result.status, result.reason) == ("passed", "")
-    assert result.figures["runs"] == 4
+    cases = emulated.topk_cases(topk.kernel, quick=True)
+    assert result.figures["runs"] == len(cases) * len(emulated.QUICK_SCHEDULES)
     # The sum of the scores is multiplied by 1 instead of the scale.
     scale = re.compile(r"(ld\.param\.[bf]32\s+%[rf]\d+, \[router_topk_param_)7\]")
     text, count = scale.subn(r"\g<1>5]", topk.ptx)
@@ -544,6 +547,25 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     wrong = emulated.climb(replace(topk, ptx=text), quick=True)
     assert wrong.status == "failed"
     assert "a weight is off" in wrong.reason
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "reason"),
+    [
+        # One output's row stride used for the other.
+        (r"router_topk_param_(9|10)\]", lambda m: f"router_topk_param_{19 - int(m[1])}]", "ids"),
+        # The denominator's 1e-20 left out: all scores are near 1e-22.
+        (r"0f1E3CE508", "0f00000000", "a weight is off"),
+    ],
+    ids=["swapped strides", "no epsilon"],
+)
+def test_the_emulated_rung_rejects(topk: Artifact, pattern, replacement, reason: str) -> None:
+    pytest.importorskip("torch")
+    text, count = re.subn(pattern, replacement, topk.ptx)
+    assert count
+    result = emulated.climb(replace(topk, ptx=text), quick=True)
+    assert result.status == "failed"
+    assert reason in result.reason
 
 
 def test_decode_cases_are_those_that_the_evidence_promises() -> None:

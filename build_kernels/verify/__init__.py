@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from .climb import Outcome, verify
 from .command import verify_command
-from .evidence import RUNGS, Evidence, Result, read_evidence, standing, validated_on
+from .evidence import RUNGS, Evidence, EvidenceError, Result, read_evidence, standing, validated_on
 
 __all__ = [
     "RUNGS",
     "Evidence",
+    "EvidenceError",
     "Outcome",
     "Result",
     "read_evidence",

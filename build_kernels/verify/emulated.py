@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from dsv4_router_runtime.launch import grid_of
@@ -32,13 +33,21 @@ WEIGHT_TOLERANCE = 1e-6
 CLEAR_MARGIN = 1e-4
 CANARY_FLOAT = -12345.0
 CANARY_INT = -77
-CANARY_COLUMNS = 3
+# Different, so that one output's stride does not serve for the other.
+WEIGHT_CANARIES = 3
+ID_CANARIES = 5
 SCALE = 2.5
 ELEMENT_TYPES = {"float32": "float32", "int32": "int32", "uint32": "uint32", "uint8": "uint8"}
 
 # Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
-FULL_SCHEDULES = (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2), ("random", 3))
-QUICK_SCHEDULES = (("latest", 0), ("random", 1))
+# `alone`: one cluster on the machine at a time, the next starting when it has ended, so that a CTA
+# that waits for one that has not started never ends.
+FULL_SCHEDULES = (
+    *(("earliest", 0, False), ("latest", 0, False)),
+    *(("random", 1, False), ("random", 2, False), ("random", 3, False)),
+    ("random", 4, True),
+)
+QUICK_SCHEDULES = (("latest", 0, False), ("random", 1, True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,7 @@ class Case:
     ties       logits all equal: ids must be 0 .. top_k - 1
     biased     integers, with biases near 8 as real checkpoints have
     extreme    logits beyond +-100
+    low        all logits near -100: softplus would be denormal, and epsilon counts
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
     """
 
@@ -74,6 +84,9 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block),
         Case(num_tokens=1, num_experts=132, top_k=4, k=block, kind="biased"),
+        # All experts chosen, so that every score counts.
+        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
     )
     if quick:
         return first
@@ -96,6 +109,8 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=7, num_experts=132, top_k=6),
         Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
+        Case(num_tokens=3, num_experts=8, top_k=8, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
     )
     if quick:
         return first
@@ -124,8 +139,11 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     worst = 0.0
     for case in cases:
         inputs = make_inputs(kernel, case)
-        for policy, seed in schedules:
-            outcome = run(kernel, artifact.ptx, inputs, Schedule(policy=policy, seed=seed))
+        for policy, seed, alone in schedules:
+            schedule = Schedule(policy=policy, seed=seed)
+            if alone:
+                schedule = replace(schedule, resident_ctas=prod(kernel.launch.cluster))
+            outcome = run(kernel, artifact.ptx, inputs, schedule)
             if outcome.problems:
                 problems = "; ".join(outcome.problems[:3])
                 return Result(
@@ -138,7 +156,10 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
             worst = max(worst, outcome.weight_error)
     figures = {
         "cases": [str(case) for case in cases],
-        "schedules": [f"{policy} {seed}" for policy, seed in schedules],
+        "schedules": [
+            f"{policy} {seed}" + ", a cluster at a time" * alone
+            for policy, seed, alone in schedules
+        ],
         "runs": runs,
         "worst_weight_error": float(f"{worst:.2g}"),
     }
@@ -206,6 +227,8 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
             logits *= 40
         if case.kind == "ties":
             logits[:] = 1.0
+        if case.kind == "low":
+            logits[:] = -100.0 - torch.arange(e)
         if case.kind == "nan":
             logits[:, 1] = torch.nan
             logits[-1, 0] = torch.inf
@@ -217,6 +240,9 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
         hidden *= 16
     if case.kind == "ties":
         weight[:] = weight[:, :1]
+    if case.kind == "low":
+        hidden[:], weight[:] = 0.0, 0.0
+        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e)
     if case.kind == "nan":
         weight[:, 1] = torch.nan
         hidden[-1, :] = 0.0
@@ -306,11 +332,12 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     from build_kernels.emulator import DeviceArray
 
     case = inputs.case
-    shape = (case.num_tokens, case.top_k + CANARY_COLUMNS)
+    weights_shape = (case.num_tokens, case.top_k + WEIGHT_CANARIES)
+    ids_shape = (case.num_tokens, case.top_k + ID_CANARIES)
     layout = kernel.problem.layout
     contents: dict[str, tuple[Array, dict[str, bool]]] = {
-        "out_weights": (np.full(shape, CANARY_FLOAT, np.float32), {"dependent": True}),
-        "out_ids": (np.full(shape, CANARY_INT, np.int32), {"dependent": True}),
+        "out_weights": (np.full(weights_shape, CANARY_FLOAT, np.float32), {"dependent": True}),
+        "out_ids": (np.full(ids_shape, CANARY_INT, np.int32), {"dependent": True}),
         "e_bias": (inputs.tensors["e_bias"], {"read_only": True}),
     }
     if "logits" in inputs.tensors:
@@ -353,15 +380,14 @@ def _arguments(
     """The kernel's arguments in order, by the manifest's names."""
     from build_kernels.emulator import TensorMap
 
-    row = case.top_k + CANARY_COLUMNS
     numbers: dict[str, int | float] = {
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,
         "top_k": case.top_k,
         "routed_scaling_factor": SCALE,
-        "out_weights_stride": row,
-        "out_ids_stride": row,
+        "out_weights_stride": case.top_k + WEIGHT_CANARIES,
+        "out_ids_stride": case.top_k + ID_CANARIES,
         "logits_stride": case.num_experts + 5,
     }
     arguments: list[Any] = []

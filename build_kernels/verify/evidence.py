@@ -111,7 +111,9 @@ def _replaces(old: Result, new: Result) -> bool:
     """What says less than a stored result on the same bytes does not erase it; a failure does."""
     if new.status == NOT_RUN:
         return old.status == NOT_RUN
-    return not (new.status == old.status == PASSED and (new.scope, old.scope) == (QUICK, FULL))
+    # A quick pass has not looked where a full climb passed, or failed.
+    says_less = (new.status, new.scope, old.scope) == (PASSED, QUICK, FULL)
+    return old.status == NOT_RUN or not says_less
 
 
 def read_evidence(path: Path) -> Evidence:

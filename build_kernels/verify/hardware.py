@@ -67,6 +67,8 @@ def read_records(path: Path) -> tuple[Record, ...]:
 
 def _record(item: Mapping) -> Record:
     lists = {name: tuple(str(case) for case in item[name]) for name in ("cases", "failed")}
+    if not lists["cases"]:
+        raise ValueError(f"the record of {item['artifact']} names no case")
     return Record(**{**item, **lists})
 
 

@@ -101,9 +101,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     return Result(status=PASSED, figures=figures)
 
 
-def _against_manifest(
-    artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]
-) -> Iterator[str]:
+def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> Iterator[str]:
     kernel, launch = artifact.kernel, artifact.kernel.launch
     symbol, ptx_parameters = ptx_entry(artifact.ptx)
     listed = [(parameter.offset, parameter.size) for parameter in kernel.parameters]

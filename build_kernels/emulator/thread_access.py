@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +20,6 @@ from build_kernels.emulator.clocks import (
     ticks_of,
 )
 from build_kernels.emulator.memory import READER_SLOTS, Memory
-
-if TYPE_CHECKING:
-    pass
 from build_kernels.emulator.warp import LANES, Warp, lanes_of
 
 

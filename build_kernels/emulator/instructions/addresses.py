@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from build_kernels.emulator.memory import (
@@ -14,13 +12,9 @@ from build_kernels.emulator.memory import (
     WINDOW_MASK,
 )
 from build_kernels.emulator.operands import DTYPE, Context, Modifiers, address, destination, source
-from build_kernels.emulator.syntax import Instruction
-from build_kernels.emulator.warp import LANES, Warp
-
-if TYPE_CHECKING:
-    pass
 from build_kernels.emulator.places import SPACES
-from build_kernels.emulator.warp import Run
+from build_kernels.emulator.syntax import Instruction
+from build_kernels.emulator.warp import LANES, Run, Warp
 
 
 def convert_address(ins: Instruction, context: Context) -> Run:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from build_kernels.emulator import floats
+from build_kernels.emulator.instructions.transfers import (
+    barrier_as_data,
+    hints,
+    space_of,
+    write_bytes,
+)
 from build_kernels.emulator.memory import BARRIER, POISON, VALID
 from build_kernels.emulator.operands import (
     DTYPE,
@@ -18,21 +24,11 @@ from build_kernels.emulator.operands import (
     registers_of,
     source,
 )
-from build_kernels.emulator.syntax import TYPE_BITS, Instruction
-from build_kernels.emulator.thread_access import ThreadAccess
-from build_kernels.emulator.warp import LANES, Warp
-
-if TYPE_CHECKING:
-    pass
-from build_kernels.emulator.instructions.transfers import (
-    barrier_as_data,
-    hints,
-    space_of,
-    write_bytes,
-)
 from build_kernels.emulator.places import Place, locate
 from build_kernels.emulator.release import order_of, synchronise_read, synchronise_write
-from build_kernels.emulator.warp import Run
+from build_kernels.emulator.syntax import TYPE_BITS, Instruction
+from build_kernels.emulator.thread_access import ThreadAccess
+from build_kernels.emulator.warp import LANES, Run, Warp
 
 
 def _wrap(kind: str, value: int) -> int:

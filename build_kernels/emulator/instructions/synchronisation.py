@@ -17,7 +17,8 @@ def fence(ins: Instruction, context: Context) -> Run:
     mods = Modifiers(ins)
     if mods.take("proxy"):
         mods.need("async")
-        mods.one_of("global", "shared::cta", "shared::cluster")
+        # Not .global: what is known to the async proxy is not kept by memory space.
+        mods.one_of("shared::cta", "shared::cluster")
         mods.done()
         return lambda w: _fence_rows(w, ASYNC)
     if mods.take("mbarrier_init"):

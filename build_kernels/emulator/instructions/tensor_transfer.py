@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from build_kernels.emulator.agents import Operation
 from build_kernels.emulator.clocks import TENSOR, Clock, Ints
 from build_kernels.emulator.instructions.collectives import aligned
-from build_kernels.emulator.memory import POISON, VALID
-from build_kernels.emulator.operands import Context, Modifiers, Source, address, items, source
-from build_kernels.emulator.syntax import Instruction, Register, Sink
-from build_kernels.emulator.warp import (
-    ALL,
-    LANES,
-    Mask,
-    Move,
-    Outcome,
-    Pending,
-    Wait,
-    Warp,
-    lanes_of,
-)
-
-if TYPE_CHECKING:
-    pass
 from build_kernels.emulator.instructions.tensor_allocation import (
     allocate,
     deallocate,
     relinquish,
     sync_aligned,
 )
+from build_kernels.emulator.memory import POISON, VALID
+from build_kernels.emulator.operands import Context, Modifiers, Source, address, items, source
+from build_kernels.emulator.syntax import Instruction, Register, Sink
 from build_kernels.emulator.tensor_memory import COLUMNS, ROWS, TensorAccess
-from build_kernels.emulator.warp import Array, Run
+from build_kernels.emulator.warp import (
+    ALL,
+    LANES,
+    Array,
+    Mask,
+    Move,
+    Outcome,
+    Pending,
+    Run,
+    Wait,
+    Warp,
+    lanes_of,
+)
 
 
 def shape_cells(shape: str, registers: int, split: int) -> tuple[Ints, Ints]:

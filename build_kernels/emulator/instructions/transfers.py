@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from build_kernels.emulator.clocks import Ints
 from build_kernels.emulator.memory import BARRIER, POISON, VALID
 from build_kernels.emulator.operands import (
     DTYPE,
@@ -17,16 +16,11 @@ from build_kernels.emulator.operands import (
     registers_of,
     source,
 )
-from build_kernels.emulator.syntax import TYPE_BITS, Address, Instruction
-from build_kernels.emulator.thread_access import ThreadAccess
-from build_kernels.emulator.warp import LANES, Mask, Warp
-
-if TYPE_CHECKING:
-    pass
-from build_kernels.emulator.clocks import Ints
 from build_kernels.emulator.places import SPACES, Place, locate
 from build_kernels.emulator.release import order_of, synchronise_read, synchronise_write
-from build_kernels.emulator.warp import Array, Run
+from build_kernels.emulator.syntax import TYPE_BITS, Address, Instruction
+from build_kernels.emulator.thread_access import ThreadAccess
+from build_kernels.emulator.warp import LANES, Array, Mask, Run, Warp
 
 POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
 

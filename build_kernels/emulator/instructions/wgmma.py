@@ -8,18 +8,12 @@ Rounding is as in tensor_core.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from build_kernels.emulator.agents import Operation
 from build_kernels.emulator.instructions.collectives import aligned
-from build_kernels.emulator.operands import Context, Modifiers, items, registers_of, source
-from build_kernels.emulator.syntax import Instruction, Register, Vector
-from build_kernels.emulator.warp import ALL, LANES, Mask, Move, Outcome, Pending, Wait, Warp
-
-if TYPE_CHECKING:
-    pass
 from build_kernels.emulator.matrix import (
     K,
     SharedDescriptor,
@@ -29,7 +23,20 @@ from build_kernels.emulator.matrix import (
     read_matrix,
     rows_of,
 )
-from build_kernels.emulator.warp import Array, Run
+from build_kernels.emulator.operands import Context, Modifiers, items, registers_of, source
+from build_kernels.emulator.syntax import Instruction, Register, Vector
+from build_kernels.emulator.warp import (
+    ALL,
+    LANES,
+    Array,
+    Mask,
+    Move,
+    Outcome,
+    Pending,
+    Run,
+    Wait,
+    Warp,
+)
 
 
 class WarpgroupMma(Operation):

@@ -62,6 +62,7 @@ class HardwareRecord:
                 cubin_sha256=kernel.cubin_sha256,
                 ptx_sha256=kernel.ptx_sha256,
                 gpu=torch.cuda.get_device_name(0),
+                arch=driver.arch_of_device(0),
                 driver=f"CUDA {version // 1000}.{version % 1000 // 10}",
                 date=datetime.date.today().isoformat(),
                 cases=tuple(f"{name}: {count}" for name, count in sorted(counts.items())),

@@ -353,6 +353,7 @@ def _record(kernel=KERNEL, **changed) -> hardware.Record:
         "cubin_sha256": kernel.cubin_sha256,
         "ptx_sha256": kernel.ptx_sha256,
         "gpu": "NVIDIA H200",
+        "arch": kernel.arch,
         "driver": "580.0",
         "date": "2026-01-31",
         "cases": ("N=1 E=132", "N=64 E=512"),
@@ -433,6 +434,11 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     refused = _call("--artifacts", artifacts, "--rung", "hardware", "--record", stale)
     assert refused.exit_code == 1
     assert "stale" in refused.stderr
+    elsewhere = tmp_path / "elsewhere.json"
+    hardware.append_record(elsewhere, _record(kernel, arch="sm_90a"))
+    impossible = _call("--artifacts", artifacts, "--rung", "hardware", "--record", elsewhere)
+    assert impossible.exit_code == 1
+    assert "where a cubin for sm_100a cannot load" in impossible.stderr
     merged = _call("--artifacts", artifacts, "--rung", "hardware", "--record", good)
     assert merged.exit_code == 0, merged.stderr
     assert "NVIDIA H200, 2 cases" in merged.stdout
@@ -452,10 +458,25 @@ def test_a_damaged_artifact_is_not_climbed(artifacts: Path, tmp_path: Path) -> N
 
 
 def test_a_rung_that_breaks_off_is_a_failure_without_paths(artifacts: Path) -> None:
-    result = climb_one(artifacts, "router_topk.sm_100a", "no_such_rung", True)
+    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
+    expected = (kernel.cubin_sha256, kernel.ptx_sha256)
+    result = climb_one(artifacts, kernel.key, expected, "no_such_rung", True)
     assert result.status == "failed"
     assert "ModuleNotFoundError" in result.reason
     assert "/" not in result.reason
+
+
+def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:
+    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
+    expected = ("f" * 64, kernel.ptx_sha256)
+    result = climb_one(artifacts, kernel.key, expected, "structure", True)
+    assert (result.status, "built anew" in result.reason) == ("not run", True)
+
+
+def test_a_record_without_cases_is_refused(tmp_path: Path) -> None:
+    hardware.append_record(tmp_path / "record.json", _record(cases=()))
+    with pytest.raises(EvidenceError, match="names no case"):
+        hardware.read_records(tmp_path / "record.json")
 
 
 def test_every_artifact_gets_every_rung(artifacts: Path, tmp_path: Path) -> None:

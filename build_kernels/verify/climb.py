@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
+from dsv4_router_runtime.dispatch import runs_on
 from dsv4_router_runtime.manifest import Kernel
 
 from .artifact import load_artifact
@@ -135,9 +136,15 @@ def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
 
 
 def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> None:
-    known = {(kernel.cubin_sha256, kernel.ptx_sha256) for kernel in listed}
+    known = {_bytes_of(kernel): kernel.arch for kernel in listed}
     for record in records:
-        if (record.cubin_sha256, record.ptx_sha256) not in known:
+        built_for = known.get((record.cubin_sha256, record.ptx_sha256))
+        if built_for is not None and not runs_on(built_for, record.arch):
+            raise EvidenceError(
+                f"the record of {record.artifact} on {record.gpu} ({record.date}) says that it ran "
+                f"on {record.arch}, where a cubin for {built_for} cannot load"
+            )
+        if built_for is None:
             raise EvidenceError(
                 f"the record of {record.artifact} on {record.gpu} ({record.date}) was measured on "
                 f"cubin {record.cubin_sha256[:12]}, which is not among the artifacts: stale; "
@@ -164,7 +171,10 @@ def _climb_all(
     )
     try:
         futures = {
-            pool.submit(climb_one, folder, kernels[0].key, rung, quick): (rung, kernels)
+            pool.submit(climb_one, folder, kernels[0].key, _bytes_of(kernels[0]), rung, quick): (
+                rung,
+                kernels,
+            )
             for rung, kernels in tasks
         }
         for future in as_completed(futures):
@@ -191,15 +201,22 @@ def _lead_a_group() -> None:
     os.setpgid(0, 0)
 
 
-def climb_one(folder: Path, key: str, rung: str, quick: bool) -> Result:
-    """One rung for one artifact, in this process.
+def _bytes_of(kernel: Kernel) -> tuple[str, str]:
+    return kernel.cubin_sha256, kernel.ptx_sha256
+
+
+def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quick: bool) -> Result:
+    """One rung for one artifact, in this process; nothing if its hashes are no longer `expected`.
 
     A rung that raises has shown nothing: a failure, with the traceback on stderr and not in the
     evidence, which holds no paths of the machine it was made on.
     """
     try:
         module = importlib.import_module(f"{__package__}.{rung}")
-        result = module.climb(load_artifact(folder, key), quick=quick)
+        artifact = load_artifact(folder, key)
+        if _bytes_of(artifact.kernel) != expected:
+            return not_run("the artifact was built anew while it was being verified")
+        result = module.climb(artifact, quick=quick)
     except Exception as error:
         traceback.print_exc()
         return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")

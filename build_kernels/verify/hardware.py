@@ -25,14 +25,16 @@ SCHEMA_VERSION = 1
 class Record:
     """One test run of one cubin on one GPU.
 
-    gpu: the device's name. driver: the CUDA driver's version, or the kernel module's. date:
-    YYYY-MM-DD. cases: what was run, one word or sentence for each. failed: those that failed.
+    gpu: the device's name. arch: its architecture, such as sm_90a, as the driver says. driver: the
+    CUDA driver's version, or the kernel module's. date: YYYY-MM-DD. cases: what was run, one word
+    or sentence for each. failed: those that failed.
     """
 
     artifact: str
     cubin_sha256: str
     ptx_sha256: str
     gpu: str
+    arch: str
     driver: str
     date: str
     cases: tuple[str, ...]

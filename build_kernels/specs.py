@@ -143,7 +143,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
         archs=_ALL_ARCHS,
         symbol=f"{name}_0",  # the DSL appends a counter
         source=DslSource(
-            module="build_kernels.kernels.decode",
+            module="build_kernels.kernels.decode_compile",
             layout=layout,
             token_tile=token_tile,
             chunk=chunk,

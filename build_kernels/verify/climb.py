@@ -40,7 +40,7 @@ from .evidence import (
 from .hardware import Record, result_of
 
 # Longest first, so that the pool does not end on one long task.
-_START_ORDER = ("emulated", "protocol", "lint", "structure", "hardware")
+_START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
 # Rungs whose answer is settled by the PTX's text and the launch.
 _TEXT_RUNGS = ("emulated", "protocol")
 

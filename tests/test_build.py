@@ -414,6 +414,11 @@ def _no_exchange(*_args: object) -> None:
     raise OSError(errno.EINVAL, "no such call on this file system")
 
 
+def _heed_interrupts() -> None:
+    """Undo what a test run in the background inherits: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class TestPublish:
     """The set on disk is whole at every moment: the old one or the new one."""
 
@@ -524,6 +529,7 @@ class TestPublish:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # so that Ctrl-C reaches the compilers, as in a terminal
+            preexec_fn=_heed_interrupts,
         )
         working = artifacts.parent / f".{artifacts.name}.build"
         deadline = time.monotonic() + 60

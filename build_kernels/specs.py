@@ -129,7 +129,7 @@ _OUTPUTS = (
     _pointer("out_ids", "int32"),
 )
 _SCALE = ParameterSpec(name="routed_scaling_factor", kind="float32")
-_OUTPUT_DTYPES = {"e_bias": "float32", "out_weights": "float32", "out_ids": "int32"}
+_OUTPUT_DTYPES = {"e_bias": ("float32",), "out_weights": ("float32",), "out_ids": ("int32",)}
 _ALL_ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 
 
@@ -155,7 +155,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
             num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
-            dtypes={"hidden_states": "bfloat16", "W_gate": "bfloat16"} | _OUTPUT_DTYPES,
+            dtypes={"hidden_states": ("bfloat16",), "W_gate": ("bfloat16",)} | _OUTPUT_DTYPES,
         ),
         parameters=(
             # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
@@ -194,7 +194,7 @@ _TOPK = KernelSpec(
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),
         k_multiple=1,
-        dtypes={"logits": "float32"} | _OUTPUT_DTYPES,
+        dtypes={"logits": ("float32",)} | _OUTPUT_DTYPES,
     ),
     parameters=(
         _pointer("logits", "float32"),

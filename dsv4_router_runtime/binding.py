@@ -23,12 +23,12 @@ from .tensor_map import encode_arguments, hidden_states_arguments
 from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
 
 DTYPES = {
-    "hidden_states": "bfloat16",
-    "W_gate": "bfloat16",
-    "e_bias": "float32",
-    "logits": "float32",
-    "out_weights": "float32",
-    "out_ids": "int32",
+    "hidden_states": ("bfloat16",),
+    "W_gate": ("bfloat16",),
+    "logits": ("float32",),
+    "e_bias": ("float32",),
+    "out_weights": ("float32",),
+    "out_ids": ("int32",),
 }
 # What every call writes; everything else is written when a launch site is made.
 CALL_PARAMETERS = ("num_tokens", "out_weights", "out_ids", "out_weights_stride", "out_ids_stride")

@@ -15,10 +15,11 @@ from .manifest import Kernel, Manifest, compute_capability
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One routing problem. `layout` is W_gate's (kmajor, emajor), or logits once multiplied out.
+    """One routing problem. `layout` is one of the manifest's LAYOUTS.
 
-    `dtypes` names the dtypes of the tensors involved, e.g. {"out_ids": "int32"}; a tensor that a
-    kernel does not mention, or that is not given here, is not compared.
+    `dtypes` names every dtype that each tensor may come in, e.g. {"out_ids": ("int32", "int64")}: a
+    kernel has to take them all. A tensor that a kernel does not mention, or that is not given here,
+    is not compared.
     """
 
     layout: str
@@ -26,7 +27,7 @@ class Problem:
     num_experts: int
     top_k: int
     k: int
-    dtypes: Mapping[str, str] = field(default_factory=dict, hash=False)
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return (
@@ -90,9 +91,10 @@ def _reason_against(kernel: Kernel, problem: Problem, device: str) -> str | None
             return f"takes {name} {allowed}, got {value}"
     if problem.k % accepts.k_multiple:
         return f"takes K in multiples of {accepts.k_multiple}, got {problem.k}"
-    for tensor, dtype in accepts.dtypes.items():
-        if problem.dtypes.get(tensor, dtype) != dtype:
-            return f"takes {tensor} in {dtype}, got {problem.dtypes[tensor]}"
+    for tensor, taken in accepts.dtypes.items():
+        for dtype in problem.dtypes.get(tensor, ()):
+            if dtype not in taken:
+                return f"takes {tensor} in {' or '.join(taken)}, got {dtype}"
     return None
 
 

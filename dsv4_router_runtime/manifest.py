@@ -18,15 +18,16 @@ from typing import Any
 
 from .json_reader import JsonNode, read_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Layouts of the operand that a kernel reads. kmajor: W_gate with unit stride along K. emajor: with
-# unit stride along E. logits: FP32 logits [N, E], already multiplied out.
-LAYOUTS = ("kmajor", "emajor", "logits")
+# unit stride along E. kmajor_rows: as kmajor, but only the chosen experts' rows are read. logits:
+# FP32 logits [N, E], already multiplied out.
+LAYOUTS = ("kmajor", "emajor", "kmajor_rows", "logits")
 PARAMETER_KINDS = ("tensor_map", "pointer", "int32", "float32")
 # (bytes, alignment in the parameter block) of each kind; a CUtensorMap is 128 bytes aligned to 64.
 KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
-POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8")
+POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8", "bfloat16")
 # Bytes of an element that a tensor map reads.
 TENSOR_ELEMENT_BYTES = {"bfloat16": 2}
 # The dimensions of each tensor that a tensor map may be made for.
@@ -37,7 +38,22 @@ UNIT_STRIDE_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("K", "K_in_block")}
 SWIZZLE_SPAN_BYTES = {"none": None, "32B": 32, "64B": 64, "128B": 128}
 BOX_ROW_ALIGNMENT_BYTES = 16
 # Whose dtypes a problem may name.
-DTYPE_TENSORS = ("W_gate", "hidden_states", "e_bias", "logits", "out_weights", "out_ids")
+DTYPE_TENSORS = (
+    "W_gate",
+    "hidden_states",
+    "logits",
+    "e_bias",
+    "bias_vl",
+    "image_mask",
+    "padding_mask",
+    "num_valid_tokens",
+    "tid2eid",
+    "input_ids",
+    "to_physical",
+    "logical_count",
+    "out_weights",
+    "out_ids",
+)
 INTERLEAVES = ("none", "16B", "32B")
 L2_PROMOTIONS = ("none", "64B", "128B", "256B")
 OOB_FILLS = ("zeros", "nan_request_zero_fma")
@@ -81,8 +97,8 @@ class ProblemRange:
     num_experts: IntRange
     top_k: IntRange
     k_multiple: int
-    # tensor name -> torch's dtype name, e.g. {"hidden_states": "bfloat16", "out_ids": "int32"}
-    dtypes: Mapping[str, str] = field(hash=False)
+    # tensor name -> those of torch's dtype names that it may have, e.g. {"out_ids": ("int32",)}
+    dtypes: Mapping[str, tuple[str, ...]] = field(hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,10 +335,16 @@ def _problem(node: JsonNode) -> ProblemRange:
         num_experts=_int_range(at["num_experts"]),
         top_k=_int_range(at["top_k"]),
         k_multiple=at["k_multiple"].integer(low=1),
-        dtypes=at["dtypes"].mapping(
-            lambda item: item.string(r"[a-z0-9]+", "a dtype name"), keys=DTYPE_TENSORS
-        ),
+        dtypes=at["dtypes"].mapping(_dtype_names, keys=DTYPE_TENSORS),
     )
+
+
+def _dtype_names(node: JsonNode) -> tuple[str, ...]:
+    what = "a list of distinct dtype names"
+    names = tuple(item.string(r"[a-z0-9]+", "a dtype name") for item in node.items(what))
+    if not names or len(set(names)) != len(names):
+        raise node.expected(what)
+    return names
 
 
 def _int_range(node: JsonNode) -> IntRange:

@@ -30,7 +30,7 @@ import torch
 from . import driver
 from .manifest import Kernel
 
-ELEMENT_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1}
+ELEMENT_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1, "bfloat16": 2}
 ALIGNMENT_BYTES = 256
 # A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and
 # a server captures each batch size once.

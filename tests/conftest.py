@@ -158,7 +158,11 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) 
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=64,
-            dtypes={"W_gate": "bfloat16", "hidden_states": "bfloat16", "out_ids": "int32"},
+            dtypes={
+                "W_gate": ("bfloat16",),
+                "hidden_states": ("bfloat16",),
+                "out_ids": ("int32",),
+            },
         ),
         launch=Launch(
             block=(192, 1, 1),
@@ -200,7 +204,7 @@ def topk_kernel(arch: str = "sm_90a") -> Kernel:
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=1,
-            dtypes={"logits": "float32"},
+            dtypes={"logits": ("float32",)},
         ),
         launch=Launch(
             block=(128, 1, 1),

@@ -69,7 +69,8 @@ def test_every_kernel_gets_an_answer(manifest):
         ({"top_k": 9}, "takes top_k 1..8, got 9"),
         ({"k": 7000}, "takes K in multiples of 64, got 7000"),
         ({"layout": "emajor"}, "reads layout kmajor, this problem is emajor"),
-        ({"dtypes": {"out_ids": "int64"}}, "takes out_ids in int32, got int64"),
+        ({"dtypes": {"out_ids": ("int32", "int64")}}, "takes out_ids in int32, got int64"),
+        ({"dtypes": {"W_gate": ("float16",)}}, "takes W_gate in bfloat16, got float16"),
     ],
 )
 def test_reasons(manifest, difference, reason):
@@ -79,7 +80,7 @@ def test_reasons(manifest, difference, reason):
 
 
 def test_dtypes_a_kernel_does_not_mention_are_not_compared(manifest):
-    problem = replace(PROBLEM, dtypes={"logits": "float16", "W_gate": "bfloat16"})
+    problem = replace(PROBLEM, dtypes={"logits": ("float16",), "W_gate": ("bfloat16",)})
     assert select_kernel(manifest, problem, "sm_90a").name == "router_decode_kmajor_n16"
 
 

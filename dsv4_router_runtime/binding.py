@@ -1,7 +1,7 @@
 """One layer's weights made ready to launch on: kernels chosen and loaded, tensor map encoded.
 
-A binding holds addresses. It keeps alive what it made itself (a private copy of W_gate, where one
-is needed), not the caller's tensors: `Router` does that.
+A binding holds addresses. It keeps alive what it made itself (private copies of a hash table and,
+where one is needed, of W_gate), not the caller's tensors: `Router` does that.
 """
 
 from __future__ import annotations
@@ -19,28 +19,68 @@ from .dispatch import Problem, decode_ladder, select_kernel
 from .errors import ArtifactError, RouterError
 from .launch import grid_depends_on_tokens, grid_of
 from .manifest import Kernel, TensorMapRecipe
+from .options import NO_OPTIONS, PLAIN_LAYER, CallOptions, LayerOptions
+from .tables import check_physical_map, copied_hash_table
 from .tensor_map import encode_arguments, hidden_states_arguments
 from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
 
+_INTEGERS = ("int32", "int64")
+# Every dtype that a call or a layer may bring; a kernel has to take them all.
 DTYPES = {
     "hidden_states": ("bfloat16",),
     "W_gate": ("bfloat16",),
     "logits": ("float32",),
     "e_bias": ("float32",),
+    "bias_vl": ("float32",),
+    "image_mask": ("bool",),
+    "padding_mask": ("bool",),
+    "num_valid_tokens": ("int32",),
+    "tid2eid": ("int32",),
+    "input_ids": _INTEGERS,
+    "to_physical": ("int32",),
+    "logical_count": ("int32",),
     "out_weights": ("float32",),
-    "out_ids": ("int32",),
+    "out_ids": _INTEGERS,
 }
-# What every call writes; everything else is written when a launch site is made.
-CALL_PARAMETERS = ("num_tokens", "out_weights", "out_ids", "out_weights_stride", "out_ids_stride")
-LAYER_PARAMETERS = (
-    "e_bias",
+# What every call writes, in the order of `CallFacts`; ids_are_int64 only where it changed.
+CALL_PARAMETERS = (
+    "num_tokens",
+    "out_weights",
+    "out_weights_stride",
+    "out_ids",
+    "out_ids_stride",
+    "ids_are_int64",
+)
+# What a call may bring, in the order of `CallOptions`. No kernel has all of them.
+CALL_OPTION_PARAMETERS = (
+    "image_mask",
+    "padding_mask",
+    "num_valid_tokens",
+    "input_ids",
+    "input_ids_are_int64",
+)
+# Everything else is written when a launch site is made.
+_BOUND = (
     "num_experts",
-    "num_k_blocks",
     "top_k",
     "routed_scaling_factor",
-    "logits",
-    "logits_stride",
+    "gate_temp",
+    "norm_topk_prob",
+    "num_shared_slots",
+    "to_physical",
+    "logical_count",
+    "max_replicas",
 )
+_EVERY_KERNEL = (*CALL_PARAMETERS, *_BOUND, "padding_mask", "num_valid_tokens")
+_WITH_BIAS = ("e_bias", "bias_vl", "image_mask")
+_WITH_TABLE = ("tid2eid", "vocab_size", "input_ids", "input_ids_are_int64")
+# What a kernel of each layout has to take: without one of these, an option would do nothing.
+PARAMETERS = {
+    "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
+    "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
+    "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "W_gate", "w_stride"),
+    "logits": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "logits", "logits_stride"),
+}
 MAX_CACHED_MAPS = 512
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -71,7 +111,7 @@ def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Te
 
 
 class Binding:
-    """The launchable form of (W_gate, e_bias, top_k, scale) on one GPU.
+    """The launchable form of (W_gate, e_bias, top_k, scale, options) on one GPU.
 
     Threads may call one binding at once: launch sites are shared per stream, and a lock is held
     while one is written and launched.
@@ -80,8 +120,9 @@ class Binding:
     def __init__(
         self,
         W_gate: torch.Tensor,
-        e_bias: torch.Tensor,
+        e_bias: torch.Tensor | None,
         facts: LayerFacts,
+        options: LayerOptions = PLAIN_LAYER,
         *,
         artifacts: ArtifactSet,
     ) -> None:
@@ -92,9 +133,12 @@ class Binding:
         self._many_devices = torch.cuda.device_count() > 1
         with torch.cuda.device(self._index):
             arch = driver.arch_of_device(self._index)
+            # Bound as a K-contiguous copy: what TMA cannot step through, and a hash layer's W_gate
+            # where an expert is no row of it.
+            copied = not facts.loadable or (facts.hashed and facts.layout != "kmajor")
+            layout = "kmajor" if copied else facts.layout
             problem = Problem(
-                # What TMA cannot step through is bound as a K-contiguous copy.
-                layout=facts.layout if facts.loadable else "kmajor",
+                layout="kmajor_rows" if facts.hashed else layout,
                 num_tokens=1,
                 num_experts=facts.num_experts,
                 top_k=facts.top_k,
@@ -111,17 +155,29 @@ class Binding:
                 (most, load_once(artifacts, kernel, self._index)) for most, kernel in ladder
             )
             self._select = load_once(artifacts, select, self._index)
-            self.w_copy = None if facts.loadable else _copy_k_contiguous(W_gate)
+            self.table_copy = _bind_tables(options, facts)
+            self.w_copy = _copy_k_contiguous(W_gate) if copied else None
             self._workspace = workspace_for(facts.device, manifest.for_arch(arch))
             if not is_capturing():
                 self._workspace.refill()
         W_bound = W_gate if self.w_copy is None else self.w_copy
         self._constants = {
-            "e_bias": e_bias.data_ptr(),
+            "W_gate": W_bound.data_ptr(),
+            "w_stride": W_bound.stride(1) if facts.hashed and facts.num_experts > 1 else facts.k,
             "num_experts": facts.num_experts,
             "top_k": facts.top_k,
             "routed_scaling_factor": facts.scale,
             "logits_stride": facts.num_experts,
+            "e_bias": _address(e_bias),
+            "bias_vl": _address(options.bias_vl),
+            "gate_temp": options.gate_temp,
+            "norm_topk_prob": options.norm_topk_prob,
+            "num_shared_slots": options.num_shared_slots,
+            "tid2eid": _address(self.table_copy),
+            "vocab_size": 0 if self.table_copy is None else self.table_copy.shape[0],
+            "to_physical": _address(options.to_physical),
+            "logical_count": _address(options.logical_count),
+            "max_replicas": 0 if options.to_physical is None else options.to_physical.shape[1],
         }
         recipes = {
             recipe for _, loaded in self._rungs for recipe in _recipes(loaded.kernel, "W_gate")
@@ -140,36 +196,43 @@ class Binding:
     def run(
         self,
         call: CallFacts,
+        options: CallOptions,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
         pdl: bool,
     ) -> None:
-        """Launch `call`, which was checked and has tokens, on the current stream.
+        """Launch `call` with `options`, both checked, on the current stream; it has tokens.
 
         The two tensors are for the prefill's product; the decode kernels know W_gate already.
         """
         if self._many_devices and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                self._run(call, hidden_states, W_gate, pdl)
+                self._run(call, options, hidden_states, W_gate, pdl)
         else:
-            self._run(call, hidden_states, W_gate, pdl)
+            self._run(call, options, hidden_states, W_gate, pdl)
 
     def _run(
-        self, call: CallFacts, hidden_states: torch.Tensor, W_gate: torch.Tensor, pdl: bool
+        self,
+        call: CallFacts,
+        options: CallOptions,
+        hidden_states: torch.Tensor,
+        W_gate: torch.Tensor,
+        pdl: bool,
     ) -> None:
         num_tokens = call[0]
         for rung, (most, _) in enumerate(self._rungs):
             if num_tokens <= most:
                 site = self._site(rung, current_stream(self._index), pdl)
                 with self._lock:
-                    site.write_call(call)
+                    site.write_call(call, options)
                     site.launch()
                 return
-        self._prefill(call, hidden_states, W_gate, pdl)
+        self._prefill(call, options, hidden_states, W_gate, pdl)
 
     def _prefill(
         self,
         call: CallFacts,
+        options: CallOptions,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
         pdl: bool,
@@ -181,7 +244,7 @@ class Binding:
             logits = self._workspace.logits(site.slot, call[0], self.facts.num_experts)
             multiply(hidden_states, W_bound, logits)
             site.cells["logits"].value = logits.data_ptr()
-            site.write_call(call)
+            site.write_call(call, options)
             site.launch()
 
     def _site(self, rung: int, stream: int, pdl: bool) -> _Site:
@@ -237,6 +300,13 @@ class _Site:
             None,
         )
         self._call_cells = tuple(self.cells[name] for name in CALL_PARAMETERS)
+        self._ids_are_int64 = 0
+        self._option_cells = tuple(
+            (at, self.cells[name])
+            for at, name in enumerate(CALL_OPTION_PARAMETERS)
+            if name in self.cells
+        )
+        self._options = NO_OPTIONS
         # The maps that the cells point to.
         self._maps: dict[str, driver.TensorMap] = {}
 
@@ -250,20 +320,27 @@ class _Site:
                 self._maps[parameter.name] = w_maps[parameter.tensor_map]
                 block.set({parameter.name: w_maps[parameter.tensor_map].address})
 
-    def write_call(self, call: CallFacts) -> None:
+    def write_call(self, call: CallFacts, options: CallOptions) -> None:
         """What changes from call to call: pointers, strides and N."""
-        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride = call
+        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
         if self._x_map is not None:
             cell, cache = self._x_map
             x_map = cache.get(x_at, num_tokens, self._k, x_stride)
             self._maps["hidden_states"] = x_map
             cell.value = x_map.address
-        tokens, weights, ids, weights_stride, ids_stride = self._call_cells
+        tokens, weights, weights_stride, ids, ids_stride, int64 = self._call_cells
         tokens.value = num_tokens
         weights.value = w_at
-        ids.value = i_at
         weights_stride.value = w_stride
+        ids.value = i_at
         ids_stride.value = i_stride
+        if ids_are_int64 != self._ids_are_int64:
+            int64.value = self._ids_are_int64 = ids_are_int64
+        # The same object on every call without options.
+        if options is not self._options:
+            for at, cell in self._option_cells:
+                cell.value = options[at]
+            self._options = options
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
             self._launch_site.set_grid(
                 grid_of(self._launch, num_tokens=num_tokens, num_experts=self._num_experts)
@@ -321,23 +398,45 @@ def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> driver.Loa
 
 
 def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
-    """ArtifactError unless the kernel takes what every call writes, and nothing unknown."""
+    """ArtifactError unless the kernel takes all that its layout's kernels do, and nothing else."""
     file = str(artifacts.folder / kernel.file)
+    passed = PARAMETERS[kernel.problem.layout]
     names = [parameter.name for parameter in kernel.parameters]
-    for name in CALL_PARAMETERS:
+    for name in passed:
         if name not in names:
-            problem = f'parameters of {kernel.key}: none is named "{name}", which each call writes'
+            problem = f'parameters of {kernel.key}: none is named "{name}", which this runtime sets'
             raise ArtifactError(file=file, problem=problem)
     for index, parameter in enumerate(kernel.parameters):
         filled = parameter.kind == "tensor_map" or parameter.scratch is not None
-        if not filled and parameter.name not in (*CALL_PARAMETERS, *LAYER_PARAMETERS):
+        if not filled and parameter.name not in passed:
             problem = f'parameters[{index}].name: nothing to pass as "{parameter.name}"'
             raise ArtifactError(file=file, problem=problem)
 
 
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bind_tables(options: LayerOptions, facts: LayerFacts) -> torch.Tensor | None:
+    """The hash table's private copy, if there is one; the values of every table checked."""
+    if options.to_physical is not None:
+        _refuse_under_capture("to_physical and logical_count would have to be read")
+        check_physical_map(
+            options.to_physical,
+            options.logical_count,
+            num_shared_slots=options.num_shared_slots,
+        )
+    if options.tid2eid is None:
+        return None
+    _refuse_under_capture("tid2eid would have to be read and copied")
+    table = copied_hash_table(options.tid2eid, facts.num_experts)
+    wait_for_current_stream(facts.device)
+    return table
+
+
 def _copy_k_contiguous(W_gate: torch.Tensor) -> torch.Tensor:
     """W_gate [K, E] in new memory with strides (1, K), complete when this returns."""
-    _refuse_under_capture("W_gate would have to be copied (its rows are not 16-byte aligned)")
+    _refuse_under_capture("W_gate would have to be copied")
     with torch.no_grad(), torch.inference_mode(False):
         copy = torch.empty_strided(
             W_gate.shape, (1, W_gate.shape[0]), dtype=W_gate.dtype, device=W_gate.device

@@ -63,6 +63,7 @@ GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
 # The largest problem that kernels are made for, and that a call may bring.
 MAX_EXPERTS = 512
 MAX_TOP_K = 8
+MAX_SHARED_SLOTS = 8
 K_MULTIPLE = 64
 
 # The driver's limits, the same for every architecture from sm_90 on.
@@ -432,7 +433,7 @@ def _parameter(node: JsonNode) -> Parameter:
     if offset % alignment:
         raise at["offset"].expected(f"a multiple of {alignment}, the alignment of a {kind}")
     return Parameter(
-        name=at["name"].string(r"[a-z][a-z0-9_]*", "a parameter name (a-z, 0-9, _)"),
+        name=at["name"].string(r"[A-Za-z][A-Za-z0-9_]*", "a parameter name (letters, 0-9, _)"),
         kind=kind,
         offset=offset,
         size=size,

@@ -1,7 +1,7 @@
 """The oracle: the router in plain torch, in FP64 (or FP32), sharing nothing with the kernels.
 
 It runs where its tensors are, CPU included. The signature mirrors `dense_router_dispatch`, with the
-outputs returned instead of written.
+outputs returned instead of written, and `Router`'s options as keywords.
 """
 
 from __future__ import annotations
@@ -15,36 +15,154 @@ EPSILON = 1e-20
 def router_reference(
     hidden_states: torch.Tensor,
     W_gate: torch.Tensor,
-    e_bias: torch.Tensor,
+    e_bias: torch.Tensor | None,
     routed_scaling_factor: float,
     top_k: int,
     *,
+    bias_vl: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+    gate_temp: float = 1.0,
+    padding_mask: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
+    tid2eid: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    to_physical: torch.Tensor | None = None,
+    logical_count: torch.Tensor | None = None,
+    num_shared_slots: int = 0,
+    norm_topk_prob: bool = True,
+    ids_dtype: torch.dtype = torch.int32,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, top_k] in `dtype` and ids [N, top_k] int32, from operands of any float dtype.
+    """Weights in `dtype` and ids in `ids_dtype`, both [N, top_k + num_shared_slots].
 
-    hidden_states [N, K], W_gate [K, E] of any strides, e_bias [E]. See `select_reference` for the
-    order of the ids and for what NaN and infinity do.
+    hidden_states [N, K] and W_gate [K, E] in any float dtype and of any strides. See
+    `select_reference` for the rest.
     """
-    logits = hidden_states.to(dtype) @ W_gate.to(dtype)
-    return select_reference(logits, e_bias, routed_scaling_factor, top_k)
+    return select_reference(
+        hidden_states.to(dtype) @ W_gate.to(dtype),
+        e_bias,
+        routed_scaling_factor,
+        top_k,
+        bias_vl=bias_vl,
+        image_mask=image_mask,
+        gate_temp=gate_temp,
+        padding_mask=padding_mask,
+        num_tokens=num_tokens,
+        tid2eid=tid2eid,
+        input_ids=input_ids,
+        to_physical=to_physical,
+        logical_count=logical_count,
+        num_shared_slots=num_shared_slots,
+        norm_topk_prob=norm_topk_prob,
+        ids_dtype=ids_dtype,
+    )
 
 
 def select_reference(
-    logits: torch.Tensor, e_bias: torch.Tensor, routed_scaling_factor: float, top_k: int
+    logits: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    top_k: int,
+    *,
+    bias_vl: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+    gate_temp: float = 1.0,
+    padding_mask: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
+    tid2eid: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    to_physical: torch.Tensor | None = None,
+    logical_count: torch.Tensor | None = None,
+    num_shared_slots: int = 0,
+    norm_topk_prob: bool = True,
+    ids_dtype: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights in the logits' dtype and ids int32, both [N, top_k], from logits [N, E].
+    """Weights in the logits' dtype and ids in `ids_dtype` from logits [N, E].
 
-    Guarantees: ids descend by (score + bias) and equal keys go to the lower index. NaN keys rank
-    below every number, the lower index first among them, and a NaN logit adds a score of 0. A logit
-    of +inf, or one that FP32 cannot hold, counts as the largest finite FP32 number.
+    Both are [N, top_k + num_shared_slots]. Guarantees: ids descend by (score + bias) and equal keys
+    go to the lower index. NaN keys rank below every number, the lower index first among them, and a
+    NaN logit adds a score of 0. A logit of +inf, or one that FP32 cannot hold, counts as the
+    largest finite FP32 number.
+
+    bias_vl [E], image_mask [N] bool: rows of the mask select with bias_vl instead of e_bias.
+    gate_temp: see `tempered`.
+    padding_mask [N] bool, num_tokens (one element): the mask's rows, and those from num_tokens on,
+        get id -1 and weight 0 in every column.
+    tid2eid [vocab, top_k], input_ids [N]: ids are the token's row of the table, in its order, and
+        no bias is used (e_bias None). A token id outside the table makes a row like a padded one.
+    to_physical [E, replicas], logical_count [E]: id e of row r becomes
+        to_physical[e, r % count], the count held within 1..replicas.
+    num_shared_slots: columns top_k + j hold id E + j and weight 1.
+    norm_topk_prob: False leaves out the division by the sum.
     """
-    scores = router_scores(logits)
-    order = ranking(selection_keys(logits, e_bias))
-    ids = order[:, :top_k]
-    chosen = scores.gather(1, ids)
-    weights = chosen / (chosen.sum(1, keepdim=True) + EPSILON) * routed_scaling_factor
-    return weights, ids.to(torch.int32)
+    num_rows, num_experts = logits.shape
+    logits = tempered(logits, gate_temp)
+    padded = padded_rows(num_rows, logits.device, padding_mask, num_tokens)
+    if tid2eid is not None and input_ids is not None:
+        vocab_size = tid2eid.shape[0]
+        outside = (input_ids < 0) | (input_ids >= vocab_size)
+        padded = padded | outside
+        ids = tid2eid[input_ids.masked_fill(outside, 0).long()].long()
+    elif e_bias is not None:
+        bias = selection_bias(e_bias, bias_vl, image_mask)
+        ids = ranking(selection_keys(logits, bias))[:, :top_k]
+    else:
+        raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
+
+    weights = router_scores(logits).gather(1, ids)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
+    weights = weights * routed_scaling_factor
+
+    if to_physical is not None and logical_count is not None:
+        count = logical_count.long().clamp(1, to_physical.shape[1])[ids]
+        rows = torch.arange(num_rows, device=logits.device)[:, None]
+        ids = to_physical.long()[ids, rows % count]
+    shared = num_experts + torch.arange(num_shared_slots, device=logits.device)
+    ids = torch.cat([ids, shared.expand(num_rows, -1)], 1)
+    weights = torch.cat([weights, weights.new_ones(num_rows, num_shared_slots)], 1)
+
+    ids = ids.masked_fill(padded[:, None], -1)
+    # Filled, not multiplied: a padded row may hold NaN.
+    weights = weights.masked_fill(padded[:, None], 0)
+    return weights, ids.to(ids_dtype)
+
+
+def tempered(logits: torch.Tensor, gate_temp: float) -> torch.Tensor:
+    """logits / gate_temp, both and the quotient rounded to FP32, in the logits' dtype.
+
+    The rounding is part of what is asked for, since the router's logits are FP32: far below zero it
+    shows in a score (3e-6 of it at -100). A temperature of 1 leaves the logits as they are.
+    """
+    if gate_temp == 1.0:
+        return logits
+    # A tensor on the logits' device: torch's CUDA kernels multiply by the inverse of a number.
+    divisor = torch.tensor(gate_temp, dtype=torch.float32, device=logits.device)
+    return (logits.float() / divisor).to(logits.dtype)
+
+
+def selection_bias(
+    e_bias: torch.Tensor, bias_vl: torch.Tensor | None, image_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """What is added to each row's scores: e_bias [E] or, with an image_mask, [N, E]."""
+    if bias_vl is None or image_mask is None:
+        return e_bias
+    return torch.where(image_mask[:, None], bias_vl, e_bias)
+
+
+def padded_rows(
+    num_rows: int,
+    device: torch.device,
+    padding_mask: torch.Tensor | None,
+    num_tokens: torch.Tensor | None,
+) -> torch.Tensor:
+    """bool [num_rows]: the rows of padding_mask, and those from num_tokens on."""
+    padded = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    if padding_mask is not None:
+        padded = padded | padding_mask
+    if num_tokens is not None:
+        padded = padded | (torch.arange(num_rows, device=device) >= num_tokens.reshape(()))
+    return padded
 
 
 def router_scores(logits: torch.Tensor) -> torch.Tensor:
@@ -55,7 +173,7 @@ def router_scores(logits: torch.Tensor) -> torch.Tensor:
 
 
 def selection_keys(logits: torch.Tensor, e_bias: torch.Tensor) -> torch.Tensor:
-    """score + bias, and NaN where the logit (or the bias) is NaN."""
+    """score + bias, and NaN where the logit (or the bias) is NaN; e_bias [E], or [N, E] by row."""
     keys = router_scores(logits) + e_bias.to(logits.dtype)
     return keys.masked_fill(logits.isnan(), torch.nan)
 

@@ -12,6 +12,7 @@ import torch
 from .arguments import check_call, check_layer
 from .artifacts import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
+from .options import NO_OPTIONS, LayerOptions, check_call_options
 
 # dense_router_dispatch remembers this many layers: a few models of 61.
 MAX_REMEMBERED_LAYERS = 512
@@ -25,21 +26,40 @@ class Router:
 
     W_gate [K, E] BF16, with unit stride along K or along E; e_bias [E] FP32; K a multiple of 64, E
     up to 512, top_k 1..8 and at most E. Both tensors are kept, and are read where they lie:
-    changing them in place changes later calls. One case is different: with unit stride along E and
-    rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, a K-contiguous copy
-    is bound. Then `weights_copied` is True, and a call after W_gate was modified in place is
-    refused. (What torch does not count, through `.data` or to an inference tensor, is not seen.)
+    changing them in place changes later calls. Two cases are different: with unit stride along E,
+    rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a
+    hash layer are bound as a K-contiguous copy. Then `weights_copied` is True, and a call after
+    W_gate was modified in place is refused. (What torch does not count, through `.data` or to an
+    inference tensor, is not seen.)
+
+    Options, of which none is compile-time: every one is a number, or a pointer that is null when
+    the option is off, passed to the same kernels. Only a hash layer has a kernel of its own.
+
+    bias_vl [E] FP32: a second bias, for the rows of a call's image_mask; like e_bias, in place.
+    gate_temp: logits are divided by it.
+    norm_topk_prob: False leaves weights at score * scale.
+    num_shared_slots: 0..8 columns after the top_k, for fused shared experts: ids E, E + 1, ... and
+        weight 1.0, which the scale does not reach. These ids are the same with a physical map.
+    tid2eid [vocab, top_k] int32 or int64: makes this a hash layer, whose ids are the row of each
+        token id in the table's order, and which has no e_bias. Each row holds distinct experts;
+        checked and copied here, so that later changes to it are not seen.
+    to_physical [E, max_replicas] and logical_count [E], int32: id e of row r is written as
+        to_physical[e, r % logical_count[e]]. Checked here, and then read in place by every call, so
+        that a server may rebalance in place: a count is held within 1..max_replicas, a physical id
+        is written as it is found.
 
     pdl: launch as a programmatic dependent of the kernel before, unless a call says otherwise. The
-    kernel then reads W_gate and e_bias while that one may still run, so it must not be what writes
-    them; only the caller knows, so it is off unless asked for. On one H200 it takes 1.5 us off a
-    decode call in a graph.
+    kernel then reads W_gate, e_bias, bias_vl, tid2eid, to_physical, logical_count and a call's
+    input_ids while that one may still run, so it must not be what writes any of them; only the
+    caller knows, so it is off unless asked for. hidden_states, the masks and num_tokens may be
+    that kernel's work. On one H200 it takes 1.5 us off a decode call in a graph.
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 
     Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
-    same kernels was made before and W_gate needs no copy. Threads may share a Router. Scratch
-    belongs to the stream or the capture that a call is made on: see `workspace`.
+    same kernels was made before, W_gate needs no copy, and it has neither tid2eid nor to_physical.
+    Threads may share a Router. Scratch belongs to the stream or the capture that a call is made on:
+    see `workspace`.
 
     Raises TypeError and ValueError about arguments, NoKernelError where no artifact fits this GPU,
     ArtifactError, ManifestError, DriverError and DriverMissingError.
@@ -48,15 +68,35 @@ class Router:
     def __init__(
         self,
         W_gate: torch.Tensor,
-        e_bias: torch.Tensor,
+        e_bias: torch.Tensor | None = None,
         *,
         top_k: int,
         routed_scaling_factor: float,
+        bias_vl: torch.Tensor | None = None,
+        gate_temp: float = 1.0,
+        tid2eid: torch.Tensor | None = None,
+        to_physical: torch.Tensor | None = None,
+        logical_count: torch.Tensor | None = None,
+        num_shared_slots: int = 0,
+        norm_topk_prob: bool = True,
         pdl: bool = False,
         artifacts: str | os.PathLike[str] | ArtifactSet | None = None,
     ) -> None:
+        options = LayerOptions(
+            bias_vl=bias_vl,
+            gate_temp=gate_temp,
+            tid2eid=tid2eid,
+            to_physical=to_physical,
+            logical_count=logical_count,
+            num_shared_slots=num_shared_slots,
+            norm_topk_prob=norm_topk_prob,
+        )
         facts = check_layer(
-            W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
+            W_gate,
+            e_bias,
+            top_k=top_k,
+            routed_scaling_factor=routed_scaling_factor,
+            options=options,
         )
         if not (artifacts is None or isinstance(artifacts, str | os.PathLike | ArtifactSet)):
             raise TypeError(
@@ -67,11 +107,15 @@ class Router:
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
         self._facts = facts
-        self._binding = Binding(W_gate, e_bias, facts, artifacts=artifacts)
+        self._options_on = str(options)
+        self._binding = Binding(W_gate, e_bias, facts, options, artifacts=artifacts)
         self._pdl = bool(pdl)
         self._version = version_of(W_gate)
         self.W_gate = W_gate
         self.e_bias = e_bias
+        self.bias_vl = bias_vl
+        self.to_physical = to_physical
+        self.logical_count = logical_count
 
     def __call__(
         self,
@@ -79,24 +123,45 @@ class Router:
         out_weights: torch.Tensor,
         out_ids: torch.Tensor,
         *,
+        image_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        num_tokens: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pdl: bool | None = None,
     ) -> None:
         """Route hidden_states [N, K] BF16 on the current stream; nothing is returned or awaited.
 
-        Writes out_weights (FP32) and out_ids (int32) in [0:N, 0:top_k] and nowhere else; both may
-        be larger. N = 0 returns at once. Up to 64 tokens take one launch, more take cuBLAS and one.
-        A refused call has launched nothing and touched no output. pdl: for this call, instead of
-        the Router's.
+        Writes out_weights (FP32) and out_ids (int32 or int64) in [0:N, 0:top_k + num_shared_slots]
+        and nowhere else; both may be larger. N = 0 returns at once. Up to 64 tokens take one
+        launch, more take cuBLAS and one. A refused call has launched nothing and touched no output.
+
+        image_mask [N] bool: the rows that select with bias_vl instead of e_bias.
+        padding_mask [N] bool, num_tokens (int32, one element): the mask's rows, and those from
+            num_tokens on, are padding. They get id -1 and weight 0 in every column, and nothing
+            that their hidden_states hold, NaN included, reaches an output.
+        input_ids [N] int32 or int64: a hash layer's token ids, and no other layer's. A row whose
+            token id is outside the table is treated like padding.
+        pdl: for this call, instead of the Router's.
+
+        All four lie on the device and the host never reads them, so that a captured graph may be
+        replayed with others in their place.
         """
-        call = check_call(self._facts, hidden_states, out_weights, out_ids)
+        facts = self._facts
+        call = check_call(facts, hidden_states, out_weights, out_ids)
+        if image_mask is padding_mask is num_tokens is input_ids is None and not facts.hashed:
+            options = NO_OPTIONS
+        else:
+            options = check_call_options(
+                facts, call, image_mask, padding_mask, num_tokens, input_ids
+            )
         if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
-                "and this layout is bound as a copy); make a new Router"
+                "and this layer is bound to a copy); make a new Router"
             )
         if call[0]:
             dependent = self._pdl if pdl is None else bool(pdl)
-            self._binding.run(call, hidden_states, self.W_gate, dependent)
+            self._binding.run(call, options, hidden_states, self.W_gate, dependent)
 
     @property
     def weights_copied(self) -> bool:
@@ -113,7 +178,7 @@ class Router:
         return (
             f"Router(K={facts.k}, num_experts={facts.num_experts}, top_k={facts.top_k}, "
             f"routed_scaling_factor={facts.scale}, layout={facts.layout}, device={facts.device}, "
-            f"pdl={self._pdl}, kernels={list(self.kernels)})"
+            f"options=[{self._options_on}], pdl={self._pdl}, kernels={list(self.kernels)})"
         )
 
 
@@ -135,7 +200,7 @@ def dense_router_dispatch(
     binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
     call = check_call(binding.facts, hidden_states, out_weights, out_ids)
     if call[0]:
-        binding.run(call, hidden_states, W_gate, False)
+        binding.run(call, NO_OPTIONS, hidden_states, W_gate, False)
 
 
 # Key -> the binding and, for one that copied W_gate, W_gate and its version: kept alive, so that

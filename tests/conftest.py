@@ -124,8 +124,25 @@ def _map(tensor: str, dims: tuple[str, ...], box: tuple[int, ...], promotion: st
 LAYOUTS = ("emajor", "kmajor")
 TILES = (16, 32, 64)
 BLOCKS = ("K_in_block", "N", "K_block")
+BIAS = [
+    _pointer("e_bias", "float32"),
+    _pointer("bias_vl", "float32"),
+    _pointer("image_mask", "uint8"),
+]
+PADDING = [_pointer("padding_mask", "uint8"), _pointer("num_valid_tokens", "int32")]
+TABLE = [_pointer("tid2eid", "int32"), _pointer("input_ids", "int32")]
+PHYSICAL = [_pointer("to_physical", "int32"), _pointer("logical_count", "int32")]
 OUTPUTS = [_pointer("out_weights", "float32"), _pointer("out_ids", "int32")]
-STRIDES = [("out_weights_stride", "int32", {}), ("out_ids_stride", "int32", {})]
+
+
+def _int32(*names: str) -> list[tuple]:
+    return [(name, "int32", {}) for name in names]
+
+
+SCALE = [("routed_scaling_factor", "float32", {}), ("gate_temp", "float32", {})]
+TOKEN_IDS = _int32("vocab_size", "input_ids_are_int64")
+IDS = _int32("max_replicas", "num_shared_slots", "ids_are_int64")
+STRIDES = _int32("out_weights_stride", "out_ids_stride")
 RESOURCES = Resources(
     registers=64, spill_bytes=0, stack_bytes=0, static_shared_bytes=0, opcodes={"LDL": 0}
 )
@@ -161,7 +178,7 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) 
             dtypes={
                 "W_gate": ("bfloat16",),
                 "hidden_states": ("bfloat16",),
-                "out_ids": ("int32",),
+                "out_ids": ("int32", "int64"),
             },
         ),
         launch=Launch(
@@ -181,13 +198,14 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) 
                 ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, tile, 4), "128B")),
                 _pointer("partials", "float32", Scratch(elements=64 * 512, zeroed=False)),
                 _pointer("counters", "uint32", Scratch(elements=64, zeroed=True)),
-                _pointer("e_bias", "float32"),
+                *BIAS,
+                *PADDING,
+                *PHYSICAL,
                 *OUTPUTS,
-                ("num_tokens", "int32", {}),
-                ("num_experts", "int32", {}),
-                ("num_k_blocks", "int32", {}),
-                ("top_k", "int32", {}),
-                ("routed_scaling_factor", "float32", {}),
+                *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
+                *SCALE,
+                *_int32("norm_topk_prob"),
+                *IDS,
                 *STRIDES,
             ]
         ),
@@ -220,13 +238,59 @@ def topk_kernel(arch: str = "sm_90a") -> Kernel:
         parameters=_parameters(
             [
                 _pointer("logits", "float32"),
-                _pointer("e_bias", "float32"),
+                *BIAS,
+                *PADDING,
+                *TABLE,
+                *PHYSICAL,
                 *OUTPUTS,
-                ("num_tokens", "int32", {}),
-                ("num_experts", "int32", {}),
-                ("top_k", "int32", {}),
-                ("routed_scaling_factor", "float32", {}),
-                ("logits_stride", "int32", {}),
+                *_int32("num_tokens", "num_experts", "top_k"),
+                *SCALE,
+                *_int32("norm_topk_prob"),
+                *TOKEN_IDS,
+                *IDS,
+                *_int32("logits_stride"),
+                *STRIDES,
+            ]
+        ),
+    )
+
+
+def hash_kernel(arch: str = "sm_90a") -> Kernel:
+    return _kernel(
+        "router_hash",
+        arch,
+        problem=ProblemRange(
+            layout="kmajor_rows",
+            num_tokens=IntRange(low=1, high=64),
+            num_experts=IntRange(low=1, high=512),
+            top_k=IntRange(low=1, high=8),
+            k_multiple=64,
+            dtypes={"hidden_states": ("bfloat16",), "out_ids": ("int32", "int64")},
+        ),
+        launch=Launch(
+            block=(192, 1, 1),
+            cluster=(16, 1, 1),
+            grid=("k_splits", "token_tiles", 1),
+            k_splits=16,
+            expert_tile=512,
+            token_tile=8,
+            dynamic_shared_bytes=20_000,
+            pdl=True,
+            nonportable_cluster=True,
+        ),
+        parameters=_parameters(
+            [
+                ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, 8, 4), "128B")),
+                _pointer("W_gate", "bfloat16"),
+                *PADDING,
+                *TABLE,
+                *PHYSICAL,
+                *OUTPUTS,
+                *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k", "w_stride"),
+                *SCALE,
+                *_int32("norm_topk_prob"),
+                *TOKEN_IDS,
+                *IDS,
                 *STRIDES,
             ]
         ),
@@ -239,6 +303,7 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
         for arch in archs
         for kernel in (
             *(decode_kernel(arch, layout, tile) for layout in LAYOUTS for tile in TILES),
+            hash_kernel(arch),
             topk_kernel(arch),
         )
     ]
@@ -248,7 +313,7 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
 
 @pytest.fixture
 def manifest() -> Manifest:
-    """Seven kernels for each of sm_90a and sm_100a, shaped like the real ones."""
+    """Eight kernels for each of sm_90a and sm_100a, shaped like the real ones."""
     return sample_manifest()
 
 

@@ -43,6 +43,8 @@ PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=716
         (32, "emajor", "router_decode_emajor_n32"),
         (33, "kmajor", "router_decode_kmajor_n64"),
         (64, "emajor", "router_decode_emajor_n64"),
+        (1, "kmajor_rows", "router_hash"),
+        (64, "kmajor_rows", "router_hash"),
         (65, "logits", "router_topk"),
         (1, "logits", "router_topk"),
     ],
@@ -69,7 +71,7 @@ def test_every_kernel_gets_an_answer(manifest):
         ({"top_k": 9}, "takes top_k 1..8, got 9"),
         ({"k": 7000}, "takes K in multiples of 64, got 7000"),
         ({"layout": "emajor"}, "reads layout kmajor, this problem is emajor"),
-        ({"dtypes": {"out_ids": ("int32", "int64")}}, "takes out_ids in int32, got int64"),
+        ({"dtypes": {"out_ids": ("int64", "int8")}}, "takes out_ids in int32 or int64, got int8"),
         ({"dtypes": {"W_gate": ("float16",)}}, "takes W_gate in bfloat16, got float16"),
     ],
 )

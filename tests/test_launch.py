@@ -82,7 +82,7 @@ def test_parameters_reach_the_driver():
     assert got["partials"] == (2**63 + 1).to_bytes(8, "little")
     assert got["num_tokens"] == b"\xff" * 4
     assert got["routed_scaling_factor"] == bytes(ctypes.c_float(2.5))
-    assert len(got) == 14
+    assert len(got) == 25
 
 
 def test_cells_are_live():
@@ -93,5 +93,5 @@ def test_cells_are_live():
 
 
 def test_unknown_parameter():
-    with pytest.raises(KeyError, match="no parameter named gate_temp"):
-        ParameterBlock(topk_kernel()).set({"gate_temp": 1.0})
+    with pytest.raises(KeyError, match="no parameter named w_stride"):
+        ParameterBlock(topk_kernel()).set({"w_stride": 1})

@@ -44,7 +44,7 @@ def test_text_is_sorted_and_ends_in_a_newline(manifest):
     assert text == json.dumps(document, indent=1, sort_keys=True) + "\n"
     keys = [(kernel["name"], kernel["arch"]) for kernel in document["kernels"]]
     assert keys == sorted(keys)
-    assert len(keys) == 14
+    assert len(keys) == 16
 
 
 def test_order_of_kernels_does_not_change_the_text(manifest):
@@ -166,12 +166,12 @@ X_MAP = f"{PARAMETER}/1/tensor_map"
         (f"{PARAMETER}/2/offset", 260, "kernels[0].parameters[2].offset: expected a multiple of 8"),
         (f"{PARAMETER}/2/offset", 128, "kernels[0].parameters[2]: offset 128 is inside the one"),
         # num_tokens over the second half of the pointer before it
-        (f"{PARAMETER}/7/offset", 292, "kernels[0].parameters[7]: offset 292 is inside the one"),
+        (f"{PARAMETER}/13/offset", 340, "kernels[0].parameters[13]: offset 340 is inside the one"),
         (f"{PARAMETER}/2/name", "x_map", 'kernels[0].parameters[2]: the name "x_map" is used'),
         (f"{PARAMETER}/2/element_type", ..., 'of kind "pointer" needs "element_type"'),
         (f"{PARAMETER}/0/tensor_map", ..., 'of kind "tensor_map" needs "tensor_map"'),
-        (f"{PARAMETER}/7/tensor_map", {}, 'of kind "int32" has no "tensor_map"'),
-        (f"{PARAMETER}/7/scratch", {}, 'of kind "int32" has no "scratch"'),
+        (f"{PARAMETER}/13/tensor_map", {}, 'of kind "int32" has no "tensor_map"'),
+        (f"{PARAMETER}/13/scratch", {}, 'of kind "int32" has no "scratch"'),
         (f"{PARAMETER}/3/scratch/elements", 0, "parameters[3].scratch.elements: expected an int"),
         (f"{PARAMETER}/0/tensor_map/box", [64], "tensor_map.box: expected 2 ints from 1 to 256"),
         (f"{PARAMETER}/0/tensor_map/box", [64, 512], "tensor_map.box: expected 2 ints"),

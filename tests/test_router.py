@@ -224,7 +224,7 @@ def test_refused_call_launches_nothing_and_touches_nothing(gpu, make):
     bound = make()
     x, w, ids = step(4)
     w.fill_(7.0)
-    for wrong in ((x, w, ids.long()), (x, w[:3], ids), (x.float(), w, ids), (x[:, :64], w, ids)):
+    for wrong in ((x, w, ids.short()), (x, w[:3], ids), (x.float(), w, ids), (x[:, :64], w, ids)):
         with pytest.raises((TypeError, ValueError)):
             bound(*wrong)
     assert gpu.launches == gpu.products == []
@@ -580,8 +580,9 @@ def test_no_kernel_for_this_gpu(gpu, make):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("top_k", "bias_vl", 'parameters[10].name: nothing to pass as "bias_vl"'),
-        ("out_ids", "ids", 'none is named "out_ids", which each call writes'),
+        ("out_ids", "ids", 'none is named "out_ids", which this runtime sets'),
+        ("gate_temp", "temperature", 'none is named "gate_temp", which this runtime sets'),
+        ("image_mask", "mask", 'none is named "image_mask", which this runtime sets'),
     ],
 )
 def test_parameters_unknown_to_this_runtime_are_refused_when_bound(gpu, make, old, new, message):
@@ -601,6 +602,17 @@ def test_parameters_unknown_to_this_runtime_are_refused_when_bound(gpu, make, ol
     assert message in str(caught.value)
     assert caught.value.file.startswith("there/router_decode_kmajor_n16.sm_90a")
     assert gpu.loads == []
+
+
+def test_a_parameter_that_nothing_fills_is_refused(artifacts):
+    """Scratch without its size, say: an address that would be null."""
+    kernel = decode_kernel()
+    parameters = tuple(
+        replace(p, scratch=None) if p.name == "partials" else p for p in kernel.parameters
+    )
+    with pytest.raises(ArtifactError) as caught:
+        binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
+    assert 'parameters[2].name: nothing to pass as "partials"' in str(caught.value)
 
 
 def test_repr_says_what_is_bound(gpu, make):

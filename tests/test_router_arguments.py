@@ -210,9 +210,9 @@ def test_wrong_layer(wrong, error, message):
             "a row stride of at least",
         ),
         (
-            {"out_ids": torch.zeros(N, TOP_K).long()},
+            {"out_ids": torch.zeros(N, TOP_K).short()},
             TypeError,
-            "out_ids: expected dtype torch.int32",
+            "out_ids: expected dtype torch.int32 or torch.int64 (got torch.int16)",
         ),
         ({"out_ids": torch.zeros(N, 3).int()}, ValueError, "out_ids: expected at least [3, 4]"),
         ({"out_ids": torch.zeros(2, 4).int()}, ValueError, "out_ids: expected at least [3, 4]"),

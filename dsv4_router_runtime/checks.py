@@ -1,0 +1,82 @@
+"""What the checks of single arguments share, and how their errors read.
+
+TypeError for a wrong kind of object or dtype, ValueError for the rest; each message names the
+argument, what was expected and what was got.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FP32_MAX = torch.finfo(torch.float32).max
+FP32_LEAST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def check_tensor(
+    name: str, tensor: Any, *dtypes: torch.dtype, rank: int | None, device: Any = None
+) -> None:
+    """A dense tensor of one of `dtypes`, with `rank` dimensions, on `device` where one is given."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor (got {type(tensor).__name__})")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected} (got {tensor.dtype})")
+    if rank is not None and tensor.dim() != rank:
+        raise wrong(name, f"{rank} dimension{'s' if rank > 1 else ''}", shape_of(tensor))
+    if tensor.layout is not torch.strided:
+        raise wrong(name, "a dense tensor", f"layout {tensor.layout}")
+    if device is not None and tensor.device != device:
+        raise wrong(name, f"device {device}, where W_gate is", f"device {tensor.device}")
+
+
+def check_vector(
+    name: str, vector: Any, *dtypes: torch.dtype, length: int, each: str, device: Any
+) -> None:
+    """As `check_tensor`, of shape [length], one element for each `each`, with unit stride."""
+    check_tensor(name, vector, *dtypes, rank=1, device=device)
+    if vector.shape[0] != length:
+        raise wrong(name, f"shape [{length}], one for each {each}", shape_of(vector))
+    if vector.stride(0) != 1 and length > 1:
+        raise wrong(name, "unit stride (call .contiguous())", strides_of(vector))
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int (got {type(value).__name__})")
+    if not low <= value <= high:
+        raise wrong(name, f"{low}..{high}", number(value))
+    return value
+
+
+def check_float(name: str, value: Any, low: float, high: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(
+            f"{name}: expected a float (got {type(value).__name__}); a tensor would have to be "
+            "read by the host, so pass its .item()"
+        )
+    # An int is compared as it is: Python's float() overflows above 1.8e308. NaN fails both sides.
+    if not low <= value <= high:
+        allowed = f"a finite number in FP32's range, {low:.9g}..{high:.9g}"
+        raise wrong(name, allowed, number(value))
+    return float(value)
+
+
+def wrong(argument: str, expected: str, got: str) -> ValueError:
+    return ValueError(f"{argument}: expected {expected} (got {got})")
+
+
+def number(value: int | float) -> str:
+    # Python refuses to print an int of more than 4300 digits, and nobody would read it.
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
+
+
+def shape_of(tensor: torch.Tensor) -> str:
+    return f"shape {list(tensor.shape)}"
+
+
+def strides_of(tensor: torch.Tensor) -> str:
+    return f"shape {list(tensor.shape)} with strides {tensor.stride()}"

@@ -114,6 +114,7 @@ def weights(layout="kmajor", e=E):
 def make(artifacts):
     def made(layout="kmajor", e=E, scale=2.5, **more) -> Router:
         W, bias = weights(layout, e), torch.zeros(e)
+        bias = None if "tid2eid" in more else bias
         more = {"top_k": TOP_K, "artifacts": artifacts} | more
         return Router(W, bias, routed_scaling_factor=scale, **more)
 
@@ -618,7 +619,276 @@ def test_a_parameter_that_nothing_fills_is_refused(artifacts):
 def test_repr_says_what_is_bound(gpu, make):
     text = repr(make())
     assert "K=512, num_experts=80, top_k=6, routed_scaling_factor=2.5, layout=kmajor" in text
+    assert "options=[], pdl=False" in text
     assert "router_topk.sm_90a" in text
+    assert "options=[tid2eid, num_shared_slots=1]" in repr(
+        make(tid2eid=hash_table(), num_shared_slots=1)
+    )
+
+
+# ------------------------------------------------------------------ options
+
+OPTION_DEFAULTS = {
+    "bias_vl": 0,
+    "image_mask": 0,
+    "padding_mask": 0,
+    "num_valid_tokens": 0,
+    "to_physical": 0,
+    "logical_count": 0,
+    "gate_temp": 1.0,
+    "norm_topk_prob": 1,
+    "max_replicas": 0,
+    "num_shared_slots": 0,
+    "ids_are_int64": 0,
+}
+TABLE_DEFAULTS = {"tid2eid": 0, "input_ids": 0, "vocab_size": 0, "input_ids_are_int64": 0}
+
+
+def of(launch, expected):
+    """The part of a launch that `expected` is about."""
+    return {name: launch[name] for name in expected}
+
+
+def physical(e=E, replicas=3):
+    return torch.zeros(e, replicas, dtype=torch.int32), torch.ones(e, dtype=torch.int32)
+
+
+def hash_table(vocab=20):
+    return torch.arange(TOP_K).expand(vocab, TOP_K)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_options_that_are_off_are_null(gpu, make, num_tokens):
+    make()(*step(num_tokens))
+    assert of(gpu.last, OPTION_DEFAULTS) == OPTION_DEFAULTS
+    if num_tokens > 64:
+        assert of(gpu.last, TABLE_DEFAULTS) == TABLE_DEFAULTS
+
+
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100])
+def test_options_of_a_layer_reach_the_launch(gpu, make, num_tokens):
+    to_physical, logical_count = physical()
+    bound = make(
+        bias_vl=torch.zeros(E),
+        gate_temp=1.5,
+        to_physical=to_physical,
+        logical_count=logical_count,
+        num_shared_slots=2,
+        norm_topk_prob=False,
+    )
+    bound(*step(num_tokens, columns=TOP_K + 2))
+    expected = OPTION_DEFAULTS | {
+        "bias_vl": bound.bias_vl.data_ptr(),
+        "gate_temp": 1.5,
+        "to_physical": to_physical.data_ptr(),
+        "logical_count": logical_count.data_ptr(),
+        "max_replicas": 3,
+        "num_shared_slots": 2,
+        "norm_topk_prob": 0,
+    }
+    assert of(gpu.last, expected) == expected
+
+
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100])
+def test_options_of_a_call_reach_that_launch_and_no_other(gpu, make, num_tokens):
+    bound = make(bias_vl=torch.zeros(E))
+    x, w, ids = step(num_tokens)
+    mask, count = torch.zeros(num_tokens, dtype=torch.bool), torch.zeros(1, dtype=torch.int32)
+    bound(x, w, ids, image_mask=mask, num_tokens=count)
+    bound(x, w, ids.long(), padding_mask=mask)
+    bound(x, w, ids)
+    first, second, third = (of(item, OPTION_DEFAULTS) for item in gpu.launches)
+    plain = OPTION_DEFAULTS | {"bias_vl": bound.bias_vl.data_ptr()}
+    assert first == plain | {"image_mask": mask.data_ptr(), "num_valid_tokens": count.data_ptr()}
+    assert second == plain | {"padding_mask": mask.data_ptr(), "ids_are_int64": 1}
+    assert third == plain
+
+
+def test_options_come_and_go_as_calls_say(gpu, make):
+    """What one launch site holds from the call before never reaches the next."""
+    bound = make(bias_vl=torch.zeros(E))
+    x, w, ids = step(4)
+    for choice in range(16):
+        given = {
+            name: torch.zeros(size, dtype=dtype)
+            for bit, (name, size, dtype) in enumerate(
+                [
+                    ("image_mask", 4, torch.bool),
+                    ("padding_mask", 4, torch.bool),
+                    ("num_tokens", 1, torch.int32),
+                ]
+            )
+            if choice >> bit & 1
+        }
+        out = ids.long() if choice & 8 else ids
+        bound(x, w, out, **given)
+        for name in ("image_mask", "padding_mask", "num_tokens"):
+            parameter = {"num_tokens": "num_valid_tokens"}.get(name, name)
+            assert gpu.last[parameter] == (given[name].data_ptr() if name in given else 0), choice
+        assert gpu.last["ids_are_int64"] == bool(choice & 8), choice
+        assert gpu.last["num_tokens"] == 4
+
+
+def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
+    """Artifacts of before an option: its parameter is missing, so it would do nothing."""
+    for kernel in artifacts.manifest.for_arch("sm_90a"):
+        for name in binding.PARAMETERS[kernel.problem.layout]:
+            parameters = tuple(p for p in kernel.parameters if p.name != name)
+            with pytest.raises(ArtifactError, match=f'none is named "{name}", which this runtime'):
+                binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
+
+
+def test_a_kernel_that_takes_too_few_dtypes_is_refused(gpu, artifacts, make):
+    manifest = artifacts.manifest
+    kernels = tuple(
+        replace(k, problem=replace(k.problem, dtypes={**k.problem.dtypes, "out_ids": ("int32",)}))
+        for k in manifest.kernels
+    )
+    old = replace(artifacts, manifest=replace(manifest, kernels=kernels))
+    with pytest.raises(NoKernelError, match="takes out_ids in int32, got int64"):
+        make(artifacts=old)
+
+
+def test_wrong_options_are_refused_before_the_artifacts(gpu, make):
+    with pytest.raises(ValueError, match="gate_temp: expected a finite number"):
+        make(gate_temp=0.0)
+    with pytest.raises(ValueError, match=r"logical_count: expected 1\.\.3, to_physical's"):
+        make(to_physical=physical()[0], logical_count=torch.zeros(E, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"tid2eid: expected ids in 0\.\.79"):
+        make(tid2eid=hash_table() + E)
+    assert gpu.maps == gpu.launches == []
+
+
+def test_refused_options_launch_nothing(gpu, make):
+    bound = make()
+    x, w, ids = step(4)
+    w.fill_(7.0)
+    mask = torch.zeros(4, dtype=torch.bool)
+    for wrong in (
+        {"image_mask": mask},
+        {"padding_mask": mask[:3]},
+        {"num_tokens": 4},
+        {"input_ids": torch.zeros(4, dtype=torch.int32)},
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            bound(x, w, ids, **wrong)
+    assert gpu.launches == gpu.products == []
+    assert (w == 7.0).all()
+    bound(x, w, ids, padding_mask=mask)
+    assert len(gpu.launches) == 1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
+    to_physical, logical_count = physical()
+    bound = make(
+        tid2eid=hash_table(),
+        to_physical=to_physical,
+        logical_count=logical_count,
+        num_shared_slots=1,
+        gate_temp=0.5,
+    )
+    assert bound.kernels == ("router_hash.sm_90a", "router_topk.sm_90a")
+    x, w, ids = step(num_tokens, columns=TOP_K + 1)
+    tokens = torch.zeros(num_tokens, dtype=ids_dtype)
+    mask = torch.zeros(num_tokens, dtype=torch.bool)
+    bound(x, w, ids, input_ids=tokens, padding_mask=mask)
+    last, table = gpu.last, bound._binding.table_copy
+    assert last["kernel"] == "router_hash.sm_90a"
+    assert last["grid"] == (16, -(-num_tokens // 8), 1)
+    expected = {
+        "W_gate": bound.W_gate.data_ptr(),
+        "w_stride": K,
+        "num_k_blocks": K // 64,
+        "tid2eid": table.data_ptr(),
+        "vocab_size": 20,
+        "input_ids": tokens.data_ptr(),
+        "input_ids_are_int64": int(ids_dtype is torch.int64),
+        "padding_mask": mask.data_ptr(),
+        "num_valid_tokens": 0,
+        "to_physical": to_physical.data_ptr(),
+        "max_replicas": 3,
+        "num_shared_slots": 1,
+        "gate_temp": 0.5,
+        "norm_topk_prob": 1,
+    }
+    assert of(last, expected) == expected
+    [x_map] = gpu.maps
+    assert (x_map.dims, x_map.box) == ((64, num_tokens, K // 64), (64, 8, 4))
+
+
+def test_a_hash_layers_prefill_selects_by_the_table(gpu, make):
+    bound = make(tid2eid=hash_table())
+    tokens = torch.zeros(100, dtype=torch.int64)
+    bound(*step(100), input_ids=tokens)
+    expected = OPTION_DEFAULTS | {
+        "e_bias": 0,
+        "tid2eid": bound._binding.table_copy.data_ptr(),
+        "vocab_size": 20,
+        "input_ids": tokens.data_ptr(),
+        "input_ids_are_int64": 1,
+    }
+    assert gpu.last["kernel"] == "router_topk.sm_90a"
+    assert of(gpu.last, expected) == expected
+    assert gpu.products[0][1] is bound.W_gate
+
+
+def test_a_hash_layers_table_is_its_own(gpu, make):
+    given = hash_table().clone()
+    bound = make(tid2eid=given)
+    given.fill_(-1)
+    assert torch.equal(bound._binding.table_copy, hash_table().int())
+
+
+@pytest.mark.parametrize("e", [80, 132])
+def test_an_e_contiguous_gate_of_a_hash_layer_is_copied(gpu, make, e):
+    bound = make("emajor", e=e, tid2eid=hash_table())
+    copy = bound._binding.w_copy
+    assert bound.weights_copied
+    assert copy.stride() == (1, K)
+    tokens = torch.zeros(100, dtype=torch.int32)
+    bound(*step(4), input_ids=tokens[:4])
+    assert (gpu.last["W_gate"], gpu.last["w_stride"]) == (copy.data_ptr(), K)
+    bound(*step(100), input_ids=tokens)
+    assert gpu.products[0][1] is copy
+    bound.W_gate.add_(1)
+    with pytest.raises(ValueError, match=r"W_gate: .*modified in place.*make a new Router"):
+        bound(*step(4), input_ids=tokens[:4])
+
+
+def test_rows_of_a_wider_matrix_are_stepped_over(gpu, artifacts):
+    W = torch.zeros(E, K + 64, dtype=torch.bfloat16)[:, :K].t()
+    options = {"tid2eid": hash_table(), "artifacts": artifacts}
+    bound = Router(W, top_k=TOP_K, routed_scaling_factor=1.0, **options)
+    bound(*step(4), input_ids=torch.zeros(4, dtype=torch.int32))
+    assert (gpu.last["W_gate"], gpu.last["w_stride"]) == (W.data_ptr(), K + 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tid2eid": hash_table()}, "tid2eid would have to be read and copied"),
+        (
+            dict(zip(("to_physical", "logical_count"), physical(), strict=True)),
+            "to_physical and logical_count would have to be read",
+        ),
+    ],
+)
+def test_tables_are_not_read_under_capture(gpu, make, options, message):
+    make()
+    make(tid2eid=hash_table())
+    gpu.capture = 5
+    with pytest.raises(RouterError, match=f"being captured and {message}"):
+        make(**options)
+
+
+def test_a_captured_hash_layer_needs_no_scratch_of_its_own(gpu, make):
+    bound = make(tid2eid=hash_table())
+    tokens = torch.zeros(4, dtype=torch.int32)
+    for gpu.capture in (0, 1, 0):
+        bound(*step(4), input_ids=tokens)
+    assert len(gpu.launches) == 3
 
 
 @pytest.fixture
@@ -744,6 +1014,8 @@ def test_the_artifacts_built_here_can_be_bound():
                 k=7168,
                 dtypes=binding.DTYPES,
             )
+            rows = replace(problem, layout="kmajor_rows")
+            assert decode_ladder(artifacts.manifest, rows, arch)[-1][0] == 64
             assert decode_ladder(artifacts.manifest, problem, arch)[-1][0] == 64
             assert select_kernel(
                 artifacts.manifest, replace(problem, layout="logits", num_tokens=65), arch

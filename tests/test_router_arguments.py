@@ -15,6 +15,7 @@ from dsv4_router_runtime.arguments import (
     check_layer,
     layout_of,
 )
+from dsv4_router_runtime.options import LayerOptions
 
 K, E, TOP_K, N = 128, 16, 4, 3
 
@@ -32,6 +33,7 @@ def layer(**more):
         given["e_bias"],
         top_k=given["top_k"],
         routed_scaling_factor=more.get("routed_scaling_factor", 2.5),
+        options=more.get("options", LayerOptions()),
     )
 
 
@@ -274,10 +276,15 @@ def test_outputs_must_not_share_elements_with_the_input():
     padding=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 2), st.integers(0, 2)),
     start=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 999), st.integers(0, 999)),
     shared=st.booleans(),
+    ids_dtype=st.sampled_from([torch.int32, torch.int64, torch.int16]),
+    slots=st.sampled_from([0, 0, 1]),
 )
-def test_the_quick_check_never_passes_what_the_rules_refuse(rows, columns, padding, start, shared):
+def test_the_quick_check_never_passes_what_the_rules_refuse(
+    rows, columns, padding, start, shared, ids_dtype, slots
+):
     """Views of one buffer or of three, of any shape, stride, start and overlap."""
-    dtypes = (torch.bfloat16, torch.float32, torch.int32)
+    facts = layer(options=LayerOptions(num_shared_slots=slots))
+    dtypes = (torch.bfloat16, torch.float32, ids_dtype)
     buffer = torch.zeros(4096, dtype=torch.int32)
     tensors = [
         (buffer if shared else torch.zeros_like(buffer))
@@ -285,13 +292,14 @@ def test_the_quick_check_never_passes_what_the_rules_refuse(rows, columns, paddi
         .as_strided((n, width), (width + more, 1))
         for dtype, n, width, more, at in zip(dtypes, rows, columns, padding, start, strict=True)
     ]
-    quick = _plainly_right(layer(), *tensors)
+    quick = _plainly_right(facts, *tensors)
     if quick is not None:
-        assert _check_call_slowly(layer(), *tensors) == quick
+        assert _check_call_slowly(facts, *tensors) == quick
 
 
-def test_the_quick_check_takes_the_usual_call():
-    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2).int()
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_the_quick_check_takes_the_usual_call(ids_dtype):
+    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2).to(ids_dtype)
     assert _plainly_right(layer(), *usual) == _check_call_slowly(layer(), *usual)
     assert _plainly_right(layer(), *usual)[0] == N
     assert _plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0

@@ -17,6 +17,7 @@ from dsv4_router_runtime.reference import (
     select_reference,
     selection_keys,
     selection_margin,
+    tempered,
 )
 
 NAN, INF = math.nan, math.inf
@@ -136,3 +137,227 @@ def test_margins():
     order = ranking_margin(logits, bias, 3)
     assert order.tolist() == pytest.approx([float((root[:-1] - root[1:]).min()), INF])
     assert ranking_margin(logits[:, :1], bias[:1], 1).tolist() == [INF, INF]
+
+
+# ------------------------------------------------------------------ the published gates, by hand
+
+
+def published_scores(row):
+    """sqrt(softplus(x)) as torch.nn.functional.softplus has it: the identity above 20."""
+    return [math.sqrt(x if x > 20 else math.log1p(math.exp(x))) for x in row]
+
+
+def published_weights(row, experts, scale):
+    """What follows the choice in both of transformers' DeepSeek-V4 routers."""
+    scores = [published_scores(row)[expert] for expert in experts]
+    return [score / (sum(scores) + 1e-20) * scale for score in scores]
+
+
+ROWS = [
+    [0.5, -1.25, 3.0, 25.0, -30.0, 2.0, 0.0, 7.5],
+    [-4.0, -3.0, -2.0, -1.0, -0.5, -0.25, -8.0, -16.0],
+    [21.0, 20.5, 19.5, 1.0, 2.0, 3.0, 4.0, 5.0],
+]
+
+
+def test_published_topk_router():
+    """The bias is added to the score and picks; the weight is the score alone, over the sum."""
+    bias = [0.0, 4.0, -9.0, 0.0, 0.25, 0.0, 1.0, 0.0]
+    chosen = [[3, 1, 7], [1, 6, 4], [0, 1, 2]]
+    bias_of = [bias, bias, [0.0] * 8]
+    for row, experts, used in zip(ROWS, chosen, bias_of, strict=True):
+        keys = [s + b for s, b in zip(published_scores(row), used, strict=True)]
+        assert sorted(range(8), key=lambda e: -keys[e])[:3] == experts
+        weights, ids = select([row], bias=used, scale=1.5, top_k=3)
+        assert ids.tolist() == [experts]
+        assert weights.tolist()[0] == pytest.approx(published_weights(row, experts, 1.5), rel=1e-9)
+
+
+def test_published_hash_router():
+    """Ids are the token's row of the table, in its order; scores have no say in them."""
+    table = torch.tensor([[4, 3, 0], [0, 1, 2], [7, 6, 5], [2, 7, 4]])
+    tokens = torch.tensor([3, 0, 3])
+    weights, ids = hashed(ROWS, table, tokens, scale=2.5)
+    assert ids.tolist() == [[2, 7, 4], [4, 3, 0], [2, 7, 4]]
+    for got, row, experts in zip(weights.tolist(), ROWS, ids.tolist(), strict=True):
+        assert got == pytest.approx(published_weights(row, experts, 2.5), rel=1e-9)
+
+
+# ------------------------------------------------------------------ options
+
+DOUBLE = torch.float64
+
+
+def hashed(logits, table, tokens, scale=1.0, **more):
+    logits = torch.tensor(logits, dtype=DOUBLE)
+    top_k = table.shape[1]
+    return select_reference(logits, None, scale, top_k, tid2eid=table, input_ids=tokens, **more)
+
+
+def options(logits, top_k=2, scale=1.0, bias=None, **more):
+    logits = torch.tensor(logits, dtype=DOUBLE)
+    bias = torch.zeros(logits.shape[1]) if bias is None else torch.tensor(bias)
+    return select_reference(logits, bias, scale, top_k, **more)
+
+
+def test_image_rows_select_with_their_own_bias():
+    row = [1.0, 2.0, 3.0, 0.0]
+    given = {"bias": [0.0, 8.0, 0.0, 0.0], "bias_vl": torch.tensor([8.0, 0.0, 0.0, 9.0])}
+    mask = torch.tensor([False, True, False])
+    weights, ids = options([row] * 3, image_mask=mask, **given)
+    assert ids.tolist() == [[1, 2], [3, 0], [1, 2]]
+    scores = published_scores(row)
+    assert weights[1].tolist() == pytest.approx(
+        [scores[3] / (scores[3] + scores[0]), scores[0] / (scores[3] + scores[0])]
+    )
+    assert options([row] * 3, **given)[1].tolist() == [[1, 2]] * 3
+
+
+def test_gate_temperature_divides_the_logits():
+    cold, warm = [[-6.0, 3.0, 1.0]], [[-4.0, 2.0, 2 / 3]]
+    got, expected = options(cold, gate_temp=1.5, top_k=3), options(warm, top_k=3)
+    assert torch.equal(got[1], expected[1])
+    # The quotients are FP32: 2 / 3 has that rounding.
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-7, atol=0)
+    assert tempered(torch.tensor([2.0], dtype=DOUBLE), 3.0).item() == float(
+        torch.tensor(2.0) / torch.tensor(3.0)
+    )
+    assert tempered(torch.tensor([1e300, 1.0], dtype=DOUBLE), 1.0).tolist() == [1e300, 1.0]
+
+
+def test_gate_temperature_comes_before_the_rules_of_nan_and_infinity():
+    weights, ids = options([[3e38, INF, NAN, 1.0]], gate_temp=0.5, top_k=4)
+    assert ids.tolist() == [[0, 1, 3, 2]]
+    assert weights[0, 0] == weights[0, 1]
+    assert weights.isfinite().all()
+
+
+def test_padded_rows_hold_nothing_of_their_input():
+    logits = [[1.0, 2.0], [NAN, INF], [NAN, NAN], [2.0, 1.0]]
+    mask = torch.tensor([False, True, True, False])
+    weights, ids = options(logits, padding_mask=mask, num_shared_slots=1)
+    assert ids.tolist() == [[1, 0, 2], [-1, -1, -1], [-1, -1, -1], [0, 1, 2]]
+    assert weights[1:3].tolist() == [[0.0] * 3] * 2
+    assert weights[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize(("count", "valid"), [(-1, 0), (0, 0), (2, 2), (4, 4), (9, 4)])
+def test_rows_from_num_tokens_on_are_padding(count, valid):
+    for shape in ((), (1,), (1, 1)):
+        num_tokens = torch.full(shape, count, dtype=torch.int32)
+        _, ids = options([[1.0, 2.0]] * 4, num_tokens=num_tokens)
+        assert ids.tolist() == [[1, 0]] * valid + [[-1, -1]] * (4 - valid)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_token_ids_outside_the_table_make_padded_rows(dtype):
+    table = torch.tensor([[1, 0], [2, 1]])
+    far = 2**40 if dtype is torch.int64 else 2**31 - 1
+    tokens = torch.tensor([0, -1, 2, far, 1], dtype=dtype)
+    weights, ids = hashed([[NAN, 2.0, 1.0]] * 5, table, tokens)
+    assert ids.tolist() == [[1, 0], [-1, -1], [-1, -1], [-1, -1], [2, 1]]
+    assert weights[1:4].tolist() == [[0.0, 0.0]] * 3
+    # A NaN score counts nothing in the sum.
+    assert weights[0].tolist() == [1.0, 0.0]
+
+
+def test_replicas_take_turns_by_row():
+    to_physical = torch.tensor([[10, 11, 12], [20, 21, 22]])
+    count = torch.tensor([3, 1])
+    _, ids = options(
+        [[1.0, 2.0]] * 4, to_physical=to_physical, logical_count=count, num_shared_slots=2
+    )
+    assert ids.tolist() == [[20, 10, 2, 3], [20, 11, 2, 3], [20, 12, 2, 3], [20, 10, 2, 3]]
+
+
+@pytest.mark.parametrize(("count", "used"), [(-3, 1), (0, 1), (2, 2), (99, 3)])
+def test_counts_beyond_the_replicas_are_held_within(count, used):
+    to_physical = torch.tensor([[10, 11, 12]])
+    given = {"to_physical": to_physical, "logical_count": torch.tensor([count])}
+    _, ids = options([[1.0]] * 7, top_k=1, **given)
+    assert ids[:, 0].tolist() == [10 + row % used for row in range(7)]
+
+
+def test_a_hash_layer_is_mapped_too():
+    given = {"to_physical": torch.tensor([[7], [8], [9]]), "logical_count": torch.ones(3).int()}
+    _, ids = hashed([[0.0] * 3] * 2, torch.tensor([[2, 0]]), torch.tensor([0, 1]), **given)
+    assert ids.tolist() == [[9, 7], [-1, -1]]
+
+
+def test_shared_slots_weigh_1_whatever_the_scale():
+    weights, ids = options([[1.0, 2.0, 3.0]], scale=2.5, num_shared_slots=2)
+    assert ids.tolist() == [[2, 1, 3, 4]]
+    assert weights[0, 2:].tolist() == [1.0, 1.0]
+    assert weights[0, :2].sum().item() == pytest.approx(2.5)
+
+
+def test_without_norm_weights_are_scaled_scores():
+    row = [1.0, 2.0, 3.0]
+    weights, _ = options([row], scale=2.5, norm_topk_prob=False)
+    scores = published_scores(row)
+    assert weights[0].tolist() == pytest.approx([2.5 * scores[2], 2.5 * scores[1]], rel=1e-14)
+
+
+def test_ids_in_either_width():
+    for dtype in (torch.int32, torch.int64):
+        assert options([[1.0, 2.0]], ids_dtype=dtype)[1].dtype is dtype
+
+
+def test_neither_a_bias_nor_a_table():
+    with pytest.raises(ValueError, match="expected e_bias, or tid2eid and input_ids"):
+        select_reference(torch.zeros(1, 2), None, 1.0, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_options_hold_what_is_promised(data):
+    """Distinct ids in range, weights that sum to the scale, padding that hides its row."""
+    rows, e, shared = (data.draw(st.integers(*ends)) for ends in ((0, 6), (1, 12), (0, 3)))
+    top_k = data.draw(st.integers(1, min(e, 8)))
+    odd = st.sampled_from([NAN, INF, -INF, 1e30])
+    number = st.one_of(st.integers(-20, 20).map(float), odd)
+    logits = torch.tensor(
+        data.draw(st.lists(st.lists(number, min_size=e, max_size=e), min_size=rows, max_size=rows)),
+        dtype=DOUBLE,
+    ).reshape(rows, e)
+    flags = st.lists(st.booleans(), min_size=rows, max_size=rows).map(
+        lambda values: torch.tensor(values, dtype=torch.bool)
+    )
+    padding = data.draw(flags)
+    valid = torch.tensor(data.draw(st.integers(-1, 7)), dtype=torch.int32)
+    given: dict = {"padding_mask": padding, "num_tokens": valid, "num_shared_slots": shared}
+    given["gate_temp"] = data.draw(st.sampled_from([1.0, 0.5, 3.0]))
+    bias: torch.Tensor | None = torch.linspace(0, 8, e)
+    if data.draw(st.booleans()):
+        orders = [data.draw(st.permutations(range(e)))[:top_k] for _ in range(3)]
+        tokens = data.draw(st.lists(st.integers(-1, 3), min_size=rows, max_size=rows))
+        given |= {"tid2eid": torch.tensor(orders), "input_ids": torch.tensor(tokens).long()}
+        padding = padding | torch.tensor([token not in range(3) for token in tokens]).bool()
+        bias = None
+    elif data.draw(st.booleans()):
+        given |= {"bias_vl": -torch.linspace(0, 8, e), "image_mask": data.draw(flags)}
+
+    weights, ids = select_reference(logits, bias, 1.5, top_k, **given)
+    assert ids.shape == weights.shape == (rows, top_k + shared)
+    for row in range(rows):
+        padded = bool(padding[row]) or row >= valid
+        routed, slots = ids[row, :top_k].tolist(), ids[row, top_k:].tolist()
+        if padded:
+            assert set(routed + slots) == {-1}
+            assert not weights[row].any()
+            continue
+        assert len(set(routed)) == top_k
+        assert set(routed) <= set(range(e))
+        assert slots == [e + slot for slot in range(shared)]
+        total = weights[row, :top_k].sum().item()
+        # 0 where every chosen score vanishes.
+        assert total == pytest.approx(1.5) or total < 1.5
+        assert weights[row].isfinite().all()
+        assert weights[row, top_k:].eq(1).all()
+
+    replaced = logits.clone()
+    hidden = torch.tensor([bool(padding[row]) or row >= valid for row in range(rows)]).bool()
+    replaced[hidden] = NAN
+    again = select_reference(replaced, bias, 1.5, top_k, **given)
+    assert torch.equal(again[0], weights)
+    assert torch.equal(again[1], ids)

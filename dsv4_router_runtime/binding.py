@@ -78,7 +78,7 @@ _WITH_TABLE = ("tid2eid", "vocab_size", "input_ids", "input_ids_are_int64")
 PARAMETERS = {
     "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
     "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
-    "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "W_gate", "w_stride"),
+    "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "w_gate", "w_stride"),
     "logits": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "logits", "logits_stride"),
 }
 MAX_CACHED_MAPS = 512
@@ -162,7 +162,7 @@ class Binding:
                 self._workspace.refill()
         W_bound = W_gate if self.w_copy is None else self.w_copy
         self._constants = {
-            "W_gate": W_bound.data_ptr(),
+            "w_gate": W_bound.data_ptr(),
             "w_stride": W_bound.stride(1) if facts.hashed and facts.num_experts > 1 else facts.k,
             "num_experts": facts.num_experts,
             "top_k": facts.top_k,

@@ -433,7 +433,7 @@ def _parameter(node: JsonNode) -> Parameter:
     if offset % alignment:
         raise at["offset"].expected(f"a multiple of {alignment}, the alignment of a {kind}")
     return Parameter(
-        name=at["name"].string(r"[A-Za-z][A-Za-z0-9_]*", "a parameter name (letters, 0-9, _)"),
+        name=at["name"].string(r"[a-z][a-z0-9_]*", "a parameter name (a-z, 0-9, _)"),
         kind=kind,
         offset=offset,
         size=size,

@@ -281,7 +281,7 @@ def hash_kernel(arch: str = "sm_90a") -> Kernel:
         parameters=_parameters(
             [
                 ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, 8, 4), "128B")),
-                _pointer("W_gate", "bfloat16"),
+                _pointer("w_gate", "bfloat16"),
                 *PADDING,
                 *TABLE,
                 *PHYSICAL,

@@ -798,7 +798,7 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
     assert last["kernel"] == "router_hash.sm_90a"
     assert last["grid"] == (16, -(-num_tokens // 8), 1)
     expected = {
-        "W_gate": bound.W_gate.data_ptr(),
+        "w_gate": bound.W_gate.data_ptr(),
         "w_stride": K,
         "num_k_blocks": K // 64,
         "tid2eid": table.data_ptr(),
@@ -849,7 +849,7 @@ def test_an_e_contiguous_gate_of_a_hash_layer_is_copied(gpu, make, e):
     assert copy.stride() == (1, K)
     tokens = torch.zeros(100, dtype=torch.int32)
     bound(*step(4), input_ids=tokens[:4])
-    assert (gpu.last["W_gate"], gpu.last["w_stride"]) == (copy.data_ptr(), K)
+    assert (gpu.last["w_gate"], gpu.last["w_stride"]) == (copy.data_ptr(), K)
     bound(*step(100), input_ids=tokens)
     assert gpu.products[0][1] is copy
     bound.W_gate.add_(1)
@@ -862,7 +862,7 @@ def test_rows_of_a_wider_matrix_are_stepped_over(gpu, artifacts):
     options = {"tid2eid": hash_table(), "artifacts": artifacts}
     bound = Router(W, top_k=TOP_K, routed_scaling_factor=1.0, **options)
     bound(*step(4), input_ids=torch.zeros(4, dtype=torch.int32))
-    assert (gpu.last["W_gate"], gpu.last["w_stride"]) == (W.data_ptr(), K + 64)
+    assert (gpu.last["w_gate"], gpu.last["w_stride"]) == (W.data_ptr(), K + 64)
 
 
 @pytest.mark.parametrize(

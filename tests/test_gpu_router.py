@@ -17,6 +17,18 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from gpu_calls import (  # noqa: E402
+    BF16,
+    CANARY,
+    KEY_ROUNDING,
+    captured,
+    gaussian,
+    integers,
+    laid_out,
+    logits_of,
+    outputs,
+)
+
 from dsv4_router_runtime import Router, dense_router_dispatch  # noqa: E402
 from dsv4_router_runtime.reference import (  # noqa: E402
     ranking,
@@ -29,7 +41,6 @@ from dsv4_router_runtime.reference import (  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-BF16 = torch.bfloat16
 TOKENS = [0, 1, 2, 6, 7, 8, 16, 31, 33, 63, 64, 65, 128, 1000, 8192]
 MODELS = {
     "V4-Flash": (4096, 256, 6, 1.5),
@@ -38,9 +49,6 @@ MODELS = {
     "V4.1-draft": (5120, 128, 3, 1.5),
 }
 LAYOUTS = ["kmajor", "emajor"]
-CANARY = -77  # no id, no weight
-# A key of about 10 in FP32 is good to 1e-6; two keys this close may rightly change places.
-KEY_ROUNDING = 4e-6
 # Logits of K = 7168 terms of size 1 summed in FP32, whatever the order: well below this.
 SUM_ERROR = 2e-4
 
@@ -49,36 +57,6 @@ SUM_ERROR = 2e-4
 def random(seed):
     """A generator on the GPU, seeded by the test's own id."""
     return torch.Generator(device="cuda").manual_seed(seed)
-
-
-def laid_out(W, layout: str):
-    """W [K, E] in a layout: K contiguous (a checkpoint's weight, transposed) or E contiguous."""
-    return W.t().contiguous().t() if layout == "kmajor" else W.contiguous()
-
-
-def integers(random, num_tokens: int, k: int, num_experts: int, layout: str = "kmajor"):
-    """Operands whose products and sums are exact in FP32: about 2 % of hidden_states is not 0.
-
-    Equal keys are common, nearly equal ones rare: no two square roots of whole numbers below 100
-    are as close to 5/16 or 5/8 apart as FP32 would need to confuse them.
-    """
-    x = torch.randint(-2, 3, (num_tokens, k), generator=random, device="cuda").to(BF16)
-    x *= torch.rand(num_tokens, k, generator=random, device="cuda") < max(0.02, 8 / k)
-    W = torch.randint(-2, 3, (k, num_experts), generator=random, device="cuda").to(BF16)
-    bias = torch.randint(0, 3, (num_experts,), generator=random, device="cuda") * 0.3125
-    return x, laid_out(W, layout), bias
-
-
-def gaussian(random, num_tokens: int, k: int, num_experts: int, layout: str = "kmajor"):
-    """Logits of standard deviation 2, and biases as V4's checkpoints have them: 8.08 and noise."""
-    x = torch.randn(num_tokens, k, generator=random, device="cuda").to(BF16)
-    W = torch.randn(k, num_experts, generator=random, device="cuda") * (2 / k**0.5)
-    bias = 8.08 + 0.05 * torch.randn(num_experts, generator=random, device="cuda")
-    return x, laid_out(W.to(BF16), layout), bias
-
-
-def logits_of(x, W):
-    return x.double() @ W.double()
 
 
 def route(router, x, top_k: int, rows: int = 3, columns: int = 2):
@@ -321,28 +299,6 @@ def test_rows_of_infinity(random, num_tokens):
 # ------------------------------------------------------------------ streams and graphs
 
 
-def captured(calls, stream=None):
-    """A graph of the calls, after one eager run of each."""
-    side = stream or torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for call in calls:
-            call()
-    return graph
-
-
-def outputs(num_tokens: int, top_k: int):
-    return (
-        torch.full((num_tokens, top_k), float(CANARY), device="cuda"),
-        torch.full((num_tokens, top_k), CANARY, dtype=torch.int32, device="cuda"),
-    )
-
-
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 16, 40, 64, 65, 200])
 def test_graph_replays_with_new_inputs(random, num_tokens, pdl):
@@ -562,7 +518,7 @@ def test_refused_calls_touch_nothing(random, num_tokens):
         (x.cpu(), weights, ids),
         (x[:, :-64], weights, ids),
         (x, weights[:-1], ids),
-        (x, weights, ids.long()),
+        (x, weights, ids.short()),
         (x, weights.cpu(), ids),
     ]
     for arguments in wrong:

@@ -129,6 +129,9 @@ class TopkLauncher:
             "num_experts": inputs.problem.num_experts,
             "top_k": inputs.problem.top_k,
             "routed_scaling_factor": inputs.problem.routed_scaling_factor,
+            # Every other option is off at 0.
+            "gate_temp": 1.0,
+            "norm_topk_prob": 1,
         }
 
     def __call__(self, logits: torch.Tensor, outputs: Result) -> None:

@@ -1,6 +1,6 @@
 // router_topk: FP32 logits [num_tokens, num_experts] to the weights and ids of top_k experts.
 //
-//     scores  = sqrt(softplus(logits))
+//     scores  = sqrt(softplus(logits / gate_temp))
 //     ids     = the top_k largest of (scores + e_bias), descending; equal keys: lower id first
 //     weights = scores[ids] / (sum(scores[ids]) + 1e-20) * routed_scaling_factor
 //
@@ -8,13 +8,28 @@
 // for every num_experts, row stride and alignment. num_experts is any number from top_k to 512,
 // top_k from 1 to 8.
 //
+// Options are arguments, none of them is compiled in: a null pointer or a neutral number turns one
+// off. With all off, a row of 384 experts takes 914 instructions on sm_90a; it took 884 without any.
+//     bias_vl, image_mask         rows with the mask set select with bias_vl instead of e_bias
+//     padding_mask,               rows with the mask set, and rows from *num_valid_tokens on, are
+//     num_valid_tokens            padded: id -1 and weight 0 in every column
+//     tid2eid, input_ids          ids = tid2eid[input_ids[row]], in the table's order, without a
+//                                 bias; a row whose token id is not in the table is padded
+//     to_physical, logical_count  id e is written as to_physical[e, row % logical_count[e]]
+//     num_shared_slots            columns from top_k on: id num_experts + column - top_k, weight 1
+//     norm_topk_prob              0: weights = scores[ids] * routed_scaling_factor
+//     gate_temp                   1: no logit is divided
+//
 // Guarantees
 //     Every arithmetic step is an IEEE operation rounded to nearest (compiled with -fmad=false, fused
 //     only where fmaf says so), but for the seed of a square root that two fused steps round
 //     correctly. So a score has the same bits in an emulator and on every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
-//     Control flow depends on the sizes only, never on the data; weights are summed in rank order.
+//     Control flow depends on the arguments and on whether a row is padded, never on logits,
+//     biases, tables or maps; weights are summed in rank order.
+//     The logits of a padded row are not read; of a row whose ids are in the table, only theirs.
+//     Nothing is read out of bounds, whatever is in the token ids, the table and the map.
 
 namespace {
 
@@ -93,6 +108,14 @@ __device__ __forceinline__ unsigned selection_key(float score, float bias) {
   return biased != biased ? unsigned{kNaNKey} : key;
 }
 
+// What one token is routed by; gate_temp and num_experts are the launch's.
+struct Row {
+  const float* logits;
+  const float* bias;
+  float gate_temp;
+  int num_experts;
+};
+
 struct Candidate {
   unsigned key;
   unsigned expert;
@@ -101,8 +124,7 @@ struct Candidate {
 // Write the keys of a lane's experts to keys[slot * kKeyRow + lane] and return its best one; the
 // lowest expert among equals. kSlots * 32 is num_experts rounded up to a whole number of groups.
 template <int kSlots>
-__device__ __forceinline__ Candidate score_row(const float* row, const float* e_bias,
-                                               int num_experts, int lane, unsigned* keys) {
+__device__ __forceinline__ Candidate score_row(Row row, int lane, unsigned* keys) {
   float logit[kSlots];
   float bias[kSlots];
 #pragma unroll
@@ -110,8 +132,15 @@ __device__ __forceinline__ Candidate score_row(const float* row, const float* e_
     // Only the last group can be ragged.
     const bool whole = slot < kSlots - kGroupSlots;
     const int expert = slot * 32 + lane;
-    logit[slot] = whole || expert < num_experts ? row[expert] : 0.0f;
-    bias[slot] = whole || expert < num_experts ? e_bias[expert] : 0.0f;
+    // Not 0 for a logit that is not there: division is slow on it.
+    logit[slot] = whole || expert < row.num_experts ? row.logits[expert] : 1.0f;
+    bias[slot] = whole || expert < row.num_experts ? row.bias[expert] : 0.0f;
+  }
+  if (row.gate_temp != 1.0f) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      logit[slot] = __fdiv_rn(logit[slot], row.gate_temp);
+    }
   }
   Candidate best = {kNoCandidate, 0};
 #pragma unroll
@@ -119,7 +148,7 @@ __device__ __forceinline__ Candidate score_row(const float* row, const float* e_
     const bool whole = slot < kSlots - kGroupSlots;
     const int expert = slot * 32 + lane;
     unsigned key = selection_key(router_score(logit[slot]), bias[slot]);
-    key = whole || expert < num_experts ? key : unsigned{kNoCandidate};
+    key = whole || expert < row.num_experts ? key : unsigned{kNoCandidate};
     keys[slot * kKeyRow + lane] = key;
     const bool better = key > best.key;
     best.key = better ? key : best.key;
@@ -128,43 +157,16 @@ __device__ __forceinline__ Candidate score_row(const float* row, const float* e_
   return best;
 }
 
-}  // namespace
-
-// logits            [num_tokens, num_experts] FP32, rows logits_stride elements apart
-// e_bias            [num_experts] FP32
-// out_weights       [num_tokens, top_k] FP32, rows out_weights_stride elements apart
-// out_ids           [num_tokens, top_k] int32, rows out_ids_stride elements apart
-// Launch: block 128, grid ceil(num_tokens / 4). Programmatic dependent launch is legal.
-//
-// 8 blocks an SM leave 64 registers: enough for every load of a row to be in flight before the first
-// result is used. Left to itself ptxas takes 32 and spreads the loads over the arithmetic.
-extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
-    router_topk(const float* logits, const float* e_bias, float* out_weights, int* out_ids,
-                int num_tokens, int num_experts, int top_k, float routed_scaling_factor,
-                int logits_stride, int out_weights_stride, int out_ids_stride) {
-  __shared__ unsigned shared_keys[kWarpsPerBlock][kMaxSlots * kKeyRow];
-
-  // The kernel before may still be writing logits, or reading what this one overwrites.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const long long token = static_cast<long long>(blockIdx.x) * kWarpsPerBlock + warp;
-  if (token >= num_tokens) {
-    return;
-  }
-
+// The expert of rank `lane` in a row, 0 for a lane from top_k on. keys: the warp's shared memory.
+__device__ __forceinline__ int select_experts(Row row, int top_k, int lane, unsigned* keys) {
   // ------------------------------------------------------------------ score
-  const float* row = logits + token * logits_stride;
-  unsigned* keys = shared_keys[warp];
-  const int num_groups = (num_experts + 32 * kGroupSlots - 1) / (32 * kGroupSlots);
+  const unsigned num_groups = (row.num_experts + 32u * kGroupSlots - 1) / (32 * kGroupSlots);
   Candidate best;
   switch (num_groups) {
-    case 1: best = score_row<kGroupSlots>(row, e_bias, num_experts, lane, keys); break;
-    case 2: best = score_row<2 * kGroupSlots>(row, e_bias, num_experts, lane, keys); break;
-    case 3: best = score_row<3 * kGroupSlots>(row, e_bias, num_experts, lane, keys); break;
-    default: best = score_row<4 * kGroupSlots>(row, e_bias, num_experts, lane, keys); break;
+    case 1: best = score_row<kGroupSlots>(row, lane, keys); break;
+    case 2: best = score_row<2 * kGroupSlots>(row, lane, keys); break;
+    case 3: best = score_row<3 * kGroupSlots>(row, lane, keys); break;
+    default: best = score_row<4 * kGroupSlots>(row, lane, keys); break;
   }
   __syncwarp();
 
@@ -172,7 +174,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   // Each round takes the warp's best candidate and strikes it out. Only its owner then lacks a
   // candidate, and the whole warp finds it there: lane s looks at the owner's slot s. From here on
   // row s of the keys is touched by lane s alone, so the rounds need no barrier between them.
-  const int num_slots = num_groups * kGroupSlots;
   int my_expert = 0;
 #pragma unroll 1
   for (int rank = 0; rank < top_k; ++rank) {
@@ -183,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
 
     const int owner = expert % 32;
     unsigned key = kNoCandidate;
-    if (lane < num_slots) {
+    if (lane * 32 < row.num_experts) {
       unsigned* slot_key = keys + lane * kKeyRow + owner;
       key = *slot_key;
       key = lane == static_cast<int>(expert / 32) ? unsigned{kNoCandidate} : key;
@@ -195,20 +196,134 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     best.key = lane == owner ? next_key : best.key;
     best.expert = lane == owner ? next_expert : best.expert;
   }
+  return my_expert;
+}
 
-  // ------------------------------------------------------------------ weigh and store
-  // Lane r < top_k holds rank r. The score is computed again, from a logit that is in L1, instead of
-  // being kept in shared memory for every expert.
-  float score = lane < top_k ? router_score(row[my_expert]) : 0.0f;
-  score = score != score ? 0.0f : score;
-  float sum = 0.0f;
-#pragma unroll
-  for (int rank = 0; rank < 8; ++rank) {
-    sum += __shfl_sync(kAllLanes, score, rank);  // adds 0 from top_k on
+__device__ __forceinline__ long long offset(int row, int stride) {
+  return static_cast<long long>(row) * stride;
+}
+
+__device__ __forceinline__ unsigned long long address(const void* pointer) {
+  return reinterpret_cast<unsigned long long>(pointer);
+}
+
+}  // namespace
+
+// logits            [num_tokens, num_experts] FP32, rows logits_stride elements apart
+// e_bias            [num_experts] FP32; null with tid2eid
+// bias_vl           [num_experts] FP32, or null
+// image_mask        [num_tokens] bytes, or null; only with bias_vl
+// padding_mask      [num_tokens] bytes, or null
+// num_valid_tokens  one int32, any number, or null
+// tid2eid           [vocab_size, top_k] int32 in [0, num_experts), or null
+// input_ids         [num_tokens] int32 or int64, any numbers; null without tid2eid
+// to_physical       [num_experts, max_replicas] int32, or null
+// logical_count     [num_experts] int32, clamped to 1..max_replicas; null without to_physical
+// out_weights       [num_tokens, top_k + num_shared_slots] FP32, rows out_weights_stride elements
+//                   apart; at most 32 columns
+// out_ids           [num_tokens, top_k + num_shared_slots] int32 or int64, rows out_ids_stride
+//                   elements apart
+// gate_temp is finite and above 0. Flags are 0 or 1.
+// Launch: block 128, grid ceil(num_tokens / 4). Programmatic dependent launch is legal.
+//
+// 8 blocks an SM leave 64 registers: enough for every load of a row to be in flight before the first
+// result is used. Left to itself ptxas takes 32 and spreads the loads over the arithmetic.
+extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
+    router_topk(const float* logits, const float* e_bias, const float* bias_vl,
+                const unsigned char* image_mask, const unsigned char* padding_mask,
+                const int* num_valid_tokens, const int* tid2eid, const void* input_ids,
+                const int* to_physical, const int* logical_count, float* out_weights,
+                void* out_ids, int num_tokens, int num_experts, int top_k,
+                float routed_scaling_factor, float gate_temp, int norm_topk_prob, int vocab_size,
+                int input_ids_are_int64, int max_replicas, int num_shared_slots,
+                int ids_are_int64, int logits_stride, int out_weights_stride,
+                int out_ids_stride) {
+  __shared__ unsigned shared_keys[kWarpsPerBlock][kMaxSlots * kKeyRow];
+
+  // The kernel before may still be writing logits, or reading what this one overwrites.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const unsigned index = blockIdx.x * kWarpsPerBlock + warp;  // an int may end before the grid does
+  if (index >= static_cast<unsigned>(num_tokens)) {
+    return;
   }
-  if (lane < top_k) {
-    out_weights[token * out_weights_stride + lane] =
-        __fdiv_rn(score, sum + 1e-20f) * routed_scaling_factor;
-    out_ids[token * out_ids_stride + lane] = my_expert;
+  const int token = static_cast<int>(index);
+
+  // ------------------------------------------------------------------ what the row is
+  const bool from_table = tid2eid != nullptr;
+  const float* row_bias = e_bias;
+  unsigned long long token_id = 0;  // a negative one is beyond every table
+  bool padded = false;
+  // One test for all of these, since a launch may well have none.
+  if ((address(image_mask) | address(padding_mask) | address(num_valid_tokens) |
+       address(tid2eid)) != 0) {
+    // Every lane loads the same words, the first three before it looks at one.
+    const int image = image_mask != nullptr ? image_mask[token] : 0;
+    const int padding = padding_mask != nullptr ? padding_mask[token] : 0;
+    const int num_valid = num_valid_tokens != nullptr ? *num_valid_tokens : num_tokens;
+    if (from_table) {
+      token_id = input_ids_are_int64 ? static_cast<const long long*>(input_ids)[token]
+                                     : static_cast<const int*>(input_ids)[token];
+    }
+    row_bias = image != 0 ? bias_vl : e_bias;
+    padded = padding != 0 || token >= num_valid ||
+             (from_table && token_id >= static_cast<unsigned>(vocab_size));
+  }
+
+  int id = -1;
+  float weight = 0.0f;
+  if (!padded) {
+    // ---------------------------------------------------------------- choose
+    // Lane r < top_k gets the expert of rank r.
+    const Row row = {logits + offset(token, logits_stride), row_bias, gate_temp, num_experts};
+    int expert = 0;
+    if (!from_table) {
+      expert = select_experts(row, top_k, lane, shared_keys[warp]);
+    } else if (lane < top_k) {
+      expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);
+    }
+
+    // ---------------------------------------------------------------- weigh and name
+    // The score is computed again, from a logit that is in L1, instead of being kept in shared
+    // memory for every expert.
+    float score = 0.0f;
+    if (lane < top_k) {
+      float logit = row.logits[expert];
+      id = expert;
+      if (to_physical != nullptr) {
+        const unsigned replicas = min(max(logical_count[expert], 1), max_replicas);
+        const unsigned replica = index % replicas;
+        id = to_physical[offset(expert, max_replicas) + replica];
+      }
+      logit = gate_temp != 1.0f ? __fdiv_rn(logit, gate_temp) : logit;
+      score = router_score(logit);
+      score = score != score ? 0.0f : score;
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int rank = 0; rank < 8; ++rank) {
+      sum += __shfl_sync(kAllLanes, score, rank);  // adds 0 from top_k on
+    }
+    if (lane < top_k) {
+      const float divisor = norm_topk_prob ? sum + 1e-20f : 1.0f;  // division by 1 is exact
+      weight = __fdiv_rn(score, divisor) * routed_scaling_factor;
+    } else {
+      id = num_experts + lane - top_k;  // a shared expert, or stored by nobody
+      weight = 1.0f;
+    }
+  }
+
+  // ------------------------------------------------------------------ store
+  if (lane < top_k + num_shared_slots) {
+    out_weights[offset(token, out_weights_stride) + lane] = weight;
+    const long long at = offset(token, out_ids_stride) + lane;
+    if (ids_are_int64) {
+      static_cast<long long*>(out_ids)[at] = id;
+    } else {
+      static_cast<int*>(out_ids)[at] = id;
+    }
   }
 }

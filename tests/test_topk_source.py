@@ -15,9 +15,13 @@ from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 ARCHS = [arch.name for arch in ARCHITECTURES]
 (SPEC,) = (spec for spec in KERNELS if isinstance(spec.source, CudaSource))
 
-# Where data comes from: memory, and the warp's other lanes.
-LOADS = ("ld.global", "ld.shared", "redux", "vote", "shfl", "match")
-REGISTER = re.compile(r"%(?:p|r|rd|f|rs|fd)\d+")
+NAMES = [parameter.name for parameter in SPEC.parameters]
+POINTERS = {p.name for p in SPEC.parameters if p.kind == "pointer"}
+# What makes a row a padded one; its warp then leaves.
+PADDING = {"padding_mask", "num_valid_tokens", "input_ids"}
+
+REGISTER = re.compile(r"%(?:p|r|rd|rs|f|fd)\d+")
+GUARD = re.compile(r"@!?(%p\d+)\s+")
 
 
 @pytest.fixture(scope="module", params=ARCHS)
@@ -32,29 +36,47 @@ def instructions(ptx: str) -> list[str]:
     return [line for line in statements if line and not line.startswith((".", "$", "}", "{"))]
 
 
-def data_dependent_branches(ptx: str) -> list[str]:
-    """Branches whose predicate derives from loaded data: registers tainted to a fixed point."""
-    tainted: set[str] = set()
+def data_behind_branches(ptx: str) -> set[str]:
+    """What decides branches: "*name" for data behind a pointer argument, "*shared" for shared
+    memory, "name" for an argument itself. By the sources of every register, to a fixed point.
+    """
+    sources: dict[str, set[str]] = {}
     lines = instructions(ptx)
     before = -1
-    while before != len(tainted):
-        before = len(tainted)
+    while before != (before := sum(map(len, sources.values()))):
         for line in lines:
-            operation = re.sub(r"^@!?%p\d+\s+", "", line)
+            operation = GUARD.sub("", line)
             registers = REGISTER.findall(operation)
             if not registers or operation.startswith(("st.", "bra", "red.")):
                 continue
             # Writers of two predicates (setp p|q) have both in front of the first comma.
             written = REGISTER.findall(operation.split(",", 1)[0])
-            if operation.startswith(LOADS) or tainted & set(registers[len(written) :]):
-                tainted.update(written)
-    assert tainted, "the analysis found no loads"
-    guards = ((line, re.match(r"@!?(%p\d+)\s+bra", line)) for line in lines)
-    return [line for line, guard in guards if guard and guard.group(1) in tainted]
+            read = [*registers[len(written) :], *GUARD.findall(line)]
+            found = set().union(*(sources.get(register, set()) for register in read))
+            if operation.startswith("ld.param"):
+                found.update(re.findall(r"_param_(\d+)", operation))
+            if operation.startswith("ld.global"):
+                found |= {f"*{name}" for name in found if not name.startswith("*")}
+            if operation.startswith("ld.shared"):
+                found.add("*shared")
+            for register in written:
+                sources.setdefault(register, set()).update(found)
+    assert any(name.startswith("*") for found in sources.values() for name in found), "no loads"
+    guards = (GUARD.match(line) for line in lines if re.search(r"\bbra\b", line))
+    return set().union(*(sources.get(guard[1], set()) for guard in guards if guard))
 
 
-def test_control_flow_does_not_depend_on_data(compiled: compilers.Compiled) -> None:
-    assert data_dependent_branches(compiled.ptx) == []
+def named(sources: set[str]) -> set[str]:
+    """Without the arguments that are numbers, whose index only takes part in an address."""
+    names = {re.sub(r"\d+", lambda index: NAMES[int(index[0])], source) for source in sources}
+    return {name for name in names if name[:1] != "*" or name[1:] in POINTERS | {"shared"}}
+
+
+def test_control_flow_depends_on_arguments_and_padding(compiled: compilers.Compiled) -> None:
+    deciding = named(data_behind_branches(compiled.ptx))
+    assert {name[1:] for name in deciding if name.startswith("*")} == PADDING
+    # The strides and the scale decide nothing.
+    assert not deciding & {"logits_stride", "out_weights_stride", "routed_scaling_factor"}
 
 
 def test_the_analysis_sees_a_branch_on_data() -> None:
@@ -65,7 +87,7 @@ def test_the_analysis_sees_a_branch_on_data() -> None:
         "}"
     )
     _, ptx = compilers.nvrtc_compile(text, name="branch.cu", arch="sm_90a")
-    assert data_dependent_branches(ptx)
+    assert "*0" in data_behind_branches(ptx)
 
 
 def test_it_waits_for_the_kernel_before_it_reads_or_writes(compiled: compilers.Compiled) -> None:

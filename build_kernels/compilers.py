@@ -86,6 +86,7 @@ def _missing(distribution: str) -> CompileError:
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
     module = importlib.import_module(source.module)
     config = {
+        "kernel": source.kernel,
         "arch": arch,
         "layout": source.layout,
         "token_tile": source.token_tile,

@@ -20,8 +20,10 @@ from dsv4_router_runtime.manifest import (
 )
 
 # router_decode: an MMA tile of 64 experts by `token_tile` tokens, K read in blocks of 64 and split
-# over the 16 CTAs of a cluster. The kernel's own constants; the build fails where they differ.
+# over the 16 CTAs of a cluster. router_hash: 8 slots of each of 8 tokens by those tokens, K split
+# alike. The kernels' own constants; the build fails where they differ.
 EXPERT_TILE = 64
+HASH_TOKEN_TILE = 8
 K_BLOCK = 64
 K_SPLITS = 16
 MAX_DECODE_TOKENS = 64
@@ -29,6 +31,8 @@ MAX_DECODE_TOKENS = 64
 # Measured on one H200 at 7168x384 with PDL, weights cold: chunks of 4 take 4.13 us at N = 1 where
 # single blocks take 4.33; at N = 64 chunks of 2 take 6.97 where single blocks take 6.29.
 DECODE_TILES = {16: (4, 2), 32: (4, 2), 64: (1, 6)}
+# router_hash: all of K up to 8192 in one chunk.
+HASH_CHUNK = 8
 # An 8-byte entry for each token and expert, and a 4-byte counter for each token.
 WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * 8 + 4)
 # router_topk: a warp a token, 4 warps a block. Also in topk.cu; the build checks the block.
@@ -63,6 +67,7 @@ class DslSource:
     """A CuTeDSL module with `compile_kernel` and `launch_facts`, and what they are called with."""
 
     module: str
+    kernel: str
     layout: str
     token_tile: int
     chunk: int
@@ -123,14 +128,50 @@ def _bfloat16_map(
     return ParameterSpec(name=name, kind="tensor_map", tensor_map=recipe)
 
 
-_OUTPUTS = (
+def _float32(*names: str) -> tuple[ParameterSpec, ...]:
+    return tuple(ParameterSpec(name=name, kind="float32") for name in names)
+
+
+# Every option is a parameter, a pointer that may be null or a number; none is an axis of artifacts.
+_BIASES = (
     _pointer("e_bias", "float32"),
+    _pointer("bias_vl", "float32"),
+    _pointer("image_mask", "uint8"),
+)
+_PADDING = (_pointer("padding_mask", "uint8"), _pointer("num_valid_tokens", "int32"))
+# input_ids holds int64 where input_ids_are_int64.
+_TABLE = (_pointer("tid2eid", "int32"), _pointer("input_ids", "int32"))
+_TABLE_FACTS = _int32("vocab_size", "input_ids_are_int64")
+# out_ids holds int64 where ids_are_int64.
+_OUTPUTS = (
+    _pointer("to_physical", "int32"),
+    _pointer("logical_count", "int32"),
     _pointer("out_weights", "float32"),
     _pointer("out_ids", "int32"),
 )
-_SCALE = ParameterSpec(name="routed_scaling_factor", kind="float32")
-_OUTPUT_DTYPES = {"e_bias": ("float32",), "out_weights": ("float32",), "out_ids": ("int32",)}
+_WEIGHING = (*_float32("routed_scaling_factor", "gate_temp"), *_int32("norm_topk_prob"))
+_OUTPUT_FACTS = _int32("max_replicas", "num_shared_slots", "ids_are_int64")
+_OUTPUT_STRIDES = _int32("out_weights_stride", "out_ids_stride")
+
+_FLOAT32, _INT32, _BFLOAT16, _MASK = ("float32",), ("int32",), ("bfloat16",), ("bool",)
+_IDS = ("int32", "int64")
+_BIAS_DTYPES = {"e_bias": _FLOAT32, "bias_vl": _FLOAT32, "image_mask": _MASK}
+_TABLE_DTYPES = {"tid2eid": _INT32, "input_ids": _IDS}
+_OUTPUT_DTYPES = {
+    "padding_mask": _MASK,
+    "num_valid_tokens": _INT32,
+    "to_physical": _INT32,
+    "logical_count": _INT32,
+    "out_weights": _FLOAT32,
+    "out_ids": _IDS,
+}
+_GEMM_DTYPES = {"hidden_states": _BFLOAT16, "W_gate": _BFLOAT16}
 _ALL_ARCHS = tuple(arch.name for arch in ARCHITECTURES)
+
+
+def _x_map(token_tile: int, chunk: int) -> ParameterSpec:
+    dims = ("K_in_block", "N", "K_block")
+    return _bfloat16_map("x_map", "hidden_states", dims, (K_BLOCK, token_tile, chunk), "128B")
 
 
 def _decode(layout: str, token_tile: int) -> KernelSpec:
@@ -143,7 +184,8 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
         archs=_ALL_ARCHS,
         symbol=f"{name}_0",  # the DSL appends a counter
         source=DslSource(
-            module="build_kernels.kernels.decode_compile",
+            module="build_kernels.kernels.compile",
+            kernel="decode",
             layout=layout,
             token_tile=token_tile,
             chunk=chunk,
@@ -155,23 +197,20 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
             num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
-            dtypes={"hidden_states": ("bfloat16",), "W_gate": ("bfloat16",)} | _OUTPUT_DTYPES,
+            dtypes=_GEMM_DTYPES | _BIAS_DTYPES | _OUTPUT_DTYPES,
         ),
         parameters=(
             # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
             _bfloat16_map("w_map", "W_gate", w_dims, w_box, "256B"),
-            _bfloat16_map(
-                "x_map",
-                "hidden_states",
-                ("K_in_block", "N", "K_block"),
-                (K_BLOCK, token_tile, chunk),
-                "128B",
-            ),
+            _x_map(token_tile, chunk),
             _pointer("workspace", "uint32", Scratch(elements=WORKSPACE_BYTES // 4, zeroed=True)),
+            *_BIASES,
+            *_PADDING,
             *_OUTPUTS,
             *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
-            _SCALE,
-            *_int32("out_weights_stride", "out_ids_stride"),
+            *_WEIGHING,
+            *_OUTPUT_FACTS,
+            *_OUTPUT_STRIDES,
         ),
         cluster=(K_SPLITS, 1, 1),
         grid=("k_splits", "expert_tiles", 1),
@@ -182,6 +221,47 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
         scratch_bytes=WORKSPACE_BYTES,
     )
 
+
+_HASH = KernelSpec(
+    name="router_hash",
+    archs=_ALL_ARCHS,
+    symbol="router_hash_0",
+    source=DslSource(
+        module="build_kernels.kernels.compile",
+        kernel="hash_layer",
+        layout="kmajor",
+        token_tile=HASH_TOKEN_TILE,
+        chunk=HASH_CHUNK,
+        stages=1,
+    ),
+    problem=ProblemRange(
+        layout="kmajor_rows",
+        num_tokens=IntRange(low=1, high=MAX_DECODE_TOKENS),
+        num_experts=IntRange(low=1, high=MAX_EXPERTS),
+        top_k=IntRange(low=1, high=MAX_TOP_K),
+        k_multiple=K_BLOCK,
+        dtypes=_GEMM_DTYPES | _TABLE_DTYPES | _OUTPUT_DTYPES,
+    ),
+    parameters=(
+        _x_map(HASH_TOKEN_TILE, HASH_CHUNK),
+        _pointer("w_gate", "bfloat16"),
+        *_PADDING,
+        *_TABLE,
+        *_OUTPUTS,
+        *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k", "w_stride"),
+        *_WEIGHING,
+        *_TABLE_FACTS,
+        *_OUTPUT_FACTS,
+        *_OUTPUT_STRIDES,
+    ),
+    cluster=(K_SPLITS, 1, 1),
+    grid=("k_splits", "token_tiles", 1),
+    k_splits=K_SPLITS,
+    expert_tile=EXPERT_TILE,
+    token_tile=HASH_TOKEN_TILE,
+    pdl=True,
+    scratch_bytes=0,
+)
 
 _TOPK = KernelSpec(
     name="router_topk",
@@ -194,14 +274,20 @@ _TOPK = KernelSpec(
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),
         k_multiple=1,
-        dtypes={"logits": ("float32",)} | _OUTPUT_DTYPES,
+        dtypes={"logits": _FLOAT32} | _BIAS_DTYPES | _TABLE_DTYPES | _OUTPUT_DTYPES,
     ),
     parameters=(
         _pointer("logits", "float32"),
+        *_BIASES,
+        *_PADDING,
+        *_TABLE,
         *_OUTPUTS,
         *_int32("num_tokens", "num_experts", "top_k"),
-        _SCALE,
-        *_int32("logits_stride", "out_weights_stride", "out_ids_stride"),
+        *_WEIGHING,
+        *_TABLE_FACTS,
+        *_OUTPUT_FACTS,
+        *_int32("logits_stride"),
+        *_OUTPUT_STRIDES,
     ),
     cluster=(1, 1, 1),
     grid=("token_tiles", 1, 1),
@@ -214,5 +300,6 @@ _TOPK = KernelSpec(
 
 KERNELS = (
     *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TILES),
+    _HASH,
     _TOPK,
 )

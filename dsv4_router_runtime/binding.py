@@ -421,11 +421,7 @@ def _bind_tables(options: LayerOptions, facts: LayerFacts) -> torch.Tensor | Non
     """The hash table's private copy, if there is one; the values of every table checked."""
     if options.to_physical is not None:
         _refuse_under_capture("to_physical and logical_count would have to be read")
-        check_physical_map(
-            options.to_physical,
-            options.logical_count,
-            num_shared_slots=options.num_shared_slots,
-        )
+        check_physical_map(options.to_physical, options.logical_count)
     if options.tid2eid is None:
         return None
     _refuse_under_capture("tid2eid would have to be read and copied")

@@ -39,7 +39,8 @@ class Router:
     gate_temp: logits are divided by it.
     norm_topk_prob: False leaves weights at score * scale.
     num_shared_slots: 0..8 columns after the top_k, for fused shared experts: ids E, E + 1, ... and
-        weight 1.0, which the scale does not reach. These ids are the same with a physical map.
+        weight 1.0, which the scale does not reach. These ids are the same with a physical map,
+        which has to leave them free.
     tid2eid [vocab, top_k] int32 or int64: makes this a hash layer, whose ids are the row of each
         token id in the table's order, and which has no e_bias. Each row holds distinct experts;
         checked and copied here, so that later changes to it are not seen.

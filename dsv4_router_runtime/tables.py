@@ -27,11 +27,9 @@ def copied_hash_table(tid2eid: torch.Tensor, num_experts: int) -> torch.Tensor:
         return table.to(torch.int32)
 
 
-def check_physical_map(
-    to_physical: torch.Tensor, logical_count: torch.Tensor, *, num_shared_slots: int
-) -> None:
-    """Counts within the map's replicas; the ids they use at least 0, and no shared expert's."""
-    num_experts, max_replicas = to_physical.shape
+def check_physical_map(to_physical: torch.Tensor, logical_count: torch.Tensor) -> None:
+    """Counts within the map's replicas, and the ids that they use at least 0."""
+    max_replicas = to_physical.shape[1]
     with torch.no_grad():
         unfit = (logical_count < 1) | (logical_count > max_replicas)
         if unfit.any():
@@ -39,17 +37,8 @@ def check_physical_map(
             got = f"{logical_count[expert].item()} at [{expert}]"
             raise wrong("logical_count", f"1..{max_replicas}, to_physical's replicas", got)
         replicas = torch.arange(max_replicas, device=to_physical.device)
-        used = replicas < logical_count[:, None]
-        shared = (to_physical >= num_experts) & (to_physical < num_experts + num_shared_slots)
-        for expected, bad in (
-            ("ids of at least 0", used & (to_physical < 0)),
-            (
-                f"ids apart from the shared experts' {num_experts}.."
-                f"{num_experts + num_shared_slots - 1}",
-                used & shared,
-            ),
-        ):
-            if bad.any():
-                expert, replica = bad.nonzero()[0].tolist()
-                got = f"{to_physical[expert, replica].item()} at [{expert}, {replica}]"
-                raise wrong("to_physical", expected, got)
+        bad = (replicas < logical_count[:, None]) & (to_physical < 0)
+        if bad.any():
+            expert, replica = bad.nonzero()[0].tolist()
+            got = f"{to_physical[expert, replica].item()} at [{expert}, {replica}]"
+            raise wrong("to_physical", "ids of at least 0", got)

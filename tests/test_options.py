@@ -268,7 +268,7 @@ def physical(**changes):
     ],
 )
 def test_right_physical_maps(changes):
-    check_physical_map(*physical(**changes), num_shared_slots=2)
+    check_physical_map(*physical(**changes))
 
 
 @pytest.mark.parametrize(
@@ -281,20 +281,12 @@ def test_right_physical_maps(changes):
         ),
         ({"count": {9: 3}}, "logical_count: expected 1..2, to_physical's replicas (got 3 at [9])"),
         ({"to": {(4, 1): -1}}, "to_physical: expected ids of at least 0 (got -1 at [4, 1])"),
-        (
-            {"to": {(5, 0): E + 1}},
-            "to_physical: expected ids apart from the shared experts' 16..17 (got 17 at [5, 0])",
-        ),
     ],
 )
 def test_wrong_values_of_a_physical_map(changes, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        check_physical_map(*physical(**changes), num_shared_slots=2)
+        check_physical_map(*physical(**changes))
     assert str(caught.value) == message
-
-
-def test_ids_from_e_on_are_physical_where_nothing_is_shared():
-    check_physical_map(*physical(to={(5, 0): E + 1}), num_shared_slots=0)
 
 
 # ------------------------------------------------------------------ what a call brings

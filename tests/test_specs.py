@@ -11,7 +11,7 @@ import pytest
 
 from build_kernels import specs
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
-from dsv4_router_runtime.manifest import GRID_TERMS, KIND_LAYOUT, LAYOUTS
+from dsv4_router_runtime.manifest import GRID_TERMS, KIND_LAYOUT, LAYOUTS, TensorMapRecipe
 
 PACKAGE = Path(specs.__file__).parent
 IDS = [spec.name for spec in KERNELS]
@@ -40,6 +40,12 @@ def test_decode_covers_1_to_64_tokens_in_both_layouts(layout: str) -> None:
     assert not any(65 in tokens for tokens in ranges)
 
 
+def test_the_hash_kernel_covers_1_to_64_tokens() -> None:
+    (spec,) = (spec for spec in KERNELS if spec.problem.layout == "kmajor_rows")
+    assert all(n in spec.problem.num_tokens for n in range(1, 65))
+    assert 65 not in spec.problem.num_tokens
+
+
 def test_topk_covers_every_number_of_tokens() -> None:
     (spec,) = (spec for spec in KERNELS if spec.problem.layout == "logits")
     assert all(n in spec.problem.num_tokens for n in (1, 64, 65, 1 << 20))
@@ -65,17 +71,22 @@ def test_words_are_those_of_the_schema(spec: specs.KernelSpec) -> None:
 @pytest.mark.parametrize("spec", [spec for spec in KERNELS if isinstance(spec.source, DslSource)])
 def test_tensor_maps_cover_one_tile(spec: specs.KernelSpec) -> None:
     maps = {item.name: item.tensor_map for item in spec.parameters if item.tensor_map}
-    w_map, x_map = maps["w_map"], maps["x_map"]
-    assert dict(zip(w_map.dims, w_map.box, strict=True)) == {"K": 64, "E": spec.expert_tile}
-    assert w_map.dims[0] == {"kmajor": "K", "emajor": "E"}[spec.problem.layout]
     assert isinstance(spec.source, DslSource)
-    x_box = {"K_in_block": 64, "N": spec.token_tile, "K_block": spec.source.chunk}
-    assert dict(zip(x_map.dims, x_map.box, strict=True)) == x_box
-    # The swizzle spans the box's rows exactly.
-    assert {w_map.box[0] * 2, x_map.box[0] * 2} == {128}
-    assert w_map.swizzle == x_map.swizzle == "128B"
     assert spec.source.token_tile == spec.token_tile
-    assert spec.source.layout == spec.problem.layout
+    x_box = {"K_in_block": 64, "N": spec.token_tile, "K_block": spec.source.chunk}
+    assert boxes(maps["x_map"]) == x_box
+    assert spec.problem.layout in (spec.source.layout, f"{spec.source.layout}_rows")
+    if spec.problem.layout == spec.source.layout:
+        w_map = maps["w_map"]
+        assert boxes(w_map) == {"K": 64, "E": spec.expert_tile}
+        assert w_map.dims[0] == {"kmajor": "K", "emajor": "E"}[spec.problem.layout]
+    for recipe in maps.values():
+        # The swizzle spans the box's rows exactly.
+        assert (recipe.box[0] * 2, recipe.swizzle) == (128, "128B")
+
+
+def boxes(recipe: TensorMapRecipe) -> dict[str, int]:
+    return dict(zip(recipe.dims, recipe.box, strict=True))
 
 
 @pytest.mark.parametrize("spec", KERNELS, ids=IDS)

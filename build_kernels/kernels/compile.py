@@ -1,59 +1,82 @@
-"""From a spec's configuration to a decode kernel's cubin and PTX: what the builder calls.
+"""From a spec's configuration to a kernel's cubin and PTX: what the builder calls.
 
 No GPU is needed: a kernel is traced with pointers to nothing, for an architecture that is named.
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Uint64
+from cutlass import BFloat16, Float32, Int32, Uint8, Uint64
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels.decode import (
-    EXPERT_TILE,
-    NUM_SPLITS,
-    WORKSPACE_BYTES,
-    RouterDecode,
-)
-from build_kernels.kernels.decode_sm90 import RouterDecodeSm90
-from build_kernels.kernels.decode_sm100 import RouterDecodeSm100
+from build_kernels.kernels import decode, hash_layer
+from build_kernels.kernels.gemm import NUM_SPLITS, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm_sm90 import TileGemmSm90
+from build_kernels.kernels.gemm_sm100 import TileGemmSm100
+
+_POINTERS = {
+    "bfloat16": (BFloat16, 16),
+    "float32": (Float32, 4),
+    "int32": (Int32, 4),
+    "uint8": (Uint8, 1),
+    "uint64": (Uint64, 16),
+}
+# What `__call__` of each kernel takes, in its order: pointers' element types and scalars.
+_FLOAT, _INT = Float32(1.0), Int32(1)
+_ARGUMENTS = {
+    "decode": (
+        *("bfloat16", "bfloat16", "uint64"),
+        *("float32", "float32", "uint8", "uint8", "int32", "int32", "int32", "float32", "int32"),
+        *(_INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _INT, _INT, _INT, _INT, _INT, _INT),
+    ),
+    "hash_layer": (
+        *("bfloat16", "bfloat16"),
+        *("uint8", "int32", "int32", "int32", "int32", "int32", "float32", "int32"),
+        *(_INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT),
+        *(_INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT),
+    ),
+}
 
 
-def decode_kernel(*, arch: str, **config) -> RouterDecode:
-    """The decode kernel of an architecture, sm_90* or sm_10*; `config` as for RouterDecode."""
-    kind = RouterDecodeSm90 if arch.startswith("sm_90") else RouterDecodeSm100
-    return kind(**config)
+def make_kernel(*, kernel: str, arch: str, token_tile: int, **config):
+    """A kernel for an architecture, sm_90* or sm_10*; `config`: layout, chunk and stages of its
+    TileGemm."""
+    gemm = TileGemmSm90 if arch.startswith("sm_90") else TileGemmSm100
+
+    def make_gemm(sums_bytes: int) -> TileGemm:
+        return gemm(token_tile=token_tile, sums_bytes=sums_bytes, **config)
+
+    if kernel == "hash_layer":
+        return hash_layer.RouterHash(make_gemm(hash_layer.SUMS_BYTES))
+    return decode.RouterDecode(make_gemm(decode.sums_bytes(token_tile)))
 
 
-def launch_facts(*, arch: str, **config) -> dict:
+def launch_facts(*, kernel: str, **config) -> dict:
     """What a launch needs besides its arguments, and the workspace's size in bytes."""
-    kernel = decode_kernel(arch=arch, **config)
+    made = make_kernel(kernel=kernel, **config)
     return {
-        "block": [kernel.num_threads, 1, 1],
+        "block": [made.num_threads, 1, 1],
         "cluster": [NUM_SPLITS, 1, 1],
-        "dynamic_shared_bytes": kernel.shared_bytes,
-        "expert_tile": EXPERT_TILE,
-        "workspace_bytes": WORKSPACE_BYTES,
+        "dynamic_shared_bytes": made.gemm.shared_bytes,
+        "expert_tile": TILE_ROWS,
+        "workspace_bytes": decode.WORKSPACE_BYTES if kernel == "decode" else 0,
     }
 
 
-def compile_kernel(*, symbol: str, arch: str, dump_dir: str, **config) -> tuple[bytes, str]:
-    """Compile one decode kernel for `arch`, with no GPU: (cubin, ptx). Its entry is symbol_0."""
-    kernel = decode_kernel(arch=arch, **config)
-    type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+def compile_kernel(
+    *, kernel: str, symbol: str, arch: str, dump_dir: str, **config
+) -> tuple[bytes, str]:
+    """Compile one kernel for `arch`, with no GPU: (cubin, ptx). Its entry is symbol_0."""
+    made = make_kernel(kernel=kernel, arch=arch, **config)
+    type(made).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
 
-    def pointer(dtype, align):
+    def argument(value):
+        if not isinstance(value, str):
+            return value
+        dtype, align = _POINTERS[value]
         return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)
 
     compiled = cute.compile(
-        kernel,
-        pointer(BFloat16, 16),
-        pointer(BFloat16, 16),
-        pointer(Uint64, 16),
-        pointer(Float32, 4),
-        pointer(Float32, 4),
-        pointer(Int32, 4),
-        *[Int32(1)] * 4,
-        Float32(1.0),
-        *[Int32(1)] * 2,
+        made,
+        *map(argument, _ARGUMENTS[kernel]),
         options=f"--gpu-arch {arch} --keep-cubin --keep-ptx --dump-dir {dump_dir}",
     )
     ptx = compiled.__ptx__

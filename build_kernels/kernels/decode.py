@@ -22,121 +22,87 @@ Exchanges
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint32, Uint64
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass import Float32, Int32, Uint32, Uint64
+from cutlass.cute.nvgpu import cpasync
 
+from build_kernels.kernels.gemm import (
+    EPILOGUE_WARPS,
+    K_BLOCK,
+    MAX_K,
+    MAX_TOKENS,
+    NUM_SPLITS,
+    TILE_ROWS,
+    W_BLOCK_BYTES,
+    TileGemm,
+)
+from build_kernels.kernels.outputs import (
+    Outputs,
+    Row,
+    is_padded,
+    read_mask,
+    read_names,
+    row_of,
+    store,
+    store_padding,
+)
 from build_kernels.kernels.select import (
     NOT_A_CANDIDATE,
     bits_of,
     choose,
     float_of,
+    pick,
+    reciprocal,
     router_score,
     selection_key,
     take_top_k,
+    tempered,
 )
 
-EXPERT_TILE = 64
-K_BLOCK = 64
+EXPERT_TILE = TILE_ROWS
 MAX_EXPERTS = 512
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
-MAX_TOKENS = 64
-MAX_K = 1 << 20  # bounds coordinates only: the real extents are in the tensor maps
-NUM_SPLITS = 16
-EPILOGUE_WARPS = 4
-W_BLOCK_BYTES = EXPERT_TILE * K_BLOCK * 2
 # workspace: entries [token][expert], 8 B each, then a 4 B ticket counter a token
 WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
 
 
-class RouterDecode:
-    """Shared memory, loading, reducing and selecting; a subclass multiplies.
+def max_pairs(token_tile: int) -> int:
+    """How many pairs of tokens one CTA of a cluster sums at most."""
+    return max(1, token_tile // (2 * NUM_SPLITS))
 
-    Warp roles
+
+def sums_bytes(token_tile: int) -> int:
+    """Shared memory for the partial sums of those pairs: FP32 from every source."""
+    return max_pairs(token_tile) * NUM_SPLITS * 2 * EXPERT_TILE * 4
+
+
+class RouterDecode:
+    """The whole gate: every expert's score, and of each token the top_k.
+
+    Warp roles (see TileGemm)
         0-3             epilogue: read the accumulators, send, sum, select, store
-        mma_warp        issues the MMAs where one thread does that (sm_100); on sm_90 the epilogue
-                        warps are the warpgroup that multiplies
+        mma_warp        issues the MMAs where one thread does that (sm_100)
         producer_warp   loads W_gate and hidden_states by TMA
 
-    Pipelines (producer -> consumer: arrivals that fill / that empty)
-        full, empty   TMA -> MMA, a ring of `stages` chunks of `chunk` K blocks: 1 arrival and the
-                      chunk's bytes of W_gate (a TMA each block) and of hidden_states (one TMA: few
-                      reads wait for the grid before) / mma_arrivals
-        sums_full     cluster's epilogue warps -> owner's: 1 + 512 B a source and token pair; once
+    Pipelines (see TileGemm)
+        full, empty   1 arrival and the chunk's bytes of W_gate (a TMA each block) and of
+                      hidden_states (one TMA: few reads wait for the grid before) / mma_arrivals
+        sums_full     1 + 512 B a source and token pair; once
 
-    Shared memory: stages * chunk * (8 KB + 128 B token_tile) + 8 KB a token pair owned + barriers:
-    at most 113 KB, so that two CTAs share an SM and a dependent launch can read under this one.
+    Shared memory: at most 113 KB, so that two CTAs share an SM and a dependent launch can read
+    under this one. 8 KB of it a token pair owned.
 
     Timeline
         barriers, cluster sync | fill the ring with W_gate, wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, publish
         | merge, select, store
-
-    A subclass supplies the constants below and
-        allocate_accumulator, free_accumulator   before the cluster sync, after the last read
-        issue_mma                                the MMA warp's loop
-        accumulators                             the epilogue warps' sums: FP32 registers and the
-                                                 (expert, token) of each, as an identity tensor
     """
 
-    mma_warp = None
-    producer_warp = 4
-    mma_arrivals = 1
-
-    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int):
-        self.layout = layout
-        self.token_tile = token_tile
-        self.chunk = chunk
-        self.stages = stages
-        self.ring_blocks = chunk * stages
-        self.x_chunk_bytes = self.chunk * token_tile * K_BLOCK * 2
-        self.num_threads = 32 * (self.producer_warp + 1)
-        # token pairs that a CTA owns at most
-        self.max_pairs = max(1, token_tile // (2 * NUM_SPLITS))
-        self.sums_bytes = self.max_pairs * NUM_SPLITS * 2 * EXPERT_TILE * 4
-
-    def w_smem_layout(self) -> cute.ComposedLayout:
-        """(64 experts, 64 k, ring_blocks) BF16, 128-byte swizzle, contiguous as W_gate is."""
-        kmajor = self.layout == "kmajor"
-        kind = warpgroup.SmemLayoutAtomKind
-        atom = warpgroup.make_smem_layout_atom(kind.K_SW128 if kmajor else kind.MN_SW128, BFloat16)
-        shape = (EXPERT_TILE, K_BLOCK, self.ring_blocks)
-        return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
-
-    def x_smem_layout(self, *ring: int) -> cute.ComposedLayout:
-        """(token_tile, 64 k, *ring) BF16, 128-byte swizzle, K contiguous.
-
-        `ring` is (ring_blocks,) as the MMA reads it or (chunk, stages) as TMA writes it.
-        """
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        shape = (self.token_tile, K_BLOCK, *ring)
-        return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
-
-    def shared_storage(self):
-        """The shared-memory struct; rings on 1024 bytes, where the 128-byte swizzle repeats."""
-
-        @cute.struct
-        class SharedStorage:
-            w: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.ring_blocks * W_BLOCK_BYTES // 2], 1024
-            ]
-            x: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.stages * self.x_chunk_bytes // 2], 1024
-            ]
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024]
-            full: cute.struct.MemRange[Int64, self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
-            sums_full: cute.struct.MemRange[Int64, 1]
-            accumulator_full: cute.struct.MemRange[Int64, 1]
-            tmem_address: cute.struct.MemRange[Int32, 1]
-
-        return SharedStorage
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes up to the end of shared_storage's last member (its own size is padded to 1024)."""
-        rings = self.ring_blocks * W_BLOCK_BYTES + self.stages * self.x_chunk_bytes
-        num_barriers = 2 * self.stages + 2
-        return rings + self.sums_bytes + 8 * num_barriers + 8
+    def __init__(self, gemm: TileGemm):
+        self.gemm = gemm
+        self.layout = self.gemm.layout
+        self.token_tile = self.gemm.token_tile
+        self.max_pairs = max_pairs(self.gemm.token_tile)
+        self.num_threads = 32 * (self.gemm.producer_warp + 1)
 
     @cute.jit
     def __call__(
@@ -145,6 +111,12 @@ class RouterDecode:
         hidden_states: cute.Pointer,
         workspace: cute.Pointer,
         e_bias: cute.Pointer,
+        bias_vl: cute.Pointer,
+        image_mask: cute.Pointer,
+        padding_mask: cute.Pointer,
+        num_valid_tokens: cute.Pointer,
+        to_physical: cute.Pointer,
+        logical_count: cute.Pointer,
         out_weights: cute.Pointer,
         out_ids: cute.Pointer,
         num_tokens: Int32,
@@ -152,6 +124,11 @@ class RouterDecode:
         num_k_blocks: Int32,
         top_k: Int32,
         routed_scaling_factor: Float32,
+        gate_temp: Float32,
+        norm_topk_prob: Int32,
+        max_replicas: Int32,
+        num_shared_slots: Int32,
+        ids_are_int64: Int32,
         out_weights_stride: Int32,
         out_ids_stride: Int32,
     ):
@@ -159,21 +136,13 @@ class RouterDecode:
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
         else:
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(1, MAX_EXPERTS))
-        x_layout = cute.make_layout(
-            (self.token_tile, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
-        )
         w_atom, w_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(w_gate, w_layout),
-            cute.select(self.w_smem_layout(), mode=[0, 1]),
+            cute.select(self.gemm.w_smem_layout(), mode=[0, 1]),
             (EXPERT_TILE, K_BLOCK),
         )
-        x_atom, x_tensor = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
-            cute.make_tensor(hidden_states, x_layout),
-            cute.select(self.x_smem_layout(self.chunk, self.stages), mode=[0, 1, 2]),
-            (self.token_tile, K_BLOCK, self.chunk),
-        )
+        x_atom, x_tensor = self.gemm.x_atom(hidden_states)
         self.kernel(
             w_atom,
             w_tensor,
@@ -181,6 +150,12 @@ class RouterDecode:
             x_tensor,
             workspace,
             e_bias,
+            bias_vl,
+            image_mask,
+            padding_mask,
+            num_valid_tokens,
+            to_physical,
+            logical_count,
             out_weights,
             out_ids,
             num_tokens,
@@ -188,6 +163,11 @@ class RouterDecode:
             num_k_blocks,
             top_k,
             routed_scaling_factor,
+            gate_temp,
+            norm_topk_prob,
+            max_replicas,
+            num_shared_slots,
+            ids_are_int64,
             out_weights_stride,
             out_ids_stride,
         ).launch(
@@ -205,6 +185,12 @@ class RouterDecode:
         mX: cute.Tensor,
         workspace: cute.Pointer,
         e_bias: cute.Pointer,
+        bias_vl: cute.Pointer,
+        image_mask: cute.Pointer,
+        padding_mask: cute.Pointer,
+        num_valid_tokens: cute.Pointer,
+        to_physical: cute.Pointer,
+        logical_count: cute.Pointer,
         out_weights: cute.Pointer,
         out_ids: cute.Pointer,
         num_tokens: Int32,
@@ -212,6 +198,11 @@ class RouterDecode:
         num_k_blocks: Int32,
         top_k: Int32,
         routed_scaling_factor: Float32,
+        gate_temp: Float32,
+        norm_topk_prob: Int32,
+        max_replicas: Int32,
+        num_shared_slots: Int32,
+        ids_are_int64: Int32,
         out_weights_stride: Int32,
         out_ids_stride: Int32,
     ):
@@ -219,75 +210,89 @@ class RouterDecode:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         split, tile, _ = cute.arch.block_idx()
         _, num_tiles, _ = cute.arch.grid_dim()
-        storage = cutlass.utils.SmemAllocator().allocate(self.shared_storage())
-        sums_full = storage.sums_full.data_ptr()
+        storage = cutlass.utils.SmemAllocator().allocate(self.gemm.shared_storage())
+        outputs = Outputs(
+            out_weights=out_weights,
+            out_ids=out_ids,
+            out_weights_stride=out_weights_stride,
+            out_ids_stride=out_ids_stride,
+            ids_are_int64=ids_are_int64,
+            to_physical=to_physical,
+            logical_count=logical_count,
+            max_replicas=max_replicas,
+            num_shared_slots=num_shared_slots,
+            num_experts=num_experts,
+            top_k=top_k,
+            routed_scaling_factor=routed_scaling_factor,
+            norm_topk_prob=norm_topk_prob,
+        )
 
         first_block = split * num_k_blocks // NUM_SPLITS
         num_blocks = (split + 1) * num_k_blocks // NUM_SPLITS - first_block
         # token pairs split, split + S, ... are this CTA's to sum
         num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
 
-        if warp == self.producer_warp:
+        if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(w_atom)
             cpasync.prefetch_descriptor(x_atom)
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(storage.full.data_ptr() + stage, 1)
-                    cute.arch.mbarrier_init(storage.empty.data_ptr() + stage, self.mma_arrivals)
-                cute.arch.mbarrier_init(sums_full, 1)
-                cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
-                cute.arch.mbarrier_init_fence()
-                cute.arch.mbarrier_arrive_and_expect_tx(
-                    sums_full, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4)
-                )
-        self.allocate_accumulator(storage, warp)
-        # A peer may not send before this CTA's barrier exists. The relaxed arrival publishes the
-        # barriers only (by their fence); sync_threads is for the TMEM address.
-        cute.arch.sync_threads()
-        cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
+        self.gemm.prepare(storage, warp, 1, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4))
         cute.arch.griddepcontrol_launch_dependents()
 
         # ---------------------------------------------------------------- load and multiply
-        if warp == self.producer_warp:
+        if warp == self.gemm.producer_warp:
             self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks)
-        self.issue_mma(storage, warp, num_blocks)
+        self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < EPILOGUE_WARPS:
             # Warp w sums token w mod 2 of the CTA's pair w / 2.
             pair, column = warp // 2, warp % 2
             token = 2 * (pair * NUM_SPLITS + split) + column
-            biases = self.read_biases(e_bias, tile, num_experts)
             entries = self.own_entries(workspace, token, tile, num_tiles)
-            # Outputs and workspace may be in use until the grid before has ended.
+            row = row_of(outputs, token)
+            biases = self.read_biases(e_bias, bias_vl, tile, num_experts)
+            inverse_temp = reciprocal(gate_temp)
+            # Read at the end, a chosen expert's name would be two more reads in a row.
+            experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
+            for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
+                experts[i] = 32 * i + cute.arch.lane_idx()
+            names = read_names(outputs, experts, token)
+            # Outputs and workspace may be in use, and masks in the making, until the grid before
+            # has ended.
             cute.arch.griddepcontrol_wait()
             ticket = self.draw_ticket(workspace, token, num_tokens, num_tiles)
+            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
+            is_image = read_mask(image_mask, token, num_tokens)
             self.send(storage, num_blocks, num_tokens)
-            self.free_accumulator(storage, warp)
+            self.gemm.free_accumulator(storage, warp)
             if token < num_tokens:
-                cute.arch.mbarrier_wait(sums_full, 0)
-                keys, scores = self.score(storage, pair, column, tile, biases, num_experts)
-                weights = out_weights + Int64(token) * out_weights_stride
-                ids = out_ids + Int64(token) * out_ids_stride
-                if num_tiles == 1:
-                    entry = self.select_alone(keys, scores, top_k)
-                    store_token(entry, top_k, routed_scaling_factor, weights, ids)
-                else:
-                    for i in cutlass.range_constexpr(2):
-                        word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
-                        cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
-                    if cute.arch.shuffle_sync(ticket, 0) == num_tiles - 1:
-                        # E up to 256, up to 384 and up to 512: as few registers as hold them.
-                        if num_tiles <= 4:
-                            entry = self.merge(workspace, token, num_tiles, top_k, 4)
-                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
-                        elif num_tiles <= 6:
-                            entry = self.merge(workspace, token, num_tiles, top_k, 6)
-                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
-                        else:
-                            entry = self.merge(workspace, token, num_tiles, top_k, MAX_TILES)
-                            store_token(entry, top_k, routed_scaling_factor, weights, ids)
+                # Of padding too: a peer may not send to a CTA that has ended.
+                cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
+                if padded == 0:
+                    keys, scores = self.score(
+                        *(storage, pair, column, tile, biases, is_image),
+                        *(gate_temp, inverse_temp, num_experts),
+                    )
+                    if num_tiles == 1:
+                        entry = self.select_alone(keys, scores, top_k, row.shared_id)
+                        self.store(1, outputs, row, names, entry)
+                    else:
+                        for i in cutlass.range_constexpr(2):
+                            word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
+                            cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
+                        if cute.arch.shuffle_sync(ticket, 0) == num_tiles - 1:
+                            # E up to 256, to 384 and to 512: as few registers as hold them.
+                            merged = (workspace, token, num_tiles, top_k, row.shared_id)
+                            if num_tiles <= 4:
+                                self.store(4, outputs, row, names, self.merge(4, *merged))
+                            elif num_tiles <= 6:
+                                self.store(6, outputs, row, names, self.merge(6, *merged))
+                            else:
+                                self.store(
+                                    MAX_TILES, outputs, row, names, self.merge(MAX_TILES, *merged)
+                                )
+                elif tile == 0:
+                    store_padding(row)
 
     @cute.jit
     def load(
@@ -302,36 +307,25 @@ class RouterDecode:
         num_blocks: Int32,
     ):
         """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
-        w_layout = self.w_smem_layout()
-        x_layout = self.x_smem_layout(self.chunk, self.stages)
+        w_layout = self.gemm.w_smem_layout()
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
-        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        # (64, 64, k_block) and (token_tile, 64, k_block)
+        # (64, 64, k_block)
         gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile, None))
-        gX = cute.domain_offset((0, 0, first_block), mX)
-        # (token_tile, 64, chunk, chunks)
-        gX = cute.local_tile(gX, (self.token_tile, K_BLOCK, self.chunk), (0, 0, None))
-        # ((box), ring block), ((box), k_block); ((box), stage), ((box), chunk)
+        # ((box), ring block), ((box), k_block)
         tWsW, tWgW = cpasync.tma_partition(
             w_atom, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(gW, 0, 2)
         )
-        tXsX, tXgX = cpasync.tma_partition(
-            x_atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
-        )
-        num_chunks = (num_blocks + self.chunk - 1) // self.chunk
-        num_prefetched = cutlass.min(num_chunks, self.stages)
+        tXsX, tXgX = self.gemm.partition_x(storage, x_atom, mX, 0, first_block)
+        num_chunks = (num_blocks + self.gemm.chunk - 1) // self.gemm.chunk
+        num_prefetched = cutlass.min(num_chunks, self.gemm.stages)
 
         for chunk in cutlass.range(num_prefetched, unroll=1):
             self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
         cute.arch.griddepcontrol_wait()
         for chunk in cutlass.range(num_chunks, unroll=1):
-            stage = chunk % self.stages
-            if chunk >= self.stages:
-                # Phase p of `empty` ends when the chunk that used the stage p + 1 turns ago is
-                # multiplied.
-                cute.arch.mbarrier_wait(
-                    storage.empty.data_ptr() + stage, (chunk // self.stages + 1) & 1
-                )
+            stage = chunk % self.gemm.stages
+            if chunk >= self.gemm.stages:
+                self.gemm.wait_until_empty(storage, chunk)
                 self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
             cute.copy(
                 x_atom,
@@ -352,18 +346,18 @@ class RouterDecode:
         chunk: Int32,
     ):
         """Announce a chunk's bytes, hidden_states' too, and read its blocks of W_gate."""
-        stage = chunk % self.stages
-        blocks = cutlass.min(num_blocks - chunk * self.chunk, self.chunk)
+        stage = chunk % self.gemm.stages
+        blocks = cutlass.min(num_blocks - chunk * self.gemm.chunk, self.gemm.chunk)
         full = storage.full.data_ptr() + stage
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(
-                full, blocks * W_BLOCK_BYTES + self.x_chunk_bytes
+                full, blocks * W_BLOCK_BYTES + self.gemm.x_chunk_bytes
             )
         for block in cutlass.range(blocks, unroll=1):
             cute.copy(
                 w_atom,
-                tWgW[(None, first_block + chunk * self.chunk + block)],
-                tWsW[(None, stage * self.chunk + block)],
+                tWgW[(None, first_block + chunk * self.gemm.chunk + block)],
+                tWsW[(None, stage * self.gemm.chunk + block)],
                 tma_bar_ptr=full,
             )
 
@@ -393,7 +387,7 @@ class RouterDecode:
     def send(self, storage, num_blocks: Int32, num_tokens: Int32):
         """Send every partial sum to the CTA that owns its token."""
         source = cute.arch.block_idx_in_cluster()
-        accumulators, coordinates = self.accumulators(storage, num_blocks)
+        accumulators, coordinates = self.gemm.accumulators(storage, num_blocks)
         sums = self.sums(storage)
         for i in cutlass.range_constexpr(0, cute.size(accumulators), 4):
             expert, token = coordinates[i]
@@ -409,16 +403,37 @@ class RouterDecode:
                 )
 
     @cute.jit
-    def read_biases(self, e_bias: cute.Pointer, tile: Int32, num_experts: Int32):
-        """(2,) FP32: the biases of a lane's two experts of the tile."""
-        bias = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
-        biases = cute.make_rmem_tensor((2,), Float32)
+    def read_biases(
+        self, e_bias: cute.Pointer, bias_vl: cute.Pointer, tile: Int32, num_experts: Int32
+    ):
+        """(2, 2) FP32: for a lane's two experts of the tile, the bias of text and of images."""
+        biases = cute.make_rmem_tensor((2, 2), Float32)
+        biases.fill(0.0)
+        text = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
+        image = cute.make_tensor(bias_vl, cute.make_layout(MAX_EXPERTS))
         for i in cutlass.range_constexpr(2):
             expert = EXPERT_TILE * tile + self.lane_expert(i)
-            biases[i] = Float32(0.0)
             if expert < num_experts:
-                biases[i] = bias[expert]
+                biases[i, 0] = text[expert]
+            if expert < num_experts and bias_vl.toint() != 0:
+                biases[i, 1] = image[expert]
         return biases
+
+    @cute.jit
+    def store(
+        self,
+        max_tiles: cutlass.Constexpr[int],
+        outputs: Outputs,
+        row: Row,
+        names: cute.Tensor,
+        entry: tuple,
+    ):
+        """Name the chosen experts, of at most max_tiles tiles, and store the token's row."""
+        expert, score, total = entry
+        if outputs.to_physical.toint() != 0:
+            name = pick(2 * max_tiles, names, expert % 32, expert // 32)
+            expert = choose(cute.arch.lane_idx() < outputs.top_k, name, expert)
+        store(row, expert, score, total)
 
     @cute.jit
     def draw_ticket(
@@ -442,6 +457,9 @@ class RouterDecode:
         column: Int32,
         tile: Int32,
         biases: cute.Tensor,
+        is_image: Int32,
+        gate_temp: Float32,
+        inverse_temp: Float32,
         num_experts: Int32,
     ):
         """Keys (uint32) and scores (FP32) of a lane's two experts, the sums in source order."""
@@ -457,8 +475,8 @@ class RouterDecode:
             logit = parts[i, 0]
             for source in cutlass.range_constexpr(1, NUM_SPLITS):
                 logit = logit + parts[i, source]
-            score = router_score(logit)
-            key = selection_key(score, biases[i])
+            score = router_score(tempered(logit, gate_temp, inverse_temp))
+            key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
             if EXPERT_TILE * tile + self.lane_expert(i) >= num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
             if score != score:
@@ -467,7 +485,7 @@ class RouterDecode:
         return keys, scores
 
     @cute.jit
-    def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32):
+    def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32):
         """The top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take."""
         expert = 2 * cute.arch.lane_idx()
         source = expert // 16 * 8 + expert % 8
@@ -485,7 +503,7 @@ class RouterDecode:
                 cute.arch.shuffle_sync(scores[1], source + i),
                 cute.arch.shuffle_sync(scores[0], source + i),
             )
-        return take_top_k(ordered_keys, ordered_scores, expert, top_k)
+        return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise)
 
     @cute.jit
     def own_entries(self, workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32):
@@ -503,11 +521,12 @@ class RouterDecode:
     @cute.jit
     def merge(
         self,
+        max_tiles: cutlass.Constexpr[int],
         workspace: cute.Pointer,
         token: Int32,
         num_tiles: Int32,
         top_k: Int32,
-        max_tiles: cutlass.Constexpr[int],
+        otherwise: Int32,
     ):
         """Wait for a token's entries, 2 num_tiles experts to a lane; clear them; take the top_k.
 
@@ -541,7 +560,7 @@ class RouterDecode:
                     "st.relaxed.gpu.global.v2.b64 [{$r0}], {{$r1}, {$r1}};",
                     read_only_args=[entry_of(workspace, token, lane, i), Uint64(0)],
                 )
-        return take_top_k(keys, scores, 2 * num_tiles * lane, top_k)
+        return take_top_k(keys, scores, 2 * num_tiles * lane, top_k, otherwise)
 
 
 @cute.jit
@@ -554,17 +573,3 @@ def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32
 def ticket_of(workspace: cute.Pointer, token: Int32):
     """Pointer to a token's ticket counter."""
     return cute.recast_ptr(workspace + MAX_TOKENS * MAX_EXPERTS, dtype=Int32) + token
-
-
-@cute.jit
-def store_token(
-    entry: tuple, top_k: Int32, scale: Float32, out_weights: cute.Pointer, out_ids: cute.Pointer
-):
-    """Lane r < top_k renormalises entry r and writes it to the token's row."""
-    expert, score, total = entry
-    lane = cute.arch.lane_idx()
-    if lane < top_k:
-        weights = cute.make_tensor(out_weights, cute.make_layout(32))
-        ids = cute.make_tensor(out_ids, cute.make_layout(32))
-        weights[lane] = score / (total + 1e-20) * scale
-        ids[lane] = expert

@@ -1,4 +1,4 @@
-"""router_decode on Blackwell: one warp issues tcgen05.mma, accumulators in tensor memory."""
+"""The GEMM on Blackwell: one warp issues tcgen05.mma, accumulators in tensor memory."""
 
 import cutlass
 import cutlass.cute as cute
@@ -6,17 +6,17 @@ import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
-from build_kernels.kernels.decode import EPILOGUE_WARPS, EXPERT_TILE, K_BLOCK, RouterDecode
+from build_kernels.kernels.gemm import EPILOGUE_WARPS, K_BLOCK, TILE_ROWS, TileGemm
 
 MIN_TMEM_COLUMNS = 32  # tcgen05.alloc takes a power of two, at least 32
 
 
-class RouterDecodeSm100(RouterDecode):
-    """See RouterDecode. One CTA's tcgen05.mma kind::f16, M = 64 experts, N = token_tile, both from
+class TileGemmSm100(TileGemm):
+    """See TileGemm. One CTA's tcgen05.mma kind::f16, M = 64 rows, N = token_tile, both from
     shared memory.
 
     Warp roles
-        0-3   epilogue: tcgen05.ld 16x256b (warp w holds experts 16 w .. 16 w + 15); warp 0 owns the
+        0-3   epilogue: tcgen05.ld 16x256b (warp w holds rows 16 w .. 16 w + 15); warp 0 owns the
               TMEM
         4     MMA: for each K block four tcgen05.mma, after each chunk a commit to its empty
               barrier, after the last a commit to `accumulator_full`
@@ -37,7 +37,7 @@ class RouterDecodeSm100(RouterDecode):
             tcgen05.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (EXPERT_TILE, self.token_tile, 16),
+                (TILE_ROWS, self.token_tile, 16),
                 tcgen05.CtaGroup.ONE,
                 tcgen05.OperandSource.SMEM,
                 w_major,
@@ -46,10 +46,10 @@ class RouterDecodeSm100(RouterDecode):
         )
 
     def accumulator(self, storage, tiled_mma: cute.TiledMma) -> cute.Tensor:
-        """(MMA, 1, 1) FP32 in tensor memory: expert 16 w + r in lane 32 w + r, token in the
+        """(MMA, 1, 1) FP32 in tensor memory: row 16 w + r in lane 32 w + r, token in the
         column."""
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
-        shape = tiled_mma.partition_shape_C((EXPERT_TILE, self.token_tile))
+        shape = tiled_mma.partition_shape_C((TILE_ROWS, self.token_tile))
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
 
     @property
@@ -77,7 +77,7 @@ class RouterDecodeSm100(RouterDecode):
         """The MMA warp: every K block in order, into one accumulator."""
         if warp == self.mma_warp:
             tiled_mma = self.make_tiled_mma()
-            mma_tiler = (EXPERT_TILE, self.token_tile, K_BLOCK)
+            mma_tiler = (TILE_ROWS, self.token_tile, K_BLOCK)
             w_layout = sm100_utils.make_smem_layout_a(
                 tiled_mma, mma_tiler, BFloat16, self.ring_blocks
             )
@@ -115,7 +115,7 @@ class RouterDecodeSm100(RouterDecode):
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """This CTA's sums from tensor memory: FP32 registers and their (expert, token)."""
+        """This CTA's sums from tensor memory: FP32 registers and their (row, token)."""
         tiled_mma = self.make_tiled_mma()
         tCtAcc = self.accumulator(storage, tiled_mma)
         thread, _, _ = cute.arch.thread_idx()
@@ -127,9 +127,7 @@ class RouterDecodeSm100(RouterDecode):
         )
         thr_copy = tiled_copy.get_slice(thread)
         tTR_tAcc = thr_copy.partition_S(tCtAcc[((None, None), 0, 0)])
-        coordinates = thr_copy.partition_D(
-            cute.make_identity_tensor((EXPERT_TILE, self.token_tile))
-        )
+        coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
         accumulators.fill(0.0)
         cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr(), 0)

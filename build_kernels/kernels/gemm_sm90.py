@@ -1,19 +1,19 @@
-"""router_decode on Hopper: the epilogue warpgroup multiplies with wgmma, into registers."""
+"""The GEMM on Hopper: the epilogue warpgroup multiplies with wgmma, into registers."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.decode import EXPERT_TILE, K_BLOCK, RouterDecode
+from build_kernels.kernels.gemm import K_BLOCK, TILE_ROWS, TileGemm
 
 
-class RouterDecodeSm90(RouterDecode):
-    """See RouterDecode. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from
+class TileGemmSm90(TileGemm):
+    """See TileGemm. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from
     shared memory.
 
     Timeline of warps 0-3: for each chunk, wait for both operands, four wgmmas a K block, commit;
-    the chunk before is released once its group has retired.
+    the chunk before (of a ring of one, this chunk) is released once its group has retired.
     """
 
     producer_warp = 4
@@ -33,13 +33,13 @@ class RouterDecodeSm90(RouterDecode):
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """Multiply this CTA's slice: FP32 registers and their (expert, token) coordinates."""
+        """Multiply this CTA's slice: FP32 registers and their (row, token) coordinates."""
         w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
         tiled_mma = cute.make_tiled_mma(
             warpgroup.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (EXPERT_TILE, self.token_tile, 16),
+                (TILE_ROWS, self.token_tile, 16),
                 warpgroup.OperandSource.SMEM,
                 w_major,
                 OperandMajorMode.K,
@@ -53,8 +53,8 @@ class RouterDecodeSm90(RouterDecode):
         # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
         tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
-        # (MMA, MMA_M, MMA_N): registers and the (expert, token) of each
-        coordinates = thr_mma.partition_C(cute.make_identity_tensor((EXPERT_TILE, self.token_tile)))
+        # (MMA, MMA_M, MMA_N): registers and the (row, token) of each
+        coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
         accumulators.fill(0.0)
 
@@ -75,9 +75,11 @@ class RouterDecodeSm90(RouterDecode):
                             accumulators,
                         )
             warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            if chunk > 0:
+            behind = 1 if cutlass.const_expr(self.stages > 1) else 0
+            warpgroup.wait_group(behind)
+            if chunk >= behind:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(storage.empty.data_ptr() + (chunk - 1) % self.stages)
+                    empty = storage.empty.data_ptr() + (chunk - behind) % self.stages
+                    cute.arch.mbarrier_arrive(empty)
         warpgroup.wait_group(0)
         return accumulators, coordinates

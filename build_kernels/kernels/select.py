@@ -10,10 +10,20 @@ from cutlass import Float32, Int32, Uint32
 
 MAX_TOP_K = 8
 FLOAT32_MAX = 3.4028234663852886e38
-# Below this logit softplus(x) = exp(x) (1 - exp(x) / 2 + ...), whose FP32 value turns denormal at
-# -87 and whose square root does not: there the score is computed as exp(x / 2) (1 - exp(x) / 4).
-# The first neglected term, 5/96 exp(2 x), is 5e-15 at the switch.
-EXPONENTIAL_BELOW = -15.0
+# 2^f on [-1/2, 1/2], minimax: relative error 1.6e-8; then log1p(u) / u on [0, 1]: 8.2e-8. Highest
+# power first. The score has the same steps, constants and bits as in topk.cu; a test holds them
+# together.
+EXP2_TERMS = (
+    *(1.53458121e-4, 1.33999314e-3, 9.61848896e-3, 5.55032878e-2),
+    *(2.40226469e-1, 6.93147206e-1, 1.0),
+)
+LOG1P_TERMS = (
+    *(5.23269e-3, -2.950524e-2, 7.822597e-2, -1.3663248e-1, 1.9106008e-1),
+    *(-2.4842983e-1, 3.3319097e-1, -4.9999493e-1, 9.9999997e-1),
+)
+LOG2E_QUARTER = float.fromhex("0x1.715476p-2")
+LOG2E_QUARTER_REST = float.fromhex("0x1.4ae0c0p-28")  # what log2(e) / 4 has beyond its FP32 value
+ROUND = 12582912.0  # 1.5 * 2^23: the low mantissa bits of a sum with it are an integer
 # Keys order as floats do, as unsigned integers. No number maps below 0x007fffff (-inf), so small
 # keys are free: 0 was taken already (and, in the workspace, was never written), 1 is no expert, 2
 # is a NaN.
@@ -23,36 +33,84 @@ NAN_KEY = 2
 
 
 @cute.jit
-def log1p_of_unit(e: Float32) -> Float32:
-    """log(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e): the odd series to s^15.
+def fused(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a * b + c, rounded once."""
+    return cute.arch.inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Float32],
+        read_only_args=[a, b, c],
+    )
 
-    s^2 <= 1/9, so the first neglected term is 1e-9 of the sum. libdevice's log1p has a
-    data-dependent branch for inputs that cannot occur here.
+
+@cute.jit
+def polynomial(terms: cutlass.Constexpr[tuple], x: Float32) -> Float32:
+    """The polynomial with these coefficients, the highest power's first."""
+    value = Float32(terms[0])
+    for term in cutlass.range_constexpr(1, len(terms)):
+        value = fused(value, x, Float32(terms[term]))
+    return value
+
+
+@cute.jit
+def reciprocal(value: Float32) -> Float32:
+    """1 / value to an ulp, for values of 2^-126 to 2^126; of 1 exactly 1."""
+    guess = cute.arch.inline_ptx(
+        "rcp.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value]
+    )
+    return fused(fused(-value, guess, Float32(1.0)), guess, guess)
+
+
+@cute.jit
+def quotient(dividend: Float32, divisor: Float32, inverse: Float32) -> Float32:
+    """dividend / divisor, from inverse = reciprocal(divisor): rounded correctly by a Newton step.
+
+    An IEEE division has a branch to a slow path for operands that do not occur here.
     """
-    s = e * cute.arch.rcp_approx(2.0 + e)
-    square = s * s
-    series = Float32(1.0 / 15.0)
-    for divisor in cutlass.range_constexpr(13, 0, -2):
-        series = series * square + (1.0 / divisor)
-    return 2.0 * s * series
+    product = dividend * inverse
+    return fused(fused(-product, divisor, dividend), inverse, product)
+
+
+@cute.jit
+def tempered(logit: Float32, gate_temp: Float32, inverse: Float32) -> Float32:
+    """logit / gate_temp, from inverse = reciprocal(gate_temp).
+
+    Where the product is not finite the Newton step gives NaN, and the product is the quotient.
+    """
+    product = logit * inverse
+    is_finite = product >= -FLOAT32_MAX and product <= FLOAT32_MAX
+    return choose(is_finite, quotient(logit, gate_temp, inverse), product)
 
 
 @cute.jit
 def router_score(logit: Float32) -> Float32:
-    """sqrt(softplus(logit)) in FP32. NaN stays NaN; +inf counts as the largest finite float."""
-    x = logit
-    if x > FLOAT32_MAX:
-        x = Float32(FLOAT32_MAX)
-    positive = x
-    magnitude = x
-    if x < 0.0:
-        positive = Float32(0.0)
-        magnitude = -x
-    e = cute.math.exp(-magnitude)
-    score = cute.math.sqrt(positive + log1p_of_unit(e))
-    if x < EXPONENTIAL_BELOW:
-        score = cute.math.exp(x * 0.5) * (1.0 - 0.25 * e)
-    return score
+    """sqrt(softplus(logit)) in FP32. NaN stays NaN; +inf counts as the largest finite float.
+
+    q = exp(-|x| / 4), h = q^2, u = h^2 = exp(-|x|), softplus(x) = max(x, 0) + log1p(u). Below 0 the
+    root is h * sqrt(log1p(u) / u): softplus itself is denormal from -87 on, its root is not before
+    -174. Every step is an IEEE operation but the seed of the root, which two fused steps round
+    correctly: the bits are the same on every machine, and there is no branch.
+    """
+    magnitude = cute.arch.fmin(choose(logit < 0.0, -logit, logit), Float32(340.0))
+    shifted = fused(magnitude, Float32(-LOG2E_QUARTER), Float32(ROUND))
+    n = shifted - ROUND
+    f = fused(magnitude, Float32(-LOG2E_QUARTER), -n)
+    f = fused(magnitude, Float32(-LOG2E_QUARTER_REST), f)
+    q = polynomial(EXP2_TERMS, f)
+    q = float_of(bits_of(q) + (bits_of(shifted) << 23))
+    h = q * q
+    u = h * h
+    p = polynomial(LOG1P_TERMS, u)
+    largest_finite = cute.arch.inline_ptx(  # min that keeps NaN
+        "min.NaN.f32 {$w0}, {$r0}, 0f7F7FFFFF;", write_only_types=[Float32], read_only_args=[logit]
+    )
+    is_negative = logit <= 0.0
+    z = choose(is_negative, p, fused(u, p, largest_finite))
+    seed = cute.arch.inline_ptx(
+        "rsqrt.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[z]
+    )
+    root = z * seed
+    root = fused(fused(-root, root, z), 0.5 * seed, root)
+    return choose(is_negative, h * root, root)
 
 
 def choose(condition, value, otherwise):
@@ -81,12 +139,8 @@ def selection_key(score: Float32, bias: Float32) -> Uint32:
     """An unsigned integer that orders like (score + bias); a NaN orders below every number."""
     biased = score + bias
     bits = bits_of(biased)
-    key = bits ^ Uint32(0x80000000)
-    if bits >= Uint32(0x80000000):
-        key = bits ^ Uint32(0xFFFFFFFF)
-    if biased != biased:
-        key = Uint32(NAN_KEY)
-    return key
+    key = bits ^ (Uint32(Int32(bits) >> 31) | Uint32(0x80000000))
+    return choose(biased == biased, key, Uint32(NAN_KEY))
 
 
 @cute.jit
@@ -106,17 +160,20 @@ def best_of(keys: cute.Tensor, scores: cute.Tensor):
 
 
 @cute.jit
-def take_top_k(keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_k: Int32):
+def take_top_k(
+    keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_k: Int32, otherwise: Int32
+):
     """The warp's top_k best entries: lane r < top_k gets the r-th; every lane gets the scores' sum.
 
     keys (uint32, overwritten), scores (FP32): (length,) registers; register i of a lane is expert
-    first_expert + i, and first_expert ascends with the lane. Returns (expert, score, total).
+    first_expert + i, and first_expert ascends with the lane. Returns (expert, score, total), and
+    (otherwise, 0, total) from lane top_k on.
     The sum is taken in rank order, so its bits do not depend on which lane held what. A round gives
     the best key's lowest lane, so its lowest expert, and strikes that entry out.
     """
     lane = cute.arch.lane_idx()
     lower_lanes = cute.arch.lanemask_lt()
-    my_expert = Int32(0)
+    my_expert = otherwise
     my_score = Float32(0.0)
     total = Float32(0.0)
     for rank in cutlass.range(top_k, unroll=1):
@@ -134,3 +191,15 @@ def take_top_k(keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_
         for i in cutlass.range_constexpr(cute.size(keys)):
             keys[i] = choose(struck == i, Uint32(STRUCK_OUT), keys[i])
     return my_expert, my_score, total
+
+
+@cute.jit
+def pick(
+    length: cutlass.Constexpr[int], values: cute.Tensor, owner: Int32, register: Int32
+) -> Int32:
+    """values[register] of lane `owner`, both of which may differ from lane to lane; register is
+    below `length`."""
+    picked = Int32(0)
+    for i in cutlass.range_constexpr(length):
+        picked = choose(register == i, cute.arch.shuffle_sync(values[i], owner), picked)
+    return picked

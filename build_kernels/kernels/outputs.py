@@ -1,0 +1,147 @@
+"""A token's row of the outputs: whether it has one, what its experts are called, and its stores."""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+from build_kernels.kernels.select import choose, fused, quotient, reciprocal
+
+
+@cute.jit
+def read_mask(mask: cute.Pointer, token: Int32, num_tokens: Int32) -> Int32:
+    """mask[token], of [num_tokens] uint8; 0 where the mask is null."""
+    value = Int32(0)
+    if mask.toint() != 0 and token < num_tokens:
+        value = Int32(cute.make_tensor(mask, cute.make_layout(1 << 20))[token])
+    return value
+
+
+@cute.jit
+def is_padded(
+    token: Int32, num_tokens: Int32, padding_mask: cute.Pointer, num_valid_tokens: cute.Pointer
+) -> Int32:
+    """Not 0 for a row that the caller calls padding: padding_mask [num_tokens] uint8 says so, or
+    num_valid_tokens, one int32. Of either pointer null says nothing."""
+    padded = read_mask(padding_mask, token, num_tokens)
+    if num_valid_tokens.toint() != 0:
+        if token >= cute.make_tensor(num_valid_tokens, cute.make_layout(1))[0]:
+            padded = Int32(1)
+    return padded
+
+
+class Outputs(NamedTuple):
+    """Where ids and weights go, and as what: a kernel's parameters of these names.
+
+    out_weights FP32 and out_ids int32 (int64 where ids_are_int64), rows `*_stride` elements apart,
+    top_k + num_shared_slots columns. to_physical [num_experts, max_replicas] and logical_count
+    [num_experts], int32, rename the experts unless to_physical is null.
+    """
+
+    out_weights: cute.Pointer
+    out_ids: cute.Pointer
+    out_weights_stride: Int32
+    out_ids_stride: Int32
+    ids_are_int64: Int32
+    to_physical: cute.Pointer
+    logical_count: cute.Pointer
+    max_replicas: Int32
+    num_shared_slots: Int32
+    num_experts: Int32
+    top_k: Int32
+    routed_scaling_factor: Float32
+    norm_topk_prob: Int32
+
+
+@cute.jit
+def read_names(outputs: Outputs, experts: cute.Tensor, token: Int32) -> cute.Tensor:
+    """Physical ids of a lane's experts (int32 registers) for a row, the same for all lanes:
+    replica token mod logical_count of each. Zeros where there is no map. token is below 64.
+
+    An index beyond the experts is taken as the last one, and a count out of 1 .. max_replicas as
+    the nearest that is in it: the tables are the caller's, and may be rewritten at any time.
+    """
+    names = cute.make_rmem_tensor(experts.shape, Int32)
+    names.fill(0)
+    if outputs.to_physical.toint() != 0:
+        counts = cute.make_tensor(outputs.logical_count, cute.make_layout(outputs.num_experts))
+        size = outputs.num_experts * outputs.max_replicas
+        table = cute.make_tensor(outputs.to_physical, cute.make_layout(size))
+        # All counts are read before the first is used: the reads overlap.
+        replicas = cute.make_rmem_tensor(experts.shape, Int32)
+        for i in cutlass.range_constexpr(cute.size(experts)):
+            replicas[i] = counts[cutlass.min(experts[i], outputs.num_experts - 1)]
+        # A remainder a lane instead of one an expert: lane c - 1 has that of count c. A count from
+        # 33 on goes into a token at most once.
+        remainder = token % (cute.arch.lane_idx() + 1)
+        for i in cutlass.range_constexpr(cute.size(experts)):
+            count = cutlass.max(cutlass.min(replicas[i], outputs.max_replicas), 1)
+            replica = cute.arch.shuffle_sync(remainder, cutlass.min(count, 32) - 1)
+            beyond = choose(token >= count, token - count, token)
+            replica = choose(count > 32, beyond, replica)
+            expert = cutlass.min(experts[i], outputs.num_experts - 1)
+            names[i] = table[expert * outputs.max_replicas + replica]
+    return names
+
+
+class Row(NamedTuple):
+    """A lane's column of a token's row. Made before the token's sums are waited for, and so that an
+    option that is off adds no step to the end of the chain.
+
+    The weight is score / (norm * total + otherwise) * scale + added.
+    """
+
+    weight: cute.Pointer
+    id: cute.Pointer  # of the low half where ids are int64
+    is_wide: Int32
+    is_stored: cutlass.Boolean
+    shared_id: Int32  # of a lane that has a shared expert, or nothing
+    norm: Float32
+    otherwise: Float32
+    scale: Float32
+    added: Float32
+
+
+@cute.jit
+def row_of(outputs: Outputs, token: Int32) -> Row:
+    """Lane r < top_k has rank r, the next lanes the shared experts, the rest nothing."""
+    lane = cute.arch.lane_idx()
+    words = choose(outputs.ids_are_int64 != 0, Int32(2), Int32(1))
+    norms = outputs.norm_topk_prob != 0
+    return Row(
+        weight=outputs.out_weights + (Int64(token) * outputs.out_weights_stride + lane),
+        id=outputs.out_ids + (Int64(token) * outputs.out_ids_stride + lane) * words,
+        is_wide=outputs.ids_are_int64,
+        is_stored=lane < outputs.top_k + outputs.num_shared_slots,
+        shared_id=outputs.num_experts + lane - outputs.top_k,
+        norm=choose(norms, Float32(1.0), Float32(0.0)),
+        otherwise=choose(norms, Float32(1e-20), Float32(1.0)),
+        scale=outputs.routed_scaling_factor,
+        added=choose(lane < outputs.top_k, Float32(0.0), Float32(1.0)),
+    )
+
+
+@cute.jit
+def store(row: Row, name: Int32, score: Float32, total: Float32):
+    """Weigh and store a token's row: lane r < top_k has rank r, the next shared_id and score 0."""
+    divisor = fused(total, row.norm, row.otherwise)
+    weight = fused(quotient(score, divisor, reciprocal(divisor)), row.scale, row.added)
+    store_column(row, name, weight)
+
+
+@cute.jit
+def store_padding(row: Row):
+    """id -1 and weight 0 in every column."""
+    store_column(row, Int32(-1), Float32(0.0))
+
+
+@cute.jit
+def store_column(row: Row, name: Int32, weight: Float32):
+    """Store a lane's column, if it has one."""
+    if row.is_stored:
+        cute.make_tensor(row.weight, cute.make_layout(1))[0] = weight
+        ids = cute.make_tensor(row.id, cute.make_layout(2))
+        ids[0] = name
+        if row.is_wide != 0:
+            ids[1] = name >> 31

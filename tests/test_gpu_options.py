@@ -429,8 +429,9 @@ class Replayed:
     def __init__(self, routed: Routed, *, pdl: bool) -> None:
         self.routed = routed
         self.out = routed.outputs()
-        router = routed.router(pdl=pdl)
-        self.graph = captured([lambda: router(routed.x, *self.out, **routed.call)])
+        # Kept, since the graph reads the tables that it copied.
+        self.router = routed.router(pdl=pdl)
+        self.graph = captured([lambda: self.router(routed.x, *self.out, **routed.call)])
 
     def take(self, other: Routed) -> None:
         """Everything that is read in place; a hash layer's table is not."""

@@ -57,7 +57,7 @@ class Router:
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 
-    A Router owns what it copied (W_gate, tid2eid): keep it as long as a CUDA graph replays its calls.
+    A Router owns what it copied (W_gate, tid2eid): keep it while a CUDA graph replays its calls.
 
     Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
     same kernels was made before, W_gate needs no copy, and it has neither tid2eid nor to_physical.

@@ -636,7 +636,7 @@ class FakeStopwatch:
 
         return replay
 
-    def time(self, run, calls):
+    def time(self, run, calls, mode):
         run()
         self.timed.append("graph or eager")
         return Timing(microseconds=float(calls), low=float(calls), high=float(calls))
@@ -792,7 +792,7 @@ def test_the_fastest_way_is_the_floor() -> None:
     class Clock(FloorsAside):
         times = iter([3.0, 2.0, 5.0])
 
-        def time(self, run, calls):
+        def time(self, run, calls, mode):
             time = next(self.times)
             return Timing(microseconds=time, low=time, high=time)
 
@@ -911,10 +911,29 @@ def test_without_a_graph_each_run_calls_again(cuda: FakeCuda, mode: str) -> None
 def test_a_replays_time_is_shared_among_its_calls(cuda: FakeCuda) -> None:
     watch = CudaStopwatch()
     run = watch.prepare(lambda layer: layer, [0] * 50, WARM)
-    timing = watch.time(run, 50)
+    timing = watch.time(run, 50, WARM)
     # 0.5 ms a replay of 50 calls.
     assert timing == Timing(microseconds=10.0, low=10.0, high=10.0)
     assert cuda.log.count("replay") == 1 + stopwatch.REPLAYS
+
+
+def test_cold_is_what_an_emptied_l2_gives(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    filler = types.SimpleNamespace(sum=lambda: cuda.log.append("fill"))
+    properties = types.SimpleNamespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sizes = []
+    monkeypatch.setattr(torch, "zeros", lambda size, **_: sizes.append(size) or filler)
+    watch = CudaStopwatch()
+    run = watch.prepare(lambda layer: layer, [0, 1, 2], COLD)
+    cuda.log.clear()
+    watch.time(run, 3, COLD)
+    # Once before each of the replays that count, done before the clock starts.
+    assert cuda.log[-4 * stopwatch.REPLAYS :] == ["fill", "wait", "replay", "wait"] * (
+        stopwatch.REPLAYS
+    )
+    assert cuda.log.count("fill") == stopwatch.REPLAYS
+    assert sizes == [4 * (1 << 10) // 4]
 
 
 @pytest.mark.usefixtures("cuda")

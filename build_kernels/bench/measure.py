@@ -32,13 +32,11 @@ from .report import (
     Problem,
     Report,
 )
-from .stopwatch import HOST_CALLS, REPLAYS, Stopwatch
+from .stopwatch import HOST_CALLS, L2_CAPACITIES, REPLAYS, Stopwatch
 
 SEED = 20
 MIN_LAYERS = 30
 MIN_WEIGHT_BYTES = 200_000_000
-# The weights of a cold run hold this many L2 caches.
-L2_CAPACITIES = 4
 
 MAX_REASON = 300
 
@@ -166,7 +164,7 @@ def measure_cell(
         if mode == HOST:
             timing = stopwatch.time_host(call, order)
         else:
-            timing = stopwatch.time(run, len(order))
+            timing = stopwatch.time(run, len(order), mode)
     except Unavailable as error:
         return figure(reason=str(error))
     # Whatever a contender raises, the others are still measured.
@@ -207,7 +205,7 @@ def measure_floor(
     try:
         for candidate in candidates:
             run = stopwatch.prepare(candidate.call, order, mode)
-            times.append((stopwatch.time(run, len(order)).microseconds, candidate.how))
+            times.append((stopwatch.time(run, len(order), mode).microseconds, candidate.how))
     # A floor that cannot be measured is reported like a contender that cannot.
     except Exception as error:
         if not times:

@@ -24,8 +24,8 @@ MODE_WORDS = {
     EAGER: "no graph: host and device together",
     HOST: "no graph: until the call returns to its caller, nothing awaited",
 }
-OURS, OWN, PEER = "ours", "own", "peer"
-ROLES = (OURS, OWN, PEER)
+OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
+ROLES = (OURS, OWN, PEER, VARIANT)
 EMPTY, READ = "empty", "read W"
 
 
@@ -83,7 +83,9 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """role: `ours` is what the ratios are of, `peer` what they are to, `own` neither."""
+    """role: `ours` is what the ratios are of, `peer` what they are to, `own` neither. A `variant`
+    is compared with the last contender before it that is none.
+    """
 
     name: str
     role: str
@@ -146,6 +148,17 @@ class Report:
         return tuple(contender.name for contender in self.contenders if contender.role == role)
 
     @property
+    def variants(self) -> tuple[tuple[str, str], ...]:
+        """Each variant, and what it is compared with."""
+        pairs, base = [], ""
+        for contender in self.contenders:
+            if contender.role == VARIANT:
+                pairs.append((contender.name, base))
+            else:
+                base = contender.name
+        return tuple(pairs)
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """The modes that have figures, in the order of MODE_WORDS."""
         return tuple(mode for mode in MODE_WORDS if any(f.mode == mode for f in self.figures))
@@ -191,6 +204,14 @@ def ratios(report: Report, mode: str) -> tuple[Ratio, ...]:
         for problem in report.problems
         for num_tokens in report.method.num_tokens
     )
+
+
+def variant_ratio(
+    report: Report, shape: str, mode: str, num_tokens: int, pair: tuple[str, str]
+) -> float | None:
+    """Of one of `Report.variants`; None where either has no figure."""
+    variant, base = (report.microseconds(shape, mode, num_tokens, name) for name in pair)
+    return variant / base if variant and base else None
 
 
 def geometric_mean(values: Iterable[float]) -> float:

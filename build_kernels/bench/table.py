@@ -23,6 +23,7 @@ from .report import (
     geometric_mean,
     ratio_at,
     ratios,
+    variant_ratio,
 )
 
 NOTHING = "-"
@@ -63,13 +64,16 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
     names = [contender.name for contender in report.contenders]
     has_peer = mode != HOST and bool(report.of_role(PEER))
     has_read = report.floor(problem.name, mode, READ) is not None
-    columns = ["N", *names]
+    variants = () if mode == HOST else report.variants
+    columns = ["N", *names, *(" / ".join(pair) for pair in variants)]
     columns += ["ours / best peer"] * has_peer + ["ours / read W"] * has_read
     rows = []
     for num_tokens in report.method.num_tokens:
         ratio = ratio_at(report, problem.name, mode, num_tokens)
         times = (report.microseconds(problem.name, mode, num_tokens, name) for name in names)
         row = [str(num_tokens), *(microseconds(time) for time in times)]
+        for pair in variants:
+            row.append(ratio_text(variant_ratio(report, problem.name, mode, num_tokens, pair)))
         if has_peer:
             shown = ratio_text(ratio.to_peer)
             row.append(shown if ratio.to_peer is None else f"{shown} ({ratio.best_peer})")
@@ -93,6 +97,19 @@ def summary(report: Report) -> Iterator[str]:
                 f"{at.best_peer}), geometric mean {geometric_mean(v for v, _ in to_peer):.3f} "
                 f"of {len(to_peer)} points"
             )
+        for pair in report.variants:
+            to_base = [
+                (ratio, r)
+                for r in found
+                if (ratio := variant_ratio(report, r.shape, mode, r.num_tokens, pair)) is not None
+            ]
+            if to_base:
+                worst, at = max(to_base, key=lambda entry: entry[0])
+                mean = geometric_mean(ratio for ratio, _ in to_base)
+                yield (
+                    f"{mode}: {' / '.join(pair)}: worst {worst:.3f} ({at.shape}, "
+                    f"N={at.num_tokens}), geometric mean {mean:.3f}"
+                )
         to_read = [(r.to_read, r) for r in found if r.to_read is not None]
         if to_read:
             worst, at = max(to_read, key=lambda pair: pair[0])

@@ -31,10 +31,11 @@ from build_kernels.bench import (  # noqa: E402
     floors,
     measure,
     model,
+    options,
     peers,
     stopwatch,
 )
-from build_kernels.bench.check import complaint, reference_of  # noqa: E402
+from build_kernels.bench.check import complaint, exact_complaint, reference_of  # noqa: E402
 from build_kernels.bench.contenders import Entrant, Unavailable  # noqa: E402
 from build_kernels.bench.inputs import make_inputs, poison  # noqa: E402
 from build_kernels.bench.plot import limits, plot_report, spread  # noqa: E402
@@ -47,6 +48,7 @@ from build_kernels.bench.report import (  # noqa: E402
     OWN,
     PEER,
     READ,
+    VARIANT,
     WARM,
     Contender,
     Figure,
@@ -60,6 +62,7 @@ from build_kernels.bench.report import (  # noqa: E402
     ratio_at,
     ratios,
     read_report,
+    variant_ratio,
     write_report,
 )
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
@@ -67,7 +70,7 @@ from build_kernels.bench.table import places  # noqa: E402
 from dsv4_router_runtime import driver  # noqa: E402
 from dsv4_router_runtime.artifacts import ArtifactSet  # noqa: E402
 from dsv4_router_runtime.launch import ParameterBlock  # noqa: E402
-from dsv4_router_runtime.reference import router_reference  # noqa: E402
+from dsv4_router_runtime.reference import router_reference, router_scores  # noqa: E402
 
 PROBLEM = Problem(k=256, num_experts=24, top_k=6, routed_scaling_factor=2.5, layers=4)
 MACHINE = Machine(
@@ -182,6 +185,25 @@ def test_no_ratio_without_figures(report: Report) -> None:
     assert {r.to_peer for r in ratios(bare, COLD)} == {None}
 
 
+@pytest.fixture
+def varied(report: Report) -> Report:
+    """The same figures, of which vllm's and torch's are variants' of the contender before them."""
+    roles = ROLES | {"vllm": VARIANT, "torch": VARIANT}
+    changed = tuple(replace(c, role=roles[c.name]) for c in report.contenders)
+    return replace(report, contenders=changed)
+
+
+def test_a_variant_is_compared_with_what_it_varies(varied: Report) -> None:
+    base = "cuBLAS + router_topk"
+    assert varied.variants == (("vllm", base), ("torch", base))
+    vllm, torch_ = (
+        [variant_ratio(varied, shape, COLD, 1, pair) for shape in READS] for pair in varied.variants
+    )
+    assert vllm == [pytest.approx(6 / 3.9), None]
+    assert torch_ == [pytest.approx(30 / 3.9), pytest.approx(30 / 8)]
+    assert ratio_at(varied, "7168x384", COLD, 1).to_peer is None
+
+
 # ---- JSON --------------------------------------------------------------------------------------
 
 
@@ -261,6 +283,8 @@ def bench(*arguments: str | Path) -> Result:
         (("--top-k", "9"), "9"),
         (("--layout", "rowmajor"), "'rowmajor'"),
         (("--peers", "/no/such/folder"), "does not exist"),
+        (("--options", "--peers", "."), "--options times no peers: it goes without --peers"),
+        (("--options", "--dsl", "."), "--options times no peers: it goes without --peers"),
         (("--render", "/no/such/file"), "does not exist"),
     ],
 )
@@ -313,6 +337,13 @@ def test_a_figure_of_ours_that_is_missing_fails_the_run(
     assert result.exit_code == 1
     assert "ours is not measured at 7168x384 cold N=1 (wrong ids in 3 of 64 rows)" in result.stderr
     assert "not measured: ours (7168x384; cold; N=1): wrong ids in 3 of 64 rows" in result.stdout
+
+
+def test_so_does_a_variants(varied: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_measured", lambda *_: varied)
+    result = bench("--options")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: vllm is not measured at 4096x256 cold N=1 ({WHY})\n"
 
 
 def test_no_pdl_names_ours_without_it() -> None:
@@ -411,6 +442,19 @@ def test_worst_and_mean_are_printed(report_file: Path) -> None:
     )
     assert f"{expected} of 4 points" in out
     assert "cold: ours / read W: worst 2.000 (4096x256, N=64)" in out
+
+
+def test_variants_have_a_column_and_a_worst(varied: Report, tmp_path: Path) -> None:
+    write_report(tmp_path / "r.json", varied)
+    out = bench("--render", tmp_path / "r.json").stdout
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    base = "cuBLAS + router_topk"
+    names = ["N", "ours", base, "vllm", "torch"]
+    assert [*names, f"vllm / {base}", f"torch / {base}", "ours / read W"] in rows
+    assert ["1", "3.00", "8.00", "-", "30.0", "-", "3.75", "1.20"] in rows
+    mean = geometric_mean([6 / 3.9, 10 / 9, 8 / 9])
+    expected = f"cold: vllm / {base}: worst 1.538 (7168x384, N=1), geometric mean {mean:.3f}"
+    assert expected in out
 
 
 def test_what_is_not_measured_says_why(report_file: Path) -> None:
@@ -693,7 +737,13 @@ def entrant(name: str, role: str, make) -> Entrant:
     return Entrant(contender=Contender(name=name, role=role, what=name), make=make)
 
 
-def run_bench(*entrants: Entrant, modes=(COLD, WARM, EAGER), stopwatch=None, num_tokens=(2, 3)):
+def run_bench(
+    *entrants: Entrant,
+    modes=(COLD, WARM, EAGER),
+    stopwatch=None,
+    num_tokens=(2, 3),
+    make_layers=make_inputs,
+):
     return measure.measure(
         problems=[PROBLEM],
         num_tokens=num_tokens,
@@ -704,6 +754,7 @@ def run_bench(*entrants: Entrant, modes=(COLD, WARM, EAGER), stopwatch=None, num
         machine=MACHINE,
         manifest_sha256="0" * 64,
         on_figures=lambda figures: None,
+        make_layers=make_layers,
     )
 
 
@@ -947,9 +998,9 @@ def test_host_time_is_that_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[:4] == [0, 1, 2, 0]
 
 
-def test_the_whole_command_on_a_stand_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_artifacts
-) -> None:
+@pytest.fixture
+def gpu_aside(monkeypatch: pytest.MonkeyPatch, write_artifacts) -> Path:
+    """What the command asks a GPU for, from elsewhere; returns the artifacts."""
     properties = types.SimpleNamespace(L2_cache_size=60 << 20)
     for name, fake in {
         "is_available": lambda: True,
@@ -961,15 +1012,21 @@ def test_the_whole_command_on_a_stand_in(
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(driver, "arch_of_device", lambda index: "sm_90a")
     monkeypatch.setattr(stopwatch, "CudaStopwatch", FloorsAside)
-    monkeypatch.setattr(contenders, "router_call", lambda inputs, artifacts, *, pdl: right(inputs))
     monkeypatch.setattr(measure, "make_problem", lambda k, e, top_k, l2: PROBLEM)
+    folder: Path = write_artifacts(sample_manifest())
+    return folder
+
+
+def test_the_whole_command_on_a_stand_in(
+    gpu_aside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "router_call", lambda inputs, artifacts, *, pdl: right(inputs))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(peers, "stand_in_for_packages", lambda: None)
-    artifacts = write_artifacts(sample_manifest())
     (tmp_path / "peers").mkdir()
     path = tmp_path / "out.json"
     options = ("--shapes", "256x24", "--n", "1,3", "--mode", "all", "--json", path)
-    result = bench(*options, "--artifacts", artifacts, "--peers", tmp_path / "peers")
+    result = bench(*options, "--artifacts", gpu_aside, "--peers", tmp_path / "peers")
     assert result.exit_code == 0, result.stderr
     report = read_report(path)
     assert (report.machine.gpu, report.machine.arch) == ("NVIDIA H200", "sm_90a")
@@ -984,6 +1041,123 @@ def test_the_whole_command_on_a_stand_in(
     # This torch has no product of BF16 with an FP32 result on a CPU.
     assert str(reasons["torch"]).startswith("NotImplementedError: ")
     assert "256x24 warm N=3: ours 4.00" in result.stderr
+
+
+# ---- Options -----------------------------------------------------------------------------------
+
+
+class ReferenceRouter:
+    """A Router that answers with the reference; `forgets` is an option that it does not know."""
+
+    forgets: str | None = None
+
+    def __init__(self, W_gate, *, pdl, artifacts, **binds):
+        self.W_gate, self.binds = W_gate, {"e_bias": None} | binds
+
+    def __call__(self, hidden_states, out_weights, out_ids, **brings):
+        given = {k: v for k, v in (self.binds | brings).items() if k != self.forgets}
+        weights, ids = router_reference(hidden_states, self.W_gate, **given)
+        out_weights.copy_(weights)
+        out_ids.copy_(ids)
+
+
+@pytest.fixture
+def reference_router(monkeypatch: pytest.MonkeyPatch) -> type[ReferenceRouter]:
+    class OfThisTest(ReferenceRouter):
+        pass
+
+    monkeypatch.setattr(contenders, "Router", OfThisTest)
+    monkeypatch.setattr(options, "VOCAB_SIZE", 50)
+    return OfThisTest
+
+
+NAMES = ("ours", "options", "hash layer")
+NO_PDL = ("ours, no PDL", "options, no PDL", "hash layer, no PDL")
+
+
+@pytest.mark.usefixtures("reference_router")
+def test_the_options_on_a_stand_in(gpu_aside: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ("--shapes", "256x24", "--n", "1,9", "--json", path, "--artifacts", gpu_aside)
+    result = bench("--options", *arguments)
+    assert result.exit_code == 0, result.stderr
+    report = read_report(path)
+    assert [c.name for c in report.contenders] == [*NAMES, *NO_PDL]
+    roles = [c.role for c in report.contenders]
+    assert roles == [OURS, VARIANT, VARIANT, OWN, VARIANT, VARIANT]
+    pairs = [(name, three[0]) for three in (NAMES, NO_PDL) for name in three[1:]]
+    assert report.variants == tuple(pairs)
+    assert {f.reason for f in report.figures} == {None}
+    assert (
+        "| options / ours | hash layer / ours | options, no PDL / ours, no PDL |" in result.stdout
+    )
+    assert "256x24 cold N=9: ours 4.00, options 4.00, hash layer 4.00, ours" in result.stderr
+    assert "token ids are shared by the layers, and warm" in result.stdout
+
+
+def test_without_pdl_the_options_are_timed_once() -> None:
+    artifacts = ArtifactSet(folder=Path(), manifest=sample_manifest())
+    entrants = options.option_entrants(artifacts, pdl=False)
+    assert tuple(e.contender.name for e in entrants) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("forgets", "words"),
+    [
+        ("bias_vl", "wrong ids in "),
+        ("image_mask", "wrong ids in "),
+        ("padding_mask", "wrong ids in 2 of 17 rows"),
+        ("logical_count", "wrong ids in 15 of 17 rows"),
+    ],
+)
+def test_options_that_do_nothing_are_not_timed(reference_router, forgets: str, words: str) -> None:
+    reference_router.forgets = forgets
+    artifacts = ArtifactSet(folder=Path(), manifest=sample_manifest())
+    report = run_bench(
+        *options.option_entrants(artifacts, pdl=False),
+        modes=(COLD,),
+        num_tokens=(17,),
+        make_layers=options.make_option_inputs,
+    )
+    reasons = {f.contender: f.reason for f in report.figures if f.mode == COLD}
+    assert words in str(reasons.pop("options"))
+    assert reasons == {"ours": None, "hash layer": None}
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+def test_operands_of_the_options(seed: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "VOCAB_SIZE", 50)
+    inputs = options.make_option_inputs(PROBLEM, layout, "cpu", seed).with_tokens(9, seed)
+    for weights, gate in zip(inputs.weights, inputs.gates, strict=True):
+        assert torch.equal(weights.t(), gate)
+        assert weights.unique().tolist() == [-1, 1]
+    assert inputs.hidden_states.unique().tolist() == [-1, 0, 1]
+    assert inputs.hidden_states.dtype is torch.bfloat16
+    own = (inputs.biases, inputs.biases_vl, inputs.to_physical, inputs.logical_count)
+    assert [len({t.data_ptr() for t in tensors}) for tensors in own] == [PROBLEM.layers] * 4
+    assert [len(table) for table in inputs.tables] == [50] * options.NUM_TABLES
+    assert all(ids.unique().numel() == 24 * 4 for ids in inputs.to_physical)
+    assert (inputs.image_mask.sum(), inputs.padding_mask.tolist().index(True)) == (5, 7)
+    assert inputs.input_ids.dtype is torch.int64
+
+
+def test_no_two_keys_are_nearly_equal() -> None:
+    scores = router_scores(torch.arange(-10, 128, dtype=torch.float64))
+    for steps in range(3):
+        gaps = (scores[:, None] - scores - steps * options.BIAS_STEP).abs()
+        assert gaps[gaps != 0].min() > 1e-5
+
+
+def test_exact_answers_are_exact() -> None:
+    ids = torch.tensor([[3, 1], [-1, -1]], dtype=torch.int32)
+    weights = torch.tensor([[1.0, 0.5], [0.0, 0.0]])
+    right = (weights.double(), ids)
+    assert exact_complaint((weights, ids), right) is None
+    assert exact_complaint((weights, ids.flip(1)), right) == "wrong ids in 1 of 2 rows"
+    off = weights + torch.tensor([[0.0], [1e-9]])
+    assert exact_complaint((off, ids), right) == "weights off by up to inf % in 1 of 2 rows"
+    poison((off, ids.clone()))
+    assert "weights off by up to nan % in 2 of 2" in str(exact_complaint((off, ids), right))
 
 
 # ---- Contenders --------------------------------------------------------------------------------
@@ -1213,5 +1387,14 @@ def test_stand_ins_answer_for_the_gpu(stage) -> None:
 def test_a_small_run(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     result = bench("--shapes", "4096x256", "--n", "1,64,65", "--mode", "all", "--json", path)
+    assert result.exit_code == 0, result.stderr
+    assert {f.reason for f in read_report(path).figures} == {None}
+
+
+@pytest.mark.gpu
+def test_a_small_run_of_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    options = ("--options", "--shapes", "4096x256", "--n", "1,64,65", "--json", path)
+    result = bench(*options)
     assert result.exit_code == 0, result.stderr
     assert {f.reason for f in read_report(path).figures} == {None}

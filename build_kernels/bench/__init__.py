@@ -3,6 +3,7 @@
     measure     the loop over shapes, modes, N and contenders: check, then time
     inputs      weights, bias and hidden states of one shape
     contenders  this project's kernels and torch; peers: other projects' kernels, where staged
+    options     for --options: this project's with a server's options on, and for a hash layer
     check       is a contender's answer the router's answer
     stopwatch   CUDA graphs, events and the host's clock
     floors      an empty kernel and a streaming read of the weights

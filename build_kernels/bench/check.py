@@ -65,10 +65,25 @@ def complaint(result: Result, reference: Reference, top_k: int) -> str | None:
         return f"wrong ids in {_rows(wrong)}"
     scores = reference.scores.gather(1, chosen)
     expected = scores / (scores.sum(1, keepdim=True) + 1e-20) * reference.routed_scaling_factor
-    error = ((weights.double() - expected).abs() / expected).amax(1)
-    off = ~(error <= WEIGHT_TOLERANCE)
+    return _complaint_about_weights(weights, expected)
+
+
+def exact_complaint(result: Result, expected: Result) -> str | None:
+    """What is wrong with an answer whose every id is known, in its place; None if nothing is."""
+    weights, ids = result
+    wrong = (ids != expected[1]).any(1)
+    if wrong.any():
+        return f"wrong ids in {_rows(wrong)}"
+    return _complaint_about_weights(weights, expected[0])
+
+
+def _complaint_about_weights(weights: torch.Tensor, expected: torch.Tensor) -> str | None:
+    error = (weights.double() - expected).abs()
+    # A padded row's are 0, and equal.
+    relative = (error / expected).where(error != 0, 0).amax(1)
+    off = ~(relative <= WEIGHT_TOLERANCE)
     if off.any():
-        return f"weights off by up to {100 * error[off].max().item():.3g} % in {_rows(off)}"
+        return f"weights off by up to {100 * relative[off].max().item():.3g} % in {_rows(off)}"
     return None
 
 

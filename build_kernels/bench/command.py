@@ -16,7 +16,7 @@ from dsv4_router_runtime.errors import RouterError
 from dsv4_router_runtime.manifest import K_MULTIPLE, MAX_EXPERTS
 
 from .plot import plot_report
-from .report import MODES, OURS, Figure, Report, ReportError, read_report, write_report
+from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report
 from .table import microseconds, print_report
 
 ALL = "all"
@@ -100,6 +100,11 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     show_default=True,
     help="Weights from HBM, weights in L2, or no graph. The host's time is always measured.",
 )
+@click.option(
+    "--options",
+    is_flag=True,
+    help="Time no peers, but ours with a server's options on, and for a hash layer.",
+)
 @click.option("--pdl/--no-pdl", default=True, show_default=True, help="Whether ours launches so.")
 @click.option(
     "--layout", type=click.Choice(["kmajor", "emajor"]), default="kmajor", show_default=True
@@ -124,6 +129,7 @@ def bench_command(
     num_tokens: tuple[int, ...],
     top_k: int,
     mode: str,
+    options: bool,
     pdl: bool,
     layout: str,
     artifacts: Path | None,
@@ -137,6 +143,8 @@ def bench_command(
     """
     if render_file is not None:
         _refuse_with_render(context)
+    if options and (peers or dsl):
+        raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
     for k, num_experts in shapes:
         if num_experts < top_k:
             raise click.UsageError(f"--top-k {top_k}: {k}x{num_experts} has fewer experts")
@@ -150,7 +158,9 @@ def bench_command(
             report = read_report(render_file)
         else:
             modes = MODES if mode == ALL else (mode,)
-            report = _measured(peers, dsl, shapes, num_tokens, top_k, modes, pdl, layout, artifacts)
+            report = _measured(
+                peers, dsl, shapes, num_tokens, top_k, modes, options, pdl, layout, artifacts
+            )
         # The file first: a table that cannot be printed must not cost the figures.
         if json_file is not None:
             write_report(json_file, report)
@@ -164,7 +174,7 @@ def bench_command(
         talk.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(1)
     if missing := missing_of_ours(report):
-        talk.print(f"error: ours is not measured at {missing}", markup=False, soft_wrap=True)
+        talk.print("\n".join(missing), markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -172,14 +182,18 @@ class BenchError(Exception):
     """The bench cannot run here; the message says what to do."""
 
 
-def missing_of_ours(report: Report) -> str:
-    """The cells in which this project has no figure; empty if it has all."""
-    (ours,) = report.of_role(OURS)
-    return "; ".join(
-        f"{f.shape} {f.mode} N={f.num_tokens} ({f.reason})"
-        for f in report.figures
-        if f.contender == ours and f.microseconds is None
-    )
+def missing_of_ours(report: Report) -> list[str]:
+    """An error for each of this project's contenders that has not all its figures."""
+    errors = []
+    for name in (*report.of_role(OURS), *report.of_role(VARIANT)):
+        cells = [
+            f"{f.shape} {f.mode} N={f.num_tokens} ({f.reason})"
+            for f in report.figures
+            if f.contender == name and f.microseconds is None
+        ]
+        if cells:
+            errors.append(f"error: {name} is not measured at {'; '.join(cells)}")
+    return errors
 
 
 def _refuse_with_render(context: click.Context) -> None:
@@ -212,6 +226,7 @@ def _measured(
     num_tokens: Sequence[int],
     top_k: int,
     modes: Sequence[str],
+    options: bool,
     pdl: bool,
     layout: str,
     artifacts: Path | None,
@@ -229,15 +244,18 @@ def _measured(
     from dsv4_router_runtime.driver import arch_of_device
 
     from .contenders import own_entrants, torch_entrant
+    from .inputs import make_inputs
     from .measure import make_problem, manifest_sha256, measure, this_machine
+    from .options import make_option_inputs, option_entrants
     from .peers import peer_entrants
     from .stopwatch import CudaStopwatch
 
     kernels = open_artifacts(artifacts)
-    entrants = [*own_entrants(kernels, pdl=pdl)]
+    entrants = [*(option_entrants if options else own_entrants)(kernels, pdl=pdl)]
     if peers is not None:
         entrants += peer_entrants(peers.resolve(), dsl.resolve() if dsl else None)
-    entrants.append(torch_entrant())
+    if not options:
+        entrants.append(torch_entrant())
     device = torch.cuda.current_device()
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     problems = [make_problem(k, num_experts, top_k, l2_bytes) for k, num_experts in shapes]
@@ -259,6 +277,7 @@ def _measured(
             machine=this_machine(arch_of_device(device)),
             manifest_sha256=manifest_sha256(kernels),
             on_figures=on_figures,
+            make_layers=make_option_inputs if options else make_inputs,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Entrant:
 
     contender: Contender
     make: Callable[[Inputs], Call]
+    # A layer's answer where it is known to the last id; elsewhere any that `complaint` takes.
+    expected: Callable[[Any, int], Result] | None = None
 
 
 def own_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
@@ -68,25 +70,36 @@ def torch_entrant() -> Entrant:
     return Entrant(contender=contender, make=torch_call)
 
 
-def router_call(inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> Call:
+def router_call(
+    inputs: Inputs,
+    artifacts: ArtifactSet,
+    *,
+    pdl: bool,
+    layers: Sequence[Mapping[str, Any]] = (),
+    brings: Mapping[str, Any] | None = None,
+) -> Call:
+    """layers: what each Router binds beside W_gate, the bias alone unless given; brings: every
+    call's options.
+    """
     problem = inputs.problem
+    layers = layers or [{"e_bias": inputs.bias}] * problem.layers
     routers = [
         Router(
             gate,
-            inputs.bias,
             top_k=problem.top_k,
             routed_scaling_factor=problem.routed_scaling_factor,
             pdl=pdl,
             artifacts=artifacts,
+            **binds,
         )
-        for gate in inputs.gates
+        for gate, binds in zip(inputs.gates, layers, strict=True)
     ]
     outputs = [inputs.new_outputs() for _ in routers]
-    hidden_states = inputs.hidden_states
+    hidden_states, options = inputs.hidden_states, dict(brings or {})
 
     def call(layer: int) -> Result:
         weights, ids = outputs[layer]
-        routers[layer](hidden_states, weights, ids)
+        routers[layer](hidden_states, weights, ids, **options)
         return weights, ids
 
     return call

@@ -15,7 +15,14 @@ import torch
 from dsv4_router_runtime.artifacts import MANIFEST_NAME, ArtifactSet
 
 from . import floors
-from .check import KEY_TOLERANCE, WEIGHT_TOLERANCE, Reference, complaint, reference_of
+from .check import (
+    KEY_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    Reference,
+    complaint,
+    exact_complaint,
+    reference_of,
+)
 from .contenders import Entrant, Unavailable
 from .inputs import Call, Inputs, make_inputs, poison
 from .report import (
@@ -24,7 +31,6 @@ from .report import (
     HOST,
     READ,
     WARM,
-    Contender,
     Figure,
     Floor,
     Machine,
@@ -41,6 +47,8 @@ MIN_WEIGHT_BYTES = 200_000_000
 MAX_REASON = 300
 
 OnFigures = Callable[[Sequence[Figure]], None]
+# Problem, layout, device, seed.
+MakeLayers = Callable[[Problem, str, str, int], Inputs]
 
 
 def make_problem(k: int, num_experts: int, top_k: int, l2_bytes: int) -> Problem:
@@ -67,6 +75,7 @@ def measure(
     machine: Machine,
     manifest_sha256: str,
     on_figures: OnFigures,
+    make_layers: MakeLayers = make_inputs,
 ) -> Report:
     """Every cell of the report. `on_figures` gets the figures of each shape, N and mode at once.
 
@@ -75,7 +84,7 @@ def measure(
     figures: list[Figure] = []
     measured_floors: list[Floor] = []
     for problem in problems:
-        layers = make_inputs(problem, layout, stopwatch.device, SEED)
+        layers = make_layers(problem, layout, stopwatch.device, SEED)
         measured_floors += measure_floors(layers, modes, stopwatch)
         for count in num_tokens:
             inputs = layers.with_tokens(count, SEED)
@@ -83,7 +92,7 @@ def measure(
             calls = [made_call(entrant, inputs) for entrant in entrants]
             for mode in (*modes, HOST):
                 row = [
-                    measure_cell(entrant.contender, call, inputs, references, mode, stopwatch)
+                    measure_cell(entrant, call, inputs, references, mode, stopwatch)
                     for entrant, call in zip(entrants, calls, strict=True)
                 ]
                 figures += row
@@ -132,7 +141,7 @@ def made_call(entrant: Entrant, inputs: Inputs) -> Call | Exception:
 
 
 def measure_cell(
-    contender: Contender,
+    entrant: Entrant,
     call: Call | Exception,
     inputs: Inputs,
     references: References,
@@ -144,7 +153,7 @@ def measure_cell(
 
     def figure(**more: Any) -> Figure:
         return Figure(
-            shape=shape, mode=mode, num_tokens=num_tokens, contender=contender.name, **more
+            shape=shape, mode=mode, num_tokens=num_tokens, contender=entrant.contender.name, **more
         )
 
     order = call_order(inputs.problem, mode)
@@ -158,7 +167,11 @@ def measure_cell(
         results = run()
         stopwatch.wait()
         for layer, result in zip(order, results, strict=True):
-            if problem := complaint(result, references[layer], inputs.problem.top_k):
+            if entrant.expected is None:
+                problem = complaint(result, references[layer], inputs.problem.top_k)
+            else:
+                problem = exact_complaint(result, entrant.expected(inputs, layer))
+            if problem:
                 return figure(reason=f"wrong answer in layer {layer}: {problem}")
         del results
         if mode == HOST:

@@ -1,0 +1,81 @@
+"""The README's table of features and its examples: every name in them exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def features() -> list[list[str]]:
+    """The table of features, header first, as rows of cells."""
+    section = README.split("\n## Features, ", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+def functions_in(name: str) -> set[str]:
+    """The functions of a test module, at its top or in a class."""
+    tree = ast.parse((ROOT / "tests" / name).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {node.name for node in functions}
+
+
+def keywords(function) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def test_the_table_has_no_holes():
+    header, *rows = features()
+    assert header[1] == "this project"
+    assert header[-1] == "shown by"
+    assert len(rows) > 20
+    for row in rows:
+        assert len(row) == len(header), row
+        assert all(row), row
+
+
+def test_every_feature_names_a_test_that_exists():
+    for feature, *_, shown_by in features()[1:]:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", shown_by)
+        assert len(named) == shown_by.count("::") > 0, feature
+        for module, test in named:
+            assert test in functions_in(module), f"{feature}: {module}::{test}"
+
+
+def test_every_test_that_the_readme_names_exists():
+    for module, test in re.findall(r"\b(test_\w+\.py)::(test_\w+)", README):
+        assert test in functions_in(module), f"{module}::{test}"
+
+
+def test_every_option_of_a_router_is_a_feature():
+    pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+    from dsv4_router_runtime import Router
+
+    options = keywords(Router.__init__) | keywords(Router.__call__)
+    words = set(re.findall(r"\w+", " ".join(row[0] for row in features()[1:])))
+    assert options - {"artifacts", "routed_scaling_factor", "pdl"} <= words
+    assert "PDL" in words
+
+
+def test_examples_call_what_there_is():
+    """Every keyword that an example passes to a Router, or to its making, is one of theirs."""
+    pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+    from dsv4_router_runtime import Router
+
+    assert EXAMPLES
+    for example in EXAMPLES:
+        for call in (node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name == "dsv4.Router" or name.endswith("router"):
+                known = keywords(Router.__init__ if name == "dsv4.Router" else Router.__call__)
+                assert {each.arg for each in call.keywords} <= known, ast.unparse(call)

@@ -77,15 +77,12 @@ class Operation:
             after = self.cta.pipes.get(pipe)
             self.cta.pipes[pipe] = self
         self.after = after
+        self.followers: list[Operation] = []
         self.slot: Slot = self.machine.slot_for(self)
         self.tick = self.slot.begin(
             Issue(self.thread(), self.issuer, self.issue_tick, warp, self.reduces)
         )
         self.reader_slot = self.slot.actor % READER_SLOTS
-
-    @property
-    def ready(self) -> bool:
-        return self.after is None or self.after.done
 
     def finish(self) -> None:
         """Act now, after whatever has to come first."""

@@ -56,6 +56,10 @@ def ticks_of(records: Ints) -> Ints:
     return records >> _TICK_AT
 
 
+def scopes_of(records: Ints) -> Ints:
+    return (records >> _INSTRUCTION_BITS) & 3
+
+
 def actor_of(one: int) -> int:
     return (one >> _ACTOR_AT) & _ACTOR_MASK
 
@@ -124,9 +128,12 @@ class ClockSpace:
         self._slots = [Slot(threads + i, i < pipes) for i in range(pipes + agents)]
         self._agents = self._slots[pipes:]
         self._next = 0
+        # One for all: it is as large as any clock, and each CTA starts with dozens of them.
+        self._zero = np.zeros((ROWS, self.size), dtype=np.int32)
+        self._zero.flags.writeable = False
 
     def zero(self) -> Clock:
-        return np.zeros((ROWS, self.size), dtype=np.int32)
+        return self._zero
 
     def slot(self, actor: int) -> Slot:
         return self._slots[actor - self.threads]

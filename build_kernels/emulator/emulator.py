@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def emulate(
     descriptor of a kind that is not modelled is met only as it is used). Faults of the kernel are
     findings of the result, not exceptions.
     """
-    kernel = parse(ptx, launch.kernel)
+    parsed = _parsed(ptx, launch.kernel)
+    kernel = replace(parsed, instructions=list(parsed.instructions))
     check_launch(kernel, launch)
     packed = pack(kernel, arguments)
     machine = Machine(kernel, launch, packed, schedule or Schedule())
@@ -84,6 +86,10 @@ def emulate(
         for array, placed_ in arrays.items()
     }
     return Result(memory=memory, findings=machine.log.findings(), steps=machine.steps)
+
+
+# Runs of one text under several schedules parse it once: a quarter of a small run's time.
+_parsed = lru_cache(maxsize=4)(parse)
 
 
 def decode(kernel: Kernel, context: Context) -> list[Decoded]:

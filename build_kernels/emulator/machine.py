@@ -75,6 +75,7 @@ class Machine:
         self.events = 0
         self.steps = 0
         self.runnable: deque[Warp] = deque()
+        # Operations that may act now; one that comes after another is among its followers.
         self.pending: list[Operation] = []
 
         threads = int(np.prod(launch.block))
@@ -199,8 +200,11 @@ class Machine:
     def issue(self, operation: Operation) -> None:
         """Hand an operation to the schedule."""
         self.events += 1
+        if operation.after is not None and not operation.after.done:
+            operation.after.followers.append(operation)
+            return
         self.pending.append(operation)
-        if self.schedule.policy == "earliest" and operation.ready:
+        if self.schedule.policy == "earliest":
             self.perform(operation)
 
     def perform(self, operation: Operation) -> None:
@@ -211,19 +215,15 @@ class Machine:
         operation.slot.busy = False
         if operation in self.pending:
             self.pending.remove(operation)
+        self.pending += [follower for follower in operation.followers if not follower.done]
+        operation.followers = []
 
     def _perform_one(self) -> bool:
-        """Finish one operation that is ready: the oldest, or any of them."""
-        if self.schedule.policy != "earliest":
-            for _ in range(4):
-                if self.pending and (one := self.random.choice(self.pending)).ready:
-                    self.perform(one)
-                    return True
-        ready = [operation for operation in self.pending if operation.ready]
-        if not ready:
+        """Finish one operation: the oldest, or any of them."""
+        if not self.pending:
             return False
         earliest = self.schedule.policy == "earliest"
-        self.perform(ready[0] if earliest else self.random.choice(ready))
+        self.perform(self.pending[0] if earliest else self.random.choice(self.pending))
         return True
 
     # ---- running ----
@@ -245,8 +245,8 @@ class Machine:
                 if not self._run_until_exit(active):
                     return
                 active = [cluster for cluster in active if not cluster.exited]
-            for operation in list(self.pending):
-                self.perform(operation)
+            while self.pending:
+                self.perform(self.pending[0])
 
     def _run_until_exit(self, active: list[Cluster]) -> bool:
         """Run until some cluster has exited; False on a deadlock."""

@@ -10,6 +10,7 @@ from build_kernels.emulator.clocks import (
     CLUSTER_SCOPE,
     CTA_SCOPE,
     GENERIC,
+    GPU_SCOPE,
     WEAK,
     Ints,
     actor_of,
@@ -17,6 +18,7 @@ from build_kernels.emulator.clocks import (
     instruction_of,
     record,
     scope_of,
+    scopes_of,
     ticks_of,
 )
 from build_kernels.emulator.memory import READER_SLOTS, Memory
@@ -61,9 +63,10 @@ class ThreadAccess:
             return None
         bad = np.flatnonzero(~known)
         if self.scope:
-            bad = np.array(
-                [i for i in bad if not self._morally_strong(int(records[i]))], dtype=np.int64
-            )
+            # With both scopes the GPU's, they are morally strong whoever the other is.
+            both = np.minimum(scopes_of(records[bad]), self.scope)
+            bad = bad[both != GPU_SCOPE]
+            bad = bad[[not self._morally_strong(int(records[i])) for i in bad]]
         return bad if len(bad) else None
 
     def _morally_strong(self, other: int) -> bool:

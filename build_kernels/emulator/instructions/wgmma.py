@@ -8,6 +8,7 @@ Rounding is as in tensor_core.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -95,23 +96,30 @@ class WarpgroupMma(Operation):
                 bad_rows = np.concatenate([rows, rows])
         product = self.sign * (a @ b.T)
         poison = np.logical_or.outer(bad_rows, rows_of(b_poison))
-        lane = np.arange(LANES)
-        for i, (register, pending, before) in enumerate(self.targets):
-            row = lane // 4 + 8 * (i // 2 % 2)
-            column = 8 * (i // 4) + 2 * (lane % 4) + i % 2
-            total, bad = product[row, column], poison[row, column]
-            if self.accumulate:
-                total = total + warp.r[register].view(np.float32).astype(np.float64)
+        rows, columns = _fragment_of_d(self.n)
+        totals, bad = product[rows, columns], poison[rows, columns]
+        if self.accumulate:
+            old = np.stack([warp.r[register] for register, _, _ in self.targets])
+            totals = totals + old.view(np.float32).astype(np.float64)
+            for i, (_, _, before) in enumerate(self.targets):
                 taint = before.taint if isinstance(before, Pending) else before
-                bad = bad | taint if taint is not None else bad
-            pending.taint = bad if bad.any() else None
-            warp.r[register] = total.astype(np.float32).view(np.uint32)
-            warp.groups["wgmma written"][register] = warp.r[register]
+                if taint is not None:
+                    bad[i] |= taint
+        values = totals.astype(np.float32).view(np.uint32)
+        poisoned = rows_of(bad)
+        written = warp.groups["wgmma written"]
+        for i, (register, pending, _) in enumerate(self.targets):
+            pending.taint = bad[i] if poisoned[i] else None
+            warp.r[register] = written[register] = values[i]
+        # What was there before is of no more use, and would keep every earlier wgmma alive.
+        self.targets = [(register, pending, None) for register, pending, _ in self.targets]
 
     def waited(self) -> None:
         for register, pending, _ in self.targets:
             if self.warp.t[register] is pending:
                 self.warp.t[register] = pending.taint
+        # The pending registers know their operation: without this, only the collector frees both.
+        self.targets = []
 
     def settle(self) -> None:
         """Go on as if it had been waited for, after a finding that it was not."""
@@ -121,6 +129,15 @@ class WarpgroupMma(Operation):
 
 
 _WAIT = "wgmma.wait_group"
+
+
+@lru_cache(maxsize=32)
+def _fragment_of_d(n: int) -> tuple[Array, Array]:
+    """Row and column of D in each accumulator register's lanes: [n / 2, 32] each."""
+    lane, i = np.arange(LANES), np.arange(n // 2)[:, None]
+    rows = lane // 4 + 8 * (i // 2 % 2)
+    columns = 8 * (i // 4) + 2 * (lane % 4) + i % 2
+    return np.broadcast_to(rows, columns.shape), columns
 
 
 def wgmma(ins: Instruction, context: Context) -> Run:

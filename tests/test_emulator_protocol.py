@@ -723,3 +723,56 @@ def test_reductions_into_a_peers_memory():
         result = run_cluster(body, schedule)
         assert [str(f) for f in result.findings] == []
         assert set(result.memory["out"]) == {128}
+
+
+# ---- lanes of a strong access ----
+
+PUBLISH_THEN_READ_THE_SECOND = """
+    ld.param.u64 %rd2, [flags];
+    setp.ge.u32 %p1, %r0, 32;
+    @%p1 bra READER;
+    setp.ge.u32 %p2, %r0, 2;
+    @%p2 bra DONE;
+    mul.wide.u32 %rd3, %r0, 4;
+    add.u64 %rd3, %rd2, %rd3;
+    {store};
+    bra DONE;
+READER:
+    setp.ne.u32 %p2, %r0, 32;
+    @%p2 bra DONE;
+POLL:
+    ld.relaxed.gpu.global.u32 %r1, [%rd2];
+    setp.eq.u32 %p3, %r1, 0;
+    @%p3 bra POLL;
+    ld.relaxed.gpu.global.u32 %r2, [%rd2+4];
+    st.global.u32 [%rd0], %r2;
+DONE:
+"""
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "st.relaxed.gpu.global.u32 [%rd3], 1",
+        "st.release.gpu.global.u32 [%rd3], 1",
+        "atom.relaxed.gpu.global.exch.b32 %r3, [%rd3], 1",
+    ],
+)
+def test_lanes_of_a_strong_store_are_seen_one_by_one(store: str) -> None:
+    """Who waits for lane 0's word only may find lane 1's missing: never, or now and then."""
+
+    def seen(schedule: Schedule) -> int:
+        flags = DeviceArray(name="flags", data=np.zeros(2, np.uint32))
+        out, result = run_threads(
+            PUBLISH_THEN_READ_THE_SECOND.format(store=store),
+            threads=64,
+            extra=[flags],
+            parameters=".param .u64 flags",
+            schedule=schedule,
+        )
+        assert result.findings == ()
+        assert (result.memory["flags"] == 1).all()
+        return int(out[32, 0])
+
+    assert seen(Schedule(policy="earliest")) == seen(Schedule(policy="latest")) == 1
+    assert {seen(Schedule(policy="random", seed=seed)) for seed in range(60)} == {0, 1}

@@ -32,8 +32,9 @@ Not modelled
     functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` says how);
     caches, timing, bank conflicts, register counts (setmaxnreg is taken as done); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
-    the grid that griddepcontrol starts; order between lanes beyond .sync collectives, each of
-    which is taken to order its lanes' memory accesses
+    the grid that griddepcontrol starts; the elements of one lane's vector access acting one by
+    one (the lanes of a strong access do, under random schedules); order between lanes beyond
+    .sync collectives, each of which is taken to order its lanes' memory accesses
 """
 
 from build_kernels.emulator.emulator import Result, emulate

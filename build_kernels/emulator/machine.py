@@ -281,6 +281,10 @@ class Machine:
         else:
             quantum = QUANTUM
         warp = self.runnable.popleft() if policy != "latest" else self.runnable.pop()
+        if warp.rest:
+            warp.rest -= 1
+            self.runnable.append(warp)
+            return
         warp.queued = False
         self.steps += quantum
         warp.run(quantum)

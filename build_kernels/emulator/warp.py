@@ -88,7 +88,18 @@ class Exited:
 
 EXITED = Exited()
 
-Outcome = Wait | Exited | None
+
+@dataclass(frozen=True)
+class Partial:
+    """Returned by an instruction that only some lanes have executed.
+
+    left: those that have not; rest: how many of the warp's turns to pass over before they do."""
+
+    left: int
+    rest: int
+
+
+Outcome = Wait | Exited | Partial | None
 Run = Callable[["Warp"], Outcome]
 
 
@@ -106,7 +117,7 @@ class Fragment:
     timed_out: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pending:
     """A register that an asynchronous operation will write: not to be read before its wait.
 
@@ -196,6 +207,7 @@ class Warp:
         self.cluster_arrived = 0
         self.cluster_generation = 0
         self.queued = True
+        self.rest = 0
         self.budget = 0
 
     # ---- identity ----
@@ -356,6 +368,8 @@ class Warp:
                     if outcome is not None:
                         if isinstance(outcome, Wait):
                             self._block(fragment, outcome)
+                        elif isinstance(outcome, Partial):
+                            self._leave_behind(fragment, outcome)
                         elif not self._retire(fragment, bits):
                             fragment.pc += 1
                         break
@@ -389,6 +403,13 @@ class Warp:
         fragment.mask &= ~bits
         self.fragments.append(Fragment(target, bits))
         return True
+
+    def _leave_behind(self, fragment: Fragment, partial: Partial) -> None:
+        """Let other warps run before these lanes execute the fragment's instruction too."""
+        self.fragments.append(Fragment(fragment.pc + 1, fragment.mask & ~partial.left))
+        fragment.mask = partial.left
+        self.rest = partial.rest
+        self.budget = 0
 
     def _block(self, fragment: Fragment, wait: Wait) -> None:
         fragment.wait = wait

@@ -11,6 +11,7 @@ from build_kernels.emulator import floats
 from build_kernels.emulator.instructions.transfers import (
     barrier_as_data,
     hints,
+    lane_by_lane,
     space_of,
     write_bytes,
 )
@@ -133,4 +134,4 @@ def atomic(ins: Instruction, context: Context) -> Run:
         if write is not None:
             write(w, result, None)
 
-    return run
+    return lane_by_lane(run) if scope else run

@@ -20,7 +20,21 @@ from build_kernels.emulator.places import SPACES, Place, locate
 from build_kernels.emulator.release import order_of, synchronise_read, synchronise_write
 from build_kernels.emulator.syntax import TYPE_BITS, Address, Instruction
 from build_kernels.emulator.thread_access import ThreadAccess
-from build_kernels.emulator.warp import LANES, Array, Mask, Run, Warp
+from build_kernels.emulator.warp import (
+    LANES,
+    Array,
+    Mask,
+    Outcome,
+    Partial,
+    Run,
+    Warp,
+    indices_of,
+    lanes_of,
+)
+
+PARTED = 0.25  # share of strong accesses whose lanes do not act at one moment
+
+MAX_REST = 4  # turns of its warp that the rest of such an access may pass over
 
 POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
 
@@ -36,6 +50,29 @@ def hints(mods: Modifiers) -> bool:
             mods.left.remove(word)
             policy |= word == "L2::cache_hint"
     return policy
+
+
+def lane_by_lane(run: Run) -> Run:
+    """Let the lanes of a strong access act at different moments, under random schedules.
+
+    PTX orders nothing between threads of a warp, so others may see what some of a store's lanes
+    have written and the rest have not. (Of a weak access they cannot without a race.)"""
+
+    def some(w: Warp) -> Outcome:
+        machine = w.machine
+        count = w.bits.bit_count()
+        random = machine.random
+        if machine.schedule.policy != "random" or count == 1 or random.random() >= PARTED:
+            return run(w)
+        every = w.bits
+        # One comes first, one comes last, or half of them do: what is left may part again.
+        now = random.choice((1, count // 2, count - 1))
+        w.bits = sum(1 << lane for lane in random.sample(indices_of(every).tolist(), now))
+        w.active = lanes_of(w.bits)
+        run(w)
+        return Partial(every & ~w.bits, random.randrange(MAX_REST))
+
+    return some
 
 
 def space_of(mods: Modifiers) -> str:
@@ -91,7 +128,7 @@ def load(ins: Instruction, context: Context) -> Run:
                 taint = mine if mine.any() else None
             write(w, np.ascontiguousarray(values[:, i]), taint)
 
-    return run
+    return lane_by_lane(run) if scope else run
 
 
 def barrier_as_data(w: Warp, place: Place, state: Array) -> None:
@@ -160,7 +197,7 @@ def store(ins: Instruction, context: Context) -> Run:
         if not clean and space in ("", "global"):
             w.poisoned("a value stored to global memory", registers_of(sources))
 
-    return run
+    return lane_by_lane(run) if scope else run
 
 
 def write_bytes(

@@ -1,0 +1,28 @@
+"""Proof that the checks can fail: faults put into the project's own PTX, and who rejects them.
+
+A mutant changes the text of a built kernel. It is rejected by the emulated rung when a run has a
+finding, wrong ids or weights, or is refused; by the protocol rung when SentryWard names a fault.
+A mutant that both accept must carry the proof that it does no harm.
+
+    python -m build_kernels.mutants [--rung emulated] [--rung protocol] [--only NAME] [--json]
+
+prints the table mutant x rung and fails where one survives; `table.txt` is what it last printed.
+"""
+
+from __future__ import annotations
+
+from .faults import MUTANTS
+from .judge import RUNGS, Verdict, is_right, judge
+from .mutant import Edit, Mutant, MutantError, mutated
+
+__all__ = [
+    "MUTANTS",
+    "RUNGS",
+    "Edit",
+    "Mutant",
+    "MutantError",
+    "Verdict",
+    "is_right",
+    "judge",
+    "mutated",
+]

@@ -1,0 +1,157 @@
+"""`python -m build_kernels.mutants`: the table mutant x rung, and a failure where one survives."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import click
+
+from build_kernels.verify.artifact import ArtifactReadError, load_artifact
+from dsv4_router_runtime.artifacts import find_artifacts
+from dsv4_router_runtime.errors import RouterError
+
+from . import faults
+from .judge import ACCEPTED, REJECTED, RUNGS, UNDECIDED, Verdict, is_right, judge
+from .mutant import Mutant, MutantError
+
+Verdicts = dict[tuple[str, str], Verdict]
+
+
+@click.command("mutants")
+@click.option(
+    "--rung",
+    "rungs",
+    multiple=True,
+    type=click.Choice(RUNGS),
+    help="Ask only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
+)
+@click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The folder of built kernels. Default: artifacts/ of this checkout.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one for each CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def mutants_command(
+    rungs: tuple[str, ...],
+    only: tuple[str, ...],
+    artifacts: Path | None,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Put known faults into the built PTX and show which rung rejects each.
+
+    A mutant said to do no harm is put to the emulated rung, and must be accepted.
+    """
+    started = time.monotonic()
+    chosen = [m for m in faults.MUTANTS if not only or any(part in m.name for part in only)]
+    asked = [(mutant, rung) for mutant in chosen for rung in rungs or own_rungs(mutant)]
+    processes = jobs or len(os.sched_getaffinity(0))
+    verdicts: Verdicts = {}
+    try:
+        folder = artifacts or find_artifacts()
+        for verdict in judge_all(folder, asked, jobs=processes):
+            verdicts[verdict.mutant, verdict.rung] = verdict
+            done = f"[{len(verdicts)}/{len(asked)}]"
+            print(f"{done} {verdict.word} by {verdict.rung}: {verdict.mutant}", file=sys.stderr)
+    except (ArtifactReadError, RouterError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if as_json:
+        print(json.dumps([row(mutant, verdicts) for mutant in chosen], indent=1))
+    else:
+        print("\n".join(table(chosen, verdicts)))
+        seconds = round(time.monotonic() - started)
+        print(f"\n{summary(chosen, verdicts)}; {seconds} s in {processes} processes")
+    wrong = [(m.name, rung) for m, rung in asked if not is_right(m, verdicts[m.name, rung])]
+    for name, rung in wrong:
+        print(f"not as it must be, by {rung}: {name}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def own_rungs(mutant: Mutant) -> tuple[str, ...]:
+    """The rungs that must reject it; for a harmless one the one that must accept it."""
+    return mutant.rejected_by or ("emulated",)
+
+
+def judge_all(
+    folder: Path, asked: Sequence[tuple[Mutant, str]], *, jobs: int
+) -> Iterator[Verdict]:
+    """Each verdict as it comes. Proofs are started first: they are the long ones."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
+        in_order = sorted(asked, key=lambda pair: pair[1] != "protocol")
+        futures = [pool.submit(judge_one, folder, mutant.name, rung) for mutant, rung in in_order]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def judge_one(folder: Path, name: str, rung: str) -> Verdict:
+    """One verdict, in a process of the pool, which finds the mutant by its name."""
+    (mutant,) = (mutant for mutant in faults.MUTANTS if mutant.name == name)
+    try:
+        return judge(mutant, load_artifact(folder, mutant.artifact), rung)
+    except MutantError as error:
+        return Verdict(mutant=name, rung=rung, word=UNDECIDED, reason=str(error))
+
+
+def row(mutant: Mutant, verdicts: Verdicts) -> dict[str, Any]:
+    """A mutant and what was said of it, for JSON."""
+    said = {rung: verdicts[mutant.name, rung] for rung in RUNGS if (mutant.name, rung) in verdicts}
+    return {
+        "mutant": mutant.name,
+        "class": mutant.kind,
+        "artifact": mutant.artifact,
+        "rejected_by": list(mutant.rejected_by),
+        "harmless": mutant.harmless,
+        "verdicts": {
+            rung: {"word": verdict.word, "reason": verdict.reason} for rung, verdict in said.items()
+        },
+    }
+
+
+def table(mutants: Sequence[Mutant], verdicts: Verdicts) -> list[str]:
+    """Plain text, a line for each mutant, made to be kept: no schedule's details."""
+    rows: list[tuple[str, ...]] = [("mutant", "class", "kernel", *RUNGS)]
+    for mutant in mutants:
+        words = []
+        for rung in RUNGS:
+            verdict = verdicts.get((mutant.name, rung))
+            words.append(verdict.word if verdict else "")
+        rows.append((mutant.name, mutant.kind, mutant.artifact, *words))
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    proofs = [f"{mutant.name}: {mutant.harmless}." for mutant in mutants if mutant.harmless]
+    return [*lines, "", "Harmless, and accepted:", *proofs] if proofs else lines
+
+
+def summary(mutants: Sequence[Mutant], verdicts: Verdicts) -> str:
+    """How many there are, of how many classes, and what became of them."""
+    faulty = [mutant for mutant in mutants if not mutant.harmless]
+    words = {
+        mutant.name: {verdicts[pair].word for pair in verdicts if pair[0] == mutant.name}
+        for mutant in mutants
+    }
+    rejected = sum(REJECTED in words[mutant.name] for mutant in faulty)
+    accepted = sum(words[m.name] == {ACCEPTED} for m in mutants if m.harmless)
+    return (
+        f"{rejected} of {len(faulty)} faults rejected, of {len({m.kind for m in faulty})} classes; "
+        f"{accepted} of {len(mutants) - len(faulty)} harmless changes accepted"
+    )

@@ -1,0 +1,79 @@
+"""Ask a rung about a mutant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from build_kernels.verify import emulated, protocol
+from build_kernels.verify.artifact import Artifact
+from build_kernels.verify.evidence import FAILED, NOT_RUN, PASSED
+
+from .mutant import Mutant, mutated
+
+RUNGS = ("emulated", "protocol")
+
+REJECTED = "rejected"
+ACCEPTED = "accepted"
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one rung said of one mutant.
+
+    word: rejected, accepted, or undecided where the tool cannot follow the kernel, or complains of
+    something else than this fault. reason: its first complaint, or why it has none.
+    """
+
+    mutant: str
+    rung: str
+    word: str
+    reason: str
+
+
+def judge(mutant: Mutant, artifact: Artifact, rung: str) -> Verdict:
+    """Ask one rung about one mutant."""
+    ptx = mutated(mutant, artifact.ptx)
+    verdict = _emulate if rung == "emulated" else _prove
+    word, reason = verdict(mutant, replace(artifact, ptx=ptx))
+    return Verdict(mutant=mutant.name, rung=rung, word=word, reason=reason)
+
+
+def is_right(mutant: Mutant, verdict: Verdict) -> bool:
+    """Is this what the mutant's author says the rung must answer?"""
+    if mutant.harmless:
+        return verdict.word == ACCEPTED
+    return verdict.word == REJECTED or verdict.rung not in mutant.rejected_by
+
+
+def _emulate(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
+    from build_kernels.emulator import EmulatorError, Schedule
+
+    inputs = emulated.make_inputs(artifact.kernel, mutant.case)
+    for policy, seed in mutant.schedules:
+        schedule = Schedule(policy=policy, seed=seed)
+        try:
+            outcome = emulated.run(
+                artifact.kernel, artifact.ptx, inputs, schedule, tensor_map_changes=mutant.maps
+            )
+        except EmulatorError as error:
+            return REJECTED, f"refused: {error}"
+        if outcome.problems:
+            to_the_point = [text for text in outcome.problems if mutant.complaint in text]
+            if to_the_point:
+                return REJECTED, f"{policy} {seed}: {to_the_point[0]}"
+            return UNDECIDED, f"{policy} {seed}, another fault: {outcome.problems[0]}"
+    return ACCEPTED, f"no complaint under {len(mutant.schedules)} schedules"
+
+
+def _prove(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
+    case = protocol.Case(
+        num_tokens=mutant.case.num_tokens,
+        num_experts=mutant.case.num_experts,
+        top_k=mutant.case.top_k,
+        k=mutant.case.k,
+        rewrites=protocol.rewrites_for(artifact.kernel),
+    )
+    result = protocol.prove(artifact, (case,), tensor_map_changes=mutant.maps)
+    words = {PASSED: ACCEPTED, FAILED: REJECTED, NOT_RUN: UNDECIDED}
+    return words[result.status], result.reason or "race_free"

@@ -1,0 +1,71 @@
+"""A mutant: one fault, as changes of a built kernel's PTX or of its tensor maps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from build_kernels.verify import emulated
+
+# Adversarial enough for a fault that the happens-before checks see, or that spoils the answer.
+SCHEDULES = (("latest", 0), ("earliest", 0), ("random", 1), ("random", 2))
+
+
+class MutantError(Exception):
+    """A mutant whose pattern is not in the kernel any more: it has to be written anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of the text: every match of `pattern`, or the one numbered `nth` from 0."""
+
+    pattern: str
+    replacement: str | Callable[[re.Match], str]
+    nth: int | None = None
+
+    def __call__(self, ptx: str) -> str:
+        matches = list(re.finditer(self.pattern, ptx))
+        chosen = matches if self.nth is None else matches[self.nth : self.nth + 1]
+        if not chosen:
+            raise MutantError(f"match {self.nth} of {self.pattern!r} is not in the PTX")
+        pieces, end = [], 0
+        for match in chosen:
+            new = self.replacement
+            pieces += [ptx[end : match.start()], new(match) if callable(new) else match.expand(new)]
+            end = match.end()
+        return "".join(pieces) + ptx[end:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One fault, or a change that does no harm.
+
+    kind: its class. edits: to the PTX. maps: fields of tensor maps to change, by parameter.
+    case: what it is run on, under `schedules`. rejected_by: the rungs that must reject it, as
+    measured; a rung that is left out was measured to accept it or cannot be asked. complaint: words
+    that the emulated rung's complaint must hold, where another one would be about something else.
+    harmless: the proof, for a mutant that every rung rightly accepts.
+    """
+
+    name: str
+    kind: str
+    artifact: str
+    rejected_by: tuple[str, ...]
+    edits: tuple[Edit, ...] = ()
+    maps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    case: emulated.Case
+    schedules: tuple[tuple[str, int], ...] = SCHEDULES
+    complaint: str = ""
+    harmless: str = ""
+
+
+def mutated(mutant: Mutant, ptx: str) -> str:
+    """The kernel's text with the fault in it; MutantError if the kernel has outgrown the mutant."""
+    for edit in mutant.edits:
+        try:
+            ptx = edit(ptx)
+        except MutantError as error:
+            raise MutantError(f"{mutant.name}: {error}") from None
+    return ptx

@@ -595,3 +595,39 @@ def test_a_seed_fixes_the_run():
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+# ---- dynamic shared memory ----
+
+WRITES_BYTE_1023 = """
+    mov.b32 %r1, pool;
+    shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;
+    add.s32 %r3, %r2, 1000;
+    {access}
+"""
+
+
+@pytest.mark.parametrize(
+    ("access", "needed"),
+    [
+        ("st.shared.u32 [%r3+20], %r0;", 1024),
+        ("st.shared.v2.u32 [%r3+16], {%r0, %r0};", 1024),
+        ("mbarrier.init.shared.b64 [%r3+16], 1;", 1024),
+        # Reached or not: nobody gives so little to a kernel that has such an instruction.
+        ("@%p1 bra OVER; st.shared.u8 [pool+1023], %r0; OVER:", 1024),
+        # Through a register that is written twice nothing is known.
+        ("mov.b32 %r4, %r3; setp.eq.u32 %p1, %r0, 99; @%p1 add.s32 %r4, %r4, 9000;", 0),
+    ],
+)
+def test_less_dynamic_shared_memory_than_is_addressed_is_refused(access: str, needed: int) -> None:
+    body = WRITES_BYTE_1023.replace("{access}", "setp.ne.u32 %p1, %r0, 99; " + access)
+    module_text = ".extern .shared .align 16 .b8 pool[];"
+
+    def run(size: int) -> Result:
+        _, result = run_threads(body, threads=1, globals_=module_text, dynamic_shared_bytes=size)
+        return result
+
+    run(needed)
+    if needed:
+        with pytest.raises(LaunchError, match=rf"dynamic_shared_bytes: PTX line \d+ .* {needed} "):
+            run(needed - 1)

@@ -25,6 +25,7 @@ from build_kernels.emulator.machine import Machine
 from build_kernels.emulator.memory import Memory
 from build_kernels.emulator.operands import Context
 from build_kernels.emulator.ptx import parse
+from build_kernels.emulator.reach import check_reach
 from build_kernels.emulator.syntax import Instruction, Kernel
 from build_kernels.emulator.variables import place_variables
 from build_kernels.emulator.warp import Decoded
@@ -68,6 +69,7 @@ def emulate(
     parsed = _parsed(ptx, launch.kernel)
     kernel = replace(parsed, instructions=list(parsed.instructions))
     check_launch(kernel, launch)
+    check_reach(kernel, launch)
     packed = pack(kernel, arguments)
     machine = Machine(kernel, launch, packed, schedule or Schedule())
     placed = place_variables(machine, kernel, launch)

@@ -17,6 +17,7 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(b8|u32|s32|b32|f32|u64|b64|s64|f64)\b[^,\[]*(?:\[(\d+)\])?"
 )
 _TARGET = re.compile(r"^\.target\s+(\w+)", re.M)
+_BLOCK = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 _INSTRUCTION = re.compile(
     r"(?:^|[;{}])\s*(?:[\w$]+:(?!:)\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:[.:]+\w+)*)", re.M
 )
@@ -100,6 +101,15 @@ def ptx_target(ptx: str) -> str:
     if len(found) != 1:
         raise ArtifactReadError(f"expected one .target in the PTX (found {found})")
     return str(found[0])
+
+
+def bounded_block(ptx: str) -> tuple[int, int, int] | None:
+    """The block that the PTX requires (.reqntid) or is bounded to (.maxntid), if it says so."""
+    found = _BLOCK.search(_COMMENT.sub("", ptx))
+    if found is None:
+        return None
+    x, y, z = (int(number or 1) for number in found.groups())
+    return x, y, z
 
 
 def ptx_entry(ptx: str) -> tuple[str, tuple[PtxParameter, ...]]:

@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from build_kernels.specs import KERNELS
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, encoded_map, is_decode
+from .artifact import Artifact, bounded_block, encoded_map, is_decode
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     for package, extra in (("numpy", "verify"), ("torch", "torch")):
         if find_spec(package) is None:
             return not_run(f"{package} is not installed: it is in this project's extra `{extra}`")
-    from build_kernels.emulator import Schedule
+    from build_kernels.emulator import EmulatorError, Schedule
 
-    kernel = artifact.kernel
+    kernel, scope = artifact.kernel, QUICK if quick else FULL
     cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
     schedules = QUICK_SCHEDULES if quick else FULL_SCHEDULES
     runs = 0
@@ -143,12 +144,15 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
             schedule = Schedule(policy=policy, seed=seed)
             if alone:
                 schedule = replace(schedule, resident_ctas=prod(kernel.launch.cluster))
-            outcome = run(kernel, artifact.ptx, inputs, schedule)
+            try:
+                outcome = run(kernel, artifact.ptx, inputs, schedule)
+            except EmulatorError as error:
+                return Result(status=FAILED, scope=scope, reason=f"{case}: refused: {error}")
             if outcome.problems:
                 problems = "; ".join(outcome.problems[:3])
                 return Result(
                     status=FAILED,
-                    scope=QUICK if quick else FULL,
+                    scope=scope,
                     reason=f"{case}, schedule {policy} {seed}: {problems}",
                     figures={"runs_before": runs},
                 )
@@ -163,7 +167,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         "runs": runs,
         "worst_weight_error": float(f"{worst:.2g}"),
     }
-    return Result(status=PASSED, scope=QUICK if quick else FULL, figures=figures)
+    return Result(status=PASSED, scope=scope, figures=figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,11 +289,15 @@ def run(
 ) -> Outcome:
     """Emulate one launch and hold it against the reference.
 
-    tensor_map_changes: fields of the emulator's TensorMap to change, by parameter name.
-    approximate: a GPU's own results for approximate instructions; see `emulate`.
+    tensor_map_changes: fields of the emulator's TensorMap to change, by parameter name: faults to
+    put in, which nothing here refuses. approximate: a GPU's own results for approximate
+    instructions; see `emulate`. LaunchError, with nothing run, for a case, a launch, a box or an
+    array that does not fit the kernel.
     """
     from build_kernels.emulator import Launch, emulate
 
+    check_fit(kernel, ptx, inputs.case)
+    _check_shapes(inputs)
     case, launch = inputs.case, kernel.launch
     arrays = _device_arrays(kernel, inputs)
     grid = grid_of(launch, num_tokens=case.num_tokens, num_experts=case.num_experts)
@@ -319,6 +327,49 @@ def run(
         weights=result.memory["out_weights"][:, : case.top_k],
         ids=result.memory["out_ids"][:, : case.top_k],
     )
+
+
+def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
+    """LaunchError unless the manifest's entry launches the kernel as it was written to be.
+
+    The grid, the cluster, the tiles and the boxes must be its source's; the block the one that the
+    PTX is bounded to; the case in its range. (Dynamic shared memory is the emulator's to check.)
+    """
+    from build_kernels.emulator import LaunchError
+
+    problem, launch = kernel.problem, kernel.launch
+    for what, value, allowed in (
+        ("num_tokens", case.num_tokens, problem.num_tokens),
+        ("num_experts", case.num_experts, problem.num_experts),
+        ("top_k", case.top_k, problem.top_k),
+    ):
+        if value not in allowed:
+            raise LaunchError(f"{kernel.key}: {what}: expected {allowed} (got {value})")
+    if is_decode(kernel) and (case.k < 1 or case.k % problem.k_multiple):
+        raise LaunchError(
+            f"{kernel.key}: k: expected a multiple of {problem.k_multiple} (got {case.k})"
+        )
+    if case.top_k > case.num_experts:
+        raise LaunchError(f"{kernel.key}: top_k {case.top_k} of {case.num_experts} experts")
+    spec = next((spec for spec in KERNELS if spec.name == kernel.name), None)
+    if spec is None:
+        raise LaunchError(f"no source makes a kernel {kernel.name}")
+    names = ("cluster", "grid", "k_splits", "expert_tile", "token_tile")
+    compared = [(f"launch.{name}", getattr(launch, name), getattr(spec, name)) for name in names]
+    compared.append(("launch.block", launch.block, bounded_block(ptx) or launch.block))
+    found = {parameter.name: parameter for parameter in kernel.parameters}
+    compared.append(("parameters", list(found), [wanted.name for wanted in spec.parameters]))
+    for wanted in spec.parameters:
+        if wanted.name in found:
+            at, got = f"parameters.{wanted.name}", found[wanted.name]
+            compared.append((f"{at}.tensor_map", got.tensor_map, wanted.tensor_map))
+            compared.append((f"{at}.scratch", got.scratch, wanted.scratch))
+    for what, has, expected in compared:
+        if has != expected:
+            raise LaunchError(
+                f"{kernel.key}: {what}: the manifest has {has}, its source {expected}; "
+                "make both anew with `build-kernels build`"
+            )
 
 
 def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
@@ -359,6 +410,22 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     return {
         name: DeviceArray(name=name, data=data, **facts) for name, (data, facts) in contents.items()
     }
+
+
+def _check_shapes(inputs: Inputs) -> None:
+    """LaunchError for a tensor that the launch would read beyond, or not to its end."""
+    from build_kernels.emulator import LaunchError
+
+    case = inputs.case
+    shapes = {
+        "hidden_states": (case.num_tokens, case.k),
+        "W_gate": (case.k, case.num_experts),
+        "logits": (case.num_tokens, case.num_experts),
+        "e_bias": (case.num_experts,),
+    }
+    for name, tensor in inputs.tensors.items():
+        if tensor.shape != shapes[name]:
+            raise LaunchError(f"{name}: expected the shape {shapes[name]} (got {tensor.shape})")
 
 
 def _with_aligned_rows(rows: Array) -> Array:

@@ -48,7 +48,7 @@ def pytest_configure(config):
     if path := config.getoption("--record"):
         from hardware_record import HardwareRecord
 
-        config.pluginmanager.register(HardwareRecord(path))
+        config.pluginmanager.register(HardwareRecord(path), "hardware-record")
 
 
 def why_no_gpu() -> str | None:
@@ -75,6 +75,17 @@ def pytest_collection_modifyitems(items):
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def record_cases(request):
+    """For a gpu test of several cases: call it with their number, after their launches.
+
+    It counts for the artifacts launched since the last call. A test that never calls it is one
+    case of each artifact that it launched.
+    """
+    record = request.config.pluginmanager.get_plugin("hardware-record")
+    return record.tally.count if record else lambda number=1: None
 
 
 @pytest.fixture

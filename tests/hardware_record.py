@@ -1,6 +1,7 @@
 """`pytest -m gpu --record FILE`: what ran on which cubin, for `build-kernels verify --record FILE`.
 
-A case is a test function; it counts for the artifacts that it launched, found by watching launches.
+A test is one case for each artifact that it launched, found by watching launches; a test of several
+cases says so with the fixture `record_cases`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,54 @@ from build_kernels.verify.hardware import Record, append_record
 from dsv4_router_runtime import driver
 
 
+class Tally:
+    """Cases by artifact and test, of launches told as they happen."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.failed: dict[str, set[str]] = defaultdict(set)
+        self._launched: set[str] = set()
+        self._counted: dict[str, int] = defaultdict(int)
+
+    def launched(self, artifact: str) -> None:
+        self._launched.add(artifact)
+
+    def count(self, number: int = 1) -> None:
+        """That many cases, of each artifact launched since the last count."""
+        for artifact in self._launched:
+            self._counted[artifact] += number
+        self._launched.clear()
+
+    def end(self, test: str, name: str, *, failed: bool) -> None:
+        """The test is over; what it launched and did not count is one case. name: the item's."""
+        for artifact in self._launched - set(self._counted):
+            self._counted[artifact] = 1
+        for artifact, number in self._counted.items():
+            self.cases[artifact][test] += number
+            if failed:
+                self.failed[artifact].add(name)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was launched outside a test's own call is no case."""
+        self._launched.clear()
+        self._counted.clear()
+
+
 class HardwareRecord:
     """Watches launches from its making on; writes one record per launched artifact at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kernels: dict = {}
-        self.launched: set = set()
-        self.cases: dict = defaultdict(lambda: defaultdict(int))
-        self.failed: dict = defaultdict(set)
+        self.tally = Tally()
         # The class is changed, not an object: sites are made later, and keep a bound launch.
         launch = driver.LaunchSite.launch
 
         def watched(site: driver.LaunchSite) -> None:
             kernel = site.block.kernel
             self.kernels[kernel.key] = kernel
-            self.launched.add(kernel.key)
+            self.tally.launched(kernel.key)
             launch(site)
 
         driver.LaunchSite.launch = watched
@@ -39,23 +72,20 @@ class HardwareRecord:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if call.when == "call" and item.get_closest_marker("gpu"):
-            for key in self.launched:
-                self.cases[key][item.originalname] += 1
-                if report.failed:
-                    self.failed[key].add(item.name)
+            self.tally.end(item.originalname, item.name, failed=report.failed)
         if call.when == "teardown":
-            self.launched.clear()
+            self.tally.forget()
         return report
 
     def pytest_sessionfinish(self) -> None:
-        if not self.cases:
+        if not self.tally.cases:
             return
         import torch
 
         version = driver.checked(
             "reading the driver's version", driver.bindings().cuDriverGetVersion()
         )
-        for key, counts in sorted(self.cases.items()):
+        for key, counts in sorted(self.tally.cases.items()):
             kernel = self.kernels[key]
             record = Record(
                 artifact=key,
@@ -65,7 +95,7 @@ class HardwareRecord:
                 arch=driver.arch_of_device(0),
                 driver=f"CUDA {version // 1000}.{version % 1000 // 10}",
                 date=datetime.date.today().isoformat(),
-                cases=tuple(f"{name}: {count}" for name, count in sorted(counts.items())),
-                failed=tuple(sorted(self.failed[key])),
+                cases=dict(sorted(counts.items())),
+                failed=tuple(sorted(self.tally.failed[key])),
             )
             append_record(self.path, record)

@@ -151,7 +151,9 @@ def test_top_k(random, top_k, num_tokens):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 63, 64, 65, 509])
 @pytest.mark.parametrize("k", [64, 192, 1024, 1088, 6144])
-def test_few_blocks_of_k_and_odd_numbers_of_experts(random, k, num_experts, layout):
+def test_few_blocks_of_k_and_odd_numbers_of_experts(
+    random, record_cases, k, num_experts, layout
+):
     """K = 64 is one block for all K splits together: most of them have nothing to add."""
     top_k = min(8, num_experts)
     x, W, bias = integers(random, 19, k, num_experts, layout)
@@ -160,6 +162,7 @@ def test_few_blocks_of_k_and_odd_numbers_of_experts(random, k, num_experts, layo
         weights, ids = route(router, x[rows], top_k)
         unclear = check(weights, ids, logits_of(x[rows], W), bias, 1.0, top_k)
         assert unclear <= (1 if num_experts > 60 else 19)
+        record_cases()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -175,7 +178,16 @@ def test_few_blocks_of_k_and_odd_numbers_of_experts(random, k, num_experts, layo
     number=st.integers(0, 2**31),
 )
 def test_any_shape(
-    num_tokens, blocks, num_experts, top_k, layout, spare, x_padding, w_padding, number
+    record_cases,
+    num_tokens,
+    blocks,
+    num_experts,
+    top_k,
+    layout,
+    spare,
+    x_padding,
+    w_padding,
+    number,
 ):
     """Views into larger tensors, for operands and outputs alike, of any shape that is allowed."""
     random = torch.Generator(device="cuda").manual_seed(number)
@@ -190,6 +202,7 @@ def test_any_shape(
     check(weights, ids, logits_of(x, W), bias, 1.5, top_k)
     sums = weights.double().sum(1)
     assert ((sums - 1.5).abs() < 1e-5).logical_or(sums < 1.5).all()
+    record_cases()
 
 
 def test_the_oracle_does_not_depend_on_the_gpu(random):
@@ -301,7 +314,7 @@ def test_rows_of_infinity(random, num_tokens):
 
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 16, 40, 64, 65, 200])
-def test_graph_replays_with_new_inputs(random, num_tokens, pdl):
+def test_graph_replays_with_new_inputs(random, record_cases, num_tokens, pdl):
     """Three layers in a graph, replayed on inputs that the capture never saw."""
     layers = [integers(random, num_tokens, 4096, 256) for _ in range(3)]
     routers = [bound(W, bias, 1.5, 6, pdl=pdl) for _, W, bias in layers]
@@ -317,6 +330,7 @@ def test_graph_replays_with_new_inputs(random, num_tokens, pdl):
         torch.cuda.synchronize()
         for (_, W, bias), (weights, ids) in zip(layers, outs, strict=True):
             check(weights, ids, logits_of(x, W), bias, 1.5, 6)
+    record_cases(len(layers) ** 2)
 
 
 def test_graph_without_prepared_scratch(random):
@@ -419,7 +433,7 @@ def test_from_a_thread_that_never_used_cuda(random):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_tokens_bits_do_not_depend_on_its_batch(random, model, layout):
+def test_a_tokens_bits_do_not_depend_on_its_batch(random, record_cases, model, layout):
     """Every token alone, and then in every number of tokens up to 64, at shuffled rows."""
     k, num_experts, top_k, scale = MODELS[model]
     x, W, bias = gaussian(random, 64, k, num_experts, layout)
@@ -427,11 +441,13 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(random, model, layout):
     alone = [route(router, x[row : row + 1], top_k) for row in range(64)]
     weights = torch.cat([w for w, _ in alone])
     ids = torch.cat([i for _, i in alone])
+    record_cases(64)
     for num_tokens in range(2, 65):
         rows = torch.randperm(64, generator=random, device="cuda")[:num_tokens]
         got_weights, got_ids = route(router, x[rows].contiguous(), top_k)
         assert torch.equal(got_weights, weights[rows])
         assert torch.equal(got_ids, ids[rows])
+        record_cases()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 1000])
@@ -467,7 +483,7 @@ def test_back_to_back_dependents(random):
 
 @pytest.mark.parametrize("num_tokens", [6, 40, 200])
 @pytest.mark.parametrize(("num_experts", "layout"), [(256, "kmajor"), (132, "emajor")])
-def test_dense_router_dispatch(random, num_experts, layout, num_tokens):
+def test_dense_router_dispatch(random, record_cases, num_experts, layout, num_tokens):
     x, W, bias = integers(random, num_tokens, 4096, num_experts, layout)
     out = outputs(num_tokens, 6)
     dense_router_dispatch(x, W, bias, 1.5, 6, *out)
@@ -476,6 +492,7 @@ def test_dense_router_dispatch(random, num_experts, layout, num_tokens):
     bias.neg_()
     dense_router_dispatch(x, W, bias, 1.5, 6, *out)
     check(*out, logits_of(x, W), bias, 1.5, 6)
+    record_cases(2)
 
 
 def test_weights_changed_in_place(random):

@@ -3,6 +3,10 @@
 Nothing is run here. A test run on a GPU machine writes records with `append_record`; the file is
 brought here and merged with `build-kernels verify --record FILE`. A record names the bytes it was
 measured on, so one of other bytes is refused.
+
+Records add up: a run on another GPU, driver or day is one more record, and what failed once on
+these bytes stays failed, whatever passed later. A record that was wrong (a fault of the test's) is
+taken out of evidence.json by hand, in a change that says why.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dsv4_router_runtime.manifest import Kernel
 
 from .artifact import Artifact
-from .evidence import FAILED, PASSED, EvidenceError, Result, not_run
+from .evidence import FAILED, NOT_RUN, PASSED, EvidenceError, Result, not_run
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,8 @@ class Record:
     """One test run of one cubin on one GPU.
 
     gpu: the device's name. arch: its architecture, such as sm_90a, as the driver says. driver: the
-    CUDA driver's version, or the kernel module's. date: YYYY-MM-DD. cases: what was run, one word
-    or sentence for each. failed: those that failed.
+    CUDA driver's version, or the kernel module's. date: YYYY-MM-DD. cases: test -> how many cases
+    it ran on this artifact. failed: the tests that failed, with their parameters.
     """
 
     artifact: str
@@ -37,7 +42,7 @@ class Record:
     arch: str
     driver: str
     date: str
-    cases: tuple[str, ...]
+    cases: Mapping[str, int]
     failed: tuple[str, ...] = ()
 
 
@@ -63,19 +68,25 @@ def read_records(path: Path) -> tuple[Record, ...]:
         return tuple(_record(item) for item in document["records"])
     except OSError as error:
         raise EvidenceError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvidenceError(f"{path}: not a file of GPU test records ({error!r})") from error
 
 
 def _record(item: Mapping) -> Record:
-    lists = {name: tuple(str(case) for case in item[name]) for name in ("cases", "failed")}
-    if not lists["cases"]:
+    cases = {str(test): int(count) for test, count in item["cases"].items()}
+    if not cases or min(cases.values()) < 1:
         raise ValueError(f"the record of {item['artifact']} names no case")
-    return Record(**{**item, **lists})
+    failed = tuple(str(test) for test in item["failed"])
+    return Record(**{**item, "cases": cases, "failed": failed})
 
 
-def result_of(kernel: Kernel, records: Iterable[Record]) -> Result | None:
-    """The rung's result from the records of exactly these bytes; None if there is none."""
+def result_of(
+    kernel: Kernel, records: Iterable[Record], stored: Result | None = None
+) -> Result | None:
+    """The rung's result from what is stored and the records of exactly these bytes.
+
+    None if there is no record of them, so that the stored result stands.
+    """
     mine = [
         record
         for record in records
@@ -83,20 +94,50 @@ def result_of(kernel: Kernel, records: Iterable[Record]) -> Result | None:
     ]
     if not mine:
         return None
-    runs = [
-        {
-            "gpu": record.gpu,
-            "driver": record.driver,
-            "date": record.date,
-            "cases": len(record.cases),
-            "failed": list(record.failed),
-        }
-        for record in sorted(mine, key=lambda r: (r.gpu, r.driver, r.date))
-    ]
-    figures = {"records": runs, "cases": sorted({case for r in mine for case in r.cases})}
-    if failed := sorted({case for record in mine for case in record.failed}):
+    runs = list(stored.figures["records"]) if stored and stored.status != NOT_RUN else []
+    for record in mine:
+        _add(runs, _run_of(record))
+    runs.sort(key=_key)
+    figures = {"records": runs, "cases": sum(run["cases"] for run in runs)}
+    if failed := sorted({test for run in runs for test in run["failed"]}):
         return Result(status=FAILED, reason="; ".join(failed), figures=figures)
     return Result(status=PASSED, figures=figures)
+
+
+def _run_of(record: Record) -> dict[str, Any]:
+    """A record as the evidence keeps it."""
+    return {
+        "gpu": record.gpu,
+        "arch": record.arch,
+        "driver": record.driver,
+        "date": record.date,
+        "cases": sum(record.cases.values()),
+        "tests": dict(record.cases),
+        "failed": sorted(record.failed),
+    }
+
+
+def _key(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """What makes two runs the same one, told in two files or by two commands."""
+    return tuple(str(run.get(name, "")) for name in ("gpu", "driver", "arch", "date"))
+
+
+def _add(runs: list[dict[str, Any]], new: dict[str, Any]) -> None:
+    """Add a run, or what it ran and failed to the run of the same GPU, driver and day.
+
+    A test that both name was run again: the larger count stands, and either's failures.
+    """
+    for place, old in enumerate(runs):
+        if _key(old) == _key(new) and "tests" in old:
+            tests = {
+                test: max(old["tests"].get(test, 0), new["tests"].get(test, 0))
+                for test in sorted({*old["tests"], *new["tests"]})
+            }
+            failed = sorted({*old["failed"], *new["failed"]})
+            cases = sum(tests.values())
+            runs[place] = {**old, "tests": tests, "cases": cases, "failed": failed}
+            return
+    runs.append(new)
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:

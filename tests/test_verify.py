@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,13 +18,16 @@ from conftest import decode_kernel, sample_manifest, topk_kernel
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from click.testing import CliRunner
+from hardware_record import Tally
 
 from build_kernels import compilers
 from build_kernels.build import make_plan, run_build
 from build_kernels.specs import KERNELS
 from build_kernels.verify import (
+    RUNGS,
     Evidence,
     Result,
+    checkers,
     emulated,
     hardware,
     lint,
@@ -42,11 +46,25 @@ from build_kernels.verify.artifact import (
     ptx_entry,
     ptx_opcodes,
 )
-from build_kernels.verify.climb import Outcome, climb_one, is_failure, without_target
+from build_kernels.verify.climb import (
+    Outcome,
+    climb_one,
+    is_failure,
+    text_and_launch,
+    without_target,
+)
+from build_kernels.verify.command import cell
 from build_kernels.verify.evidence import EvidenceError, not_run, write_evidence
 
 KERNEL = topk_kernel()
-PASSED = Result(status="passed", figures={"launches": 3}, assumptions=("one launch at a time",))
+# By the present checker of the rung that most of these tests are about.
+JUDGE = checkers.present("protocol")
+PASSED = Result(
+    status="passed",
+    figures={"launches": 3},
+    assumptions=("one launch at a time",),
+    checker=JUDGE,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +104,15 @@ def test_no_file_is_no_evidence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hash_name", ["cubin_sha256", "ptx_sha256"])
 def test_evidence_does_not_outlive_the_bytes(hash_name: str) -> None:
-    evidence = Evidence().with_result(KERNEL, "structure", PASSED)
+    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
     rebuilt = replace(KERNEL, **{hash_name: "f" * 64})
-    assert standing(evidence, KERNEL)["structure"] == "passed"
-    assert standing(evidence, rebuilt)["structure"] == "not run"
+    assert standing(evidence, KERNEL)["protocol"] == "passed"
+    assert standing(evidence, rebuilt)["protocol"] == "not run"
     assert evidence.only([rebuilt]) == Evidence()
 
 
 QUICK = replace(PASSED, scope="quick")
-FAILED = Result(status="failed", reason="a race")
+FAILED = Result(status="failed", reason="a race", checker=JUDGE)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +134,61 @@ def test_a_run_that_says_less_does_not_erase_one_that_says_more(
     old: Result, new: Result, kept: Result
 ) -> None:
     evidence = Evidence().with_result(KERNEL, "protocol", old)
-    assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == kept
+    assert evidence.with_result(KERNEL, "protocol", new).stored(KERNEL)["protocol"] == kept
+
+
+@pytest.mark.parametrize(
+    "judge",
+    ["", "protocol 0, sentryward 0.1.1", "emulated 1", "protocol 1, sentryward 0.0.9"],
+)
+@pytest.mark.parametrize("old", [PASSED, FAILED])
+def test_evidence_does_not_outlive_its_checker(
+    old: Result, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkers, "_version", lambda distribution: "0.1.1")
+    stale = replace(old, checker=judge)
+    evidence = Evidence().with_result(KERNEL, "protocol", stale)
+    assert standing(evidence, KERNEL)["protocol"] == "not run"
+    assert evidence.of(KERNEL) == {}
+    assert evidence.stored(KERNEL)["protocol"] == stale
+    for new in (QUICK, not_run("out of time"), PASSED):
+        new = replace(new, checker=checkers.present("protocol"))
+        assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == new
+    # What GPUs did stays done, whoever reads the records.
+    assert "hardware" not in checkers.CHECKERS
+    ran = hardware.result_of(KERNEL, [_record()])
+    assert ran is not None
+    assert Evidence().with_result(KERNEL, "hardware", ran).of(KERNEL)["hardware"] == ran
+
+
+def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that only lists the evidence need not have the tools that made it."""
+    assert set(checkers.CHECKERS) == set(RUNGS) - {"hardware"}
+    monkeypatch.setattr(checkers, "_version", lambda distribution: None)
+    assert checkers.present("protocol") == f"protocol {checkers.CHECKERS['protocol'].number}"
+    assert checkers.is_present("protocol", "protocol 1, sentryward 0.1.1")
+    assert not checkers.is_present("protocol", "protocol 0, sentryward 0.1.1")
+
+
+def test_a_result_names_its_checker_and_a_stale_one_says_so(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "artifacts"
+    shutil.copytree(artifacts, folder)
+    (kernel,) = {item.artifact for item in verify(folder, rungs=["structure"])}
+    path = folder / "evidence.json"
+    (entry,) = read_evidence(path).entries.values()
+    assert entry.rungs["structure"].checker == checkers.present("structure")
+    newer = replace(checkers.CHECKERS["structure"], number=99)
+    monkeypatch.setitem(checkers.CHECKERS, "structure", newer)
+    by_rung = {item.rung: item.result for item in verify(folder, rungs=["hardware"])}
+    assert by_rung["structure"].status == "not run"
+    assert f"{entry.rungs['structure'].checker} is not the present checker" in (
+        by_rung["structure"].reason
+    )
+    assert kernel == "router_topk.sm_100a"
 
 
 def test_a_result_that_shows_nothing_says_why() -> None:
@@ -140,6 +212,11 @@ def test_a_result_that_shows_nothing_says_why() -> None:
         ' "ptx_sha256": "0", "rungs": {"lint": {"status": "ok", "scope": "full"}}}]}',
         '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
         ' "ptx_sha256": "0", "rungs": {"proved": {"status": "passed", "scope": "full"}}}]}',
+        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
+        ' "ptx_sha256": "0", "rungs": {"hardware": {"status": "passed", "scope": "full"}}}]}',
+        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
+        ' "ptx_sha256": "0", "rungs": {"hardware": {"status": "failed", "scope": "full",'
+        ' "reason": "x", "figures": {"records": [{"cases": 3}]}}}}]}',
     ],
 )
 def test_an_unreadable_evidence_file_is_an_error_and_not_no_evidence(
@@ -147,8 +224,41 @@ def test_an_unreadable_evidence_file_is_an_error_and_not_no_evidence(
 ) -> None:
     path = tmp_path / "evidence.json"
     path.write_text(text)
-    with pytest.raises(EvidenceError, match=r"evidence\.json"):
+    with pytest.raises(EvidenceError, match=r"evidence\.json") as caught:
         read_evidence(path)
+    # To delete it would lose what GPUs did.
+    assert "restore it with git" in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+ADD_ONE = """
+import sys
+from pathlib import Path
+from conftest import topk_kernel
+from dataclasses import replace
+from build_kernels.verify import Result, evidence
+path, number = Path(sys.argv[1]), int(sys.argv[2])
+for step in range(40):
+    kernel = replace(topk_kernel(), cubin_sha256=f"{number * 1000 + step:064d}")
+    add = lambda known: known.with_result(kernel, "lint", Result(status="passed"))
+    evidence.update_evidence(path, add)
+"""
+
+
+def test_two_runs_on_one_folder_keep_what_both_found(tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    path = folder / "evidence.json"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADD_ONE, str(path), str(number)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        for number in (1, 2, 3)
+    ]
+    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0]
+    assert len(read_evidence(path).entries) == 3 * 40
+    assert [item.name for item in folder.iterdir()] == ["evidence.json"]
 
 
 # ---------------------------------------------------------------- structure
@@ -205,6 +315,19 @@ def test_the_structure_rung_names_what_differs(topk: Artifact, what: str) -> Non
     assert what in result.reason
 
 
+def test_a_disassembler_that_hangs_is_not_run_and_not_failed(
+    topk: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "nvdisasm"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(structure.cubin, "nvdisasm", lambda: slow)
+    monkeypatch.setattr(structure, "TIMEOUT_SECONDS", 0.2)
+    result = structure.climb(topk, quick=True)
+    assert (result.status, result.applies) == ("not run", True)
+    assert "nvdisasm took more than" in result.reason
+
+
 def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
     ptx = """
 .target sm_100a
@@ -253,6 +376,16 @@ def test_a_diagnostic_without_an_explanation_fails() -> None:
     elsewhere = replace(known, function="issue_mma")
     assert lint.judge((known, elsewhere)).status == "failed"
     assert "issue_mma" in lint.judge((known, elsewhere)).reason
+
+
+def test_what_an_explanation_rests_on_is_there() -> None:
+    """W0015's backing is a mutant that two rungs reject."""
+    pytest.importorskip("numpy", reason="needs the extra `verify`")
+    from build_kernels.mutants import MUTANTS
+
+    (explanation,) = lint.EXPLANATIONS
+    (named,) = (mutant for mutant in MUTANTS if f"mutant '{mutant.name}'" in explanation.reason)
+    assert set(named.rejected_by) == {"emulated", "protocol"}
 
 
 def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: Path) -> None:
@@ -356,33 +489,101 @@ def _record(kernel=KERNEL, **changed) -> hardware.Record:
         "arch": kernel.arch,
         "driver": "580.0",
         "date": "2026-01-31",
-        "cases": ("N=1 E=132", "N=64 E=512"),
+        "cases": {"test_models": 24, "test_ties": 8},
     }
     return hardware.Record(**{**facts, **changed})
 
 
 def test_records_are_appended_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    records = (_record(), _record(gpu="NVIDIA H100", failed=("N=64 E=512",)))
+    records = (_record(), _record(gpu="NVIDIA H100", failed=("test_ties[1]",)))
     for record in records:
         hardware.append_record(path, record)
     assert hardware.read_records(path) == records
-    path.write_text('{"schema_version": 1, "records": [{"gpu": "H200"}]}')
-    with pytest.raises(EvidenceError, match="not a file of GPU test records"):
-        hardware.read_records(path)
+    for damaged in (
+        '{"schema_version": 2, "records": [{"gpu": "H200"}]}',
+        '{"schema_version": 2, "records": [{"gpu": "H200", "cases": ["a"], "failed": []}]}',
+        '{"schema_version": 1, "records": []}',
+    ):
+        path.write_text(damaged)
+        with pytest.raises(EvidenceError, match=r"not a file of GPU test records|expected 2"):
+            hardware.read_records(path)
 
 
 def test_a_record_validates_its_own_bytes_only() -> None:
     result = hardware.result_of(KERNEL, [_record()])
     assert result is not None
+    assert result.figures["cases"] == 32, "cases are summed, not the tests that ran them"
     evidence = Evidence().with_result(KERNEL, "hardware", result)
     assert validated_on(evidence, KERNEL) == "NVIDIA H200"
     assert validated_on(evidence, replace(KERNEL, cubin_sha256="f" * 64)) == "nowhere"
     assert hardware.result_of(replace(KERNEL, ptx_sha256="f" * 64), [_record()]) is None
-    failed = hardware.result_of(KERNEL, [_record(), _record(failed=("N=1 E=132",))])
+    failed = hardware.result_of(KERNEL, [_record(), _record(failed=("test_models[1]",))])
     assert failed is not None
-    assert (failed.status, failed.reason) == ("failed", "N=1 E=132")
+    assert (failed.status, failed.reason) == ("failed", "test_models[1]")
     assert validated_on(Evidence().with_result(KERNEL, "hardware", failed), KERNEL) == "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("changed", "records", "cases"),
+    [
+        # The same run told twice, and a part of it run again: nothing is counted twice.
+        ({}, 1, 32),
+        ({"cases": {"test_ties": 8, "test_graphs": 5}}, 1, 37),
+        ({"date": "2026-02-01"}, 2, 64),
+        ({"gpu": "NVIDIA H100"}, 2, 64),
+        ({"driver": "590.0"}, 2, 64),
+    ],
+)
+def test_records_add_up(changed: dict, records: int, cases: int) -> None:
+    first = hardware.result_of(KERNEL, [_record()])
+    both = hardware.result_of(KERNEL, [_record(**changed)], first)
+    assert both is not None
+    assert len(both.figures["records"]) == records
+    assert both.figures["cases"] == cases
+    assert hardware.result_of(KERNEL, [_record(), _record(**changed)]) == both
+
+
+def test_cases_are_counted_by_what_was_launched() -> None:
+    tally = Tally()
+    tally.launched("a")
+    tally.launched("b")
+    tally.end("test_one", "test_one[1]", failed=False)
+    for artifact in ("a", "a", "b"):
+        tally.launched(artifact)
+        tally.count()
+    tally.launched("a")  # no case of its own: the test counts
+    tally.launched("c")
+    tally.end("test_many", "test_many[2]", failed=True)
+    tally.launched("a")  # by a fixture's teardown
+    tally.forget()
+    tally.end("test_nothing", "test_nothing", failed=True)
+    tally.launched("a")
+    tally.count(9)
+    tally.end("test_one", "test_one[2]", failed=False)
+    assert tally.cases == {
+        "a": {"test_one": 10, "test_many": 2},
+        "b": {"test_one": 1, "test_many": 1},
+        "c": {"test_many": 1},
+    }
+    assert tally.failed == {artifact: {"test_many[2]"} for artifact in "abc"}
+
+
+def test_a_failure_on_record_stays_visible() -> None:
+    first = hardware.result_of(KERNEL, [_record(failed=("test_ties[2]",))])
+    for later in (_record(), _record(date="2026-02-01"), _record(gpu="NVIDIA H100")):
+        again = hardware.result_of(KERNEL, [later], first)
+        assert again is not None
+        assert (again.status, again.reason) == ("failed", "test_ties[2]")
+
+
+def test_a_record_of_before_there_were_counts_is_kept() -> None:
+    old = {"gpu": "NVIDIA H200", "driver": "580.0", "date": "2026-01-31", "cases": 24, "failed": []}
+    stored = Result(status="passed", figures={"records": [old], "cases": ["test_models: 24"]})
+    both = hardware.result_of(KERNEL, [_record()], stored)
+    assert both is not None
+    assert old in both.figures["records"]
+    assert both.figures["cases"] == 24 + 32
 
 
 # ---------------------------------------------------------------- the climb and the command
@@ -441,7 +642,28 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     assert "where a cubin for sm_100a cannot load" in impossible.stderr
     merged = _call("--artifacts", artifacts, "--rung", "hardware", "--record", good)
     assert merged.exit_code == 0, merged.stderr
-    assert "NVIDIA H200, 2 cases" in merged.stdout
+    assert "NVIDIA H200, 32 cases" in merged.stdout
+    second = tmp_path / "second.json"
+    hardware.append_record(second, _record(kernel, date="2026-02-01"))
+    again = _call("--artifacts", artifacts, "--rung", "structure", "--record", second, "--json")
+    assert again.exit_code == 0, again.stderr
+    (row,) = (row for row in json.loads(again.stdout) if row["rung"] == "hardware")
+    assert [run["date"] for run in row["figures"]["records"]] == ["2026-01-31", "2026-02-01"]
+
+
+def test_the_cells_of_the_table() -> None:
+    launch = replace(PASSED, scope="quick", figures={"race_free": ["N=1"]})
+    assert cell("protocol", launch) == "passed, quick, 1 launch"
+    assert cell("protocol", replace(PASSED, figures={"race_free": ["a", "b"]})) == (
+        "passed, 2 launches"
+    )
+    emulation = replace(PASSED, figures={"cases": ["a"], "runs": 2})
+    assert cell("emulated", emulation) == "passed, 1 case, 2 runs"
+    assert cell("lint", not_run("a CUDA kernel", applies=False)) == "does not apply"
+    assert cell("lint", not_run("no compiler")) == "not run"
+    shown = replace(not_run("CUDA", applies=False), checker=checkers.present("lint"))
+    evidence = Evidence().with_result(KERNEL, "lint", shown)
+    assert standing(evidence, KERNEL)["lint"] == "does not apply"
 
 
 def test_a_damaged_artifact_is_not_climbed(artifacts: Path, tmp_path: Path) -> None:
@@ -474,7 +696,7 @@ def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:
 
 
 def test_a_record_without_cases_is_refused(tmp_path: Path) -> None:
-    hardware.append_record(tmp_path / "record.json", _record(cases=()))
+    hardware.append_record(tmp_path / "record.json", _record(cases={}))
     with pytest.raises(EvidenceError, match="names no case"):
         hardware.read_records(tmp_path / "record.json")
 
@@ -532,6 +754,9 @@ def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -
     first, twin = (load_artifact(folder, f"router_topk.sm_{n}a") for n in (100, 103))
     assert without_target(first.ptx) == without_target(twin.ptx)
     assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))
+    assert text_and_launch(first) == text_and_launch(twin)
+    wider = replace(twin.kernel, launch=replace(twin.kernel.launch, block=(64, 1, 1)))
+    assert text_and_launch(first) != text_and_launch(replace(twin, kernel=wider))
     outcomes = [item for item in verify(folder, rungs=["protocol"], quick=True) if item.climbed]
     assert [item.result.status for item in outcomes] == ["passed", "passed"]
     shared = [any(".target line alone" in a for a in o.result.assumptions) for o in outcomes]
@@ -601,3 +826,91 @@ def test_decode_cases_are_those_that_the_evidence_promises() -> None:
     assert len({case.k for case in cases}) >= 2
     assert any(case.num_experts % 64 for case in cases)
     assert len(emulated.FULL_SCHEDULES) >= 5
+
+
+# What the artifact's manifest may have wrong, and the word of the error that names it.
+MISFITS = {
+    "block": {"block": (64, 1, 1)},
+    "cluster": {"cluster": (8, 1, 1)},
+    "grid": {"grid": ("k_splits", 1, 1)},
+    "token_tile": {"token_tile": 64},
+    "dynamic_shared_bytes": {"dynamic_shared_bytes": 50_000},
+}
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A decode kernel, really built: seconds."""
+    pytest.importorskip("cutlass", reason="needs the extra `build`")
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("decode") / "artifacts"
+    run_build(folder, make_plan(folder, ["router_decode_kmajor_n16"], ["sm_100a"]), jobs=1)
+    return load_artifact(folder, "router_decode_kmajor_n16.sm_100a")
+
+
+def _refusal(artifact: Artifact, kernel, monkeypatch, inputs=None) -> str:
+    """What a run of this kernel says before anything was emulated."""
+    from build_kernels.emulator import LaunchError, Schedule
+    from build_kernels.emulator.machine import Machine
+
+    monkeypatch.setattr(Machine, "run", lambda machine: pytest.fail("the emulation began"))
+    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    inputs = inputs or emulated.make_inputs(kernel, case)
+    with pytest.raises(LaunchError) as caught:
+        emulated.run(kernel, artifact.ptx, inputs, Schedule())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_launch_that_does_not_fit_is_refused_before_it_starts(
+    decode: Artifact, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = replace(decode.kernel, launch=replace(decode.kernel.launch, **MISFITS[what]))
+    assert f"launch.{what}" in _refusal(decode, kernel, monkeypatch)
+    monkeypatch.undo()
+    result = emulated.climb(replace(decode, kernel=kernel), quick=True)
+    assert result.status == "failed"
+    assert "refused: " in result.reason
+
+
+def test_half_a_box_is_refused_before_it_starts(
+    decode: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = decode.kernel.parameters
+    assert first.tensor_map is not None
+    width, height = first.tensor_map.box
+    half = replace(first, tensor_map=replace(first.tensor_map, box=(width, height // 2)))
+    kernel = replace(decode.kernel, parameters=(half, *others))
+    assert "parameters.w_map.tensor_map" in _refusal(decode, kernel, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["e_bias", "W_gate", "hidden_states"])
+def test_an_array_of_another_shape_is_refused_before_it_starts(
+    decode: Artifact, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    inputs = emulated.make_inputs(decode.kernel, case)
+    short = inputs.tensors[name][:-1]
+    inputs = replace(inputs, tensors={**inputs.tensors, name: short})
+    message = _refusal(decode, decode.kernel, monkeypatch, inputs)
+    assert f"{name}: expected the shape" in message
+
+
+@pytest.mark.parametrize(
+    ("what", "changed"),
+    [("num_tokens", {"num_tokens": 17}), ("num_experts", {"num_experts": 513}), ("k", {"k": 100})],
+)
+def test_a_case_out_of_range_is_refused(decode: Artifact, what: str, changed: dict) -> None:
+    from build_kernels.emulator import LaunchError
+
+    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    emulated.check_fit(decode.kernel, decode.ptx, case)
+    with pytest.raises(LaunchError, match=rf"{what}: expected"):
+        emulated.check_fit(decode.kernel, decode.ptx, replace(case, **changed))
+
+
+def test_a_ptx_file_of_another_target_is_refused(
+    decode: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = replace(decode.kernel, arch="sm_90a")
+    assert "the PTX is for .target sm_100a" in _refusal(decode, kernel, monkeypatch)

@@ -3,7 +3,8 @@
 Each (artifact, rung) is one task of a process pool: the DSL and the emulator are single-threaded,
 and SentryWard is a program of its own. A rung is a module with
 `climb(artifact, *, quick) -> Result`. Two of the rungs read nothing but the PTX and the launch:
-where a kernel's PTX for two architectures differs in its `.target` only, one climb serves both.
+where a kernel's PTX for two architectures differs in its `.target` only, and it is launched alike,
+one climb serves both.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.dispatch import runs_on
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import load_artifact
+from .artifact import Artifact, load_artifact
+from .checkers import present
 from .evidence import (
     FAILED,
     NOT_RUN,
     PASSED,
     RUNGS,
+    Evidence,
     EvidenceError,
     Result,
     not_run,
-    read_evidence,
-    write_evidence,
+    update_evidence,
 )
 from .hardware import Record, result_of
 
@@ -80,18 +83,20 @@ def verify(
         for kernel in listed
         if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
     ]
-    texts = {k.key: without_target(load_artifact(artifacts_dir, k.key).ptx) for k in chosen}
+    texts = {k.key: text_and_launch(load_artifact(artifacts_dir, k.key)) for k in chosen}
     asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
     path = artifacts_dir / EVIDENCE_NAME
-    evidence = read_evidence(path).only(listed)
     _refuse_strangers(records, listed)
-    for kernel in listed:
-        recorded = result_of(kernel, records)
-        if recorded is not None:
-            evidence = evidence.with_result(kernel, "hardware", recorded)
-    if records:
-        write_evidence(path, evidence)
 
+    def recorded(evidence: Evidence) -> Evidence:
+        evidence = evidence.only(listed)
+        for kernel in listed:
+            result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
+            if result is not None:
+                evidence = evidence.with_result(kernel, "hardware", result)
+        return evidence
+
+    evidence = update_evidence(path, recorded)
     tasks: dict[tuple[str, str, str], list[Kernel]] = {}
     for rung in _START_ORDER:
         for kernel in chosen if rung in asked else ():
@@ -106,21 +111,30 @@ def verify(
         for kernel in (first, *twins):
             shown = result if kernel is first else of_twins
             found[kernel.key, rung] = shown
-            evidence = evidence.with_result(kernel, rung, shown)
+            add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
             # After each, so that an interrupted run keeps what it found.
-            write_evidence(path, evidence)
+            evidence = update_evidence(path, add)
             on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
-    missing = not_run("not asked for, and no evidence is stored for these bytes")
     return [
         Outcome(
             artifact=kernel.key,
             rung=rung,
-            result=found.get((kernel.key, rung), evidence.of(kernel).get(rung, missing)),
+            result=found.get((kernel.key, rung)) or _stored(evidence, kernel, rung),
             climbed=(kernel.key, rung) in found,
         )
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _stored(evidence: Evidence, kernel: Kernel, rung: str) -> Result:
+    """What is on file and counts; "not run" with the reason where nothing does."""
+    if (result := evidence.of(kernel).get(rung)) is not None:
+        return result
+    if (stale := evidence.stored(kernel).get(rung)) is not None:
+        judge = stale.checker or "a checker without a name"
+        return not_run(f"not asked for, and {judge} is not the present checker ({present(rung)})")
+    return not_run("not asked for, and no evidence is stored for these bytes")
 
 
 def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
@@ -150,6 +164,12 @@ def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> No
                 f"cubin {record.cubin_sha256[:12]}, which is not among the artifacts: stale; "
                 "run the gpu tests again on these artifacts"
             )
+
+
+def text_and_launch(artifact: Artifact) -> str:
+    """All that the text rungs read of an artifact."""
+    kernel = artifact.kernel
+    return repr((without_target(artifact.ptx), kernel.launch, kernel.parameters, kernel.problem))
 
 
 def without_target(ptx: str) -> str:
@@ -222,4 +242,4 @@ def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quic
         return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")
     if not isinstance(result, Result):
         raise TypeError(f"{rung}.climb returned {type(result).__name__}, expected Result")
-    return result
+    return replace(result, checker=present(rung))

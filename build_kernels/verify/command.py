@@ -19,7 +19,17 @@ from dsv4_router_runtime.errors import RouterError
 
 from .artifact import ArtifactReadError
 from .climb import Outcome, is_failure, verify
-from .evidence import FAILED, NOT_RUN, PASSED, QUICK, RUNGS, EvidenceError, Result, result_json
+from .evidence import (
+    DOES_NOT_APPLY,
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    QUICK,
+    RUNGS,
+    EvidenceError,
+    Result,
+    result_json,
+)
 from .hardware import read_records
 
 NOT_PROVEN = (
@@ -146,7 +156,7 @@ def evidence_table(outcomes: Sequence[Outcome]) -> Table:
 def cell(rung: str, result: Result) -> str:
     """The status with its figures in a few words: "passed, 24 cases, 120 runs"."""
     if result.status == NOT_RUN:
-        return NOT_RUN if result.applies else f"{NOT_RUN} (no use)"
+        return NOT_RUN if result.applies else DOES_NOT_APPLY
     figures, details = result.figures, []
     if result.status == PASSED and result.scope == QUICK:
         details.append("quick")
@@ -156,12 +166,18 @@ def cell(rung: str, result: Result) -> str:
     if rung == "lint" and "diagnostics" in figures:
         details.append(f"{figures['explained']} of {figures['diagnostics']} explained")
     if rung == "protocol" and "race_free" in figures:
-        details.append(f"{len(figures['race_free'])} launches")
+        details.append(_counted(len(figures["race_free"]), "launch", "launches"))
     if rung == "emulated" and "cases" in figures:
-        details.append(f"{len(figures['cases'])} cases, {figures['runs']} runs")
+        details.append(_counted(len(figures["cases"]), "case", "cases"))
+        details.append(_counted(figures["runs"], "run", "runs"))
     if rung == "hardware":
-        details.extend(f"{run['gpu']}, {run['cases']} cases" for run in figures["records"])
+        runs = figures["records"]
+        details += [f"{run['gpu']}, {_counted(run['cases'], 'case', 'cases')}" for run in runs]
     return ", ".join((result.status, *details))
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def explanations(outcomes: Sequence[Outcome]) -> list[str]:

@@ -1,20 +1,25 @@
 """What was shown about an artifact's bytes, by which rung, and the file that keeps it.
 
-Pure: reads and writes JSON, runs nothing. Evidence belongs to a pair of hashes, the cubin's and its
-PTX's, and is looked up by them: when the bytes change it is stale, and stale evidence counts as
-none. Whatever was not run says "not run" and why.
+Reads and writes JSON, runs nothing. Evidence belongs to a pair of hashes, the cubin's and its
+PTX's, and is looked up by them: when the bytes change it is stale, and so is what another checker
+than the present one found (see `checkers`); stale evidence counts as none. Whatever was not run
+says "not run" and why.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dsv4_router_runtime.manifest import Kernel
+
+from .checkers import is_present
 
 SCHEMA_VERSION = 1
 
@@ -24,11 +29,16 @@ RUNGS = ("structure", "lint", "protocol", "emulated", "hardware")
 PASSED = "passed"
 FAILED = "failed"
 NOT_RUN = "not run"
+# How "not run" is shown where the rung cannot be climbed by such an artifact at all.
+DOES_NOT_APPLY = "does not apply"
 STATUSES = (PASSED, FAILED, NOT_RUN)
 
 QUICK = "quick"
 FULL = "full"
 SCOPES = (QUICK, FULL)
+
+# Not deleted: the file holds what GPUs did, which no command here can find out again.
+_REPAIR = "restore it with git (git checkout -- evidence.json in its folder)"
 
 
 class EvidenceError(Exception):
@@ -40,8 +50,9 @@ class Result:
     """What one rung found about one artifact.
 
     figures: what was measured, JSON values. reason: why it failed or was not run. assumptions: what
-    the result rests on. applies: False where the rung cannot be climbed by such an artifact at all
-    (SentryWard knows no wgmma): then "not run" is no failure of a run that asked for the rung.
+    the result rests on. checker: who judged, see `checkers.present`. applies: False where the rung
+    cannot be climbed by such an artifact at all (SentryWard knows no wgmma): then "not run" is no
+    failure of a run that asked for the rung.
     """
 
     status: str
@@ -50,6 +61,7 @@ class Result:
     figures: Mapping[str, Any] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
     applies: bool = True
+    checker: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -82,7 +94,12 @@ class Evidence:
     entries: Mapping[tuple[str, str], Entry] = field(default_factory=dict)
 
     def of(self, kernel: Kernel) -> Mapping[str, Result]:
-        """Each rung's result for exactly these bytes, by rung; empty where there is none."""
+        """Each rung's result for exactly these bytes by the present checker, by rung."""
+        stored = self.stored(kernel)
+        return {rung: stored[rung] for rung in stored if is_present(rung, stored[rung].checker)}
+
+    def stored(self, kernel: Kernel) -> Mapping[str, Result]:
+        """Each rung's result for exactly these bytes, whoever judged."""
         entry = self.entries.get((kernel.cubin_sha256, kernel.ptx_sha256))
         return entry.rungs if entry else {}
 
@@ -97,7 +114,7 @@ class Evidence:
             artifact=kernel.key,
             cubin_sha256=kernel.cubin_sha256,
             ptx_sha256=kernel.ptx_sha256,
-            rungs={**known, rung: result},
+            rungs={**self.stored(kernel), rung: result},
         )
         return Evidence({**self.entries, (kernel.cubin_sha256, kernel.ptx_sha256): entry})
 
@@ -123,15 +140,37 @@ def read_evidence(path: Path) -> Evidence:
     except FileNotFoundError:
         return Evidence()
     except ValueError as error:
-        raise EvidenceError(f"{path}: not valid JSON ({error}); delete it and verify") from error
+        raise EvidenceError(f"{path}: not valid JSON ({error}); {_REPAIR}") from error
     try:
         if document["schema_version"] != SCHEMA_VERSION:
             version = document["schema_version"]
-            raise EvidenceError(f"{path}: schema_version {version}, expected {SCHEMA_VERSION}")
+            raise EvidenceError(
+                f"{path}: schema_version {version}, expected {SCHEMA_VERSION}; {_REPAIR}"
+            )
         entries = [_entry(item) for item in document["evidence"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EvidenceError(f"{path}: {error!r}; delete it and verify again") from error
+        raise EvidenceError(f"{path}: {error!r}; {_REPAIR}") from error
     return Evidence({(entry.cubin_sha256, entry.ptx_sha256): entry for entry in entries})
+
+
+def update_evidence(path: Path, change: Callable[[Evidence], Evidence]) -> Evidence:
+    """Read, change and write, one process at a time, so that none loses what another found."""
+    with _locked(path):
+        evidence = change(read_evidence(path))
+        write_evidence(path, evidence)
+    return evidence
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock of the folder's, waiting for it. The kernel's: it goes with the process.
+
+    Beside the folder, since a build exchanges the folder for a new one.
+    """
+    lock = path.resolve().parent
+    with lock.with_name(f".{lock.name}.{path.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
@@ -166,6 +205,8 @@ def result_json(result: Result) -> dict[str, Any]:
         stored["assumptions"] = list(result.assumptions)
     if not result.applies:
         stored["applies"] = False
+    if result.checker:
+        stored["checker"] = result.checker
     return stored
 
 
@@ -173,6 +214,9 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     rungs = {rung: _result(item["rungs"][rung]) for rung in RUNGS if rung in item["rungs"]}
     if unknown := sorted(set(item["rungs"]) - set(RUNGS)):
         raise ValueError(f"unknown rungs {unknown}")
+    hardware = rungs.get("hardware")
+    if hardware and hardware.status != NOT_RUN and not _are_records(hardware.figures):
+        raise ValueError(f"{item['artifact']}: hardware {hardware.status} without its records")
     return Entry(
         artifact=str(item["artifact"]),
         cubin_sha256=str(item["cubin_sha256"]),
@@ -182,7 +226,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
 
 
 def _result(stored: Mapping[str, Any]) -> Result:
-    known = {"status", "scope", "reason", "figures", "assumptions", "applies"}
+    known = {"status", "scope", "reason", "figures", "assumptions", "applies", "checker"}
     if unknown := sorted(set(stored) - known):
         raise ValueError(f"unknown keys {unknown} in a result")
     return replace(
@@ -191,15 +235,29 @@ def _result(stored: Mapping[str, Any]) -> Result:
     )
 
 
+def _are_records(figures: Mapping[str, Any]) -> bool:
+    """Is there a record of at least one run, each with its GPU and its number of cases?"""
+    records = figures.get("records")
+    return (
+        isinstance(records, list)
+        and bool(records)
+        and all(isinstance(each, dict) and {"gpu", "cases"} <= set(each) for each in records)
+    )
+
+
 def standing(evidence: Evidence, kernel: Kernel) -> dict[str, str]:
-    """Each rung's status for `list`: "passed", "passed (quick)", "failed" or "not run"."""
+    """Each rung's status for `list`: "passed", "passed (quick)", "failed", "not run", ..."""
     known = evidence.of(kernel)
-    words = {}
-    for rung in RUNGS:
-        result = known.get(rung)
-        quick = result is not None and result.status == PASSED and result.scope == QUICK
-        words[rung] = (result.status if result else NOT_RUN) + (" (quick)" if quick else "")
-    return words
+    return {rung: _standing(known.get(rung)) for rung in RUNGS}
+
+
+def _standing(result: Result | None) -> str:
+    if result is None:
+        return NOT_RUN
+    if not result.applies:
+        return DOES_NOT_APPLY
+    quick = result.status == PASSED and result.scope == QUICK
+    return f"{result.status} (quick)" if quick else result.status
 
 
 def validated_on(evidence: Evidence, kernel: Kernel) -> str:

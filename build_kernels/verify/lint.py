@@ -57,8 +57,9 @@ EXPLANATIONS = (
         reason=(
             "the epilogue warps read with tcgen05.ld, wait with tcgen05.wait::ld and then meet at "
             "named barrier 1 before warp 0 deallocates; the pass does not follow a named barrier "
-            "inside a branch on the warp. The protocol and emulated rungs check that order, and "
-            "reject the kernel without that barrier (mutants)"
+            "inside a branch on the warp. Backing: the protocol and emulated rungs check that "
+            "order, and both reject the kernel without that barrier: the mutant 'dealloc before "
+            "all warps have read' of build_kernels.mutants"
         ),
     ),
 )

@@ -29,6 +29,8 @@ from .artifact import (
 )
 from .evidence import FAILED, PASSED, Result, not_run
 
+# It takes a tenth of a second.
+TIMEOUT_SECONDS = 60
 _ELF_FLAGS_OFFSET = 48
 _SASS = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
@@ -81,6 +83,8 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         facts = cubin.read_cubin(artifact.cubin)
         sass = sass_opcodes(cubin.nvdisasm(), artifact.cubin_path)
         problems = [*_against_manifest(artifact, facts, sass), *_against_ptx(artifact, sass)]
+    except subprocess.TimeoutExpired:
+        return not_run(f"nvdisasm took more than {TIMEOUT_SECONDS} s")
     except (cubin.CubinError, ArtifactReadError) as error:
         if "is missing: it comes with" in str(error):
             return not_run(str(error))
@@ -156,7 +160,12 @@ def _paired_counts(ptx: Counter[str]) -> Iterator[tuple[str, int]]:
 def sass_opcodes(nvdisasm: Path, path: Path) -> Counter[str]:
     """How often each SASS opcode occurs in a cubin, modifiers kept."""
     process = subprocess.run(
-        [nvdisasm, "-c", path], capture_output=True, text=True, errors="replace", check=False
+        [nvdisasm, "-c", path],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_SECONDS,
+        check=False,
     )
     opcodes = Counter(_SASS.findall(process.stdout))
     if process.returncode or not opcodes:

@@ -116,7 +116,7 @@ def test_a_complaint_about_another_fault_is_no_rejection(artifacts: dict[str, Ar
     broken = replace(mutant, edits=(edit,), complaint="out-of-bounds")
     artifact = artifacts[mutant.artifact]
     assert judge(broken, artifact, "emulated").word == "rejected"
-    other = judge(replace(broken, complaint="a weight is off"), artifact, "emulated")
+    other = judge(replace(broken, complaint="a deadlock"), artifact, "emulated")
     assert other.word == "undecided"
     assert "another fault: out-of-bounds" in other.reason
     assert not is_right(broken, other)

@@ -779,6 +779,12 @@ def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
             assert first.ids.tolist() == [[0, 1, 2, 3]] * 3
 
 
+def _named(topk: Artifact, name: str) -> str:
+    """A parameter of router_topk as the PTX's loads write it."""
+    (index,) = (i for i, item in enumerate(topk.kernel.parameters) if item.name == name)
+    return f"[router_topk_param_{index}]"
+
+
 def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("build_kernels.emulator")
@@ -786,32 +792,33 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     assert (result.status, result.reason) == ("passed", "")
     cases = emulated.topk_cases(topk.kernel, quick=True)
     assert result.figures["runs"] == len(cases) * len(emulated.QUICK_SCHEDULES)
-    # The sum of the scores is multiplied by 1 instead of the scale.
-    scale = re.compile(r"(ld\.param\.[bf]32\s+%[rf]\d+, \[router_topk_param_)7\]")
-    text, count = scale.subn(r"\g<1>5]", topk.ptx)
-    assert count
-    wrong = emulated.climb(replace(topk, ptx=text), quick=True)
+    # The weights are multiplied by gate_temp, which is 1, instead of the scale.
+    scale, one = (_named(topk, name) for name in ("routed_scaling_factor", "gate_temp"))
+    assert scale in topk.ptx
+    wrong = emulated.climb(replace(topk, ptx=topk.ptx.replace(scale, one)), quick=True)
     assert wrong.status == "failed"
     assert "a weight is off" in wrong.reason
 
 
-@pytest.mark.parametrize(
-    ("pattern", "replacement", "reason"),
-    [
-        # One output's row stride used for the other.
-        (r"router_topk_param_(9|10)\]", lambda m: f"router_topk_param_{19 - int(m[1])}]", "ids"),
-        # The denominator's 1e-20 left out: all scores are near 1e-22.
-        (r"0f1E3CE508", "0f00000000", "a weight is off"),
-    ],
-    ids=["swapped strides", "no epsilon"],
-)
-def test_the_emulated_rung_rejects(topk: Artifact, pattern, replacement, reason: str) -> None:
+def test_the_emulated_rung_tells_the_outputs_strides_apart(topk: Artifact) -> None:
     pytest.importorskip("torch")
-    text, count = re.subn(pattern, replacement, topk.ptx)
-    assert count
+    one, other = (_named(topk, f"{name}_stride") for name in ("out_weights", "out_ids"))
+    assert one in topk.ptx
+    assert other in topk.ptx
+    swapped = topk.ptx.replace(one, "[it]").replace(other, one).replace("[it]", other)
+    result = emulated.climb(replace(topk, ptx=swapped), quick=True)
+    assert result.status == "failed"
+    assert "ids" in result.reason
+
+
+def test_the_emulated_rung_sees_the_denominators_epsilon(topk: Artifact) -> None:
+    """1e-20 left out: all scores are near 1e-22."""
+    pytest.importorskip("torch")
+    assert "0f1E3CE508" in topk.ptx
+    text = topk.ptx.replace("0f1E3CE508", "0f00000000")
     result = emulated.climb(replace(topk, ptx=text), quick=True)
     assert result.status == "failed"
-    assert reason in result.reason
+    assert "a weight is off" in result.reason
 
 
 def test_decode_cases_are_those_that_the_evidence_promises() -> None:
@@ -839,13 +846,58 @@ MISFITS = {
 
 
 @pytest.fixture(scope="module")
-def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A decode kernel, really built: seconds."""
+def dsl_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decode kernel and the hash kernel, really built: seconds."""
     pytest.importorskip("cutlass", reason="needs the extra `build`")
     pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("decode") / "artifacts"
-    run_build(folder, make_plan(folder, ["router_decode_kmajor_n16"], ["sm_100a"]), jobs=1)
-    return load_artifact(folder, "router_decode_kmajor_n16.sm_100a")
+    folder = tmp_path_factory.mktemp("dsl") / "artifacts"
+    names = ["router_decode_kmajor_n16", "router_hash"]
+    run_build(folder, make_plan(folder, names, ["sm_100a"]), jobs=2)
+    return folder
+
+
+@pytest.fixture
+def decode(dsl_artifacts: Path) -> Artifact:
+    return load_artifact(dsl_artifacts, "router_decode_kmajor_n16.sm_100a")
+
+
+@pytest.fixture
+def hashed(dsl_artifacts: Path) -> Artifact:
+    return load_artifact(dsl_artifacts, "router_hash.sm_100a")
+
+
+def test_the_hash_kernel_gives_the_tables_experts(
+    hashed: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = emulated.Case(num_tokens=9, num_experts=60, top_k=6, k=1024)
+    monkeypatch.setattr(emulated, "hash_cases", lambda kernel, quick: (case,))
+    inputs = emulated.make_inputs(hashed.kernel, case)
+    table, tokens = inputs.tensors["tid2eid"], inputs.tensors["input_ids"]
+    assert inputs.ids.tolist() == table[tokens].tolist()
+    result = emulated.climb(hashed, quick=True)
+    assert (result.status, result.reason) == ("passed", "")
+    # A row of the table is taken to be one expert long.
+    text, count = re.subn(r"(mad\.lo\.s64 \t%rd\d+, %rd\d+, )%rd\d+, (%rd\d+);", r"\g<1>1, \2;",
+                          hashed.ptx)  # fmt: skip
+    assert count
+    wrong = emulated.climb(replace(hashed, ptx=text), quick=True)
+    assert wrong.status == "failed"
+    assert "ids are wrong" in wrong.reason
+
+
+def test_what_sentryward_is_told_of_the_hash_kernel(hashed: Artifact) -> None:
+    (case,) = protocol.hash_cases(hashed.kernel, quick=True)
+    given = protocol.kernel_input(hashed.kernel, hashed.ptx, case, {})
+    names = {
+        hashed.kernel.parameters[item["parameter"]].name: item["value"]
+        for item in given["arguments"]
+    }
+    assert (names["w_stride"], names["vocab_size"]) == (case.k, protocol.VOCABULARY)
+    text = protocol.rewritten(hashed.ptx, case.rewrites)
+    assert "ld.global.s32" not in text
+    loads = re.findall(r"ld\.param\.b64\s+%rd\d+, \[router_hash_0_param_(\d+)\];", text)
+    read = {hashed.kernel.parameters[int(index)].name for index in loads}
+    assert read == {"w_gate", "tid2eid", "input_ids", "out_weights", "out_ids"}
 
 
 def _refusal(artifact: Artifact, kernel, monkeypatch, inputs=None) -> str:

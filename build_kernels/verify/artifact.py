@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,15 @@ _INSTRUCTION = re.compile(
 )
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _BITS = re.compile(r"\d+")
+
+
+# The options of a call as the rungs leave them: off, their pointers null.
+OPTIONS_OFF: Mapping[str, int | float] = {
+    **dict.fromkeys(("bias_vl", "image_mask", "padding_mask", "num_valid_tokens"), 0),
+    **dict.fromkeys(("tid2eid", "input_ids", "to_physical", "logical_count"), 0),
+    **dict.fromkeys(("vocab_size", "input_ids_are_int64", "max_replicas", "ids_are_int64"), 0),
+    **{"num_shared_slots": 0, "gate_temp": 1.0, "norm_topk_prob": 1},
+}
 
 
 class ArtifactReadError(Exception):
@@ -83,6 +93,23 @@ def load_artifact(folder: Path, key: str) -> Artifact:
 def is_decode(kernel: Kernel) -> bool:
     """Does the kernel multiply (and so read tensor maps), or only select from logits?"""
     return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
+
+
+def is_hashed(kernel: Kernel) -> bool:
+    """Does the kernel take a token's experts from a table, and read their rows of W_gate only?"""
+    return kernel.problem.layout == "kmajor_rows"
+
+
+def null_pointers(kernel: Kernel) -> tuple[str, ...]:
+    """The options' pointers that are null while every option is off."""
+    given = ("tid2eid", "input_ids") if is_hashed(kernel) else ()
+    return tuple(
+        parameter.name
+        for parameter in kernel.parameters
+        if parameter.kind == "pointer"
+        and parameter.name in OPTIONS_OFF
+        and parameter.name not in given
+    )
 
 
 def encoded_map(

@@ -19,7 +19,14 @@ from build_kernels.specs import KERNELS
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, bounded_block, encoded_map, is_decode
+from .artifact import (
+    OPTIONS_OFF,
+    Artifact,
+    bounded_block,
+    encoded_map,
+    is_decode,
+    is_hashed,
+)
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ CANARY_INT = -77
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
 SCALE = 2.5
+VOCABULARY = 11
 ELEMENT_TYPES = {"float32": "float32", "int32": "int32", "uint32": "uint32", "uint8": "uint8"}
 
 # Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
@@ -105,6 +113,34 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
+def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Below, at and above a cluster's tokens; K in one block a CTA and in many."""
+    tile = kernel.launch.token_tile
+    block = kernel.problem.k_multiple * kernel.launch.k_splits
+    first = (
+        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block),
+        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=1, num_experts=512, top_k=1, k=block),
+        Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
+        Case(num_tokens=5, num_experts=40, top_k=4, k=17 * block),
+        Case(num_tokens=6, num_experts=256, top_k=6, k=4096),
+        Case(num_tokens=64, num_experts=384, top_k=6, k=7168),
+    )
+
+
+def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """What the kernel is run on."""
+    if is_hashed(kernel):
+        return hash_cases(kernel, quick=quick)
+    return (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+
+
 def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Below, at and above a block's tokens; each number of register groups of experts."""
     first = (
@@ -134,7 +170,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     from build_kernels.emulator import EmulatorError, Schedule
 
     kernel, scope = artifact.kernel, QUICK if quick else FULL
-    cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+    cases = cases_of(kernel, quick=quick)
     schedules = QUICK_SCHEDULES if quick else FULL_SCHEDULES
     runs = 0
     worst = 0.0
@@ -174,8 +210,8 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
 class Inputs:
     """A case's arrays, and what the reference makes of them.
 
-    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, e_bias [E] FP32, or logits [N, E]
-    FP32. weights [N, top_k] FP64, ids [N, top_k].
+    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; e_bias [E]
+    FP32, or tid2eid [vocab, top_k] and input_ids [N] int32. weights [N, top_k] FP64, ids likewise.
     """
 
     case: Case
@@ -195,20 +231,35 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
     from dsv4_router_runtime.reference import ranking_margin, select_reference
 
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
+    table = _draw_table(generator, case) if is_hashed(kernel) else {}
     for _ in range(100):
         hidden, weight, logits, bias = _draw(generator, kernel, case)
-        if float(ranking_margin(logits, bias, case.top_k).min()) > CLEAR_MARGIN:
+        if table or float(ranking_margin(logits, bias, case.top_k).min()) > CLEAR_MARGIN:
             break
     else:
         raise ValueError(f"{case}: no inputs with clear margins in 100 draws")
-    weights, ids = select_reference(logits, bias, SCALE, case.top_k)
-    tensors = {"e_bias": bias.float().numpy()}
+    if table:
+        weights, ids = select_reference(logits, None, SCALE, case.top_k, **table)
+        tensors = {name: values.numpy() for name, values in table.items()}
+    else:
+        weights, ids = select_reference(logits, bias, SCALE, case.top_k)
+        tensors = {"e_bias": bias.float().numpy()}
     if hidden is None or weight is None:
         tensors["logits"] = logits.float().numpy()
     else:
         tensors["hidden_states"] = _bf16_bits(hidden)
         tensors["W_gate"] = _bf16_bits(weight)
     return Inputs(case=case, tensors=tensors, weights=weights.numpy(), ids=ids.numpy())
+
+
+def _draw_table(generator: Any, case: Case) -> dict[str, Any]:
+    """tid2eid, whose rows hold distinct experts, and the tokens' ids in it."""
+    import torch
+
+    rows = [torch.randperm(case.num_experts, generator=generator) for _ in range(VOCABULARY)]
+    table = torch.stack([row[: case.top_k] for row in rows]).int()
+    ids = torch.randint(0, VOCABULARY, (case.num_tokens,), generator=generator).int()
+    return {"tid2eid": table, "input_ids": ids}
 
 
 def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
@@ -389,8 +440,10 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     contents: dict[str, tuple[Array, dict[str, bool]]] = {
         "out_weights": (np.full(weights_shape, CANARY_FLOAT, np.float32), {"dependent": True}),
         "out_ids": (np.full(ids_shape, CANARY_INT, np.int32), {"dependent": True}),
-        "e_bias": (inputs.tensors["e_bias"], {"read_only": True}),
     }
+    for name in ("e_bias", "tid2eid", "input_ids"):
+        if name in inputs.tensors:
+            contents[name] = (inputs.tensors[name], {"read_only": True})
     if "logits" in inputs.tensors:
         logits = inputs.tensors["logits"]
         padded = np.full((logits.shape[0], logits.shape[1] + 5), np.nan, np.float32)
@@ -398,8 +451,8 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
         contents["logits"] = (padded, {"read_only": True, "dependent": True})
     else:
         weight = inputs.tensors["W_gate"]
-        rows = _with_aligned_rows(weight.T if layout == "kmajor" else weight)
-        contents["W_gate"] = (rows, {"read_only": True})
+        rows = _with_aligned_rows(weight if layout == "emajor" else weight.T)
+        contents["w_gate" if is_hashed(kernel) else "W_gate"] = (rows, {"read_only": True})
         hidden = _with_aligned_rows(inputs.tensors["hidden_states"])
         contents["hidden_states"] = (hidden, {"read_only": True, "dependent": True})
     for parameter in kernel.parameters:
@@ -422,6 +475,8 @@ def _check_shapes(inputs: Inputs) -> None:
         "W_gate": (case.k, case.num_experts),
         "logits": (case.num_tokens, case.num_experts),
         "e_bias": (case.num_experts,),
+        "tid2eid": (VOCABULARY, case.top_k),
+        "input_ids": (case.num_tokens,),
     }
     for name, tensor in inputs.tensors.items():
         if tensor.shape != shapes[name]:
@@ -447,7 +502,8 @@ def _arguments(
     """The kernel's arguments in order, by the manifest's names."""
     from build_kernels.emulator import TensorMap
 
-    numbers: dict[str, int | float] = {
+    values: dict[str, Any] = {
+        **OPTIONS_OFF,
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,
@@ -456,15 +512,17 @@ def _arguments(
         "out_weights_stride": case.top_k + WEIGHT_CANARIES,
         "out_ids_stride": case.top_k + ID_CANARIES,
         "logits_stride": case.num_experts + 5,
+        **arrays,
     }
+    if is_hashed(kernel):
+        values |= {"vocab_size": VOCABULARY, "w_stride": arrays["w_gate"].data.shape[1]}
     arguments: list[Any] = []
     for parameter in kernel.parameters:
         recipe = parameter.tensor_map
         if recipe is None:
-            known: Mapping[str, Any] = arrays if parameter.kind == "pointer" else numbers
-            if parameter.name not in known:
+            if parameter.name not in values:
                 raise ValueError(f"{kernel.key}: no value for the parameter {parameter.name}")
-            arguments.append(known[parameter.name])
+            arguments.append(values[parameter.name])
             continue
         array = arrays[recipe.tensor]
         encoded = encoded_map(

@@ -26,13 +26,24 @@ from typing import Any
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, encoded_map, is_decode, ptx_entry
+from .artifact import (
+    OPTIONS_OFF,
+    Artifact,
+    encoded_map,
+    is_decode,
+    is_hashed,
+    null_pointers,
+    ptx_entry,
+)
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 INPUT_SCHEMA = "spverify.kernel-input/v1"
 TIMEOUT_SECONDS = 900
 # A decode case with two wraps of every ring takes up to 4 GB.
 MEMORY_LIMIT_MIB = 8192
+
+# Rows of the table of experts that a hash kernel is given.
+VOCABULARY = 11
 
 _PROVEN = "race_free"
 _FAULTS = ("not_wellsynced", "potential_race", "invalid_lifecycle")
@@ -105,18 +116,46 @@ ALWAYS_ASSUMED = (
 )
 
 
+OPTIONS_ARE_OFF = "every option is off: their pointers are null, in the text"
 SAMPLED_WINNER = (
     "the winning expert, a redux.sync.min result that becomes a shared-memory address, is a "
     "constant: the addresses are proven disjoint for the sampled winners only"
 )
 
 
+# Both are addresses of what is only read, and branches on what was read.
+SAMPLED_TOKEN = Rewrite(
+    pattern=r"ld\.global\.s32(\s+%rd\d+), \[%rd\d+\];",
+    replacement=r"mov.b64\1, 3;",
+    why="a token's id is a constant: every row is of one token, which is in the table",
+)
+SAMPLED_EXPERT = Rewrite(
+    pattern=r"(mad\.lo\.s64[^;]*;\s+shl\.b64[^;]*, 2;\s+add\.s64[^;]*;\s+)"
+    r"ld\.global\.b32(\s+%r\d+), \[%rd\d+\];",
+    replacement=r"\1mov.b32\2, 5;",
+    why="an expert from the table is a constant: every read of W_gate is of one row",
+)
+
+
 def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     """What SentryWard needs rewritten in a kernel's PTX."""
+    # A pointer argument is an object to it, never null.
+    nulls = tuple(
+        Rewrite(
+            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{kernel.symbol}_param_{index}\];",
+            replacement=r"mov.b64\1, 0;",
+            why=OPTIONS_ARE_OFF,
+        )
+        for index, parameter in enumerate(kernel.parameters)
+        if parameter.name in null_pointers(kernel)
+    )
+    if is_hashed(kernel):
+        return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
     if is_decode(kernel):
-        return (NO_COLLECTOR,)
+        return (NO_COLLECTOR, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
-    return (Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER),)
+    sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
+    return (sampled, *nulls)
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
@@ -153,6 +192,24 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
+def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """N below and above a cluster's tokens; 17 blocks of K use a CTA's chunk three times."""
+
+    def case(num_tokens: int, num_experts: int, blocks: int, top_k: int) -> Case:
+        k = blocks * kernel.problem.k_multiple * kernel.launch.k_splits
+        return Case(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            k=k,
+            rewrites=rewrites_for(kernel),
+        )
+
+    tile = kernel.launch.token_tile
+    first = (case(tile - 2, 60, 2, 6),)
+    return first if quick else (*first, case(tile + 1, 132, 1, 8), case(3, 60, 17, 1))
+
+
 def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Ragged and full E, N below and at a block's tokens, with the winning expert sampled."""
 
@@ -172,7 +229,10 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Prove the kernel's cases."""
     kernel = artifact.kernel
-    cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+    if is_hashed(kernel):
+        cases = hash_cases(kernel, quick=quick)
+    else:
+        cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
     return replace(prove(artifact, cases), scope=QUICK if quick else FULL)
 
 
@@ -279,6 +339,7 @@ def kernel_input(
 ) -> dict[str, Any]:
     """SentryWard's input for one launch: packed tensors, every integer parameter by its name."""
     integers = {
+        **OPTIONS_OFF,
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,
@@ -287,6 +348,8 @@ def kernel_input(
         "out_ids_stride": case.top_k,
         "logits_stride": case.num_experts,
     }
+    if is_hashed(kernel):
+        integers |= {"vocab_size": VOCABULARY, "w_stride": case.k}
     _, declared = ptx_entry(ptx)
     arguments, descriptors = [], []
     for index, parameter in enumerate(kernel.parameters):

@@ -17,6 +17,8 @@ np = pytest.importorskip("numpy", reason="needs the extra `verify`")
 from build_kernels.emulator import Schedule  # noqa: E402
 from build_kernels.verify import emulated  # noqa: E402
 from build_kernels.verify.artifact import load_artifact  # noqa: E402
+from build_kernels.verify.cases import Case  # noqa: E402
+from build_kernels.verify.inputs import SCALE, Inputs, make_inputs  # noqa: E402
 from dsv4_router_runtime import dense_router_dispatch  # noqa: E402
 from dsv4_router_runtime.artifacts import find_artifacts  # noqa: E402
 from dsv4_router_runtime.driver import arch_of_device  # noqa: E402
@@ -52,8 +54,8 @@ def approximate() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     return {f"{name}.approx.ftz.f32": on_this_gpu(name) for name in APPROXIMATE}
 
 
-def decode_case(num_tokens: int, num_experts: int, k: int, kind: str) -> emulated.Case:
-    return emulated.Case(num_tokens=num_tokens, num_experts=num_experts, top_k=6, k=k, kind=kind)
+def decode_case(num_tokens: int, num_experts: int, k: int, kind: str) -> Case:
+    return Case(num_tokens=num_tokens, num_experts=num_experts, top_k=6, k=k, kind=kind)
 
 
 # Ragged E, one and several expert tiles, K of one block and of four a CTA.
@@ -70,7 +72,7 @@ DECODE_CASES = [
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
 
-def on_gpu(inputs: emulated.Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
+def on_gpu(inputs: Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
     """Weights and ids that the GPU gives for a case."""
     case = inputs.case
 
@@ -84,7 +86,7 @@ def on_gpu(inputs: emulated.Inputs, layout: str) -> tuple[np.ndarray, np.ndarray
     bias = torch.from_numpy(inputs.tensors["e_bias"]).cuda()
     weights = torch.empty(case.num_tokens, case.top_k, dtype=torch.float32, device="cuda")
     ids = torch.empty(case.num_tokens, case.top_k, dtype=torch.int32, device="cuda")
-    dense_router_dispatch(hidden, weight, bias, emulated.SCALE, case.top_k, weights, ids)
+    dense_router_dispatch(hidden, weight, bias, SCALE, case.top_k, weights, ids)
     torch.cuda.synchronize()
     return weights.cpu().numpy(), ids.cpu().numpy()
 
@@ -98,14 +100,14 @@ def assert_same_bits(emulated_run: emulated.Outcome, weights: np.ndarray, ids: n
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_decode_gives_the_bits_that_the_emulator_gives(
-    case: emulated.Case, layout: str, approximate: dict
+    case: Case, layout: str, approximate: dict
 ) -> None:
     tile = next(tile for tile in TILES if case.num_tokens <= tile)
     # E = 132: rows that TMA cannot step by, so the router multiplies a K-contiguous copy.
     built = "kmajor" if case.num_experts % 8 else layout
     arch = arch_of_device(0)
     artifact = load_artifact(find_artifacts(), f"router_decode_{built}_n{tile}.{arch}")
-    inputs = emulated.make_inputs(artifact.kernel, case)
+    inputs = make_inputs(artifact.kernel, case)
     emulation = emulated.run(
         artifact.kernel, artifact.ptx, inputs, SCHEDULE, approximate=approximate
     )
@@ -113,20 +115,18 @@ def test_decode_gives_the_bits_that_the_emulator_gives(
 
 
 @pytest.mark.parametrize("case", TOPK_CASES, ids=str)
-def test_topk_gives_the_bits_that_the_emulator_gives(
-    case: emulated.Case, approximate: dict
-) -> None:
+def test_topk_gives_the_bits_that_the_emulator_gives(case: Case, approximate: dict) -> None:
     """Above 64 tokens: torch multiplies, exactly for integers, and router_topk selects."""
     arch = arch_of_device(0)
     decode = load_artifact(find_artifacts(), f"router_decode_kmajor_n64.{arch}")
     topk = load_artifact(find_artifacts(), f"router_topk.{arch}")
-    inputs = emulated.make_inputs(decode.kernel, case)
+    inputs = make_inputs(decode.kernel, case)
     hidden, weight = (
         torch.from_numpy(inputs.tensors[name].view(np.int16).copy()).view(torch.bfloat16).double()
         for name in ("hidden_states", "W_gate")
     )
     logits = (hidden @ weight).float().numpy()
-    given = emulated.Inputs(
+    given = Inputs(
         case=case,
         tensors={"logits": logits, "e_bias": inputs.tensors["e_bias"]},
         weights=inputs.weights,

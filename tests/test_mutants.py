@@ -32,6 +32,7 @@ from build_kernels.mutants import (
 from build_kernels.mutants.command import judge_one, mutants_command, table
 from build_kernels.verify import emulated
 from build_kernels.verify.artifact import Artifact, load_artifact
+from build_kernels.verify.inputs import make_inputs
 
 # The classes that the evidence has to cover, by the names that this suite gives them.
 WANTED = {
@@ -129,7 +130,7 @@ def test_the_kernels_themselves_are_accepted_on_the_same_cases(
     asked = {(mutant.artifact, mutant.case) for mutant in EMULATED}
     for key, case in sorted(asked, key=str):
         kernel, ptx = artifacts[key].kernel, artifacts[key].ptx
-        inputs = emulated.make_inputs(kernel, case)
+        inputs = make_inputs(kernel, case)
         outcome = emulated.run(kernel, ptx, inputs, Schedule(policy="random", seed=1))
         assert outcome.problems == (), f"{key} on {case}"
 

@@ -46,6 +46,7 @@ from build_kernels.verify.artifact import (
     ptx_entry,
     ptx_opcodes,
 )
+from build_kernels.verify.cases import Case, decode_cases, topk_cases
 from build_kernels.verify.climb import (
     Outcome,
     climb_one,
@@ -55,6 +56,7 @@ from build_kernels.verify.climb import (
 )
 from build_kernels.verify.command import cell
 from build_kernels.verify.evidence import EvidenceError, not_run, write_evidence
+from build_kernels.verify.inputs import make_inputs
 
 KERNEL = topk_kernel()
 # By the present checker of the rung that most of these tests are about.
@@ -770,8 +772,8 @@ def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -
 def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
     pytest.importorskip("torch")
     for kernel, k in ((topk.kernel, 0), (decode_kernel("sm_100a", "emajor"), 1024)):
-        case = emulated.Case(num_tokens=3, num_experts=70, top_k=4, k=k, kind=kind)
-        first, again = (emulated.make_inputs(kernel, case) for _ in range(2))
+        case = Case(num_tokens=3, num_experts=70, top_k=4, k=k, kind=kind)
+        first, again = (make_inputs(kernel, case) for _ in range(2))
         for name, tensor in first.tensors.items():
             assert tensor.tobytes() == again.tensors[name].tobytes()
         assert first.ids.shape == (3, 4)
@@ -790,7 +792,7 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     pytest.importorskip("build_kernels.emulator")
     result = emulated.climb(topk, quick=True)
     assert (result.status, result.reason) == ("passed", "")
-    cases = emulated.topk_cases(topk.kernel, quick=True)
+    cases = topk_cases(topk.kernel, quick=True)
     assert result.figures["runs"] == len(cases) * len(emulated.QUICK_SCHEDULES)
     # The weights are multiplied by gate_temp, which is 1, instead of the scale.
     scale, one = (_named(topk, name) for name in ("routed_scaling_factor", "gate_temp"))
@@ -826,7 +828,7 @@ def test_decode_cases_are_those_that_the_evidence_promises() -> None:
         case
         for layout in ("kmajor", "emajor")
         for tile in (16, 64)
-        for case in emulated.decode_cases(decode_kernel("sm_100a", layout, tile), quick=False)
+        for case in decode_cases(decode_kernel("sm_100a", layout, tile), quick=False)
     ]
     assert len(cases) >= 20
     assert {case.num_tokens for case in cases} >= {1, 6, 7, 16, 64}
@@ -869,9 +871,9 @@ def hashed(dsl_artifacts: Path) -> Artifact:
 def test_the_hash_kernel_gives_the_tables_experts(
     hashed: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = emulated.Case(num_tokens=9, num_experts=60, top_k=6, k=1024)
+    case = Case(num_tokens=9, num_experts=60, top_k=6, k=1024)
     monkeypatch.setattr(emulated, "hash_cases", lambda kernel, quick: (case,))
-    inputs = emulated.make_inputs(hashed.kernel, case)
+    inputs = make_inputs(hashed.kernel, case)
     table, tokens = inputs.tensors["tid2eid"], inputs.tensors["input_ids"]
     assert inputs.ids.tolist() == table[tokens].tolist()
     result = emulated.climb(hashed, quick=True)
@@ -906,8 +908,8 @@ def _refusal(artifact: Artifact, kernel, monkeypatch, inputs=None) -> str:
     from build_kernels.emulator.machine import Machine
 
     monkeypatch.setattr(Machine, "run", lambda machine: pytest.fail("the emulation began"))
-    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
-    inputs = inputs or emulated.make_inputs(kernel, case)
+    case = Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    inputs = inputs or make_inputs(kernel, case)
     with pytest.raises(LaunchError) as caught:
         emulated.run(kernel, artifact.ptx, inputs, Schedule())
     return str(caught.value)
@@ -940,8 +942,8 @@ def test_half_a_box_is_refused_before_it_starts(
 def test_an_array_of_another_shape_is_refused_before_it_starts(
     decode: Artifact, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
-    inputs = emulated.make_inputs(decode.kernel, case)
+    case = Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    inputs = make_inputs(decode.kernel, case)
     short = inputs.tensors[name][:-1]
     inputs = replace(inputs, tensors={**inputs.tensors, name: short})
     message = _refusal(decode, decode.kernel, monkeypatch, inputs)
@@ -955,7 +957,7 @@ def test_an_array_of_another_shape_is_refused_before_it_starts(
 def test_a_case_out_of_range_is_refused(decode: Artifact, what: str, changed: dict) -> None:
     from build_kernels.emulator import LaunchError
 
-    case = emulated.Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
+    case = Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
     emulated.check_fit(decode.kernel, decode.ptx, case)
     with pytest.raises(LaunchError, match=rf"{what}: expected"):
         emulated.check_fit(decode.kernel, decode.ptx, replace(case, **changed))

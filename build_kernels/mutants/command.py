@@ -84,9 +84,7 @@ def own_rungs(mutant: Mutant) -> tuple[str, ...]:
     return mutant.rejected_by or ("emulated",)
 
 
-def judge_all(
-    folder: Path, asked: Sequence[tuple[Mutant, str]], *, jobs: int
-) -> Iterator[Verdict]:
+def judge_all(folder: Path, asked: Sequence[tuple[Mutant, str]], *, jobs: int) -> Iterator[Verdict]:
     """Each verdict as it comes. Proofs are started first: they are the long ones."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:

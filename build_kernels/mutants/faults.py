@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from build_kernels.verify import emulated
+from build_kernels.verify.cases import Case
 
 from .mutant import Edit, Mutant
 
@@ -31,11 +31,11 @@ _SWIZZLE_SHIFT = 61
 _STRIDE_SHIFT = 32
 _TRANSPOSE_A = 1 << 15
 
-_ONE_BLOCK = emulated.Case(num_tokens=7, num_experts=60, top_k=6, k=BLOCK_K)
+_ONE_BLOCK = Case(num_tokens=7, num_experts=60, top_k=6, k=BLOCK_K)
 _WRAPS = replace(_ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_A_WRAP)
 _TWO_TILES = replace(_ONE_BLOCK, num_experts=100)
 _TIES = replace(_ONE_BLOCK, kind="ties")
-_TOPK_CASE = emulated.Case(num_tokens=7, num_experts=132, top_k=6)
+_TOPK_CASE = Case(num_tokens=7, num_experts=132, top_k=6)
 
 _WRONG_IDS = "ids are wrong"
 _WRONG_WEIGHT = "a weight is off"
@@ -51,7 +51,7 @@ def _mutant(
     kind: str,
     rejected_by: tuple[str, ...],
     *edits: Edit,
-    case: emulated.Case = _ONE_BLOCK,
+    case: Case = _ONE_BLOCK,
     **more: Any,
 ) -> Mutant:
     return Mutant(

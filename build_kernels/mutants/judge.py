@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from build_kernels.verify import emulated, protocol
 from build_kernels.verify.artifact import Artifact
 from build_kernels.verify.evidence import FAILED, NOT_RUN, PASSED
+from build_kernels.verify.inputs import make_inputs
 
 from .mutant import Mutant, mutated
 
@@ -49,7 +50,7 @@ def is_right(mutant: Mutant, verdict: Verdict) -> bool:
 def _emulate(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
     from build_kernels.emulator import EmulatorError, Schedule
 
-    inputs = emulated.make_inputs(artifact.kernel, mutant.case)
+    inputs = make_inputs(artifact.kernel, mutant.case)
     for policy, seed in mutant.schedules:
         schedule = Schedule(policy=policy, seed=seed)
         try:

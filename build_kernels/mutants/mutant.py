@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from build_kernels.verify import emulated
+from build_kernels.verify.cases import Case
 
 # Adversarial enough for a fault that the happens-before checks see, or that spoils the answer.
 SCHEDULES = (("latest", 0), ("earliest", 0), ("random", 1), ("random", 2))
@@ -55,7 +55,7 @@ class Mutant:
     rejected_by: tuple[str, ...]
     edits: tuple[Edit, ...] = ()
     maps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    case: emulated.Case
+    case: Case
     schedules: tuple[tuple[str, int], ...] = SCHEDULES
     complaint: str = ""
     harmless: str = ""

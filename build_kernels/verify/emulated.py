@@ -8,7 +8,6 @@ not show that ptxas translated rightly, what undocumented hardware does, roundin
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -27,7 +26,9 @@ from .artifact import (
     is_decode,
     is_hashed,
 )
+from .cases import Case, cases_of
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
+from .inputs import SCALE, Inputs, make_inputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,15 +38,13 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 WEIGHT_TOLERANCE = 1e-6
-# Ids are compared where neighbouring keys differ by more than FP32 can err; see `make_inputs`.
-CLEAR_MARGIN = 1e-4
 CANARY_FLOAT = -12345.0
 CANARY_INT = -77
 # Different, so that one output's stride does not serve for the other.
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
-SCALE = 2.5
-VOCABULARY = 11
+# What a kernel before this one may have written, and only griddepcontrol.wait makes readable.
+DEPENDENT = ("hidden_states", "logits", "image_mask", "padding_mask", "num_valid_tokens")
 ELEMENT_TYPES = {"float32": "float32", "int32": "int32", "uint32": "uint32", "uint8": "uint8"}
 
 # Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
@@ -57,109 +56,6 @@ FULL_SCHEDULES = (
     ("random", 4, True),
 )
 QUICK_SCHEDULES = (("latest", 0, False), ("random", 1, True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One call. `kind`: what is in the inputs.
-
-    integers   small integers, biases in quarters
-    ties       logits all equal: ids must be 0 .. top_k - 1
-    biased     integers, with biases near 8 as real checkpoints have
-    extreme    logits beyond +-100
-    low        all logits near -100: softplus would be denormal, and epsilon counts
-    nan        one expert's weights NaN, and one token's row of hidden_states infinite
-    """
-
-    num_tokens: int
-    num_experts: int
-    top_k: int
-    k: int = 0
-    kind: str = "integers"
-
-    def __str__(self) -> str:
-        k = f" K={self.k}" if self.k else ""
-        return f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k} {self.kind}"
-
-
-def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
-
-    K of 16 blocks gives each CTA of the cluster one; with 17 each, every stage of the ring is used
-    three times.
-    """
-    tile = kernel.launch.token_tile
-    block = kernel.problem.k_multiple * kernel.launch.k_splits
-    first = (
-        Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block),
-        Case(num_tokens=1, num_experts=132, top_k=4, k=block, kind="biased"),
-        # All experts chosen, so that every score counts.
-        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
-        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
-    )
-    if quick:
-        return first
-    return (
-        *first,
-        Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
-        Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
-        Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block),
-        Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
-        Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
-        Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
-        Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
-        Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased"),
-        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased"),
-    )
-
-
-def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Below, at and above a cluster's tokens; K in one block a CTA and in many."""
-    tile = kernel.launch.token_tile
-    block = kernel.problem.k_multiple * kernel.launch.k_splits
-    first = (
-        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block),
-        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
-        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
-    )
-    if quick:
-        return first
-    return (
-        *first,
-        Case(num_tokens=1, num_experts=512, top_k=1, k=block),
-        Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
-        Case(num_tokens=5, num_experts=40, top_k=4, k=17 * block),
-        Case(num_tokens=6, num_experts=256, top_k=6, k=4096),
-        Case(num_tokens=64, num_experts=384, top_k=6, k=7168),
-    )
-
-
-def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """What the kernel is run on."""
-    if is_hashed(kernel):
-        return hash_cases(kernel, quick=quick)
-    return (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
-
-
-def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Below, at and above a block's tokens; each number of register groups of experts."""
-    first = (
-        Case(num_tokens=7, num_experts=132, top_k=6),
-        Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
-        Case(num_tokens=3, num_experts=8, top_k=8, kind="nan"),
-        Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
-    )
-    if quick:
-        return first
-    return (
-        *first,
-        Case(num_tokens=1, num_experts=8, top_k=8),
-        Case(num_tokens=16, num_experts=384, top_k=6, kind="biased"),
-        Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),
-        Case(num_tokens=3, num_experts=130, top_k=4, kind="nan"),
-        Case(num_tokens=2, num_experts=70, top_k=8, kind="ties"),
-        Case(num_tokens=66, num_experts=60, top_k=1),
-    )
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
@@ -207,120 +103,10 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """A case's arrays, and what the reference makes of them.
-
-    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; e_bias [E]
-    FP32, or tid2eid [vocab, top_k] and input_ids [N] int32. weights [N, top_k] FP64, ids likewise.
-    """
-
-    case: Case
-    tensors: Mapping[str, Array]
-    weights: Array
-    ids: Array
-
-
-def make_inputs(kernel: Kernel, case: Case) -> Inputs:
-    """Inputs from a seed of the case's own, drawn again until no key is near its neighbour.
-
-    Equal keys are kept: the tie rule decides them. Keys that differ by less than CLEAR_MARGIN could
-    be told apart by rounding, and are not.
-    """
-    import torch
-
-    from dsv4_router_runtime.reference import ranking_margin, select_reference
-
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
-    table = _draw_table(generator, case) if is_hashed(kernel) else {}
-    for _ in range(100):
-        hidden, weight, logits, bias = _draw(generator, kernel, case)
-        if table or float(ranking_margin(logits, bias, case.top_k).min()) > CLEAR_MARGIN:
-            break
-    else:
-        raise ValueError(f"{case}: no inputs with clear margins in 100 draws")
-    if table:
-        weights, ids = select_reference(logits, None, SCALE, case.top_k, **table)
-        tensors = {name: values.numpy() for name, values in table.items()}
-    else:
-        weights, ids = select_reference(logits, bias, SCALE, case.top_k)
-        tensors = {"e_bias": bias.float().numpy()}
-    if hidden is None or weight is None:
-        tensors["logits"] = logits.float().numpy()
-    else:
-        tensors["hidden_states"] = _bf16_bits(hidden)
-        tensors["W_gate"] = _bf16_bits(weight)
-    return Inputs(case=case, tensors=tensors, weights=weights.numpy(), ids=ids.numpy())
-
-
-def _draw_table(generator: Any, case: Case) -> dict[str, Any]:
-    """tid2eid, whose rows hold distinct experts, and the tokens' ids in it."""
-    import torch
-
-    rows = [torch.randperm(case.num_experts, generator=generator) for _ in range(VOCABULARY)]
-    table = torch.stack([row[: case.top_k] for row in rows]).int()
-    ids = torch.randint(0, VOCABULARY, (case.num_tokens,), generator=generator).int()
-    return {"tid2eid": table, "input_ids": ids}
-
-
-def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
-    """hidden_states, W_gate (None for a kernel that reads logits), FP64 logits and e_bias."""
-    import torch
-
-    n, e, k = case.num_tokens, case.num_experts, case.k
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator).double()
-
-    bias = integers(-8, 8, e) / 4
-    if case.kind == "biased":
-        bias = 8.0 + integers(-16, 16, e) / 64
-    if case.kind == "ties":
-        bias = torch.zeros(e).double()
-    if not is_decode(kernel):
-        logits = integers(-6, 6, n, e)
-        if case.kind == "extreme":
-            logits *= 40
-        if case.kind == "ties":
-            logits[:] = 1.0
-        if case.kind == "low":
-            logits[:] = -100.0 - torch.arange(e)
-        if case.kind == "nan":
-            logits[:, 1] = torch.nan
-            logits[-1, 0] = torch.inf
-        return None, None, logits, bias
-    # Sparse, so that logits stay within a few units at any K.
-    sparse = (torch.rand(n, k, generator=generator) < 16 / k).double()
-    hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
-    if case.kind == "extreme":
-        hidden *= 16
-    if case.kind == "ties":
-        weight[:] = weight[:, :1]
-    if case.kind == "low":
-        hidden[:], weight[:] = 0.0, 0.0
-        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e)
-    if case.kind == "nan":
-        weight[:, 1] = torch.nan
-        hidden[-1, :] = 0.0
-        hidden[-1, 0] = torch.inf
-        weight[0] = weight[0].abs() + 1
-    return hidden, weight, hidden @ weight, bias
-
-
-def _bf16_bits(values: Any) -> Array:
-    import numpy as np
-    import torch
-
-    exact = values.bfloat16()
-    if not torch.equal(exact.double().nan_to_num(7.0), values.nan_to_num(7.0)):
-        raise ValueError("inputs are not exact in BF16")
-    return np.ascontiguousarray(exact.view(torch.int16).numpy().view(np.uint16))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One run: everything that is wrong with it, in lines, and what it wrote.
 
-    weight_error: the largest relative error of a weight. weights, ids: [N, top_k] FP32 and int32.
+    weight_error: the largest relative error of a weight. weights (FP32), ids: [N, columns].
     """
 
     problems: tuple[str, ...]
@@ -361,7 +147,7 @@ def run(
             dynamic_shared_bytes=launch.dynamic_shared_bytes,
             arch=kernel.arch,
         ),
-        _arguments(kernel, case, arrays, tensor_map_changes or {}),
+        _arguments(kernel, inputs, arrays, tensor_map_changes or {}),
         schedule,
         approximate=approximate,
     )
@@ -375,8 +161,8 @@ def run(
     return Outcome(
         problems=tuple(problems),
         weight_error=error,
-        weights=result.memory["out_weights"][:, : case.top_k],
-        ids=result.memory["out_ids"][:, : case.top_k],
+        weights=result.memory["out_weights"][:, : case.columns],
+        ids=result.memory["out_ids"][:, : case.columns],
     )
 
 
@@ -434,16 +220,16 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     from build_kernels.emulator import DeviceArray
 
     case = inputs.case
-    weights_shape = (case.num_tokens, case.top_k + WEIGHT_CANARIES)
-    ids_shape = (case.num_tokens, case.top_k + ID_CANARIES)
+    weights_shape = (case.num_tokens, case.columns + WEIGHT_CANARIES)
+    ids_shape = (case.num_tokens, case.columns + ID_CANARIES)
+    ids_type = np.int64 if "int64" in case.options else np.int32
     layout = kernel.problem.layout
     contents: dict[str, tuple[Array, dict[str, bool]]] = {
         "out_weights": (np.full(weights_shape, CANARY_FLOAT, np.float32), {"dependent": True}),
-        "out_ids": (np.full(ids_shape, CANARY_INT, np.int32), {"dependent": True}),
+        "out_ids": (np.full(ids_shape, CANARY_INT, ids_type), {"dependent": True}),
     }
-    for name in ("e_bias", "tid2eid", "input_ids"):
-        if name in inputs.tensors:
-            contents[name] = (inputs.tensors[name], {"read_only": True})
+    for name, tensor in inputs.tensors.items():
+        contents[name] = (tensor, {"read_only": True, "dependent": name in DEPENDENT})
     if "logits" in inputs.tensors:
         logits = inputs.tensors["logits"]
         padded = np.full((logits.shape[0], logits.shape[1] + 5), np.nan, np.float32)
@@ -469,14 +255,21 @@ def _check_shapes(inputs: Inputs) -> None:
     """LaunchError for a tensor that the launch would read beyond, or not to its end."""
     from build_kernels.emulator import LaunchError
 
-    case = inputs.case
+    case, numbers = inputs.case, inputs.numbers
+    tokens, experts = case.num_tokens, case.num_experts
     shapes = {
-        "hidden_states": (case.num_tokens, case.k),
-        "W_gate": (case.k, case.num_experts),
-        "logits": (case.num_tokens, case.num_experts),
-        "e_bias": (case.num_experts,),
-        "tid2eid": (VOCABULARY, case.top_k),
-        "input_ids": (case.num_tokens,),
+        "hidden_states": (tokens, case.k),
+        "W_gate": (case.k, experts),
+        "logits": (tokens, experts),
+        "e_bias": (experts,),
+        "bias_vl": (experts,),
+        "image_mask": (tokens,),
+        "padding_mask": (tokens,),
+        "num_valid_tokens": (1,),
+        "tid2eid": (numbers.get("vocab_size"), case.top_k),
+        "input_ids": (tokens,),
+        "to_physical": (experts, numbers.get("max_replicas")),
+        "logical_count": (experts,),
     }
     for name, tensor in inputs.tensors.items():
         if tensor.shape != shapes[name]:
@@ -495,27 +288,30 @@ def _with_aligned_rows(rows: Array) -> Array:
 
 def _arguments(
     kernel: Kernel,
-    case: Case,
+    inputs: Inputs,
     arrays: Mapping[str, DeviceArray],
     changes: Mapping[str, Mapping[str, Any]],
 ) -> list[Any]:
     """The kernel's arguments in order, by the manifest's names."""
     from build_kernels.emulator import TensorMap
 
+    case = inputs.case
     values: dict[str, Any] = {
         **OPTIONS_OFF,
+        "e_bias": 0,
+        **inputs.numbers,
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,
         "top_k": case.top_k,
         "routed_scaling_factor": SCALE,
-        "out_weights_stride": case.top_k + WEIGHT_CANARIES,
-        "out_ids_stride": case.top_k + ID_CANARIES,
+        "out_weights_stride": case.columns + WEIGHT_CANARIES,
+        "out_ids_stride": case.columns + ID_CANARIES,
         "logits_stride": case.num_experts + 5,
         **arrays,
     }
     if is_hashed(kernel):
-        values |= {"vocab_size": VOCABULARY, "w_stride": arrays["w_gate"].data.shape[1]}
+        values["w_stride"] = arrays["w_gate"].data.shape[1]
     arguments: list[Any] = []
     for parameter in kernel.parameters:
         recipe = parameter.tensor_map
@@ -548,22 +344,22 @@ def _against_reference(inputs: Inputs, memory: Mapping[str, Array]) -> tuple[lis
     """What is wrong with the outputs, and the largest relative error of a weight."""
     import numpy as np
 
-    top_k = inputs.case.top_k
+    columns = inputs.case.columns
     weights, ids = memory["out_weights"], memory["out_ids"]
     problems = []
-    wrong = np.argwhere(ids[:, :top_k] != inputs.ids)
+    wrong = np.argwhere(ids[:, :columns] != inputs.ids)
     if len(wrong):
         row = int(wrong[0, 0])
         problems.append(
-            f"{len(wrong)} ids are wrong, first in token {row}: {ids[row, :top_k].tolist()}, "
+            f"{len(wrong)} ids are wrong, first in token {row}: {ids[row, :columns].tolist()}, "
             f"expected {inputs.ids[row].tolist()}"
         )
     expected = inputs.weights
     scale = np.where(expected == 0, 1.0, np.abs(expected))
-    errors = np.abs(weights[:, :top_k].astype(np.float64) - expected) / scale
+    errors = np.abs(weights[:, :columns].astype(np.float64) - expected) / scale
     error = float(np.where(np.isfinite(errors), errors, np.inf).max())
     if error > WEIGHT_TOLERANCE:
         problems.append(f"a weight is off by {error:.2g} of its value")
-    if (weights[:, top_k:] != CANARY_FLOAT).any() or (ids[:, top_k:] != CANARY_INT).any():
+    if (weights[:, columns:] != CANARY_FLOAT).any() or (ids[:, columns:] != CANARY_INT).any():
         problems.append("something was written beside the outputs")
     return problems, error

@@ -1,0 +1,148 @@
+"""What a kernel is emulated on: sizes, what the inputs hold, and which options are on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4_router_runtime.manifest import Kernel
+
+from .artifact import is_decode, is_hashed
+
+SHARED_SLOTS = 2
+# images        bias_vl, and an image_mask
+# temperature   gate_temp
+# padding       a padding_mask, whose rows hold NaN
+# count         num_tokens on the device, one less than the rows, of which the rest hold NaN
+# physical      to_physical and logical_count
+# shared        SHARED_SLOTS
+# unnormed      norm_topk_prob is off
+# int64         int64 ids, and token ids where there are any
+# table         tid2eid and input_ids, for a kernel that does without
+# unknown       some of input_ids outside the table
+GATE_OPTIONS = (
+    *("images", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
+)
+TABLE_OPTIONS = (
+    *("unknown", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call. `options`: of OPTIONS, the ones that are on. `kind`: what is in the inputs.
+
+    integers   small integers, biases in quarters
+    ties       logits all equal: ids must be 0 .. top_k - 1
+    biased     integers, with biases near 8 as real checkpoints have
+    extreme    logits beyond +-100
+    low        all logits near -100: softplus would be denormal, and epsilon counts
+    nan        one expert's weights NaN, and one token's row of hidden_states infinite
+    """
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    k: int = 0
+    kind: str = "integers"
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        k = f" K={self.k}" if self.k else ""
+        options = f" with {', '.join(self.options)}" if self.options else ""
+        return (
+            f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k} {self.kind}{options}"
+        )
+
+    @property
+    def columns(self) -> int:
+        """Columns of the outputs."""
+        return self.top_k + (SHARED_SLOTS if "shared" in self.options else 0)
+
+
+def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
+
+    K of 16 blocks gives each CTA of the cluster one; with 17 each, every stage of the ring is used
+    three times.
+    """
+    tile = kernel.launch.token_tile
+    block = kernel.problem.k_multiple * kernel.launch.k_splits
+    first = (
+        Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block),
+        Case(num_tokens=1, num_experts=132, top_k=4, k=block, kind="biased"),
+        # All experts chosen, so that every score counts.
+        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
+        Case(num_tokens=7, num_experts=132, top_k=6, k=block, options=GATE_OPTIONS),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=6, num_experts=60, top_k=3, k=block, options=GATE_OPTIONS),
+        Case(num_tokens=5, num_experts=72, top_k=8, k=block, options=("images", "physical")),
+        Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
+        Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
+        Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block),
+        Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
+        Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
+        Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased"),
+        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased"),
+    )
+
+
+def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Below, at and above a cluster's tokens; K in one block a CTA and in many."""
+    tile = kernel.launch.token_tile
+    block = kernel.problem.k_multiple * kernel.launch.k_splits
+    first = (
+        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block),
+        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
+        Case(num_tokens=tile + 3, num_experts=40, top_k=6, k=block, options=TABLE_OPTIONS),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=5, num_experts=72, top_k=8, k=block, options=("unknown", "physical")),
+        Case(num_tokens=1, num_experts=512, top_k=1, k=block),
+        Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
+        Case(num_tokens=5, num_experts=40, top_k=4, k=17 * block),
+        Case(num_tokens=6, num_experts=256, top_k=6, k=4096),
+        Case(num_tokens=64, num_experts=384, top_k=6, k=7168),
+    )
+
+
+def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Below, at and above a block's tokens; each number of register groups of experts."""
+    first = (
+        Case(num_tokens=7, num_experts=132, top_k=6),
+        Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
+        Case(num_tokens=3, num_experts=8, top_k=8, kind="nan"),
+        Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
+        Case(num_tokens=7, num_experts=132, top_k=6, options=GATE_OPTIONS),
+        Case(num_tokens=7, num_experts=40, top_k=6, options=("table", *TABLE_OPTIONS)),
+    )
+    if quick:
+        return first
+    return (
+        *first,
+        Case(num_tokens=9, num_experts=384, top_k=3, kind="biased", options=GATE_OPTIONS),
+        Case(num_tokens=5, num_experts=60, top_k=8, options=("table", "physical")),
+        Case(num_tokens=1, num_experts=8, top_k=8),
+        Case(num_tokens=16, num_experts=384, top_k=6, kind="biased"),
+        Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),
+        Case(num_tokens=3, num_experts=130, top_k=4, kind="nan"),
+        Case(num_tokens=2, num_experts=70, top_k=8, kind="ties"),
+        Case(num_tokens=66, num_experts=60, top_k=1),
+    )
+
+
+def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """What the kernel is run on."""
+    if is_hashed(kernel):
+        return hash_cases(kernel, quick=quick)
+    return (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)

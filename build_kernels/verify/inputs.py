@@ -1,0 +1,212 @@
+"""The inputs of a case, small integers so that logits are exact, and the reference's outputs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsv4_router_runtime.manifest import Kernel
+
+from .artifact import is_decode, is_hashed
+from .cases import SHARED_SLOTS, Case
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+# Ids are compared where neighbouring keys differ by more than FP32 can err; see `make_inputs`.
+CLEAR_MARGIN = 1e-4
+SCALE = 2.5
+VOCABULARY = 11
+REPLICAS = 3
+# The reference's keyword -> the kernels' parameter, where they differ.
+PARAMETERS = {"num_tokens": "num_valid_tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A case's arrays, and what the reference makes of them.
+
+    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; and, by the
+    kernels' parameter names, what the case's options bring. numbers: the options' parameters that
+    are not tensors. weights FP64 and ids, [N, columns].
+    """
+
+    case: Case
+    tensors: Mapping[str, Array]
+    weights: Array
+    ids: Array
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
+
+
+def make_inputs(kernel: Kernel, case: Case) -> Inputs:
+    """Inputs from a seed of the case's own, drawn again until no key is near its neighbour.
+
+    Equal keys are kept: the tie rule decides them. Keys that differ by less than CLEAR_MARGIN could
+    be told apart by rounding, and are not.
+    """
+    import torch
+
+    from dsv4_router_runtime.reference import (
+        ranking_margin,
+        select_reference,
+        selection_bias,
+        tempered,
+    )
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
+    hashed = is_hashed(kernel) or "table" in case.options
+    options = _draw_options(generator, case, hashed=hashed)
+    images = options.get("bias_vl"), options.get("image_mask")
+    for _ in range(100):
+        hidden, weight, logits, bias = _draw(generator, kernel, case)
+        keyed = tempered(logits, options.get("gate_temp", 1.0))
+        margin = ranking_margin(keyed, selection_bias(bias, *images), case.top_k)
+        if hashed or float(margin.min()) > CLEAR_MARGIN:
+            break
+    else:
+        raise ValueError(f"{case}: no inputs with clear margins in 100 draws")
+    padded = _padded(case, options)
+    for rows in (hidden, logits):
+        if rows is not None:
+            rows[padded] = torch.nan
+    expected = select_reference(logits, None if hashed else bias, SCALE, case.top_k, **options)
+    tensors = {} if hashed else {"e_bias": bias.float().numpy()}
+    tensors |= {
+        PARAMETERS.get(name, name): value.numpy()
+        for name, value in options.items()
+        if isinstance(value, torch.Tensor)
+    }
+    for mask in {"image_mask", "padding_mask"} & tensors.keys():
+        tensors[mask] = tensors[mask].view("uint8")
+    if hidden is None or weight is None:
+        tensors["logits"] = logits.float().numpy()
+    else:
+        tensors["hidden_states"] = _bf16_bits(hidden)
+        tensors["W_gate"] = _bf16_bits(weight)
+    weights, ids = (outputs.numpy() for outputs in expected)
+    numbers = _numbers(case, options)
+    return Inputs(case=case, tensors=tensors, weights=weights, ids=ids, numbers=numbers)
+
+
+def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]:
+    """The reference's keywords for a case's options.
+
+    The rows of tid2eid hold distinct experts; an unknown token id is below or beyond the table.
+    """
+    import torch
+
+    n, e = case.num_tokens, case.num_experts
+    int32 = torch.int32
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    drawn: dict[str, Any] = {}
+    if hashed:
+        rows = [torch.randperm(e, generator=generator)[: case.top_k] for _ in range(VOCABULARY)]
+        ids = integers(0, VOCABULARY - 1, n)
+        if "unknown" in case.options:
+            ids[::4] = torch.tensor([-1, VOCABULARY] * n)[: len(ids[::4])]
+        drawn["tid2eid"] = torch.stack(rows).to(int32)
+        drawn["input_ids"] = ids if "int64" in case.options else ids.to(int32)
+    for option in case.options:
+        if option == "images":
+            drawn["bias_vl"] = (integers(-8, 8, e) / 4).float()
+            drawn["image_mask"] = torch.arange(n) % 2 == 0
+        if option == "temperature":
+            drawn["gate_temp"] = 1.5
+        if option == "padding":
+            drawn["padding_mask"] = torch.arange(n) % 3 == 1
+        if option == "count":
+            drawn["num_tokens"] = torch.tensor([n - 1], dtype=int32)
+        if option == "physical":
+            drawn["to_physical"] = integers(0, 1 << 20, e, REPLICAS).to(int32)
+            drawn["logical_count"] = integers(1, REPLICAS, e).to(int32)
+        if option == "shared":
+            drawn["num_shared_slots"] = SHARED_SLOTS
+        if option == "unnormed":
+            drawn["norm_topk_prob"] = False
+        if option == "int64":
+            drawn["ids_dtype"] = torch.int64
+    return drawn
+
+
+def _padded(case: Case, options: Mapping[str, Any]) -> Any:
+    import torch
+
+    from dsv4_router_runtime.reference import padded_rows
+
+    masks = options.get("padding_mask"), options.get("num_tokens")
+    return padded_rows(case.num_tokens, torch.device("cpu"), *masks)
+
+
+def _numbers(case: Case, options: Mapping[str, Any]) -> dict[str, int | float]:
+    """The kernels' parameters that say how an option's tensors are to be read, and the rest."""
+    wide = int("int64" in case.options)
+    return {
+        "gate_temp": options.get("gate_temp", 1.0),
+        "norm_topk_prob": int(options.get("norm_topk_prob", True)),
+        "num_shared_slots": options.get("num_shared_slots", 0),
+        "ids_are_int64": wide,
+        "input_ids_are_int64": wide if "input_ids" in options else 0,
+        "vocab_size": VOCABULARY if "tid2eid" in options else 0,
+        "max_replicas": REPLICAS if "to_physical" in options else 0,
+    }
+
+
+def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
+    """hidden_states, W_gate (None for a kernel that reads logits), FP64 logits and e_bias."""
+    import torch
+
+    n, e, k = case.num_tokens, case.num_experts, case.k
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).double()
+
+    bias = integers(-8, 8, e) / 4
+    if case.kind == "biased":
+        bias = 8.0 + integers(-16, 16, e) / 64
+    if case.kind == "ties":
+        bias = torch.zeros(e).double()
+    if not is_decode(kernel):
+        logits = integers(-6, 6, n, e)
+        if case.kind == "extreme":
+            logits *= 40
+        if case.kind == "ties":
+            logits[:] = 1.0
+        if case.kind == "low":
+            logits[:] = -100.0 - torch.arange(e)
+        if case.kind == "nan":
+            logits[:, 1] = torch.nan
+            logits[-1, 0] = torch.inf
+        return None, None, logits, bias
+    # Sparse, so that logits stay within a few units at any K.
+    sparse = (torch.rand(n, k, generator=generator) < 16 / k).double()
+    hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
+    if case.kind == "extreme":
+        hidden *= 16
+    if case.kind == "ties":
+        weight[:] = weight[:, :1]
+    if case.kind == "low":
+        hidden[:], weight[:] = 0.0, 0.0
+        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e)
+    if case.kind == "nan":
+        weight[:, 1] = torch.nan
+        hidden[-1, :] = 0.0
+        hidden[-1, 0] = torch.inf
+        weight[0] = weight[0].abs() + 1
+    return hidden, weight, hidden @ weight, bias
+
+
+def _bf16_bits(values: Any) -> Array:
+    import numpy as np
+    import torch
+
+    exact = values.bfloat16()
+    if not torch.equal(exact.double().nan_to_num(7.0), values.nan_to_num(7.0)):
+        raise ValueError("inputs are not exact in BF16")
+    return np.ascontiguousarray(exact.view(torch.int16).numpy().view(np.uint16))

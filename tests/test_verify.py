@@ -872,7 +872,7 @@ def test_the_hash_kernel_gives_the_tables_experts(
     hashed: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(num_tokens=9, num_experts=60, top_k=6, k=1024)
-    monkeypatch.setattr(emulated, "hash_cases", lambda kernel, quick: (case,))
+    monkeypatch.setattr(emulated, "cases_of", lambda kernel, quick: (case,))
     inputs = make_inputs(hashed.kernel, case)
     table, tokens = inputs.tensors["tid2eid"], inputs.tensors["input_ids"]
     assert inputs.ids.tolist() == table[tokens].tolist()

@@ -117,6 +117,7 @@ ALWAYS_ASSUMED = (
 
 
 OPTIONS_ARE_OFF = "every option is off: their pointers are null, in the text"
+DECLARED_POINTERS = "router_topk's 64-bit parameters are pointers, and declared so, in the text"
 SAMPLED_WINNER = (
     "the winning expert, a redux.sync.min result that becomes a shared-memory address, is a "
     "constant: the addresses are proven disjoint for the sampled winners only"
@@ -155,7 +156,12 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
         return (NO_COLLECTOR, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
-    return (sampled, *nulls)
+    pointers = Rewrite(
+        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({kernel.symbol}_param_\d+)",
+        replacement=r".param .u64 .ptr .align 1 \1",
+        why=DECLARED_POINTERS,
+    )
+    return (sampled, pointers, *nulls)
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:

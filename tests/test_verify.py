@@ -55,7 +55,7 @@ from build_kernels.verify.climb import (
     without_target,
 )
 from build_kernels.verify.command import cell
-from build_kernels.verify.evidence import EvidenceError, not_run, write_evidence
+from build_kernels.verify.evidence import EvidenceError, not_run, update_evidence, write_evidence
 from build_kernels.verify.inputs import make_inputs
 
 KERNEL = topk_kernel()
@@ -615,6 +615,19 @@ def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
     assert "router_topk.sm_100a hardware" in result.stderr
     lint_result = _call("--artifacts", artifacts, "--rung", "lint")
     assert lint_result.exit_code == 0, "the lint rung does not apply to a CUDA kernel"
+
+
+def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(artifacts: Path) -> None:
+    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
+    failed = Result(
+        status="failed", scope="full", reason="a race", checker=checkers.present("emulated")
+    )
+    update_evidence(
+        artifacts / "evidence.json", lambda known: known.with_result(kernel, "emulated", failed)
+    )
+    result = _call("--artifacts", artifacts, "--rung", "emulated", "--quick")
+    assert result.exit_code == 1
+    assert "a race" in result.stdout
 
 
 def test_what_counts_as_failure() -> None:

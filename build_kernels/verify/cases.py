@@ -12,13 +12,13 @@ SHARED_SLOTS = 2
 # images        bias_vl, and an image_mask
 # temperature   gate_temp
 # padding       a padding_mask, whose rows hold NaN
-# count         num_tokens on the device, one less than the rows, of which the rest hold NaN
-# physical      to_physical and logical_count
+# count         num_tokens on the device, two less than the rows, of which the rest hold NaN
+# physical      to_physical and logical_count, of which some are out of range
 # shared        SHARED_SLOTS
 # unnormed      norm_topk_prob is off
 # int64         int64 ids, and token ids where there are any
 # table         tid2eid and input_ids, for a kernel that does without
-# unknown       some of input_ids outside the table
+# unknown       some of input_ids outside the table, by 2^32 where they are int64
 GATE_OPTIONS = (
     *("images", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
 )
@@ -62,14 +62,15 @@ class Case:
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
 
-    K of 16 blocks gives each CTA of the cluster one; with 17 each, every stage of the ring is used
-    three times.
+    K of 16 blocks gives each CTA of the cluster one; of 33, one of them a third; of one block, 15
+    none. With 17 each, every stage of the ring is used three times.
     """
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
+    one = kernel.problem.k_multiple
     first = (
-        Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block),
-        Case(num_tokens=1, num_experts=132, top_k=4, k=block, kind="biased"),
+        Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block + one),
+        Case(num_tokens=1, num_experts=132, top_k=4, k=one, kind="biased"),
         # All experts chosen, so that every score counts.
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
@@ -77,10 +78,11 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
     if quick:
         return first
+    served = ("temperature", "physical", "shared")
     return (
         *first,
-        Case(num_tokens=6, num_experts=60, top_k=3, k=block, options=GATE_OPTIONS),
-        Case(num_tokens=5, num_experts=72, top_k=8, k=block, options=("images", "physical")),
+        Case(num_tokens=3, num_experts=512, top_k=8, k=one, options=GATE_OPTIONS),
+        Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
         Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
         Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
         Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block),
@@ -88,8 +90,8 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
         Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
-        Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased"),
-        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased"),
+        Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
+        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
     )
 
 
@@ -97,22 +99,24 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Below, at and above a cluster's tokens; K in one block a CTA and in many."""
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
+    one = kernel.problem.k_multiple
     first = (
-        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block),
+        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=tile + 3, num_experts=40, top_k=6, k=block, options=TABLE_OPTIONS),
     )
     if quick:
         return first
+    served = ("temperature", "physical", "shared")
     return (
         *first,
-        Case(num_tokens=5, num_experts=72, top_k=8, k=block, options=("unknown", "physical")),
+        Case(num_tokens=5, num_experts=72, top_k=8, k=one, options=("unknown", "shared")),
         Case(num_tokens=1, num_experts=512, top_k=1, k=block),
         Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
         Case(num_tokens=5, num_experts=40, top_k=4, k=17 * block),
         Case(num_tokens=6, num_experts=256, top_k=6, k=4096),
-        Case(num_tokens=64, num_experts=384, top_k=6, k=7168),
+        Case(num_tokens=64, num_experts=384, top_k=6, k=7168, options=served),
     )
 
 
@@ -131,7 +135,7 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     return (
         *first,
         Case(num_tokens=9, num_experts=384, top_k=3, kind="biased", options=GATE_OPTIONS),
-        Case(num_tokens=5, num_experts=60, top_k=8, options=("table", "physical")),
+        Case(num_tokens=5, num_experts=60, top_k=8, options=("table", "shared")),
         Case(num_tokens=1, num_experts=8, top_k=8),
         Case(num_tokens=16, num_experts=384, top_k=6, kind="biased"),
         Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),

@@ -119,12 +119,20 @@ def verify(
         Outcome(
             artifact=kernel.key,
             rung=rung,
-            result=found.get((kernel.key, rung)) or _stored(evidence, kernel, rung),
+            result=_standing(evidence, kernel, rung, found.get((kernel.key, rung))),
             climbed=(kernel.key, rung) in found,
         )
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _standing(evidence: Evidence, kernel: Kernel, rung: str, found: Result | None) -> Result:
+    """What was found now, or is stored; a stored failure that a quick pass did not clear stands."""
+    stored = evidence.of(kernel).get(rung)
+    if found is None or (stored is not None and stored.status == FAILED):
+        return _stored(evidence, kernel, rung)
+    return found
 
 
 def _stored(evidence: Evidence, kernel: Kernel, rung: str) -> Result:

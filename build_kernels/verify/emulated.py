@@ -237,7 +237,7 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
         contents["logits"] = (padded, {"read_only": True, "dependent": True})
     else:
         weight = inputs.tensors["W_gate"]
-        rows = _with_aligned_rows(weight if layout == "emajor" else weight.T)
+        rows = _with_aligned_rows(weight if layout == "emajor" else weight.T, beyond=8)
         contents["w_gate" if is_hashed(kernel) else "W_gate"] = (rows, {"read_only": True})
         hidden = _with_aligned_rows(inputs.tensors["hidden_states"])
         contents["hidden_states"] = (hidden, {"read_only": True, "dependent": True})
@@ -276,11 +276,12 @@ def _check_shapes(inputs: Inputs) -> None:
             raise LaunchError(f"{name}: expected the shape {shapes[name]} (got {tensor.shape})")
 
 
-def _with_aligned_rows(rows: Array) -> Array:
-    """Rows padded to a multiple of 16 bytes with BF16 NaNs, which nobody may multiply."""
+def _with_aligned_rows(rows: Array, beyond: int = 0) -> Array:
+    """Rows padded to a multiple of 16 bytes, and by `beyond` elements, with BF16 NaNs, which nobody
+    may multiply."""
     import numpy as np
 
-    width = -(-rows.shape[1] // 8) * 8
+    width = -(-rows.shape[1] // 8) * 8 + beyond
     padded = np.full((rows.shape[0], width), 0x7FFF, np.uint16)
     padded[:, : rows.shape[1]] = rows
     return padded

@@ -229,6 +229,8 @@ def _result(stored: Mapping[str, Any]) -> Result:
     known = {"status", "scope", "reason", "figures", "assumptions", "applies", "checker"}
     if unknown := sorted(set(stored) - known):
         raise ValueError(f"unknown keys {unknown} in a result")
+    if not isinstance(stored.get("figures", {}), Mapping):
+        raise ValueError(f"figures: expected an object (got {stored['figures']!r})")
     return replace(
         Result(status=PASSED),
         **{**stored, "assumptions": tuple(stored.get("assumptions", ()))},

@@ -46,7 +46,7 @@ from build_kernels.verify.artifact import (
     ptx_entry,
     ptx_opcodes,
 )
-from build_kernels.verify.cases import Case, decode_cases, topk_cases
+from build_kernels.verify.cases import VOCABULARY, Case, decode_cases, topk_cases
 from build_kernels.verify.climb import (
     Outcome,
     climb_one,
@@ -910,7 +910,7 @@ def test_what_sentryward_is_told_of_the_hash_kernel(hashed: Artifact) -> None:
         hashed.kernel.parameters[item["parameter"]].name: item["value"]
         for item in given["arguments"]
     }
-    assert (names["w_stride"], names["vocab_size"]) == (case.k, protocol.VOCABULARY)
+    assert (names["w_stride"], names["vocab_size"]) == (case.k, VOCABULARY)
     text = protocol.rewritten(hashed.ptx, case.rewrites)
     assert "ld.global.s32" not in text
     loads = re.findall(r"ld\.param\.b64\s+%rd\d+, \[router_hash_0_param_(\d+)\];", text)

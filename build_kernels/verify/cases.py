@@ -8,7 +8,10 @@ from dsv4_router_runtime.manifest import Kernel
 
 from .artifact import is_decode, is_hashed
 
+# Rows of the table that a hash layer is given.
+VOCABULARY = 11
 SHARED_SLOTS = 2
+# A case's options:
 # images        bias_vl, and an image_mask
 # temperature   gate_temp
 # padding       a padding_mask, whose rows hold NaN
@@ -29,7 +32,7 @@ TABLE_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. `options`: of OPTIONS, the ones that are on. `kind`: what is in the inputs.
+    """One call. `options`: those of the list above that are on. `kind`: what is in the inputs.
 
     integers   small integers, biases in quarters
     ties       logits all equal: ids must be 0 .. top_k - 1

@@ -45,7 +45,6 @@ WEIGHT_CANARIES = 3
 ID_CANARIES = 5
 # What a kernel before this one may have written, and only griddepcontrol.wait makes readable.
 DEPENDENT = ("hidden_states", "logits", "image_mask", "padding_mask", "num_valid_tokens")
-ELEMENT_TYPES = {"float32": "float32", "int32": "int32", "uint32": "uint32", "uint8": "uint8"}
 
 # Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
 # `alone`: one cluster on the machine at a time, the next starting when it has ended, so that a CTA
@@ -243,7 +242,7 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
         contents["hidden_states"] = (hidden, {"read_only": True, "dependent": True})
     for parameter in kernel.parameters:
         if parameter.scratch is not None and parameter.element_type is not None:
-            zeros = np.zeros(parameter.scratch.elements, ELEMENT_TYPES[parameter.element_type])
+            zeros = np.zeros(parameter.scratch.elements, parameter.element_type)
             facts = {"initialised": parameter.scratch.zeroed, "dependent": True}
             contents[parameter.name] = (zeros, facts)
     return {

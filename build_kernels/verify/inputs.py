@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_router_runtime.manifest import Kernel
 
 from .artifact import is_decode, is_hashed
-from .cases import SHARED_SLOTS, Case
+from .cases import SHARED_SLOTS, VOCABULARY, Case
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Ids are compared where neighbouring keys differ by more than FP32 can err; see `make_inputs`.
 CLEAR_MARGIN = 1e-4
 SCALE = 2.5
-VOCABULARY = 11
 # More than a warp has lanes: above that a kernel finds the replica in another way.
 REPLICAS = 36
 # The reference's keyword -> the kernels' parameter, where they differ.

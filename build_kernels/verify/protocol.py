@@ -35,15 +35,13 @@ from .artifact import (
     null_pointers,
     ptx_entry,
 )
+from .cases import VOCABULARY
 from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
 
 INPUT_SCHEMA = "spverify.kernel-input/v1"
 TIMEOUT_SECONDS = 900
 # A decode case with two wraps of every ring takes up to 4 GB.
 MEMORY_LIMIT_MIB = 8192
-
-# Rows of the table of experts that a hash kernel is given.
-VOCABULARY = 11
 
 _PROVEN = "race_free"
 _FAULTS = ("not_wellsynced", "potential_race", "invalid_lifecycle")

@@ -76,8 +76,8 @@ _WITH_BIAS = ("e_bias", "bias_vl", "image_mask")
 _WITH_TABLE = ("tid2eid", "vocab_size", "input_ids", "input_ids_are_int64")
 # What a kernel of each layout has to take: without one of these, an option would do nothing.
 PARAMETERS = {
-    "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
-    "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, "num_k_blocks"),
+    "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
+    "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
     "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "w_gate", "w_stride"),
     "logits": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "logits", "logits_stride"),
 }
@@ -147,6 +147,10 @@ class Binding:
             )
             manifest = artifacts.manifest
             ladder = decode_ladder(manifest, problem, arch)
+            if facts.hashed:
+                # From where that is faster, or all there is, a hash layer takes the whole gate.
+                gate = decode_ladder(manifest, replace(problem, layout="kmajor"), arch)
+                ladder += tuple(rung for rung in gate if rung[0] > ladder[-1][0])
             beyond = replace(problem, layout="logits", num_tokens=ladder[-1][0] + 1)
             select = select_kernel(manifest, beyond, arch)
             for kernel in (*(kernel for _, kernel in ladder), select):

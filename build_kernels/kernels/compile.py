@@ -24,8 +24,10 @@ _FLOAT, _INT = Float32(1.0), Int32(1)
 _ARGUMENTS = {
     "decode": (
         *("bfloat16", "bfloat16", "uint64"),
-        *("float32", "float32", "uint8", "uint8", "int32", "int32", "int32", "float32", "int32"),
-        *(_INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _INT, _INT, _INT, _INT, _INT, _INT),
+        *("float32", "float32", "uint8", "uint8", "int32", "int32", "int32"),
+        *("int32", "int32", "float32", "int32"),
+        *(_INT, _INT, _INT, _INT, _FLOAT, _FLOAT),
+        *(_INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT),
     ),
     "hash_layer": (
         *("bfloat16", "bfloat16"),

@@ -35,6 +35,7 @@ from build_kernels.kernels.gemm import (
     W_BLOCK_BYTES,
     TileGemm,
 )
+from build_kernels.kernels.hash_table import HashTable, lookup
 from build_kernels.kernels.outputs import (
     Outputs,
     Row,
@@ -44,13 +45,16 @@ from build_kernels.kernels.outputs import (
     row_of,
     store,
     store_padding,
+    warm_names,
 )
 from build_kernels.kernels.select import (
+    MAX_TOP_K,
     NOT_A_CANDIDATE,
     bits_of,
     choose,
     float_of,
     pick,
+    ranked_key,
     reciprocal,
     router_score,
     selection_key,
@@ -115,6 +119,8 @@ class RouterDecode:
         image_mask: cute.Pointer,
         padding_mask: cute.Pointer,
         num_valid_tokens: cute.Pointer,
+        tid2eid: cute.Pointer,
+        input_ids: cute.Pointer,
         to_physical: cute.Pointer,
         logical_count: cute.Pointer,
         out_weights: cute.Pointer,
@@ -126,6 +132,8 @@ class RouterDecode:
         routed_scaling_factor: Float32,
         gate_temp: Float32,
         norm_topk_prob: Int32,
+        vocab_size: Int32,
+        input_ids_are_int64: Int32,
         max_replicas: Int32,
         num_shared_slots: Int32,
         ids_are_int64: Int32,
@@ -154,6 +162,8 @@ class RouterDecode:
             image_mask,
             padding_mask,
             num_valid_tokens,
+            tid2eid,
+            input_ids,
             to_physical,
             logical_count,
             out_weights,
@@ -165,6 +175,8 @@ class RouterDecode:
             routed_scaling_factor,
             gate_temp,
             norm_topk_prob,
+            vocab_size,
+            input_ids_are_int64,
             max_replicas,
             num_shared_slots,
             ids_are_int64,
@@ -189,6 +201,8 @@ class RouterDecode:
         image_mask: cute.Pointer,
         padding_mask: cute.Pointer,
         num_valid_tokens: cute.Pointer,
+        tid2eid: cute.Pointer,
+        input_ids: cute.Pointer,
         to_physical: cute.Pointer,
         logical_count: cute.Pointer,
         out_weights: cute.Pointer,
@@ -200,6 +214,8 @@ class RouterDecode:
         routed_scaling_factor: Float32,
         gate_temp: Float32,
         norm_topk_prob: Int32,
+        vocab_size: Int32,
+        input_ids_are_int64: Int32,
         max_replicas: Int32,
         num_shared_slots: Int32,
         ids_are_int64: Int32,
@@ -240,7 +256,7 @@ class RouterDecode:
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
-            self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks)
+            self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks, outputs)
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
@@ -257,11 +273,20 @@ class RouterDecode:
             for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
                 experts[i] = 32 * i + cute.arch.lane_idx()
             names = read_names(outputs, experts, token)
+            table = HashTable(
+                tid2eid=tid2eid,
+                input_ids=input_ids,
+                input_ids_are_int64=input_ids_are_int64,
+                vocab_size=vocab_size,
+                num_tokens=num_tokens,
+                top_k=top_k,
+            )
+            ranks, unknown = self.read_ranks(table, token, tile)
             # Outputs and workspace may be in use, and masks in the making, until the grid before
             # has ended.
             cute.arch.griddepcontrol_wait()
             ticket = self.draw_ticket(workspace, token, num_tokens, num_tiles)
-            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
+            padded = unknown | is_padded(token, num_tokens, padding_mask, num_valid_tokens)
             is_image = read_mask(image_mask, token, num_tokens)
             self.send(storage, num_blocks, num_tokens)
             self.gemm.free_accumulator(storage, warp)
@@ -270,7 +295,7 @@ class RouterDecode:
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 if padded == 0:
                     keys, scores = self.score(
-                        *(storage, pair, column, tile, biases, is_image),
+                        *(storage, pair, column, tile, biases, is_image, table, ranks),
                         *(gate_temp, inverse_temp, num_experts),
                     )
                     if num_tiles == 1:
@@ -305,6 +330,7 @@ class RouterDecode:
         tile: Int32,
         first_block: Int32,
         num_blocks: Int32,
+        outputs: Outputs,
     ):
         """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
         w_layout = self.gemm.w_smem_layout()
@@ -321,6 +347,7 @@ class RouterDecode:
 
         for chunk in cutlass.range(num_prefetched, unroll=1):
             self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
+        warm_names(outputs)
         cute.arch.griddepcontrol_wait()
         for chunk in cutlass.range(num_chunks, unroll=1):
             stage = chunk % self.gemm.stages
@@ -413,11 +440,29 @@ class RouterDecode:
         image = cute.make_tensor(bias_vl, cute.make_layout(MAX_EXPERTS))
         for i in cutlass.range_constexpr(2):
             expert = EXPERT_TILE * tile + self.lane_expert(i)
-            if expert < num_experts:
+            if expert < num_experts and e_bias.toint() != 0:
                 biases[i, 0] = text[expert]
             if expert < num_experts and bias_vl.toint() != 0:
                 biases[i, 1] = image[expert]
         return biases
+
+    @cute.jit
+    def read_ranks(self, table: HashTable, token: Int32, tile: Int32):
+        """(ranks, unknown): of a lane's two experts of the tile the place in the token's row of the
+        table, MAX_TOP_K for none; whether the token has no row. Without a table nothing is read."""
+        ranks = cute.make_rmem_tensor((2,), Int32)
+        ranks.fill(MAX_TOP_K)
+        unknown = Int32(0)
+        if table.tid2eid.toint() != 0:
+            chosen = lookup(table, token, cute.arch.lane_idx())
+            for i in cutlass.range_constexpr(2):
+                for rank in cutlass.range_constexpr(MAX_TOP_K):
+                    matches = cute.arch.shuffle_sync(
+                        chosen, rank
+                    ) == EXPERT_TILE * tile + self.lane_expert(i)
+                    ranks[i] = choose(matches, Int32(rank), ranks[i])
+            unknown = choose(cute.arch.shuffle_sync(chosen, 0) < 0, Int32(1), Int32(0))
+        return ranks, unknown
 
     @cute.jit
     def store(
@@ -458,6 +503,8 @@ class RouterDecode:
         tile: Int32,
         biases: cute.Tensor,
         is_image: Int32,
+        table: HashTable,
+        ranks: cute.Tensor,
         gate_temp: Float32,
         inverse_temp: Float32,
         num_experts: Int32,
@@ -477,6 +524,8 @@ class RouterDecode:
                 logit = logit + parts[i, source]
             score = router_score(tempered(logit, gate_temp, inverse_temp))
             key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
+            if table.tid2eid.toint() != 0:
+                key = ranked_key(ranks[i])
             if EXPERT_TILE * tile + self.lane_expert(i) >= num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
             if score != score:

@@ -85,6 +85,20 @@ def read_names(outputs: Outputs, experts: cute.Tensor, token: Int32) -> cute.Ten
     return names
 
 
+@cute.jit
+def warm_names(outputs: Outputs):
+    """Ask for the physical map to be brought into L2, a line of 128 bytes a lane at a time.
+
+    read_names reads it when it has read the counts: without this, two reads of HBM in a row.
+    """
+    if outputs.to_physical.toint() != 0:
+        words = outputs.num_experts * outputs.max_replicas
+        for i in cutlass.range(32 * cute.arch.lane_idx(), words, 1024, unroll=1):
+            cute.arch.inline_ptx(
+                "prefetch.global.L2 [{$r0}];", read_only_args=[outputs.to_physical + i]
+            )
+
+
 class Row(NamedTuple):
     """A lane's column of a token's row. Made before the token's sums are waited for, and so that an
     option that is off adds no step to the end of the chain.

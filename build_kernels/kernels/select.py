@@ -144,6 +144,12 @@ def selection_key(score: Float32, bias: Float32) -> Uint32:
 
 
 @cute.jit
+def ranked_key(rank: Int32) -> Uint32:
+    """A key by which rank 0 is taken first and MAX_TOP_K never: a hash layer's order."""
+    return choose(rank < MAX_TOP_K, Uint32(0xFFFFFFFF) - Uint32(rank), Uint32(NOT_A_CANDIDATE))
+
+
+@cute.jit
 def best_of(keys: cute.Tensor, scores: cute.Tensor):
     """A lane's best entry as (key, score, register), by a tree; equal keys keep the lower
     register."""

@@ -78,12 +78,14 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, k=block, options=GATE_OPTIONS),
+        Case(num_tokens=7, num_experts=72, top_k=6, k=block, options=("table", *TABLE_OPTIONS)),
     )
     if quick:
         return first
     served = ("temperature", "physical", "shared")
     return (
         *first,
+        Case(num_tokens=3, num_experts=40, top_k=8, k=block, options=("table",)),
         Case(num_tokens=3, num_experts=512, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
         Case(num_tokens=tile, num_experts=64, top_k=8, k=block),

@@ -28,14 +28,16 @@ K_BLOCK = 64
 K_SPLITS = 16
 MAX_DECODE_TOKENS = 64
 # Tuning of the decode kernels by tokens a tile: K blocks a chunk, chunks in the shared-memory ring.
-# Measured on one H200 at 7168x384 with PDL, weights cold: chunks of 4 take 4.13 us at N = 1 where
-# single blocks take 4.33; at N = 64 chunks of 2 take 6.97 where single blocks take 6.29.
-DECODE_TILES = {16: (4, 2), 32: (4, 2), 64: (1, 6)}
-# router_hash: all of K up to 8192 in one chunk. Beyond 32 tokens the whole gate is as fast or more:
-# at 64, 5.57 us to 6.27 at 7168x384 and 5.05 to 4.88 at 4096x256 with PDL, 8.55 to 7.22 and 7.59 to
-# 5.94 without (one H200).
+# A ring of 8 blocks holds a CTA's slice of K up to 8192. Measured on one H200 at 7168x384 with PDL,
+# weights cold, us: N = 1, tiles of 8 3.30, of 16 3.37; N = 16, tiles of 32 3.96 (of 16 3.71, for
+# six artifacts more); N = 32, chunks of 2 4.18, of 4 4.32, of 1 4.40; N = 64, chunks of 1 5.05, of
+# 2 5.26, of 4 5.43.
+DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
+# router_hash: all of K up to 8192 in one chunk. An H200 holds 7 clusters of 16 CTAs, so 56 tokens;
+# at 64 the whole gate is as fast or faster: 5.17 us to 5.09 at 7168x384 and 3.88 to 4.42 at
+# 4096x256 with PDL, 7.02 to 7.91 and 5.77 to 6.87 without.
 HASH_CHUNK = 8
-MAX_HASH_TOKENS = 32
+MAX_HASH_TOKENS = 56
 # An 8-byte entry for each token and expert, and a 4-byte counter for each token.
 WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * 8 + 4)
 # router_topk: a warp a token, 4 warps a block. Also in topk.cu; the build checks the block.

@@ -43,12 +43,18 @@ def make_kernel(*, kernel: str, arch: str, token_tile: int, **config):
     TileGemm."""
     gemm = TileGemmSm90 if arch.startswith("sm_90") else TileGemmSm100
 
-    def make_gemm(sums_bytes: int) -> TileGemm:
-        return gemm(token_tile=token_tile, sums_bytes=sums_bytes, **config)
+    def make_gemm(**shared) -> TileGemm:
+        return gemm(token_tile=token_tile, **shared, **config)
 
     if kernel == "hash_layer":
-        return hash_layer.RouterHash(make_gemm(hash_layer.SUMS_BYTES))
-    return decode.RouterDecode(make_gemm(decode.sums_bytes(token_tile)))
+        return hash_layer.RouterHash(make_gemm(sums_bytes=hash_layer.SUMS_BYTES))
+    return decode.RouterDecode(
+        make_gemm(
+            sums_bytes=decode.sums_bytes(token_tile),
+            num_facts=decode.max_owned(token_tile),
+            num_names=decode.max_owned(token_tile) * decode.MAX_EXPERTS,
+        )
+    )
 
 
 def launch_facts(*, kernel: str, **config) -> dict:

@@ -12,8 +12,8 @@ Decomposition, the same on every architecture
 Exchanges
     partial sums   st.async into the owner's shared memory, completing on its `sums_full` mbarrier
     entries        (key, score) of every expert through the global `workspace`, all zero between
-                   launches. Each of a token's T owner warps draws a ticket before it multiplies;
-                   the last to draw merges. The others have started by then and wait for nobody
+                   launches. Each of a token's T owners draws a ticket while it multiplies; the
+                   last to draw merges. The others have started by then and wait for nobody
                    outside their cluster, so the merger's wait ends in any schedule and on any
                    number of streams. An entry is one 8-byte relaxed store, never of zero: a word
                    that is not zero is complete, without fence or flag. The merger puts the zeros
@@ -34,18 +34,19 @@ from build_kernels.kernels.gemm import (
     TILE_ROWS,
     W_BLOCK_BYTES,
     TileGemm,
+    k_slice,
 )
 from build_kernels.kernels.hash_table import HashTable, lookup
 from build_kernels.kernels.outputs import (
     Outputs,
     Row,
     is_padded,
+    read_counts,
     read_mask,
     read_names,
     row_of,
     store,
     store_padding,
-    warm_names,
 )
 from build_kernels.kernels.select import (
     MAX_TOP_K,
@@ -53,7 +54,6 @@ from build_kernels.kernels.select import (
     bits_of,
     choose,
     float_of,
-    pick,
     ranked_key,
     reciprocal,
     router_score,
@@ -65,6 +65,10 @@ from build_kernels.kernels.select import (
 EXPERT_TILE = TILE_ROWS
 MAX_EXPERTS = 512
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
+# A token's facts in one word: its ticket, then flags.
+MAX_TICKET = MAX_TILES - 1
+IS_IMAGE = MAX_TILES
+IS_PADDED = 2 * MAX_TILES
 # workspace: entries [token][expert], 8 B each, then a 4 B ticket counter a token
 WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
 
@@ -79,24 +83,34 @@ def sums_bytes(token_tile: int) -> int:
     return max_pairs(token_tile) * NUM_SPLITS * 2 * EXPERT_TILE * 4
 
 
+def max_owned(token_tile: int) -> int:
+    """How many tokens one CTA of a cluster sums at most, one an epilogue warp."""
+    return 2 * max_pairs(token_tile)
+
+
 class RouterDecode:
     """The whole gate: every expert's score, and of each token the top_k.
 
     Warp roles (see TileGemm)
         0-3             epilogue: read the accumulators, send, sum, select, store
         mma_warp        issues the MMAs where one thread does that (sm_100)
-        producer_warp   loads W_gate and hidden_states by TMA
+        producer_warp   loads W_gate and hidden_states by TMA, then gathers the tokens' facts
+        names_warp      reads what the experts are called, where there is a physical map
 
     Pipelines (see TileGemm)
         full, empty   1 arrival and the chunk's bytes of W_gate (a TMA each block) and of
                       hidden_states (one TMA: few reads wait for the grid before) / mma_arrivals
         sums_full     1 + 512 B a source and token pair; once
+        facts_full    producer -> epilogue: 32 lanes; once. A token's ticket and masks.
+        names_full    names warp -> epilogue: 32 lanes; once. The names of a token's experts.
+    Masks and names are read by warps that have nothing else to wait for: in the epilogue, which
+    multiplies on sm_90, one mask cost 0.4 us at N = 64 and a map 0.4 us without PDL.
 
-    Shared memory: at most 113 KB, so that two CTAs share an SM and a dependent launch can read
-    under this one. 8 KB of it a token pair owned.
+    Shared memory: 93, 108 and 152 KB for tiles of 8, 32 and 64 tokens; 8 KB of it a token pair
+    owned for sums, and 2 KB a token for names.
 
     Timeline
-        barriers, cluster sync | fill the ring with W_gate, wait for the grid before
+        barriers | fill the ring with W_gate, cluster sync, wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, publish
         | merge, select, store
     """
@@ -106,7 +120,9 @@ class RouterDecode:
         self.layout = self.gemm.layout
         self.token_tile = self.gemm.token_tile
         self.max_pairs = max_pairs(self.gemm.token_tile)
-        self.num_threads = 32 * (self.gemm.producer_warp + 1)
+        self.max_owned = max_owned(self.gemm.token_tile)
+        self.names_warp = self.gemm.producer_warp + 1
+        self.num_threads = 32 * (self.names_warp + 1)
 
     @cute.jit
     def __call__(
@@ -243,8 +259,7 @@ class RouterDecode:
             norm_topk_prob=norm_topk_prob,
         )
 
-        first_block = split * num_k_blocks // NUM_SPLITS
-        num_blocks = (split + 1) * num_k_blocks // NUM_SPLITS - first_block
+        first_block, num_blocks = k_slice(split, num_k_blocks)
         # token pairs split, split + S, ... are this CTA's to sum
         num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
 
@@ -253,26 +268,29 @@ class RouterDecode:
             cpasync.prefetch_descriptor(x_atom)
         self.gemm.prepare(storage, warp, 1, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4))
         cute.arch.griddepcontrol_launch_dependents()
+        if warp != self.gemm.producer_warp:
+            cute.arch.cluster_wait()
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
-            self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks, outputs)
+            self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks)
+            self.publish_facts(
+                *(storage, workspace, image_mask, padding_mask, num_valid_tokens),
+                *(split, num_tokens, num_tiles),
+            )
+        if warp == self.names_warp and to_physical.toint() != 0:
+            self.publish_names(storage, outputs, split, num_tokens)
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < EPILOGUE_WARPS:
             # Warp w sums token w mod 2 of the CTA's pair w / 2.
             pair, column = warp // 2, warp % 2
-            token = 2 * (pair * NUM_SPLITS + split) + column
+            token = owned_token(split, warp)
             entries = self.own_entries(workspace, token, tile, num_tiles)
             row = row_of(outputs, token)
             biases = self.read_biases(e_bias, bias_vl, tile, num_experts)
             inverse_temp = reciprocal(gate_temp)
-            # Read at the end, a chosen expert's name would be two more reads in a row.
-            experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
-            for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
-                experts[i] = 32 * i + cute.arch.lane_idx()
-            names = read_names(outputs, experts, token)
             table = HashTable(
                 tid2eid=tid2eid,
                 input_ids=input_ids,
@@ -282,40 +300,38 @@ class RouterDecode:
                 top_k=top_k,
             )
             ranks, unknown = self.read_ranks(table, token, tile)
-            # Outputs and workspace may be in use, and masks in the making, until the grid before
-            # has ended.
-            cute.arch.griddepcontrol_wait()
-            ticket = self.draw_ticket(workspace, token, num_tokens, num_tiles)
-            padded = unknown | is_padded(token, num_tokens, padding_mask, num_valid_tokens)
-            is_image = read_mask(image_mask, token, num_tokens)
             self.send(storage, num_blocks, num_tokens)
             self.gemm.free_accumulator(storage, warp)
             if token < num_tokens:
+                # Outputs and workspace may be in use until the grid before has ended.
+                cute.arch.griddepcontrol_wait()
+                cute.arch.mbarrier_wait(storage.facts_full.data_ptr(), 0)
+                facts = self.facts(storage)[warp]
+                is_image = facts & IS_IMAGE
                 # Of padding too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                if padded == 0:
+                if unknown == 0 and facts & IS_PADDED == 0:
                     keys, scores = self.score(
                         *(storage, pair, column, tile, biases, is_image, table, ranks),
                         *(gate_temp, inverse_temp, num_experts),
                     )
                     if num_tiles == 1:
                         entry = self.select_alone(keys, scores, top_k, row.shared_id)
-                        self.store(1, outputs, row, names, entry)
+                        self.store(storage, outputs, row, warp, entry)
                     else:
                         for i in cutlass.range_constexpr(2):
                             word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
                             cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
-                        if cute.arch.shuffle_sync(ticket, 0) == num_tiles - 1:
+                        if facts & MAX_TICKET == num_tiles - 1:
                             # E up to 256, to 384 and to 512: as few registers as hold them.
                             merged = (workspace, token, num_tiles, top_k, row.shared_id)
                             if num_tiles <= 4:
-                                self.store(4, outputs, row, names, self.merge(4, *merged))
+                                self.store(storage, outputs, row, warp, self.merge(4, *merged))
                             elif num_tiles <= 6:
-                                self.store(6, outputs, row, names, self.merge(6, *merged))
+                                self.store(storage, outputs, row, warp, self.merge(6, *merged))
                             else:
-                                self.store(
-                                    MAX_TILES, outputs, row, names, self.merge(MAX_TILES, *merged)
-                                )
+                                entry = self.merge(MAX_TILES, *merged)
+                                self.store(storage, outputs, row, warp, entry)
                 elif tile == 0:
                     store_padding(row)
 
@@ -330,7 +346,6 @@ class RouterDecode:
         tile: Int32,
         first_block: Int32,
         num_blocks: Int32,
-        outputs: Outputs,
     ):
         """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
         w_layout = self.gemm.w_smem_layout()
@@ -347,7 +362,7 @@ class RouterDecode:
 
         for chunk in cutlass.range(num_prefetched, unroll=1):
             self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
-        warm_names(outputs)
+        cute.arch.cluster_wait()
         cute.arch.griddepcontrol_wait()
         for chunk in cutlass.range(num_chunks, unroll=1):
             stage = chunk % self.gemm.stages
@@ -387,6 +402,59 @@ class RouterDecode:
                 tWsW[(None, stage * self.gemm.chunk + block)],
                 tma_bar_ptr=full,
             )
+
+    def facts(self, storage) -> cute.Tensor:
+        """(epilogue warp,) int32: its token's ticket and flags."""
+        return cute.make_tensor(storage.facts.data_ptr(), cute.make_layout(self.max_owned))
+
+    def names(self, storage) -> cute.Tensor:
+        """(expert, epilogue warp) int32: what each of its token's experts is called."""
+        return cute.make_tensor(
+            storage.names.data_ptr(), cute.make_layout((MAX_EXPERTS, self.max_owned))
+        )
+
+    @cute.jit
+    def publish_facts(
+        self,
+        storage,
+        workspace: cute.Pointer,
+        image_mask: cute.Pointer,
+        padding_mask: cute.Pointer,
+        num_valid_tokens: cute.Pointer,
+        split: Int32,
+        num_tokens: Int32,
+        num_tiles: Int32,
+    ):
+        """The producer warp, when all is loaded: for each of the CTA's tokens draw a ticket and
+        read the masks, which are in the making until the grid before has ended."""
+        lane = cute.arch.lane_idx()
+        token = owned_token(split, lane)
+        if lane < self.max_owned and token < num_tokens:
+            ticket = self.draw_ticket(workspace, token, num_tiles)
+            is_image = read_mask(image_mask, token, num_tokens)
+            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
+            facts = self.facts(storage)
+            facts[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padded, IS_PADDED)
+        cute.arch.mbarrier_arrive(storage.facts_full.data_ptr())
+
+    @cute.jit
+    def publish_names(self, storage, outputs: Outputs, split: Int32, num_tokens: Int32):
+        """The names warp: physical ids of every expert for the CTA's tokens.
+
+        A name takes two reads of HBM in a row: here they are on nobody's path.
+        """
+        if owned_token(split, 0) < num_tokens:
+            experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
+            for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
+                experts[i] = 32 * i + cute.arch.lane_idx()
+            counts = read_counts(outputs, experts)
+            names = self.names(storage)
+            for warp in cutlass.range_constexpr(self.max_owned):
+                token = owned_token(split, warp)
+                row = read_names(outputs, experts, counts, token)
+                for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
+                    names[experts[i], warp] = row[i]
+            cute.arch.mbarrier_arrive(storage.names_full.data_ptr())
 
     def sums(self, storage) -> cute.Tensor:
         """(expert, column, source, pair) FP32: partial sums as a sender holds them.
@@ -465,28 +533,20 @@ class RouterDecode:
         return ranks, unknown
 
     @cute.jit
-    def store(
-        self,
-        max_tiles: cutlass.Constexpr[int],
-        outputs: Outputs,
-        row: Row,
-        names: cute.Tensor,
-        entry: tuple,
-    ):
-        """Name the chosen experts, of at most max_tiles tiles, and store the token's row."""
+    def store(self, storage, outputs: Outputs, row: Row, warp: Int32, entry: tuple):
+        """Name the chosen experts and store the token's row."""
         expert, score, total = entry
         if outputs.to_physical.toint() != 0:
-            name = pick(2 * max_tiles, names, expert % 32, expert // 32)
-            expert = choose(cute.arch.lane_idx() < outputs.top_k, name, expert)
+            cute.arch.mbarrier_wait(storage.names_full.data_ptr(), 0)
+            if cute.arch.lane_idx() < outputs.top_k:
+                expert = self.names(storage)[expert, warp]
         store(row, expert, score, total)
 
     @cute.jit
-    def draw_ticket(
-        self, workspace: cute.Pointer, token: Int32, num_tokens: Int32, num_tiles: Int32
-    ) -> Int32:
-        """How many of the token's owner warps had started before this one; lane 0 knows."""
+    def draw_ticket(self, workspace: cute.Pointer, token: Int32, num_tiles: Int32) -> Int32:
+        """How many of the token's owner CTAs had drawn before this one."""
         ticket = Int32(0)
-        if cute.arch.lane_idx() == 0 and token < num_tokens and num_tiles > 1:
+        if num_tiles > 1:
             ticket = cute.arch.inline_ptx(
                 "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
                 write_only_types=[Int32],
@@ -610,6 +670,16 @@ class RouterDecode:
                     read_only_args=[entry_of(workspace, token, lane, i), Uint64(0)],
                 )
         return take_top_k(keys, scores, 2 * num_tiles * lane, top_k, otherwise)
+
+
+def owned_token(split, warp):
+    """The token that an epilogue warp of a cluster's CTA `split` sums and selects for."""
+    return 2 * (warp // 2 * NUM_SPLITS + split) + warp % 2
+
+
+def flag(value: Int32, bit: int) -> Int32:
+    """`bit` where value is not 0."""
+    return choose(value != 0, Int32(bit), Int32(0))
 
 
 @cute.jit

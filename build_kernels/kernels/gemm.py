@@ -20,6 +20,13 @@ MAX_K = 1 << 20
 W_BLOCK_BYTES = TILE_ROWS * K_BLOCK * 2
 
 
+def k_slice(split: Int32, num_k_blocks: Int32) -> tuple:
+    """(first block, number of blocks) of a CTA's slice of K; no two CTAs' numbers differ by more
+    than one."""
+    first = split * num_k_blocks // NUM_SPLITS
+    return first, (split + 1) * num_k_blocks // NUM_SPLITS - first
+
+
 class TileGemm:
     """Shared memory, barriers and the loading of hidden_states; a subclass multiplies.
 
@@ -34,7 +41,8 @@ class TileGemm:
                       arrivals and bytes / mma_arrivals
         sums_full     cluster's epilogue warps -> owner's: 1 + the bytes the kernel announces; once
 
-    Shared memory: stages * chunk * (8 KB + 128 B token_tile) + sums_bytes + barriers.
+    Shared memory: stages * chunk * (8 KB + 128 B token_tile) + sums_bytes + the kernel's own words
+    (num_facts, num_names) + barriers.
 
     A subclass supplies the constants below and
         allocate_accumulator, free_accumulator   before the cluster sync, after the last read
@@ -47,12 +55,24 @@ class TileGemm:
     producer_warp = 4
     mma_arrivals = 1
 
-    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int, sums_bytes: int):
+    def __init__(
+        self,
+        *,
+        layout: str,
+        token_tile: int,
+        chunk: int,
+        stages: int,
+        sums_bytes: int,
+        num_facts: int = 0,
+        num_names: int = 0,
+    ):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
         self.sums_bytes = sums_bytes
+        self.num_facts = num_facts
+        self.num_names = num_names
         self.ring_blocks = chunk * stages
         self.x_chunk_bytes = self.chunk * token_tile * K_BLOCK * 2
 
@@ -85,10 +105,14 @@ class TileGemm:
                 cute.struct.MemRange[BFloat16, self.stages * self.x_chunk_bytes // 2], 1024
             ]
             sums: cute.struct.Align[cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024]
+            names: cute.struct.MemRange[Int32, self.num_names]
+            facts: cute.struct.MemRange[Int32, self.num_facts]
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             sums_full: cute.struct.MemRange[Int64, 1]
             accumulator_full: cute.struct.MemRange[Int64, 1]
+            facts_full: cute.struct.MemRange[Int64, 1]
+            names_full: cute.struct.MemRange[Int64, 1]
             tmem_address: cute.struct.MemRange[Int32, 1]
 
         return SharedStorage
@@ -97,8 +121,9 @@ class TileGemm:
     def shared_bytes(self) -> int:
         """Bytes up to the end of shared_storage's last member (its own size is padded to 1024)."""
         rings = self.ring_blocks * W_BLOCK_BYTES + self.stages * self.x_chunk_bytes
-        num_barriers = 2 * self.stages + 2
-        return rings + self.sums_bytes + 8 * num_barriers + 8
+        num_barriers = 2 * self.stages + 4
+        words = self.num_names + self.num_facts + 1
+        return rings + self.sums_bytes + 4 * words + 8 * num_barriers + 4
 
     def x_atom(self, hidden_states: cute.Pointer):
         """The TMA of a chunk of hidden_states: its atom, and the tensor of its coordinates."""
@@ -116,11 +141,12 @@ class TileGemm:
     def prepare(
         self, storage, warp: Int32, full_arrivals: cutlass.Constexpr[int], sums_bytes: Int32
     ):
-        """Make the barriers and the accumulator, and sync the cluster.
+        """Make the barriers and the accumulator. The caller waits for the cluster before anything
+        is sent: a peer's barrier has to exist.
 
-        sums_bytes: what this CTA's `sums_full` waits for. A peer may not send before the barrier
-        exists. The relaxed arrival publishes the barriers only (by their fence); sync_threads is
-        for the TMEM address.
+        sums_bytes: what this CTA's `sums_full` waits for. The relaxed arrival publishes the
+        barriers only (by their fence); sync_threads is for the TMEM address, and for those who
+        load before the cluster is there.
         """
         if warp == self.producer_warp:
             with cute.arch.elect_one():
@@ -129,12 +155,13 @@ class TileGemm:
                     cute.arch.mbarrier_init(storage.empty.data_ptr() + stage, self.mma_arrivals)
                 cute.arch.mbarrier_init(storage.sums_full.data_ptr(), 1)
                 cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
+                cute.arch.mbarrier_init(storage.facts_full.data_ptr(), 32)
+                cute.arch.mbarrier_init(storage.names_full.data_ptr(), 32)
                 cute.arch.mbarrier_init_fence()
                 cute.arch.mbarrier_arrive_and_expect_tx(storage.sums_full.data_ptr(), sums_bytes)
         self.allocate_accumulator(storage, warp)
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
 
     @cute.jit
     def wait_until_empty(self, storage, chunk: Int32):

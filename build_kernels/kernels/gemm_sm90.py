@@ -12,8 +12,8 @@ class TileGemmSm90(TileGemm):
     """See TileGemm. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from
     shared memory.
 
-    Timeline of warps 0-3: for each chunk, wait for both operands, four wgmmas a K block, commit;
-    the chunk before (of a ring of one, this chunk) is released once its group has retired.
+    Timeline of warps 0-3: for each chunk of the ring, wait for both operands, four wgmmas a K
+    block, commit; when all have retired, the ring is released if it is used again.
     """
 
     producer_warp = 4
@@ -59,27 +59,27 @@ class TileGemmSm90(TileGemm):
         accumulators.fill(0.0)
 
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        num_chunks = (num_blocks + self.chunk - 1) // self.chunk
-        for chunk in cutlass.range(num_chunks, unroll=1):
-            stage = chunk % self.stages
-            cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
-            warpgroup.fence()
-            for block in cutlass.range_constexpr(self.chunk):
-                if chunk * self.chunk + block < num_blocks:
-                    for k in cutlass.range_constexpr(K_BLOCK // 16):
-                        cute.gemm(
-                            tiled_mma,
-                            accumulators,
-                            tCrW[(None, None, k, stage * self.chunk + block)],
-                            tCrX[(None, None, k, stage * self.chunk + block)],
-                            accumulators,
-                        )
-            warpgroup.commit_group()
-            behind = 1 if cutlass.const_expr(self.stages > 1) else 0
-            warpgroup.wait_group(behind)
-            if chunk >= behind:
+        num_turns = (num_blocks + self.ring_blocks - 1) // self.ring_blocks
+        for turn in cutlass.range(num_turns, unroll=1):
+            blocks = num_blocks - turn * self.ring_blocks
+            for stage in cutlass.range_constexpr(self.stages):
+                if stage * self.chunk < blocks:
+                    cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, turn & 1)
+                    warpgroup.fence()
+                    for i in cutlass.range_constexpr(self.chunk):
+                        if stage * self.chunk + i < blocks:
+                            for k in cutlass.range_constexpr(K_BLOCK // 16):
+                                cute.gemm(
+                                    tiled_mma,
+                                    accumulators,
+                                    tCrW[(None, None, k, stage * self.chunk + i)],
+                                    tCrX[(None, None, k, stage * self.chunk + i)],
+                                    accumulators,
+                                )
+                    warpgroup.commit_group()
+            warpgroup.wait_group(0)
+            if blocks > self.ring_blocks:
                 with cute.arch.elect_one():
-                    empty = storage.empty.data_ptr() + (chunk - behind) % self.stages
-                    cute.arch.mbarrier_arrive(empty)
-        warpgroup.wait_group(0)
+                    for stage in cutlass.range_constexpr(self.stages):
+                        cute.arch.mbarrier_arrive(storage.empty.data_ptr() + stage)
         return accumulators, coordinates

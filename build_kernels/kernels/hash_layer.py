@@ -1,4 +1,4 @@
-"""router_hash: the weights of a hash layer's experts for N <= 64 tokens, in one launch.
+"""router_hash: the weights of a hash layer's experts for a few tokens, in one launch.
 
 A hash layer looks its experts up: ids = tid2eid[input_ids]. Only their scores are needed, so only
 their rows of W_gate are read, which takes W_gate with unit stride along K.
@@ -23,11 +23,13 @@ from build_kernels.kernels.gemm import (
     TILE_ROWS,
     W_BLOCK_BYTES,
     TileGemm,
+    k_slice,
 )
 from build_kernels.kernels.hash_table import HashTable, lookup
 from build_kernels.kernels.outputs import (
     Outputs,
     is_padded,
+    read_counts,
     read_names,
     row_of,
     store,
@@ -201,8 +203,7 @@ class RouterHash:
             norm_topk_prob=norm_topk_prob,
         )
 
-        first_block = split * num_k_blocks // NUM_SPLITS
-        num_blocks = (split + 1) * num_k_blocks // NUM_SPLITS - first_block
+        first_block, num_blocks = k_slice(split, num_k_blocks)
         first_token = tile * TOKEN_TILE
         # CTA i < TOKEN_TILE of the cluster owns token i of the tile.
         token = first_token + split
@@ -214,6 +215,7 @@ class RouterHash:
             storage, warp, 1 + LOAD_WARPS, choose(is_owner, Int32(SUMS_BYTES), Int32(0))
         )
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.cluster_wait()
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
@@ -233,7 +235,7 @@ class RouterHash:
             ids[0] = choose(lane < top_k, cutlass.max(expert, 0), Int32(0))
             if outputs.to_physical.toint() != 0:
                 row_index = choose(is_owner, token, Int32(0))
-                ids[0] = read_names(outputs, ids, row_index)[0]
+                ids[0] = read_names(outputs, ids, read_counts(outputs, ids), row_index)[0]
             row = row_of(outputs, token)
             # Outputs may be in use, and masks in the making, until the grid before has ended.
             cute.arch.griddepcontrol_wait()

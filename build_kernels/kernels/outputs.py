@@ -55,48 +55,43 @@ class Outputs(NamedTuple):
 
 
 @cute.jit
-def read_names(outputs: Outputs, experts: cute.Tensor, token: Int32) -> cute.Tensor:
-    """Physical ids of a lane's experts (int32 registers) for a row, the same for all lanes:
-    replica token mod logical_count of each. Zeros where there is no map. token is below 64.
+def read_counts(outputs: Outputs, experts: cute.Tensor) -> cute.Tensor:
+    """logical_count of a lane's experts, both int32 registers; there is a map.
+
+    An index beyond the experts is taken as the last one. All counts are read before the first is
+    used: the reads overlap.
+    """
+    counts = cute.make_rmem_tensor(experts.shape, Int32)
+    table = cute.make_tensor(outputs.logical_count, cute.make_layout(outputs.num_experts))
+    for i in cutlass.range_constexpr(cute.size(experts)):
+        counts[i] = table[cutlass.min(experts[i], outputs.num_experts - 1)]
+    return counts
+
+
+@cute.jit
+def read_names(
+    outputs: Outputs, experts: cute.Tensor, counts: cute.Tensor, token: Int32
+) -> cute.Tensor:
+    """Physical ids of a lane's experts for a row, the same for all lanes: replica token mod count
+    of each. int32 registers; there is a map; token is below 64.
 
     An index beyond the experts is taken as the last one, and a count out of 1 .. max_replicas as
     the nearest that is in it: the tables are the caller's, and may be rewritten at any time.
     """
     names = cute.make_rmem_tensor(experts.shape, Int32)
-    names.fill(0)
-    if outputs.to_physical.toint() != 0:
-        counts = cute.make_tensor(outputs.logical_count, cute.make_layout(outputs.num_experts))
-        size = outputs.num_experts * outputs.max_replicas
-        table = cute.make_tensor(outputs.to_physical, cute.make_layout(size))
-        # All counts are read before the first is used: the reads overlap.
-        replicas = cute.make_rmem_tensor(experts.shape, Int32)
-        for i in cutlass.range_constexpr(cute.size(experts)):
-            replicas[i] = counts[cutlass.min(experts[i], outputs.num_experts - 1)]
-        # A remainder a lane instead of one an expert: lane c - 1 has that of count c. A count from
-        # 33 on goes into a token at most once.
-        remainder = token % (cute.arch.lane_idx() + 1)
-        for i in cutlass.range_constexpr(cute.size(experts)):
-            count = cutlass.max(cutlass.min(replicas[i], outputs.max_replicas), 1)
-            replica = cute.arch.shuffle_sync(remainder, cutlass.min(count, 32) - 1)
-            beyond = choose(token >= count, token - count, token)
-            replica = choose(count > 32, beyond, replica)
-            expert = cutlass.min(experts[i], outputs.num_experts - 1)
-            names[i] = table[expert * outputs.max_replicas + replica]
+    size = outputs.num_experts * outputs.max_replicas
+    table = cute.make_tensor(outputs.to_physical, cute.make_layout(size))
+    # A remainder a lane instead of one an expert: lane c - 1 has that of count c. A count from 33
+    # on goes into a token at most once.
+    remainder = token % (cute.arch.lane_idx() + 1)
+    for i in cutlass.range_constexpr(cute.size(experts)):
+        count = cutlass.max(cutlass.min(counts[i], outputs.max_replicas), 1)
+        replica = cute.arch.shuffle_sync(remainder, cutlass.min(count, 32) - 1)
+        beyond = choose(token >= count, token - count, token)
+        replica = choose(count > 32, beyond, replica)
+        expert = cutlass.min(experts[i], outputs.num_experts - 1)
+        names[i] = table[expert * outputs.max_replicas + replica]
     return names
-
-
-@cute.jit
-def warm_names(outputs: Outputs):
-    """Ask for the physical map to be brought into L2, a line of 128 bytes a lane at a time.
-
-    read_names reads it when it has read the counts: without this, two reads of HBM in a row.
-    """
-    if outputs.to_physical.toint() != 0:
-        words = outputs.num_experts * outputs.max_replicas
-        for i in cutlass.range(32 * cute.arch.lane_idx(), words, 1024, unroll=1):
-            cute.arch.inline_ptx(
-                "prefetch.global.L2 [{$r0}];", read_only_args=[outputs.to_physical + i]
-            )
 
 
 class Row(NamedTuple):

@@ -108,8 +108,8 @@ class LoadedKernel:
     device: int
     library: Any
     function: Any
-    exclusive_shared_bytes: int
-    exclusive_clusters: int
+    exclusive_shared_bytes: int = 0
+    exclusive_clusters: int = 0
 
     def shared_bytes(self, grid: tuple[int, int, int]) -> int:
         """Dynamic shared memory for a launch: an SM to each CTA, if the GPU has room for more

@@ -211,11 +211,13 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) 
                 _pointer("counters", "uint32", Scratch(elements=64, zeroed=True)),
                 *BIAS,
                 *PADDING,
+                *TABLE,
                 *PHYSICAL,
                 *OUTPUTS,
                 *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
                 *SCALE,
                 *_int32("norm_topk_prob"),
+                *TOKEN_IDS,
                 *IDS,
                 *STRIDES,
             ]
@@ -272,7 +274,7 @@ def hash_kernel(arch: str = "sm_90a") -> Kernel:
         arch,
         problem=ProblemRange(
             layout="kmajor_rows",
-            num_tokens=IntRange(low=1, high=64),
+            num_tokens=IntRange(low=1, high=56),
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=64,

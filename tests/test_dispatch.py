@@ -44,7 +44,7 @@ PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=716
         (33, "kmajor", "router_decode_kmajor_n64"),
         (64, "emajor", "router_decode_emajor_n64"),
         (1, "kmajor_rows", "router_hash"),
-        (64, "kmajor_rows", "router_hash"),
+        (56, "kmajor_rows", "router_hash"),
         (65, "logits", "router_topk"),
         (1, "logits", "router_topk"),
     ],

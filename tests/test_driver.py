@@ -95,9 +95,14 @@ def test_tensor_maps_are_aligned():
     assert all(driver.TensorMap().address % 64 == 0 for _ in range(32))
 
 
-def site(kernel, pdl=False, grid=(16, 6, 1)):
+def site(kernel, pdl=False, grid=(16, 6, 1), exclusive_clusters=0):
     loaded = driver.LoadedKernel(
-        kernel=kernel, device=0, library=None, function=bindings.CUfunction(0x1234)
+        kernel=kernel,
+        device=0,
+        library=None,
+        function=bindings.CUfunction(0x1234),
+        exclusive_shared_bytes=116_736,
+        exclusive_clusters=exclusive_clusters,
     )
     return driver.LaunchSite(loaded, stream=0x55, grid=grid, pdl=pdl)
 
@@ -186,6 +191,16 @@ def test_grid_can_follow_the_tokens(launched):
     assert launched[0]["grid"] == (2048, 1, 1)
 
 
+def test_ctas_get_an_sm_each_if_a_cluster_more_would_have_room(launched):
+    launch_site = site(decode_kernel(), grid=(16, 6, 1), exclusive_clusters=7)
+    launch_site.launch()
+    launch_site.set_grid((16, 7, 1))
+    launch_site.launch()
+    launch_site.set_grid((16, 1, 1))
+    launch_site.launch()
+    assert [item["shared"] for item in launched] == [116_736, 100_000, 116_736]
+
+
 def test_failed_launch(uninitialised, monkeypatch):
     code = bindings.CUresult.CUDA_ERROR_INVALID_VALUE
     monkeypatch.setattr(uninitialised, "cuLaunchKernelEx", lambda *_: (code,))
@@ -212,9 +227,15 @@ class LoadingDriver:
     CUdevice_attribute = bindings.CUdevice_attribute
     CUfunction_attribute = bindings.CUfunction_attribute
 
-    def __init__(self, capability, parameters):
+    CUlaunchConfig = bindings.CUlaunchConfig
+    CUlaunchAttribute = bindings.CUlaunchAttribute
+    CUlaunchAttributeID = bindings.CUlaunchAttributeID
+    CUstream = bindings.CUstream
+
+    def __init__(self, capability, parameters, shared_of_an_sm=233_472):
         self.capability = capability
         self.parameters = parameters
+        self.shared_of_an_sm = shared_of_an_sm
         self.calls = []
 
     def note(self, *call):
@@ -225,8 +246,15 @@ class LoadingDriver:
         return self.CUresult.CUDA_SUCCESS, index
 
     def cuDeviceGetAttribute(self, which, device):
-        minor = which == self.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-        return self.CUresult.CUDA_SUCCESS, self.capability[minor]
+        attribute = self.CUdevice_attribute
+        values = {
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: (
+                self.shared_of_an_sm
+            ),
+        }
+        return self.CUresult.CUDA_SUCCESS, values[which]
 
     def cuLibraryLoadData(self, code, *options):
         return self.note("load", code), "library"
@@ -246,6 +274,10 @@ class LoadingDriver:
 
     def cuFuncSetAttribute(self, function, which, value):
         return (self.note(which.name, value),)
+
+    def cuOccupancyMaxActiveClusters(self, function, config):
+        assert (config.numAttrs, config.blockDimX) == (1, 192)
+        return self.note("clusters at once", config.sharedMemBytes), 7
 
 
 @pytest.fixture
@@ -290,14 +322,25 @@ def test_what_loading_a_kernel_asks_of_the_driver(loading):
     loaded = load()
     cubin = (loading.folder / "router_decode_emajor_n32.sm_90a.cubin").read_bytes()
     assert loaded.function == "function"
+    # Half of an SM's, so that two CTAs and the driver's 1 KB for each do not fit.
+    assert (loaded.exclusive_shared_bytes, loaded.exclusive_clusters) == (116_736, 7)
     assert fake.calls == [
         ("context",),
         ("load", cubin),
         ("find", "library", b"router_decode_emajor_n32"),
         ("function", "kernel"),
-        ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 100_000),
+        ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 116_736),
         ("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1),
+        ("clusters at once", 116_736),
     ]
+
+
+def test_a_kernel_without_clusters_gets_what_it_asks_for(loading):
+    fake, load = loading("router_topk", "sm_90a", (9, 0))
+    loaded = load()
+    asked = loaded.kernel.launch.dynamic_shared_bytes
+    assert ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", asked) in fake.calls
+    assert loaded.shared_bytes((2048, 1, 1)) == asked
 
 
 def test_altered_bytes_never_reach_the_driver(loading):

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 np = pytest.importorskip("numpy", reason="needs the extra `verify`")
 
 from build_kernels.emulator import Schedule  # noqa: E402
+from build_kernels.specs import DECODE_TILES  # noqa: E402
 from build_kernels.verify import emulated  # noqa: E402
 from build_kernels.verify.artifact import load_artifact  # noqa: E402
 from build_kernels.verify.cases import Case  # noqa: E402
@@ -26,7 +27,7 @@ from dsv4_router_runtime.driver import arch_of_device  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 SCHEDULE = Schedule(policy="random", seed=1)
-TILES = (16, 32, 64)
+TILES = sorted(DECODE_TILES)
 
 
 APPROXIMATE = ("ex2", "rcp", "rsqrt")

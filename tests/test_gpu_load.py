@@ -43,7 +43,8 @@ def test_loads_and_agrees_with_the_manifest(here, key):
     kernel = kernel_of(here, key)
     if kernel.arch != here.arch:
         pytest.skip(f"gpu: built for {kernel.arch}, this GPU is {here.arch}")
-    function = driver.load_kernel(here.artifacts, kernel, 0).function
+    loaded = driver.load_kernel(here.artifacts, kernel, 0)
+    function = loaded.function
     cuda = driver.bindings()
     attribute = cuda.CUfunction_attribute
 
@@ -56,7 +57,7 @@ def test_loads_and_agrees_with_the_manifest(here, key):
     assert kernel.resources.spill_bytes == 0
     # The driver counts the shared memory that it keeps for itself (1 KB on sm_90) as static.
     assert read("SHARED_SIZE_BYTES") - kernel.resources.static_shared_bytes in (0, 1024)
-    assert read("MAX_DYNAMIC_SHARED_SIZE_BYTES") == kernel.launch.dynamic_shared_bytes
+    assert read("MAX_DYNAMIC_SHARED_SIZE_BYTES") == loaded.exclusive_shared_bytes
     assert read("MAX_THREADS_PER_BLOCK") >= kernel.launch.block[0]
 
 

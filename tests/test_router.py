@@ -661,8 +661,7 @@ def hash_table(vocab=20):
 def test_options_that_are_off_are_null(gpu, make, num_tokens):
     make()(*step(num_tokens))
     assert of(gpu.last, OPTION_DEFAULTS) == OPTION_DEFAULTS
-    if num_tokens > 64:
-        assert of(gpu.last, TABLE_DEFAULTS) == TABLE_DEFAULTS
+    assert of(gpu.last, TABLE_DEFAULTS) == TABLE_DEFAULTS
 
 
 @pytest.mark.parametrize("num_tokens", [4, 20, 64, 100])
@@ -778,7 +777,7 @@ def test_refused_options_launch_nothing(gpu, make):
     assert len(gpu.launches) == 1
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 56])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
     to_physical, logical_count = physical()
@@ -789,7 +788,11 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         num_shared_slots=1,
         gate_temp=0.5,
     )
-    assert bound.kernels == ("router_hash.sm_90a", "router_topk.sm_90a")
+    assert bound.kernels == (
+        "router_hash.sm_90a",
+        "router_decode_kmajor_n64.sm_90a",
+        "router_topk.sm_90a",
+    )
     x, w, ids = step(num_tokens, columns=TOP_K + 1)
     tokens = torch.zeros(num_tokens, dtype=ids_dtype)
     mask = torch.zeros(num_tokens, dtype=torch.bool)
@@ -814,8 +817,27 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         "norm_topk_prob": 1,
     }
     assert of(last, expected) == expected
-    [x_map] = gpu.maps
+    x_map = gpu.maps[-1]
     assert (x_map.dims, x_map.box) == ((64, num_tokens, K // 64), (64, 8, 4))
+
+
+@pytest.mark.parametrize("num_tokens", [57, 64])
+def test_a_hash_layer_of_more_tokens_takes_the_whole_gate(gpu, make, num_tokens):
+    """There router_hash is slower, or does not go."""
+    bound = make(tid2eid=hash_table(), gate_temp=0.5)
+    tokens = torch.zeros(num_tokens, dtype=torch.int64)
+    bound(*step(num_tokens), input_ids=tokens)
+    expected = OPTION_DEFAULTS | {
+        "e_bias": 0,
+        "gate_temp": 0.5,
+        "tid2eid": bound._binding.table_copy.data_ptr(),
+        "vocab_size": 20,
+        "input_ids": tokens.data_ptr(),
+        "input_ids_are_int64": 1,
+    }
+    assert gpu.last["kernel"] == "router_decode_kmajor_n64.sm_90a"
+    assert of(gpu.last, expected) == expected
+    assert gpu.products == []
 
 
 def test_a_hash_layers_prefill_selects_by_the_table(gpu, make):
@@ -1015,7 +1037,7 @@ def test_the_artifacts_built_here_can_be_bound():
                 dtypes=binding.DTYPES,
             )
             rows = replace(problem, layout="kmajor_rows")
-            assert decode_ladder(artifacts.manifest, rows, arch)[-1][0] == 64
+            assert decode_ladder(artifacts.manifest, rows, arch)[-1][0] == 56
             assert decode_ladder(artifacts.manifest, problem, arch)[-1][0] == 64
             assert select_kernel(
                 artifacts.manifest, replace(problem, layout="logits", num_tokens=65), arch

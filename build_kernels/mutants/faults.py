@@ -16,14 +16,15 @@ BOTH = ("emulated", "protocol")
 EMULATED = ("emulated",)
 PROTOCOL = ("protocol",)
 
-# The rings have 6 and 8 blocks of K, in stages of 1 and 4, so that 9 blocks a CTA use a stage again
-# and end in a chunk that is not full.
+# A ring has 8 blocks of K, in 1, 2 or 8 stages (router_hash, n8, n64), so that 9 blocks a CTA use a
+# stage again, and end in a chunk that is not full where a chunk is more than a block.
 BLOCKS_OF_A_WRAP = 9
 BLOCK_K = 64 * 16
 
-_SM100 = "router_decode_kmajor_n16.sm_100a"
+_SM100 = "router_decode_kmajor_n8.sm_100a"
 _SM100_EMAJOR = "router_decode_emajor_n64.sm_100a"
-_SM90 = "router_decode_kmajor_n16.sm_90a"
+_SM90 = "router_decode_kmajor_n8.sm_90a"
+_HASH = "router_hash.sm_100a"
 _TOPK = "router_topk.sm_100a"
 
 # Bits of a shared-memory descriptor and of an instruction descriptor, as sm_100 has them.
@@ -35,7 +36,14 @@ _ONE_BLOCK = Case(num_tokens=7, num_experts=60, top_k=6, k=BLOCK_K)
 _WRAPS = replace(_ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_A_WRAP)
 _TWO_TILES = replace(_ONE_BLOCK, num_experts=100)
 _TIES = replace(_ONE_BLOCK, kind="ties")
+_PHYSICAL = replace(_ONE_BLOCK, options=("physical",))
+_UNKNOWN = replace(_ONE_BLOCK, options=("table", "unknown"))
+_HASH_UNKNOWN = replace(_ONE_BLOCK, options=("unknown",))
 _TOPK_CASE = Case(num_tokens=7, num_experts=132, top_k=6)
+
+# Which mbarrier.init of the decode kernel with two stages it is.
+_FACTS_FULL = 6
+_NAMES_FULL = 7
 
 _WRONG_IDS = "ids are wrong"
 _WRONG_WEIGHT = "a weight is off"
@@ -43,6 +51,10 @@ _WRONG_WEIGHT = "a weight is off"
 # One mbarrier wait as the DSL writes it; its test made always true.
 _WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, (\[[^\]]+\]), (%r\d+|\d+), 10000000;"
 _NO_WAIT = "setp.eq.b32 P1, 0, 0;"
+# The same wait whose mbarrier is used once, and any arrival of a thread's own.
+_WAIT_ONCE = r"(mbarrier\.try_wait[^;]*), 0, 10000000;"
+_ARRIVE = r"mbarrier\.arrive\.shared\.b64[^;]*;"
+_INIT = r"(mbarrier\.init\.shared\.b64 \t\[[^\]]+\], )%r\d+;"
 
 
 def _mutant(
@@ -68,6 +80,7 @@ def _mutant(
 _sm100 = partial(_mutant, _SM100)
 _emajor = partial(_mutant, _SM100_EMAJOR)
 _sm90 = partial(_mutant, _SM90)
+_hash = partial(_mutant, _HASH)
 _topk = partial(_mutant, _TOPK, case=_TOPK_CASE)
 
 
@@ -77,6 +90,19 @@ def _no_wait(nth: int) -> Edit:
 
 def _deleted(pattern: str, nth: int | None = None) -> Edit:
     return Edit(pattern=pattern, replacement="", nth=nth)
+
+
+def _arrivals(count: int, nth: int) -> Edit:
+    """The nth mbarrier.init says another count."""
+    return Edit(pattern=_INIT, replacement=rf"\g<1>{count};", nth=nth)
+
+
+def _option_off(parameter: int, value: str) -> Edit:
+    """A 32-bit parameter that is read as a constant."""
+    return Edit(
+        pattern=rf"ld\.param\.b32( \t%r\d+), \[\w+_param_{parameter}\];",
+        replacement=rf"mov.b32\1, {value};",
+    )
 
 
 def _in_descriptor(change: Callable[[int], int], nth: int) -> Edit:
@@ -124,6 +150,7 @@ def _barriers() -> Iterator[Mutant]:
             "producer does not wait for empty",
             "MMA does not wait for full",
             "epilogue does not wait for the accumulator",
+            "epilogue does not wait for the facts",
             "owner does not wait for the sums",
         )
     ):
@@ -142,9 +169,7 @@ def _barriers() -> Iterator[Mutant]:
         replacement=r"mbarrier.try_wait.parity.shared.b64 P1, \1, 0, 10000000;",
         nth=1,
     )
-    accumulator = Edit(
-        pattern=r"(mbarrier\.try_wait[^;]*), 0, 10000000;", replacement=r"\1, 1, 10000000;", nth=0
-    )
+    accumulator = Edit(pattern=_WAIT_ONCE, replacement=r"\1, 1, 10000000;", nth=0)
     for name, parity in (
         ("producer waits for the other parity", flipped),
         ("MMA waits for parity 0 in every turn", constant),
@@ -152,24 +177,27 @@ def _barriers() -> Iterator[Mutant]:
     ):
         yield _sm100(name, "wrong parity", BOTH, parity, case=_WRAPS)
 
-    expected = r"(add\.s32 \t%r\d+, %r\d+, )8192;(\s+mbarrier\.arrive\.expect_tx)"
+    # What hidden_states adds to the blocks of W_gate, which are multiples of 8192.
+    expected = r"(or\.b32 \t%r\d+, %r\d+, )4096;(\s+mbarrier\.arrive\.expect_tx)"
     of_sums = r"(shl\.b32 \t%r\d+, %r\d+, )13;(\s+mbarrier\.arrive\.expect_tx)"
     for name, pattern, replacement, nth in (
-        ("first turn expects 4096 bytes less", expected, r"\g<1>4096;\2", 0),
-        ("later turns expect 16 bytes more", expected, r"\g<1>8208;\2", 1),
+        ("first turn expects 4096 bytes less", expected, r"\g<1>0;\2", 0),
+        ("later turns expect 16 bytes more", expected, r"\g<1>4112;\2", 1),
         ("owner expects half of the sums", of_sums, r"\g<1>12;\2", 0),
     ):
         edit = Edit(pattern=pattern, replacement=replacement, nth=nth)
         yield _sm100(name, "wrong tx-count", BOTH, edit, case=_WRAPS)
 
-    init = r"(mbarrier\.init\.shared\.b64 \t\[[^\]]+\], )%r\d+;"
-    for nth, barrier in enumerate(("full", "empty")):
-        edit = Edit(pattern=init, replacement=r"\g<1>2;", nth=nth)
-        name = f"{barrier} needs two arrivals"
-        yield _sm100(name, "wrong arrive count", BOTH, edit, case=_WRAPS)
+    for nth, barrier, count in (
+        *((0, "full", 2), (1, "empty", 2)),
+        *((_FACTS_FULL, "facts_full", 33), (_FACTS_FULL, "facts_full", 31)),
+    ):
+        words = "two" if count == 2 else count
+        name = f"{barrier} needs {words} arrivals"
+        yield _sm100(name, "wrong arrive count", BOTH, _arrivals(count, nth), case=_WRAPS)
 
     x_stage = Edit(
-        pattern=r"(shl\.b32 \t%r\d+, )%r\d+(, 13;\s+add\.s32 \t%r\d+, %r\d+, %r\d+;\s+"
+        pattern=r"(shl\.b32 \t%r\d+, )%r\d+(, 12;\s+add\.s32 \t%r\d+, %r\d+, %r\d+;\s+"
         r"shl\.b32 \t%r\d+, %r\d+, 2;)",
         replacement=r"\g<1>0\g<2>",
     )
@@ -219,12 +247,30 @@ def _left_out() -> Iterator[Mutant]:
         ),
     ):
         yield _sm100(name, kind, rejected_by, _deleted(pattern))
-    for nth, name, case in (
-        (0, "hidden_states loaded before the grid dependency", _ONE_BLOCK),
-        (1, "ticket drawn before the grid dependency", _TWO_TILES),
+    wait = _deleted(r"griddepcontrol\.wait;", 0)
+    name = "hidden_states loaded before the grid dependency"
+    yield _sm100(
+        *(name, "missing grid dependency", EMULATED, wait),
+        complaint="hidden_states belongs to the grid before",
+    )
+    # The producer's wait stands above hidden_states, but its facts are now gathered above the wait.
+    # (A CTA without a block of K would jump back: the case has none.)
+    early = Edit(
+        pattern=r"(?s)(barrier\.cluster\.wait;\s+// begin inline asm\s+griddepcontrol\.wait;.*?\n)"
+        r"(\$L\w+:\s+ld\.param[^\n]*\n\s+mov\.u32 \t%r\d+, %laneid;.*?mbarrier\.arrive[^\n]*\n)",
+        replacement=r"\2\1",
+    )
+    for name, tensor, case in (
+        ("ticket drawn", "workspace", _TWO_TILES),
+        ("image_mask read", "image_mask", replace(_ONE_BLOCK, options=("images",))),
+        ("padding_mask read", "padding_mask", replace(_ONE_BLOCK, options=("padding",))),
+        ("num_valid_tokens read", "num_valid_tokens", replace(_ONE_BLOCK, options=("count",))),
     ):
-        wait = _deleted(r"griddepcontrol\.wait;", nth)
-        yield _sm100(name, "missing grid dependency", EMULATED, wait, case=case)
+        yield _sm100(
+            *(f"{name} before the grid dependency", "missing grid dependency", EMULATED, early),
+            case=case,
+            complaint=f"{tensor} belongs to the grid before",
+        )
 
 
 def _layouts() -> Iterator[Mutant]:
@@ -240,10 +286,6 @@ def _layouts() -> Iterator[Mutant]:
             *(_in_descriptor(_swizzle_64b, 1), _ONE_BLOCK),
         ),
         (
-            *("hidden_states descriptor with half the stride", stride),
-            *(_in_descriptor(_half_stride, 0), replace(_ONE_BLOCK, num_tokens=16)),
-        ),
-        (
             *("W_gate descriptor with half the stride", stride),
             *(_in_descriptor(_half_stride, 1), _ONE_BLOCK),
         ),
@@ -256,7 +298,7 @@ def _layouts() -> Iterator[Mutant]:
         (
             "instruction descriptor says W_gate is MN-major",
             "wrong instruction descriptor",
-            Edit(pattern=r"(mov\.b32 \t%r\d+, )(67372176);", replacement=_transposed),
+            Edit(pattern=r"(mov\.b32 \t%r\d+, )(67241104);", replacement=_transposed),
             _ONE_BLOCK,
         ),
         (
@@ -290,6 +332,13 @@ def _layouts() -> Iterator[Mutant]:
         replacement=r"\g<1>17;\2",
     )
     yield _sm100("tcgen05.ld of another warp's lanes", "wrong TMEM lane", EMULATED, lane)
+    # A tile of 8 tokens has no second group of 8 rows, and its stride is never used.
+    yield _emajor(
+        *("emajor, 64 tokens: hidden_states descriptor with half the stride", stride, EMULATED),
+        _in_descriptor(_half_stride, 0),
+        case=replace(_ONE_BLOCK, num_tokens=16),
+        complaint=_WRONG_IDS,
+    )
     yield _emajor(
         "emajor: instruction descriptor says W_gate is K-major",
         "wrong instruction descriptor",
@@ -300,7 +349,7 @@ def _layouts() -> Iterator[Mutant]:
         "hidden_states box of two blocks",
         "wrong tensor-map box",
         BOTH,
-        maps={"x_map": {"box": (64, 16, 2)}},
+        maps={"x_map": {"box": (64, 8, 2)}},
         case=_WRAPS,
     )
     yield _sm100(
@@ -362,30 +411,208 @@ def _selection() -> Iterator[Mutant]:
     )
 
 
+def _options() -> Iterator[Mutant]:
+    """What the decode kernel is told of tokens and experts beside hidden_states and W_gate."""
+    for name, kind, edit in (
+        ("epilogue does not wait for the names", "dropped wait", _no_wait(5)),
+        ("no arrival on names_full", "dropped arrive", _deleted(_ARRIVE, 1)),
+        ("names_full needs 33 arrivals", "wrong arrive count", _arrivals(33, _NAMES_FULL)),
+        ("names_full needs 31 arrivals", "wrong arrive count", _arrivals(31, _NAMES_FULL)),
+    ):
+        yield _sm100(name, kind, EMULATED, edit, case=_PHYSICAL)
+
+    def cased(*options: str) -> Case:
+        return replace(_ONE_BLOCK, options=options)
+
+    name_of = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
+    row = r"shl\.b32( \t%r\d+, )%r\d+, 9(;\s+add\.s32[^;]*;\s+shl\.b32[^;]*;\s+add[^;]*;\s+ld\.shared)"
+    any_predicate = r"(selp\.b32 \t%r\d+, 0, )"
+    for name, kind, edit, case, complaint in (
+        (
+            *("every warp takes the first warp's names", "wrong name"),
+            Edit(pattern=row, replacement=r"mov.b32\1 0\2", nth=0),
+            *(_PHYSICAL, _WRONG_IDS),
+        ),
+        (
+            *("the next expert's name", "wrong name"),
+            Edit(pattern=name_of, replacement=r"\g<1>81924];", nth=0),
+            *(_PHYSICAL, _WRONG_IDS),
+        ),
+        (
+            *("image_mask ignored", "option ignored"),
+            Edit(pattern=any_predicate + r"8(, %p\d+;\s+or\.b32)", replacement=r"\g<1>0\2"),
+            *(cased("images"), _WRONG_IDS),
+        ),
+        (
+            *("padding ignored", "option ignored"),
+            Edit(pattern=any_predicate + r"16(, %p\d+;)", replacement=r"\g<1>0\2"),
+            *(cased("padding"), _WRONG_IDS),
+        ),
+        (
+            *("num_valid_tokens ignored", "option ignored"),
+            Edit(
+                pattern=r"(setp\.lt\.s32[^;]*;\s+selp\.b32 \t%r\d+, (%r\d+), )1(, %p\d+;)",
+                replacement=r"\1\2\3",
+                nth=0,
+            ),
+            *(cased("count"), _WRONG_IDS),
+        ),
+        (
+            *("gate_temp ignored", "option ignored"),
+            *(_option_off(19, "0f3F800000"), cased("temperature"), _WRONG_WEIGHT),
+        ),
+        (
+            *("norm_topk_prob ignored", "option ignored"),
+            *(_option_off(20, "1"), cased("unnormed"), _WRONG_WEIGHT),
+        ),
+        (
+            *("num_shared_slots ignored", "option ignored"),
+            *(_option_off(24, "0"), cased("shared"), _WRONG_IDS),
+        ),
+        (
+            *("high words of 64-bit ids left out", "half of an id"),
+            *(_deleted(r"st\.global\.b32 \t\[%rd\d+\+4\], [^;]*;"), cased("int64"), _WRONG_IDS),
+        ),
+        (
+            *("a token id's high word left out", "half of an id"),
+            Edit(pattern=r"ld\.global\.b64(.*?);", replacement=r"ld.global.s32\1;"),
+            *(cased("table", "unknown", "int64"), _WRONG_IDS),
+        ),
+        (
+            *("a token id out of the table is looked up", "unchecked token id"),
+            *(_unchecked_id(), _UNKNOWN, "out-of-bounds"),
+        ),
+        (
+            *("a token id out of the table has a row", "unchecked token id"),
+            Edit(pattern=r"setp\.gt\.s32 \t(%p\d+), %r\d+, -1;", replacement=r"mov.pred \t\1, -1;"),
+            *(_UNKNOWN, _WRONG_IDS),
+        ),
+        (
+            *("a hash layer's second slot ranks as its third", "wrong rank"),
+            Edit(
+                pattern=r"selp\.b32( \t%r\d+), 1, (%r\d+, %p\d+;\s+shfl)",
+                replacement=r"selp.b32\1, 2, \2",
+            ),
+            *(cased("table"), _WRONG_IDS),
+        ),
+    ):
+        yield _sm100(name, kind, EMULATED, edit, case=case, complaint=complaint)
+
+
+def _unchecked_id() -> Edit:
+    return Edit(
+        pattern=r"or\.pred \t(%p\d+), %p\d+, %p\d+;(\s+@%p\d+ bra[^;]*;\s+cvt\.[su]64[^;]*;"
+        r"(?:\s+cvt[^;]*;)?\s+mad\.lo\.s64)",
+        replacement=r"mov.pred \t\1, 0;\2",
+    )
+
+
 def _of_sm90() -> Iterator[Mutant]:
     """The decode kernel with wgmma; SentryWard cannot be asked."""
-    fence = _deleted(r"wgmma\.fence\.sync\.aligned;")
-    for name, kind, edit in (
-        ("producer does not wait for empty", "dropped wait", _no_wait(0)),
-        ("warpgroup does not wait for full", "dropped wait", _no_wait(1)),
+    # Arrivals in the order of the text: the facts, the names, then each stage of the ring.
+    for name, kind, edit, complaint in (
+        ("producer does not wait for empty", "dropped wait", _no_wait(0), ""),
+        ("warpgroup does not wait for full", "dropped wait", _no_wait(1), "race"),
+        ("epilogue does not wait for the facts", "dropped wait", _no_wait(3), "race"),
+        ("no arrival on empty", "dropped arrive", _deleted(_ARRIVE, 2), "deadlock"),
         (
-            "no arrival on empty",
-            "dropped arrive",
-            _deleted(r"mbarrier\.arrive\.shared\.b64[^;]*;"),
+            *("no wgmma.wait_group", "missing wgmma wait"),
+            *(_deleted(r"wgmma\.wait_group\.sync\.aligned \t0;"), ""),
         ),
         (
-            "no wgmma.wait_group at the end",
-            "missing wgmma wait",
-            _deleted(r"wgmma\.wait_group\.sync\.aligned \t0;"),
+            *("ring freed while its last wgmmas still run", "missing wgmma wait"),
+            Edit(pattern=r"(wgmma\.wait_group\.sync\.aligned \t)0;", replacement=r"\g<1>1;"),
+            "",
         ),
         (
-            "stage freed while its wgmma still runs",
-            "missing wgmma wait",
-            Edit(pattern=r"(wgmma\.wait_group\.sync\.aligned \t)1;", replacement=r"\g<1>2;"),
+            *("no wgmma.fence", "missing wgmma fence"),
+            *(_deleted(r"wgmma\.fence\.sync\.aligned;"), ""),
         ),
-        ("no wgmma.fence", "missing wgmma fence", fence),
     ):
-        yield _sm90(f"sm_90: {name}", kind, EMULATED, edit, case=_WRAPS)
+        yield _sm90(f"sm_90: {name}", kind, EMULATED, edit, case=_WRAPS, complaint=complaint)
+
+
+def _of_hash() -> Iterator[Mutant]:
+    """router_hash: W_gate comes by threads, not by TMA, and the table says which rows."""
+    loaded = r"mov\.b32( \t%r\d+), 9;"
+    for name, kind, rejected_by, edit in (
+        ("producer does not wait for empty", "dropped wait", BOTH, _no_wait(0)),
+        ("loading warps do not wait for empty", "dropped wait", BOTH, _no_wait(1)),
+        ("MMA does not wait for full", "dropped wait", BOTH, _no_wait(2)),
+        ("owner does not wait for the sums", "dropped wait", BOTH, _no_wait(4)),
+        ("loading warps do not announce", "dropped arrive", BOTH, _deleted(_ARRIVE)),
+        (
+            *("full needs the producer's arrival alone", "wrong arrive count", BOTH),
+            Edit(pattern=loaded, replacement=r"mov.b32\1, 1;"),
+        ),
+        (
+            *("no fence between storing W_gate and multiplying", "missing proxy fence", EMULATED),
+            _deleted(r"fence\.proxy\.async\.shared::cta;"),
+        ),
+        (
+            # Lanes of a warp run in step in the emulator.
+            *("one lane announces before the others have stored", "missing warp barrier", PROTOCOL),
+            _deleted(r"bar\.warp\.sync[^;]*;"),
+        ),
+    ):
+        yield _hash(f"hash: {name}", kind, rejected_by, edit, case=_WRAPS)
+    padding = replace(_ONE_BLOCK, options=("padding",))
+    for nth, name, tensor in (
+        (0, "hidden_states loaded", "hidden_states"),
+        (1, "padding_mask read", "padding_mask"),
+    ):
+        yield _hash(
+            f"hash: {name} before the grid dependency",
+            *("missing grid dependency", EMULATED, _deleted(r"griddepcontrol\.wait;", nth)),
+            case=padding,
+            complaint=f"{tensor} belongs to the grid before",
+        )
+    # Which of the two says that a row is padding: the masks, or the table.
+    is_padding = r"or\.b32 (\t%r\d+), (%r\d+), (%r\d+);(\s+setp\.ne\.b32 \t%p\d+, %r\d+, 0;)"
+    for name, kind, edit, case, complaint in (
+        (
+            *("a token id out of the table is looked up", "unchecked token id"),
+            *(_unchecked_id(), _HASH_UNKNOWN, "out-of-bounds"),
+        ),
+        (
+            *("a token id out of the table has a row", "unchecked token id"),
+            Edit(pattern=is_padding, replacement=r"mov.b32 \1, \2;\4"),
+            *(_HASH_UNKNOWN, _WRONG_IDS),
+        ),
+        (
+            *("padding ignored", "option ignored"),
+            Edit(pattern=is_padding, replacement=r"mov.b32 \1, \3;\4"),
+            *(padding, _WRONG_IDS),
+        ),
+        (
+            *("gate_temp ignored", "option ignored"),
+            *(_option_off(16, "0f3F800000"), replace(_ONE_BLOCK, options=("temperature",))),
+            _WRONG_WEIGHT,
+        ),
+        (
+            *("each slot of four tokens reads the first slot's row", "wrong row of W_gate"),
+            Edit(
+                pattern=r"mad\.lo\.s64( \t%rd\d+, %rd\d+, %rd\d+), %rd\d+;",
+                replacement=r"mul.lo.s64\1;",
+                nth=0,
+            ),
+            *(_ONE_BLOCK, _WRONG_WEIGHT),
+        ),
+        (
+            *("W_gate stored without the swizzle", "wrong shared-memory swizzle"),
+            Edit(pattern=r"xor\.b32( \t%r\d+), %r\d+, (%r\d+);", replacement=r"mov.b32\1, \2;"),
+            *(_ONE_BLOCK, _WRONG_WEIGHT),
+        ),
+        (
+            *("every token's replica is the first token's", "wrong name"),
+            Edit(
+                pattern=r"selp\.b32( \t%r\d+), %r\d+, 0, (%p\d+;\s+add\.s32 \t%r\d+, %r\d+, -1;)",
+                replacement=r"selp.b32\1, 0, 0, \2",
+            ),
+            *(_PHYSICAL, _WRONG_IDS),
+        ),
+    ):
+        yield _hash(f"hash: {name}", kind, EMULATED, edit, case=case, complaint=complaint)
 
 
 def _of_topk() -> Iterator[Mutant]:
@@ -452,7 +679,9 @@ MUTANTS = (
     *_left_out(),
     *_layouts(),
     *_selection(),
+    *_options(),
     *_of_sm90(),
+    *_of_hash(),
     *_of_topk(),
     *_harmless(),
 )

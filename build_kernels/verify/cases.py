@@ -66,7 +66,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
 
     K of 16 blocks gives each CTA of the cluster one; of 33, one of them a third; of one block, 15
-    none. With 17 each, every stage of the ring is used three times.
+    none. With 17 each, the ring of 8 blocks is in its third turn.
     """
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
@@ -90,7 +90,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
         Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
         Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
-        Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block),
+        Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block, options=GATE_OPTIONS),
         Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),

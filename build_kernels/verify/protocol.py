@@ -101,7 +101,7 @@ NO_TICKET = Rewrite(
     why="with several expert tiles the ticket's atomic is a load",
 )
 NOT_THE_MERGER = ForcedBranch(
-    pattern=r"(shfl\.sync\.idx\.b32)\s+(%r\d+), %r\d+, 0, 31, -1;\s+add\.s32\s+(%r\d+), %r\d+, -1;"
+    pattern=r"(and\.b32)\s+(%r\d+), %r\d+, 7;\s+add\.s32\s+(%r\d+), %r\d+, -1;"
     r"\s+setp\.ne\.b32\s+(%p\d+), \2, \3;\s+@\4 bra",
     taken=True,
     why="with several expert tiles no warp merges: who merges, when, and what it reads is the "

@@ -304,7 +304,7 @@ class _Site:
             None,
         )
         self._call_cells = tuple(self.cells[name] for name in CALL_PARAMETERS)
-        self._ids_are_int64 = 0
+        self._call: CallFacts | None = None
         self._option_cells = tuple(
             (at, self.cells[name])
             for at, name in enumerate(CALL_OPTION_PARAMETERS)
@@ -325,7 +325,17 @@ class _Site:
                 block.set({parameter.name: w_maps[parameter.tensor_map].address})
 
     def write_call(self, call: CallFacts, options: CallOptions) -> None:
-        """What changes from call to call: pointers, strides and N."""
+        """What changes from call to call: pointers, strides and N; a step's buffers often do not."""
+        if call != self._call:
+            self._write_tensors(call)
+            self._call = call
+        # The same object on every call without options.
+        if options is not self._options:
+            for at, cell in self._option_cells:
+                cell.value = options[at]
+            self._options = options
+
+    def _write_tensors(self, call: CallFacts) -> None:
         num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
         if self._x_map is not None:
             cell, cache = self._x_map
@@ -338,13 +348,7 @@ class _Site:
         weights_stride.value = w_stride
         ids.value = i_at
         ids_stride.value = i_stride
-        if ids_are_int64 != self._ids_are_int64:
-            int64.value = self._ids_are_int64 = ids_are_int64
-        # The same object on every call without options.
-        if options is not self._options:
-            for at, cell in self._option_cells:
-                cell.value = options[at]
-            self._options = options
+        int64.value = ids_are_int64
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
             self._launch_site.set_grid(
                 grid_of(self._launch, num_tokens=num_tokens, num_experts=self._num_experts)

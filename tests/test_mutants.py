@@ -54,6 +54,13 @@ WANTED = {
     "missing cluster barrier",
     "tie rule reversed",
     "bias in the weight",
+    "missing grid dependency",
+    "wrong name",
+    "option ignored",
+    "half of an id",
+    "unchecked token id",
+    "wrong rank",
+    "wrong row of W_gate",
 }
 # One of each class is enough for every run of the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())

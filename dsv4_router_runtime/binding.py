@@ -211,18 +211,8 @@ class Binding:
         """
         if self._many_devices and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                self._run(call, options, hidden_states, W_gate, pdl)
-        else:
-            self._run(call, options, hidden_states, W_gate, pdl)
-
-    def _run(
-        self,
-        call: CallFacts,
-        options: CallOptions,
-        hidden_states: torch.Tensor,
-        W_gate: torch.Tensor,
-        pdl: bool,
-    ) -> None:
+                self.run(call, options, hidden_states, W_gate, pdl)
+            return
         num_tokens = call[0]
         for rung, (most, _) in enumerate(self._rungs):
             if num_tokens <= most:
@@ -325,7 +315,7 @@ class _Site:
                 block.set({parameter.name: w_maps[parameter.tensor_map].address})
 
     def write_call(self, call: CallFacts, options: CallOptions) -> None:
-        """What changes from call to call: pointers, strides and N; a step's buffers often do not."""
+        """What changes from call to call; a step's tensors often do not."""
         if call != self._call:
             self._write_tensors(call)
             self._call = call
@@ -336,6 +326,7 @@ class _Site:
             self._options = options
 
     def _write_tensors(self, call: CallFacts) -> None:
+        """Pointers, strides and N."""
         num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
         if self._x_map is not None:
             cell, cache = self._x_map

@@ -595,9 +595,7 @@ def test_an_accumulator_is_reused_after_it_was_read(changes, expected):
         out = DeviceArray(name="out", data=np.zeros(1, np.uint32))
         return emulate(
             module(text, target="sm_100a", globals_=GLOBALS),
-            Launch(
-                grid=(1, 1, 1), block=(128, 1, 1), arch="sm_100a", dynamic_shared_bytes=4096
-            ),
+            Launch(grid=(1, 1, 1), block=(128, 1, 1), arch="sm_100a", dynamic_shared_bytes=4096),
             [out],
             schedule,
         )

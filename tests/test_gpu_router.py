@@ -151,9 +151,7 @@ def test_top_k(random, top_k, num_tokens):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 63, 64, 65, 509])
 @pytest.mark.parametrize("k", [64, 192, 1024, 1088, 6144])
-def test_few_blocks_of_k_and_odd_numbers_of_experts(
-    random, record_cases, k, num_experts, layout
-):
+def test_few_blocks_of_k_and_odd_numbers_of_experts(random, record_cases, k, num_experts, layout):
     """K = 64 is one block for all K splits together: most of them have nothing to add."""
     top_k = min(8, num_experts)
     x, W, bias = integers(random, 19, k, num_experts, layout)

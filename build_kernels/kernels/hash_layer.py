@@ -71,7 +71,7 @@ class RouterHash:
     Shared memory: 73 KB with a ring of one chunk of 8 K blocks: K up to 8192 is in flight at once.
 
     Timeline
-        barriers, cluster sync | look up, read rows of W_gate | wait for the grid before
+        barriers | look up, read rows of W_gate, cluster sync | wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, store
 
     What is read before the wait: W_gate, tid2eid, input_ids and the physical map.
@@ -215,13 +215,15 @@ class RouterHash:
             storage, warp, 1 + LOAD_WARPS, choose(is_owner, Int32(SUMS_BYTES), Int32(0))
         )
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.cluster_wait()
+        if warp < self.first_load_warp:
+            cute.arch.cluster_wait()
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
             self.load_x(storage, x_atom, mX, tile, first_block, num_blocks)
         if warp >= self.first_load_warp:
             self.load_w(storage, table, w_gate, w_stride, first_token, first_block, num_blocks)
+            cute.arch.cluster_wait()
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and store

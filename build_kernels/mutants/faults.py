@@ -41,8 +41,8 @@ _TWO_TILES = replace(_ONE_BLOCK, num_experts=100)
 _TIES = replace(_ONE_BLOCK, kind="ties")
 _TOPK_CASE = Case(num_tokens=7, num_experts=132, top_k=6)
 
-# Which wait, arrival or mbarrier.init it is in the text of a decode kernel with two stages. There is
-# a wait for names where one tile is selected from, the first, and after each of the merges.
+# Which wait, arrival or mbarrier.init it is in the text of a decode kernel with two stages. It has a
+# wait for names where one tile is selected from, the first, and after each of the merges.
 _FACTS_WAIT = 3
 _NAMES_WAIT = 5
 _NAMES_ARRIVE = 1

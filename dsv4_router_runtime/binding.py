@@ -16,9 +16,9 @@ from . import driver
 from .arguments import CallFacts, LayerFacts
 from .artifacts import ArtifactSet
 from .dispatch import Problem, decode_ladder, select_kernel
-from .errors import ArtifactError, RouterError
+from .errors import ArtifactError, NoKernelError, RouterError
 from .launch import grid_depends_on_tokens, grid_of
-from .manifest import Kernel, TensorMapRecipe
+from .manifest import Kernel, Manifest, TensorMapRecipe
 from .options import NO_OPTIONS, PLAIN_LAYER, CallOptions, LayerOptions
 from .tables import check_physical_map, copied_hash_table
 from .tensor_map import encode_arguments, hidden_states_arguments
@@ -42,7 +42,7 @@ DTYPES = {
     "out_weights": ("float32",),
     "out_ids": _INTEGERS,
 }
-# What every call writes, in the order of `CallFacts`; ids_are_int64 only where it changed.
+# What a call writes if it is not the call before's, in the order of `CallFacts`.
 CALL_PARAMETERS = (
     "num_tokens",
     "out_weights",
@@ -149,7 +149,7 @@ class Binding:
             ladder = decode_ladder(manifest, problem, arch)
             if facts.hashed:
                 # From where that is faster, or all there is, a hash layer takes the whole gate.
-                gate = decode_ladder(manifest, replace(problem, layout="kmajor"), arch)
+                gate = _whole_gate(manifest, replace(problem, layout="kmajor"), arch)
                 ladder += tuple(rung for rung in gate if rung[0] > ladder[-1][0])
             beyond = replace(problem, layout="logits", num_tokens=ladder[-1][0] + 1)
             select = select_kernel(manifest, beyond, arch)
@@ -300,7 +300,7 @@ class _Site:
             for at, name in enumerate(CALL_OPTION_PARAMETERS)
             if name in self.cells
         )
-        self._options = NO_OPTIONS
+        self._options: CallOptions | None = NO_OPTIONS
         # The maps that the cells point to.
         self._maps: dict[str, driver.TensorMap] = {}
 
@@ -316,11 +316,14 @@ class _Site:
 
     def write_call(self, call: CallFacts, options: CallOptions) -> None:
         """What changes from call to call; a step's tensors often do not."""
+        # What is written is forgotten first: an interrupt in between may not pass for it.
         if call != self._call:
+            self._call = None
             self._write_tensors(call)
             self._call = call
         # The same object on every call without options.
         if options is not self._options:
+            self._options = None
             for at, cell in self._option_cells:
                 cell.value = options[at]
             self._options = options
@@ -410,6 +413,16 @@ def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
         if not filled and parameter.name not in passed:
             problem = f'parameters[{index}].name: nothing to pass as "{parameter.name}"'
             raise ArtifactError(file=file, problem=problem)
+
+
+def _whole_gate(manifest: Manifest, problem: Problem, arch: str) -> tuple[tuple[int, Kernel], ...]:
+    """The decode kernels that a hash layer goes on with where router_hash ends."""
+    try:
+        return decode_ladder(manifest, problem, arch)
+    except NoKernelError as error:
+        raise NoKernelError(
+            f"a hash layer takes the whole gate for more tokens than router_hash does: {error}"
+        ) from error
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -101,7 +101,7 @@ class LoadedKernel:
     """A kernel in the primary context of GPU `device`; it stays loaded.
 
     exclusive_clusters: how many of its clusters the GPU holds at once if each CTA is given
-    exclusive_shared_bytes of shared memory, which keep other CTAs off its SM; 0 without clusters.
+    exclusive_shared_bytes of shared memory, so much that no two share an SM; 0 without clusters.
     """
 
     kernel: Kernel
@@ -115,10 +115,10 @@ class LoadedKernel:
         """Dynamic shared memory for a launch: an SM to each CTA, if the GPU has room for more
         clusters than these.
 
-        Two CTAs of a decode kernel on one SM slow each other down, and no SM is short of CTAs: the
-        launch after, which prefetches, takes those that end. Measured on one H200, which holds 7
-        such clusters, with PDL, us at 7168 x E: E = 384, 6 clusters, N = 32 and 64: two a SM 5.05
-        and 6.47, one 4.32 and 5.43. E = 448, 7 clusters, N = 1: two 3.65, one 4.36.
+        Two CTAs of a decode kernel on one SM slow each other down, unless the launch after finds
+        no room to prefetch. Measured on one H200, which holds 7 such clusters, with PDL, us at 7168
+        x E: E = 384, 6 clusters, N = 32: two a SM 5.03, one (and another loop) 4.32. E = 448, 7
+        clusters, the same cubin, N = 1 and 16: two 3.65 and 3.89, one 4.36 and 4.87.
         """
         launch = self.kernel.launch
         clusters = math.prod(grid) // math.prod(launch.cluster)

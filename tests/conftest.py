@@ -133,7 +133,7 @@ def _map(tensor: str, dims: tuple[str, ...], box: tuple[int, ...], promotion: st
 
 
 LAYOUTS = ("emajor", "kmajor")
-TILES = (16, 32, 64)
+TILES = (8, 32, 64)
 BLOCKS = ("K_in_block", "N", "K_block")
 BIAS = [
     _pointer("e_bias", "float32"),
@@ -175,7 +175,7 @@ def _kernel(name: str, arch: str, **more) -> Kernel:
     )
 
 
-def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 16) -> Kernel:
+def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 8) -> Kernel:
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
     return _kernel(
         f"router_decode_{layout}_n{tile}",

@@ -77,7 +77,7 @@ def test_truncated_cubin(folder, manifest):
     message = refused(folder, 2)
     assert str(path) in message
     assert "altered or truncated" in message
-    assert "cubin_sha256 of router_decode_emajor_n32.sm_100a in manifest.json" in message
+    assert "cubin_sha256 of router_decode_emajor_n64.sm_100a in manifest.json" in message
 
 
 def test_one_flipped_bit(folder, manifest):
@@ -199,7 +199,7 @@ def remove_a_cubin(folder):
 
 
 def alter_a_cubin(folder):
-    (folder / "router_decode_emajor_n16.sm_100a.cubin").write_bytes(b"")
+    (folder / "router_decode_emajor_n32.sm_100a.cubin").write_bytes(b"")
 
 
 def add_a_file(folder):

@@ -37,9 +37,9 @@ PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=716
 @pytest.mark.parametrize(
     ("num_tokens", "layout", "name"),
     [
-        (1, "kmajor", "router_decode_kmajor_n16"),
-        (16, "kmajor", "router_decode_kmajor_n16"),
-        (17, "kmajor", "router_decode_kmajor_n32"),
+        (1, "kmajor", "router_decode_kmajor_n8"),
+        (8, "kmajor", "router_decode_kmajor_n8"),
+        (9, "kmajor", "router_decode_kmajor_n32"),
         (32, "emajor", "router_decode_emajor_n32"),
         (33, "kmajor", "router_decode_kmajor_n64"),
         (64, "emajor", "router_decode_emajor_n64"),
@@ -59,14 +59,14 @@ def test_every_kernel_gets_an_answer(manifest):
     answers = resolve(manifest, PROBLEM, "sm_90a")
     assert [answer.kernel for answer in answers] == list(manifest.kernels)
     accepted = {a.kernel.key for a in answers if isinstance(a, Accepted)}
-    assert accepted == {f"router_decode_kmajor_n{tile}.sm_90a" for tile in (16, 32, 64)}
+    assert accepted == {f"router_decode_kmajor_n{tile}.sm_90a" for tile in (8, 32, 64)}
     assert all(a.reason for a in answers if isinstance(a, Rejected))
 
 
 @pytest.mark.parametrize(
     ("difference", "reason"),
     [
-        ({"num_tokens": 17}, "takes num_tokens 1..16, got 17"),
+        ({"num_tokens": 17}, "takes num_tokens 1..8, got 17"),
         ({"num_experts": 513}, "takes num_experts 1..512, got 513"),
         ({"top_k": 9}, "takes top_k 1..8, got 9"),
         ({"k": 7000}, "takes K in multiples of 64, got 7000"),
@@ -78,12 +78,12 @@ def test_every_kernel_gets_an_answer(manifest):
 def test_reasons(manifest, difference, reason):
     answers = resolve(manifest, replace(PROBLEM, **difference), "sm_90a")
     by_key = {answer.kernel.key: answer for answer in answers}
-    assert by_key["router_decode_kmajor_n16.sm_90a"].reason == reason
+    assert by_key["router_decode_kmajor_n8.sm_90a"].reason == reason
 
 
 def test_dtypes_a_kernel_does_not_mention_are_not_compared(manifest):
     problem = replace(PROBLEM, dtypes={"logits": ("float16",), "W_gate": ("bfloat16",)})
-    assert select_kernel(manifest, problem, "sm_90a").name == "router_decode_kmajor_n16"
+    assert select_kernel(manifest, problem, "sm_90a").name == "router_decode_kmajor_n8"
 
 
 def test_no_kernel_lists_every_candidate(manifest):
@@ -131,7 +131,7 @@ def test_device_arch(capability, arch):
 def test_ladder(manifest):
     ladder = decode_ladder(manifest, PROBLEM, "sm_90a")
     assert [(most, kernel.key) for most, kernel in ladder] == [
-        (16, "router_decode_kmajor_n16.sm_90a"),
+        (8, "router_decode_kmajor_n8.sm_90a"),
         (32, "router_decode_kmajor_n32.sm_90a"),
         (64, "router_decode_kmajor_n64.sm_90a"),
     ]
@@ -140,9 +140,9 @@ def test_ladder(manifest):
 def test_ladder_with_a_gap_stops_before_it(manifest, change):
     for at, kernel in enumerate(manifest.kernels):
         if kernel.name == "router_decode_kmajor_n32":
-            late = replace(kernel.problem, num_tokens=IntRange(low=18, high=32))
+            late = replace(kernel.problem, num_tokens=IntRange(low=10, high=32))
             manifest = change(manifest, at, problem=late)
         if kernel.name == "router_decode_kmajor_n64":
             late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
             manifest = change(manifest, at, problem=late)
-    assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [16]
+    assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [8]

@@ -41,7 +41,7 @@ from dsv4_router_runtime.reference import (  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = [0, 1, 2, 6, 7, 8, 16, 31, 33, 63, 64, 65, 128, 1000, 8192]
+TOKENS = [0, 1, 2, 6, 7, 8, 9, 16, 31, 32, 33, 63, 64, 65, 128, 1000, 8192]
 MODELS = {
     "V4-Flash": (4096, 256, 6, 1.5),
     "V4-Pro": (7168, 384, 6, 2.5),

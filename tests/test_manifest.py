@@ -216,7 +216,7 @@ def test_one_dimensional_map(manifest):
     [
         ('"schema_version": 2', "$"),
         ('"nvrtc": "13.0"', "toolchain"),
-        ('"token_tile": 16', "kernels[0].launch"),
+        ('"token_tile": 32', "kernels[0].launch"),
         ('"zeroed": true', "kernels[0].parameters[3].scratch"),
         ('"LDL": 0', "kernels[0].resources.opcodes"),
     ],

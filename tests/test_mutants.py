@@ -146,7 +146,7 @@ def test_the_protocol_rung_rejects(artifacts: dict[str, Artifact]) -> None:
     """Two that take seconds; the table of all is made by the command."""
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
     barrier = "top-k: no barrier between writing keys and reading them"
-    for name in (barrier, "full needs two arrivals"):
+    for name in (barrier, "no cluster barrier"):
         mutant = BY_NAME[name]
         verdict = judge(mutant, artifacts[mutant.artifact], "protocol")
         assert verdict.word == "rejected", verdict.reason

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import decode_kernel, sample_manifest, topk_kernel
@@ -46,7 +47,7 @@ from build_kernels.verify.artifact import (
     ptx_entry,
     ptx_opcodes,
 )
-from build_kernels.verify.cases import VOCABULARY, Case, decode_cases, topk_cases
+from build_kernels.verify.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
 from build_kernels.verify.climb import (
     Outcome,
     climb_one,
@@ -405,7 +406,7 @@ def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: P
 
 
 def test_the_input_names_every_integer_and_every_tensor_map() -> None:
-    kernel = decode_kernel("sm_100a", "emajor", 16)
+    kernel = decode_kernel("sm_100a", "emajor", 32)
     sizes = {"tensor_map": "b8", "pointer": "u64", "int32": "u32", "float32": "f32"}
     declared = ",".join(
         f".param .{sizes[p.kind]} p{i}" + ("[128]" if p.kind == "tensor_map" else "")
@@ -421,7 +422,7 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
     assert given["launch"]["grid_dim"] == [16, 3, 1]
     w_map, x_map = given["tma_descriptors"]
     assert (w_map["global_shape"], w_map["global_strides_bytes"]) == ([132, 2048], [272])
-    assert (x_map["global_shape"], x_map["box_shape"]) == ([64, 6, 32], [64, 16, 4])
+    assert (x_map["global_shape"], x_map["box_shape"]) == ([64, 6, 32], [64, 32, 4])
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:
@@ -431,7 +432,7 @@ def test_a_rewrite_that_finds_nothing_is_an_error() -> None:
 
 
 def test_full_decode_cases_wrap_every_ring_twice_and_reach_the_tile() -> None:
-    for tile in (16, 64):
+    for tile in (8, 32, 64):
         kernel = decode_kernel("sm_100a", "kmajor", tile)
         cases = protocol.decode_cases(kernel, quick=False)
         blocks = [case.k // 64 // 16 for case in cases]
@@ -839,11 +840,18 @@ def test_the_emulated_rung_sees_the_denominators_epsilon(topk: Artifact) -> None
     assert "a weight is off" in result.reason
 
 
+@pytest.mark.parametrize("kernel", [*sample_manifest().for_arch("sm_100a")], ids=lambda k: k.name)
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_case_is_one_that_its_kernel_takes(kernel: Any, quick: bool) -> None:
+    for case in cases_of(kernel, quick=quick):
+        assert case.num_tokens in kernel.problem.num_tokens, str(case)
+
+
 def test_decode_cases_are_those_that_the_evidence_promises() -> None:
     cases = [
         case
         for layout in ("kmajor", "emajor")
-        for tile in (16, 64)
+        for tile in (8, 32, 64)
         for case in decode_cases(decode_kernel("sm_100a", layout, tile), quick=False)
     ]
     assert len(cases) >= 20
@@ -869,14 +877,14 @@ def dsl_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("cutlass", reason="needs the extra `build`")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("dsl") / "artifacts"
-    names = ["router_decode_kmajor_n16", "router_hash"]
+    names = ["router_decode_kmajor_n8", "router_hash"]
     run_build(folder, make_plan(folder, names, ["sm_100a"]), jobs=2)
     return folder
 
 
 @pytest.fixture
 def decode(dsl_artifacts: Path) -> Artifact:
-    return load_artifact(dsl_artifacts, "router_decode_kmajor_n16.sm_100a")
+    return load_artifact(dsl_artifacts, "router_decode_kmajor_n8.sm_100a")
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ class TileGemm:
         full, empty   loads -> MMA, a ring of `stages` chunks of `chunk` K blocks: the kernel's
                       arrivals and bytes / mma_arrivals
         sums_full     cluster's epilogue warps -> owner's: 1 + the bytes the kernel announces; once
+        facts_full, names_full   the kernel's, if it uses them: the 32 lanes of a warp; once
 
     Shared memory: stages * chunk * (8 KB + 128 B token_tile) + sums_bytes + the kernel's own words
     (num_facts, num_names) + barriers.
@@ -119,7 +120,8 @@ class TileGemm:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes up to the end of shared_storage's last member (its own size is padded to 1024)."""
+        """Bytes up to the end of shared_storage's last member, in whole words of 8 (its own size is
+        padded to 1024)."""
         rings = self.ring_blocks * W_BLOCK_BYTES + self.stages * self.x_chunk_bytes
         num_barriers = 2 * self.stages + 4
         words = self.num_names + self.num_facts + 1

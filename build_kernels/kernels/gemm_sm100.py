@@ -58,7 +58,7 @@ class TileGemmSm100(TileGemm):
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
-        """Warp 0 allocates; the cluster sync that follows publishes the address."""
+        """Warp 0 allocates; the sync_threads that follows publishes the address."""
         if warp == 0:
             cute.arch.alloc_tmem(self.tmem_columns, storage.tmem_address.data_ptr())
             cute.arch.relinquish_tmem_alloc_permit()

@@ -197,15 +197,3 @@ def take_top_k(
         for i in cutlass.range_constexpr(cute.size(keys)):
             keys[i] = choose(struck == i, Uint32(STRUCK_OUT), keys[i])
     return my_expert, my_score, total
-
-
-@cute.jit
-def pick(
-    length: cutlass.Constexpr[int], values: cute.Tensor, owner: Int32, register: Int32
-) -> Int32:
-    """values[register] of lane `owner`, both of which may differ from lane to lane; register is
-    below `length`."""
-    picked = Int32(0)
-    for i in cutlass.range_constexpr(length):
-        picked = choose(register == i, cute.arch.shuffle_sync(values[i], owner), picked)
-    return picked

@@ -63,7 +63,7 @@ class Case:
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """N in {1, 6, 7, 16, 64}, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
+    """N from 1 to the tile, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
 
     K of 16 blocks gives each CTA of the cluster one; of 33, one of them a third; of one block, 15
     none. With 17 each, the ring of 8 blocks is in its third turn.
@@ -85,11 +85,11 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     served = ("temperature", "physical", "shared")
     return (
         *first,
-        Case(num_tokens=3, num_experts=40, top_k=8, k=block, options=("table",)),
+        Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=block, options=("table",)),
         Case(num_tokens=3, num_experts=512, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
         Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
-        Case(num_tokens=6, num_experts=128, top_k=3, k=2 * block, kind="biased"),
+        Case(num_tokens=min(16, tile), num_experts=128, top_k=3, k=2 * block, kind="biased"),
         Case(num_tokens=tile - 1, num_experts=216, top_k=6, k=block, options=GATE_OPTIONS),
         Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
@@ -121,7 +121,7 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
         Case(num_tokens=5, num_experts=40, top_k=4, k=17 * block),
         Case(num_tokens=6, num_experts=256, top_k=6, k=4096),
-        Case(num_tokens=64, num_experts=384, top_k=6, k=7168, options=served),
+        Case(num_tokens=7 * tile, num_experts=384, top_k=6, k=7168, options=served),
     )
 
 

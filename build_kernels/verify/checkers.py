@@ -30,7 +30,7 @@ CHECKERS = {
     "structure": Checker(number=1, tool="nvidia-cuda-nvdisasm"),
     "lint": Checker(number=1, tool="nvidia-cutlass-dsl"),
     "protocol": Checker(number=1, tool="sentryward"),
-    "emulated": Checker(number=3),
+    "emulated": Checker(number=4),
 }
 
 

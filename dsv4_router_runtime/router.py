@@ -51,9 +51,10 @@ class Router:
 
     pdl: launch as a programmatic dependent of the kernel before, unless a call says otherwise. The
     kernel then reads W_gate, e_bias, bias_vl, tid2eid, to_physical, logical_count and a call's
-    input_ids while that one may still run, and those before it that it may overlap, so none of
-    them may be what writes any of these; only the caller knows, so it is off unless asked for. hidden_states, the masks and num_tokens may be
-    that kernel's work. On one H200 it takes 1.7 us or more off a decode call in a graph.
+    input_ids while that one may still run, and those before it that it may overlap, so none of them
+    may be what writes any of these; only the caller knows, so it is off unless asked for.
+    hidden_states, the masks and num_tokens may be the work of the kernel before. On one H200 it
+    takes 1.7 us or more off a decode call in a graph.
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 

@@ -34,8 +34,8 @@ MAX_DECODE_TOKENS = 64
 # 2 5.26, of 4 5.43.
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 # router_hash: all of K up to 8192 in one chunk. An H200 holds 7 of its clusters, so 56 tokens; at
-# 64 it took 5.09 and 4.42 us (7168x384, 4096x256) with PDL, 7.91 and 6.87 without, and the whole gate
-# 5.17, 3.88, 7.02 and 5.77.
+# 64 it took 5.09 and 4.42 us (7168x384, 4096x256) with PDL, 7.91 and 6.87 without; the whole gate
+# took 5.17, 3.88, 7.02 and 5.77.
 HASH_CHUNK = 8
 MAX_HASH_TOKENS = 56
 # An 8-byte entry for each token and expert, and a 4-byte counter for each token.

@@ -48,7 +48,7 @@ def test_hidden_states_in_blocks_with_a_padded_row():
     got = hidden_states()
     assert got.dims == (64, 6, 80)
     assert got.strides == (12288, 128)
-    assert got.box == (64, 16, 4)
+    assert got.box == (64, 8, 4)
     assert got.element_strides == (1, 1, 1)
 
 

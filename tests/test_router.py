@@ -861,6 +861,13 @@ def test_a_hash_layer_of_more_tokens_takes_the_whole_gate(gpu, make, num_tokens)
     assert gpu.products == []
 
 
+def test_a_hash_layer_without_decode_kernels_says_what_it_wants_them_for(gpu, artifacts, make):
+    kernels = tuple(k for k in artifacts.manifest.kernels if k.problem.layout != "kmajor")
+    few = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
+    with pytest.raises(NoKernelError, match="a hash layer takes the whole gate for more tokens"):
+        make(tid2eid=hash_table(), artifacts=few)
+
+
 def test_a_hash_layers_prefill_selects_by_the_table(gpu, make):
     bound = make(tid2eid=hash_table())
     tokens = torch.zeros(100, dtype=torch.int64)

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Uint8, Uint64
 from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels import decode, hash_layer
+from build_kernels.kernels import decode, entries, hash_layer
 from build_kernels.kernels.gemm import NUM_SPLITS, TILE_ROWS, TileGemm
 from build_kernels.kernels.gemm_sm90 import TileGemmSm90
 from build_kernels.kernels.gemm_sm100 import TileGemmSm100
@@ -52,7 +52,7 @@ def make_kernel(*, kernel: str, arch: str, token_tile: int, **config):
         make_gemm(
             sums_bytes=decode.sums_bytes(token_tile),
             num_facts=decode.max_owned(token_tile),
-            num_names=decode.max_owned(token_tile) * decode.MAX_EXPERTS,
+            num_names=decode.max_owned(token_tile) * entries.MAX_EXPERTS,
         )
     )
 
@@ -65,7 +65,7 @@ def launch_facts(*, kernel: str, **config) -> dict:
         "cluster": [NUM_SPLITS, 1, 1],
         "dynamic_shared_bytes": made.gemm.shared_bytes,
         "expert_tile": TILE_ROWS,
-        "workspace_bytes": decode.WORKSPACE_BYTES if kernel == "decode" else 0,
+        "workspace_bytes": entries.WORKSPACE_BYTES if kernel == "decode" else 0,
     }
 
 

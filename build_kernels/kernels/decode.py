@@ -25,11 +25,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 from cutlass.cute.nvgpu import cpasync
 
+from build_kernels.kernels.entries import MAX_EXPERTS, draw_ticket, entry_of, merge
 from build_kernels.kernels.gemm import (
     EPILOGUE_WARPS,
     K_BLOCK,
     MAX_K,
-    MAX_TOKENS,
     NUM_SPLITS,
     TILE_ROWS,
     W_BLOCK_BYTES,
@@ -53,7 +53,6 @@ from build_kernels.kernels.select import (
     NOT_A_CANDIDATE,
     bits_of,
     choose,
-    float_of,
     ranked_key,
     reciprocal,
     router_score,
@@ -63,14 +62,11 @@ from build_kernels.kernels.select import (
 )
 
 EXPERT_TILE = TILE_ROWS
-MAX_EXPERTS = 512
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
 # A token's facts in one word: its ticket, then flags.
 MAX_TICKET = MAX_TILES - 1
 IS_IMAGE = MAX_TILES
 IS_PADDED = 2 * MAX_TILES
-# workspace: entries [token][expert], 8 B each, then a 4 B ticket counter a token
-WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
 
 
 def max_pairs(token_tile: int) -> int:
@@ -326,11 +322,11 @@ class RouterDecode:
                             # E up to 256, to 384 and to 512: as few registers as hold them.
                             merged = (workspace, token, num_tiles, top_k, row.shared_id)
                             if num_tiles <= 4:
-                                self.store(storage, outputs, row, warp, self.merge(4, *merged))
+                                self.store(storage, outputs, row, warp, merge(4, *merged))
                             elif num_tiles <= 6:
-                                self.store(storage, outputs, row, warp, self.merge(6, *merged))
+                                self.store(storage, outputs, row, warp, merge(6, *merged))
                             else:
-                                entry = self.merge(MAX_TILES, *merged)
+                                entry = merge(MAX_TILES, *merged)
                                 self.store(storage, outputs, row, warp, entry)
                 elif tile == 0:
                     store_padding(row)
@@ -430,7 +426,7 @@ class RouterDecode:
         lane = cute.arch.lane_idx()
         token = owned_token(split, lane)
         if lane < self.max_owned and token < num_tokens:
-            ticket = self.draw_ticket(workspace, token, num_tiles)
+            ticket = draw_ticket(workspace, token, num_tiles)
             is_image = read_mask(image_mask, token, num_tokens)
             padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
             facts = self.facts(storage)
@@ -543,18 +539,6 @@ class RouterDecode:
         store(row, expert, score, total)
 
     @cute.jit
-    def draw_ticket(self, workspace: cute.Pointer, token: Int32, num_tiles: Int32) -> Int32:
-        """How many of the token's owner CTAs had drawn before this one."""
-        ticket = Int32(0)
-        if num_tiles > 1:
-            ticket = cute.arch.inline_ptx(
-                "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
-                write_only_types=[Int32],
-                read_only_args=[ticket_of(workspace, token), num_tiles - 1],
-            )
-        return ticket
-
-    @cute.jit
     def score(
         self,
         storage,
@@ -627,50 +611,6 @@ class RouterDecode:
             pointers.append(entry_of(workspace, token, expert // run, expert % run))
         return pointers
 
-    @cute.jit
-    def merge(
-        self,
-        max_tiles: cutlass.Constexpr[int],
-        workspace: cute.Pointer,
-        token: Int32,
-        num_tiles: Int32,
-        top_k: Int32,
-        otherwise: Int32,
-    ):
-        """Wait for a token's entries, 2 num_tiles experts to a lane; clear them; take the top_k.
-
-        max_tiles: how many tiles there are registers for; the tree of every round is as wide.
-        """
-        lane = cute.arch.lane_idx()
-        words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
-        words.fill(Uint64(NOT_A_CANDIDATE << 32))
-        waiting = Int32(1)
-        while waiting != 0:
-            missing = Int32(0)
-            for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
-                if i < 2 * num_tiles:
-                    words[i], words[i + 1] = cute.arch.inline_ptx(
-                        "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r0}];",
-                        write_only_types=[Uint64, Uint64],
-                        read_only_args=[entry_of(workspace, token, lane, i)],
-                    )
-                    if words[i] == 0 or words[i + 1] == 0:
-                        missing = Int32(1)
-            waiting = Int32(cute.arch.vote_ballot_sync(missing != 0))
-
-        keys = cute.make_rmem_tensor((2 * max_tiles,), Uint32)
-        scores = cute.make_rmem_tensor((2 * max_tiles,), Float32)
-        for i in cutlass.range_constexpr(2 * max_tiles):
-            keys[i] = Uint32(words[i] >> 32)
-            scores[i] = float_of(Uint32(words[i] & 0xFFFFFFFF))
-        for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
-            if i < 2 * num_tiles:
-                cute.arch.inline_ptx(
-                    "st.relaxed.gpu.global.v2.b64 [{$r0}], {{$r1}, {$r1}};",
-                    read_only_args=[entry_of(workspace, token, lane, i), Uint64(0)],
-                )
-        return take_top_k(keys, scores, 2 * num_tiles * lane, top_k, otherwise)
-
 
 def owned_token(split: Int32, warp: Int32) -> Int32:
     """The token that an epilogue warp of a cluster's CTA `split` sums and selects for."""
@@ -680,15 +620,3 @@ def owned_token(split: Int32, warp: Int32) -> Int32:
 def flag(value: Int32, bit: int) -> Int32:
     """`bit` where value is not 0."""
     return choose(value != 0, Int32(bit), Int32(0))
-
-
-@cute.jit
-def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32):
-    """Pointer to the entry that `lane` merges in `register`; a warp's 16-byte loads coalesce."""
-    return workspace + (token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2)
-
-
-@cute.jit
-def ticket_of(workspace: cute.Pointer, token: Int32):
-    """Pointer to a token's ticket counter."""
-    return cute.recast_ptr(workspace + MAX_TOKENS * MAX_EXPERTS, dtype=Int32) + token

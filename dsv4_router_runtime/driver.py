@@ -67,17 +67,17 @@ def _error_text(code: Any) -> str:
 
 def arch_of_device(index: int) -> str:
     """The architecture of GPU `index`, such as sm_90a."""
+    major = _device_attribute(index, "COMPUTE_CAPABILITY_MAJOR")
+    return device_arch(major, _device_attribute(index, "COMPUTE_CAPABILITY_MINOR"))
+
+
+def _device_attribute(index: int, name: str) -> int:
     driver = bindings()
-    attribute = driver.CUdevice_attribute
     device = checked(f"opening GPU {index}", driver.cuDeviceGet(index))
-    major, minor = (
-        checked(f"reading GPU {index}'s architecture", driver.cuDeviceGetAttribute(which, device))
-        for which in (
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
+    which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(
+        checked(f"reading {name} of GPU {index}", driver.cuDeviceGetAttribute(which, device))
     )
-    return device_arch(major, minor)
 
 
 def make_context_current(index: int) -> None:
@@ -181,16 +181,9 @@ def _exclusive_shared_bytes(kernel: Kernel, device: int) -> int:
     """Shared memory for a CTA of a kernel with clusters such that no two share an SM."""
     if not _has_clusters(kernel):
         return kernel.launch.dynamic_shared_bytes
-    driver = bindings()
-    of_an_sm = checked(
-        f"reading the shared memory of GPU {device}'s SMs",
-        driver.cuDeviceGetAttribute(
-            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            checked(f"opening GPU {device}", driver.cuDeviceGet(device)),
-        ),
-    )
+    of_an_sm = _device_attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
     # Half of it and not a byte less: the driver adds 1 KB of its own to each CTA.
-    return max(int(of_an_sm) // 2, kernel.launch.dynamic_shared_bytes)
+    return max(of_an_sm // 2, kernel.launch.dynamic_shared_bytes)
 
 
 def _clusters_at_once(kernel: Kernel, function: Any, shared_bytes: int) -> int:

@@ -7,17 +7,12 @@ and package metadata; neither the DSL nor NVRTC is loaded for it.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,8 +32,8 @@ from . import compilers, cubin
 from .entry import EntryError, make_entry, sha256
 from .publish import build_folder, publish
 from .specs import KERNELS, KernelSpec
+from .workers import WorkerDiedError, run_tasks
 
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 # What turns a spec and its sources into bytes, and bytes into the manifest's entry.
 _DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
 
@@ -288,46 +283,26 @@ def _compile_all(
     """Every task's result, in order. All are tried; BuildError lists every failure."""
     if not tasks:
         return []
-    # spawn: the DSL's state must not be shared with this process or between processes.
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+    by_key = {task.key: task for task in tasks}
+    arguments = {key: (task, folder / key) for key, task in by_key.items()}
     results: dict[str, Built] = {}
     failures = []
-    try:
-        futures: dict[Future, Task] = {
-            pool.submit(build_one, task, folder / task.key): task for task in tasks
-        }
-        for future in as_completed(futures):
-            task = futures[future]
-            try:
-                outcome: Built | str = future.result()
-            except BrokenProcessPool:
-                outcome = "a compiler process died; the compiler's own messages are above"
+    with run_tasks(build_one, arguments, jobs=jobs, prepare=_prepare_compiler) as outcomes:
+        for key, outcome in outcomes:
             if isinstance(outcome, Built):
-                results[task.key] = outcome
+                results[key] = outcome
+            elif isinstance(outcome, WorkerDiedError):
+                failures.append(f"{key}: {outcome}; the compiler's own messages are above")
             else:
-                failures.append(f"{task.key}: {outcome}")
-            on_done(task.key)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                failures.append(f"{key}: {outcome}")
+            on_done(key)
     if failures:
         raise BuildError("\n".join(failures))
     return [results[task.key] for task in tasks]
 
 
-def _start_worker() -> None:
-    """Make a worker's result independent of the caller's environment, and its end the parent's."""
-    # Ctrl-C reaches the whole process group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed cannot stop its workers: have the kernel do it.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare_compiler() -> None:
+    """Make a worker's result independent of the caller's environment."""
     # Compilers print; results belong on stdout alone.
     sys.stdout.flush()
     os.dup2(2, 1)

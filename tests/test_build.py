@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels import build, compilers, cubin, entry, publish
+from build_kernels import build, compilers, cubin, entry, publish, workers
 from build_kernels.build import BuildError, Report, Task, make_plan, run_build
 from build_kernels.cubin import CubinParameter
 from build_kernels.entry import EntryError
@@ -82,7 +82,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(build, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refuse)
 
 
 class TestPlan:
@@ -359,8 +359,8 @@ class TestRefusals:
         before = contents(artifacts)
         plan = make_plan(tmp_path / "empty", [TOPK.name], ["sm_90a"])
         monkeypatch.setattr(build, "build_one", os.abort)
-        monkeypatch.setattr(build, "_start_worker", _die)
-        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: a compiler process died"):
+        monkeypatch.setattr(build, "_prepare_compiler", _die)
+        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: its process died"):
             run_build(artifacts, plan, jobs=1)
         assert contents(artifacts) == before
 

@@ -384,7 +384,7 @@ def test_a_diagnostic_without_an_explanation_fails() -> None:
 def test_what_an_explanation_rests_on_is_there() -> None:
     """W0015's backing is a mutant that two rungs reject."""
     pytest.importorskip("numpy", reason="needs the extra `verify`")
-    from build_kernels.mutants import MUTANTS
+    from build_kernels.mutants.faults import MUTANTS
 
     (explanation,) = lint.EXPLANATIONS
     (named,) = (mutant for mutant in MUTANTS if f"mutant '{mutant.name}'" in explanation.reason)

@@ -9,20 +9,15 @@ one climb serves both.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import multiprocessing
-import os
 import re
-import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.dispatch import runs_on
 from dsv4_router_runtime.manifest import Kernel
@@ -46,6 +41,8 @@ from .hardware import Record, result_of
 _START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
 # Rungs whose answer is settled by the PTX's text and the launch.
 _TEXT_RUNGS = ("emulated", "protocol")
+# Rung, kernel name, and what the kernels that one climb serves have in common.
+_Task = tuple[str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,37 +81,25 @@ def verify(
         if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
     ]
     texts = {k.key: text_and_launch(load_artifact(artifacts_dir, k.key)) for k in chosen}
-    asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
-    path = artifacts_dir / EVIDENCE_NAME
     _refuse_strangers(records, listed)
-
-    def recorded(evidence: Evidence) -> Evidence:
-        evidence = evidence.only(listed)
-        for kernel in listed:
-            result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
-            if result is not None:
-                evidence = evidence.with_result(kernel, "hardware", result)
-        return evidence
-
-    evidence = update_evidence(path, recorded)
-    tasks: dict[tuple[str, str, str], list[Kernel]] = {}
-    for rung in _START_ORDER:
-        for kernel in chosen if rung in asked else ():
-            if not (rung == "hardware" and rung in evidence.of(kernel)):
-                same = texts[kernel.key] if rung in _TEXT_RUNGS else kernel.key
-                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
+    path = artifacts_dir / EVIDENCE_NAME
+    evidence = update_evidence(path, lambda known: _with_records(known, listed, records))
+    asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
+    tasks = _tasks(chosen, asked, texts, evidence)
+    calls = {
+        task: (artifacts_dir, first.key, _bytes_of(first), task[0], quick)
+        for task, (first, *_) in tasks.items()
+    }
     found: dict[tuple[str, str], Result] = {}
-    groups = [(rung, tuple(kernels)) for (rung, _, _), kernels in tasks.items()]
-    for rung, (first, *twins), result in _climb_all(artifacts_dir, groups, quick=quick, jobs=jobs):
-        note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
-        of_twins = replace(result, assumptions=(*result.assumptions, note))
-        for kernel in (first, *twins):
-            shown = result if kernel is first else of_twins
-            found[kernel.key, rung] = shown
-            add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
-            # After each, so that an interrupted run keeps what it found.
-            evidence = update_evidence(path, add)
-            on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
+    with run_tasks(climb_one, calls, jobs=jobs) as climbed:
+        for task, result in climbed:
+            for kernel, shown in _shared(tasks[task], result):
+                rung = task[0]
+                found[kernel.key, rung] = shown
+                add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
+                # After each, so that an interrupted run keeps what it found.
+                evidence = update_evidence(path, add)
+                on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     return [
         Outcome(
             artifact=kernel.key,
@@ -125,6 +110,43 @@ def verify(
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _with_records(
+    evidence: Evidence, listed: Sequence[Kernel], records: Sequence[Record]
+) -> Evidence:
+    """Merge GPU test records, and drop the evidence of bytes that are no longer listed."""
+    evidence = evidence.only(listed)
+    for kernel in listed:
+        result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
+        if result is not None:
+            evidence = evidence.with_result(kernel, "hardware", result)
+    return evidence
+
+
+def _tasks(
+    chosen: Sequence[Kernel], asked: Sequence[str], texts: Mapping[str, str], evidence: Evidence
+) -> dict[_Task, list[Kernel]]:
+    """Group the kernels that one climb of a rung serves, the longest rungs first."""
+    tasks: dict[_Task, list[Kernel]] = {}
+    for rung in _START_ORDER:
+        for kernel in chosen if rung in asked else ():
+            if not (rung == "hardware" and rung in evidence.of(kernel)):
+                same = texts[kernel.key] if rung in _TEXT_RUNGS else kernel.key
+                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
+    return tasks
+
+
+def _shared(
+    kernels: Sequence[Kernel], found: Result | WorkerDiedError
+) -> Iterator[tuple[Kernel, Result]]:
+    """Give each kernel of a group the result that was found on the first of them."""
+    first, *twins = kernels
+    result = not_run(str(found)) if isinstance(found, WorkerDiedError) else found
+    yield first, result
+    note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
+    for twin in twins:
+        yield twin, replace(result, assumptions=(*result.assumptions, note))
 
 
 def _standing(evidence: Evidence, kernel: Kernel, rung: str, found: Result | None) -> Result:
@@ -183,50 +205,6 @@ def text_and_launch(artifact: Artifact) -> str:
 def without_target(ptx: str) -> str:
     """PTX with the architecture of its .target line left out."""
     return re.sub(r"^(\.target\s+)\w+", r"\1", ptx, count=1, flags=re.M)
-
-
-def _climb_all(
-    folder: Path, tasks: Sequence[tuple[str, tuple[Kernel, ...]]], *, quick: bool, jobs: int
-) -> Iterator[tuple[str, tuple[Kernel, ...], Result]]:
-    """Each task's result as it comes, found on the first of its kernels."""
-    if not tasks:
-        return
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs, len(tasks)),
-        # spawn: the DSL's and torch's state must not be shared between processes.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_lead_a_group,
-    )
-    try:
-        futures = {
-            pool.submit(climb_one, folder, kernels[0].key, _bytes_of(kernels[0]), rung, quick): (
-                rung,
-                kernels,
-            )
-            for rung, kernels in tasks
-        }
-        for future in as_completed(futures):
-            rung, kernels = futures[future]
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                result = not_run("the process died; was it out of memory?")
-            yield rung, kernels, result
-    except BaseException:
-        # Ctrl-C must not wait for minutes of proofs; what the workers started goes with them.
-        for process in multiprocessing.active_children():
-            if process.pid is not None:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _lead_a_group() -> None:
-    """Give a worker and the programs it starts a process group, which Ctrl-C does not reach."""
-    os.setpgid(0, 0)
 
 
 def _bytes_of(kernel: Kernel) -> tuple[str, str]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from build_kernels.console import results, say, stop_like_interrupt
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts import find_artifacts
 from dsv4_router_runtime.errors import RouterError
@@ -37,8 +36,6 @@ NOT_PROVEN = (
     "hardware does, rounding order, speed."
 )
 _STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
-
-talk = Console(stderr=True, highlight=False)
 
 
 @click.command("verify")
@@ -89,8 +86,7 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Show, rung by rung, that the artifacts are right, and keep the evidence beside them."""
-    # A stop asked for by the system ends like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_like_interrupt()
     try:
         outcomes = verify(
             artifacts or find_artifacts(),
@@ -103,16 +99,15 @@ def verify_command(
             on_done=_say,
         )
     except (ArtifactReadError, EvidenceError, RouterError, OSError) as error:
-        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        talk.print("interrupted; what was found so far is kept")
+        say("interrupted; what was found so far is kept")
         sys.exit(130)
     if as_json:
         print(json.dumps([_row(outcome) for outcome in outcomes], indent=1, sort_keys=True))
     else:
-        width = None if sys.stdout.isatty() else 160
-        console = Console(width=width, highlight=False)
+        console = results(width=160)
         console.print(evidence_table(outcomes))
         for line in explanations(outcomes):
             console.print(line, markup=False, soft_wrap=True)
@@ -120,15 +115,14 @@ def verify_command(
     failures = [outcome for outcome in outcomes if is_failure(outcome, rungs)]
     if failures:
         names = ", ".join(f"{outcome.artifact} {outcome.rung}" for outcome in failures)
-        talk.print(f"{len(failures)} not shown: {names}", markup=False, soft_wrap=True)
+        say(f"{len(failures)} not shown: {names}")
         sys.exit(1)
 
 
 def _say(outcome: Outcome) -> None:
     result = outcome.result
     reason = f": {result.reason.splitlines()[-1]}" if result.reason else ""
-    line = f"{outcome.artifact} {outcome.rung}: {result.status}{reason}"
-    talk.print(line, markup=False, soft_wrap=True)
+    say(f"{outcome.artifact} {outcome.rung}: {result.status}{reason}")
 
 
 def _row(outcome: Outcome) -> dict:

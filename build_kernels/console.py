@@ -6,6 +6,9 @@ import signal
 import sys
 
 from rich.console import Console
+from rich.table import Table
+
+_UNBOUND = 10_000  # columns: a table takes what it needs
 
 talk = Console(stderr=True, highlight=False)
 
@@ -23,3 +26,9 @@ def stop_like_interrupt() -> None:
 def results(*, width: int) -> Console:
     """Give a console on stdout: as wide as the terminal, or `width` columns if it is none."""
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def fits(console: Console, table: Table) -> bool:
+    """Is the console wide enough for the table without folding or cutting a cell?"""
+    unbound = console.options.update(width=_UNBOUND)
+    return console.measure(table, options=unbound).maximum <= console.width

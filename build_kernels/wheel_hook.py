@@ -19,11 +19,15 @@ class ArtifactsHook(BuildHookInterface):
         if version == "editable":
             return  # a checkout finds its own artifacts, and finds them as they are rebuilt
         sys.path.insert(0, self.root)
-        from dsv4_router_runtime.artifacts import MANIFEST_NAME, open_artifacts
+        from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
 
         artifacts = open_artifacts(Path(self.root) / "artifacts")
         for kernel in artifacts.manifest.kernels:
             artifacts.read(kernel)
-        for name in (MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)):
+        names = [MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)]
+        # For `build-kernels list`: what was shown about these bytes goes where they go.
+        if (artifacts.folder / EVIDENCE_NAME).exists():
+            names.append(EVIDENCE_NAME)
+        for name in names:
             source = str(artifacts.folder / name)
             build_data["force_include"][source] = f"dsv4_router_runtime/_artifacts/{name}"

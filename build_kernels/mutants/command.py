@@ -15,7 +15,12 @@ import click
 
 from build_kernels.console import say, stop_like_interrupt
 from build_kernels.extras import why_missing
-from build_kernels.verify.artifact import ArtifactReadError, load_artifact
+from build_kernels.verify.artifact import (
+    NO_PTX,
+    ArtifactReadError,
+    carries_ptx,
+    load_artifact,
+)
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts import find_artifacts
 from dsv4_router_runtime.errors import RouterError
@@ -72,7 +77,10 @@ def mutants_command(
     stop_like_interrupt()
     interrupted = False
     try:
-        judge_all(artifacts or find_artifacts(), asked, jobs=processes, on_verdict=on_verdict)
+        folder = artifacts or find_artifacts()
+        if not carries_ptx(folder):
+            raise ArtifactReadError(f"{folder}: {NO_PTX}")
+        judge_all(folder, asked, jobs=processes, on_verdict=on_verdict)
     except (ArtifactReadError, RouterError, OSError) as error:
         say(f"error: {error}")
         sys.exit(1)

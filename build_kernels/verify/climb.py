@@ -9,10 +9,11 @@ one climb serves both.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from pathlib import Path
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.dispatch import runs_on
+from dsv4_router_runtime.errors import WHEEL_FOLDER
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, load_artifact
+from .artifact import NO_PTX, Artifact, ArtifactReadError, load_artifact
 from .checkers import present
 from .evidence import (
     FAILED,
@@ -33,6 +35,7 @@ from .evidence import (
     EvidenceError,
     Result,
     not_run,
+    read_evidence,
     update_evidence,
 )
 from .hardware import Record, result_of
@@ -41,6 +44,9 @@ from .hardware import Record, result_of
 _START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
 # Rungs whose answer is settled by the PTX's text and the launch.
 _TEXT_RUNGS = ("emulated", "protocol")
+# Where an installed wheel has its artifacts.
+INSTALLED = ("dsv4_router_runtime", WHEEL_FOLDER)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # Rung, kernel name, and what the kernels that one climb serves have in common.
 _Task = tuple[str, str, str]
 
@@ -65,6 +71,7 @@ def verify(
     records: Sequence[Record] = (),
     jobs: int = 1,
     on_done: Callable[[Outcome], None] = lambda outcome: None,
+    on_unkept: Callable[[str], None] = lambda reason: None,
 ) -> list[Outcome]:
     """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
 
@@ -72,7 +79,7 @@ def verify(
     artifacts'. Before anything is climbed, ArtifactReadError for a file that is missing or is not
     the manifest's. Returns one outcome for every rung of every chosen artifact, in the manifest's
     order: rungs that were not asked for are read from the stored evidence. `on_done` is called with
-    each climbed outcome as it comes.
+    each climbed outcome as it comes, `on_unkept` with the reason if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
     chosen = [
@@ -80,12 +87,19 @@ def verify(
         for kernel in listed
         if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
     ]
-    texts = {k.key: text_and_launch(load_artifact(artifacts_dir, k.key)) for k in chosen}
+    if not chosen:
+        raise ArtifactReadError(
+            f"{artifacts_dir} has none of the kernels asked for; it has "
+            f"{', '.join(kernel.key for kernel in listed) or 'none at all'}"
+        )
+    loaded = [load_artifact(artifacts_dir, kernel.key) for kernel in chosen]
     _refuse_strangers(records, listed)
-    path = artifacts_dir / EVIDENCE_NAME
-    evidence = update_evidence(path, lambda known: _with_records(known, listed, records))
-    asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
-    tasks = _tasks(chosen, asked, texts, evidence)
+    kept = _open_evidence(artifacts_dir, lambda known: _with_records(known, listed, records))
+    if kept.problem is not None:
+        if records:
+            raise EvidenceError(f"the records cannot be merged: {kept.problem}")
+        on_unkept(kept.problem)
+    tasks = _tasks(loaded, rungs, kept.evidence)
     calls = {
         task: (artifacts_dir, first.key, _bytes_of(first), task[0], quick)
         for task, (first, *_) in tasks.items()
@@ -98,13 +112,13 @@ def verify(
                 found[kernel.key, rung] = shown
                 add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
                 # After each, so that an interrupted run keeps what it found.
-                evidence = update_evidence(path, add)
+                kept.change(add)
                 on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     return [
         Outcome(
             artifact=kernel.key,
             rung=rung,
-            result=_standing(evidence, kernel, rung, found.get((kernel.key, rung))),
+            result=_standing(kept.evidence, kernel, rung, found.get((kernel.key, rung))),
             climbed=(kernel.key, rung) in found,
         )
         for kernel in chosen
@@ -124,15 +138,54 @@ def _with_records(
     return evidence
 
 
+@dataclass
+class _Evidence:
+    """The evidence of one run, on disk as well unless `problem` says why it cannot be."""
+
+    path: Path
+    evidence: Evidence
+    problem: str | None = None
+
+    def change(self, change: Callable[[Evidence], Evidence]) -> None:
+        if self.problem is None:
+            self.evidence = update_evidence(self.path, change)
+        else:
+            self.evidence = change(self.evidence)
+
+
+def _open_evidence(folder: Path, change: Callable[[Evidence], Evidence]) -> _Evidence:
+    """Read a folder's evidence and make the first change, on disk if that may be written to."""
+    path = folder / EVIDENCE_NAME
+    if folder.resolve().parts[-2:] == INSTALLED:
+        problem = "the set is part of an installed package, whose files stay as they were installed"
+    else:
+        try:
+            return _Evidence(path=path, evidence=update_evidence(path, change))
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            problem = f"{folder} cannot be written to ({error.strerror})"
+    return _Evidence(path=path, evidence=change(read_evidence(path)), problem=problem)
+
+
 def _tasks(
-    chosen: Sequence[Kernel], asked: Sequence[str], texts: Mapping[str, str], evidence: Evidence
+    loaded: Sequence[Artifact], named: Sequence[str], evidence: Evidence
 ) -> dict[_Task, list[Kernel]]:
-    """Group the kernels that one climb of a rung serves, the longest rungs first."""
+    """Group the kernels that one climb of a rung serves, the longest rungs first.
+
+    named: the rungs that were asked for by name, all if empty. What cannot be climbed here and has
+    evidence is left out, for the evidence to stand: a GPU's tests, and a rung that reads the PTX of
+    a set without it, unless it was asked for by name.
+    """
     tasks: dict[_Task, list[Kernel]] = {}
     for rung in _START_ORDER:
-        for kernel in chosen if rung in asked else ():
-            if not (rung == "hardware" and rung in evidence.of(kernel)):
-                same = texts[kernel.key] if rung in _TEXT_RUNGS else kernel.key
+        for artifact in loaded if not named or rung in named else ():
+            kernel = artifact.kernel
+            reads_ptx = rung in _TEXT_RUNGS
+            beyond = rung == "hardware" or (reads_ptx and not artifact.has_ptx and not named)
+            if not (beyond and rung in evidence.of(kernel)):
+                shares = reads_ptx and artifact.has_ptx
+                same = text_and_launch(artifact) if shares else kernel.key
                 tasks.setdefault((rung, kernel.name, same), []).append(kernel)
     return tasks
 
@@ -222,6 +275,8 @@ def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quic
         artifact = load_artifact(folder, key)
         if _bytes_of(artifact.kernel) != expected:
             return not_run("the artifact was built anew while it was being verified")
+        if rung in _TEXT_RUNGS and not artifact.has_ptx:
+            return not_run(NO_PTX)
         result = module.climb(artifact, quick=quick)
     except Exception as error:
         traceback.print_exc()

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from build_kernels.extras import why_missing
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
 
@@ -234,10 +235,10 @@ def prove(
     if "wgmma." in artifact.ptx:
         reason = "SentryWard has no semantics for wgmma, the tensor instruction of sm_90a"
         return not_run(reason, applies=False)
-    try:
-        import sentryward
-    except ImportError as error:
-        return not_run(f"{error}: pip install sentryward")
+    if (problem := why_missing("sentryward")) is not None:
+        return not_run(problem)
+    import sentryward
+
     assumptions = dict.fromkeys(ALWAYS_ASSUMED)
     proven: list[str] = []
     for case in cases:

@@ -197,21 +197,6 @@ def run_build(
     )
 
 
-def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
-    """The manifest's entries of a kernel, their files checked; BuildError if one is not whole."""
-    manifest, problem = _read_manifest(artifacts)
-    if manifest is None:
-        raise BuildError(f"{problem}; make it with `build-kernels build`")
-    entries = {entry.arch: entry for entry in manifest.kernels if entry.name == name}
-    for arch in archs:
-        if arch not in entries or not _files_are_whole(artifacts, entries[arch]):
-            raise BuildError(
-                f"{name}.{arch} is not built, or its files are not those of the manifest; "
-                f"make it with `build-kernels build --kernel {name} --arch {arch}`"
-            )
-    return tuple(entries[arch] for arch in archs)
-
-
 def _read_manifest(artifacts: Path) -> tuple[Manifest | None, str | None]:
     """The manifest, or what is wrong with it; the caller says what to do about it."""
     path = artifacts / MANIFEST_NAME

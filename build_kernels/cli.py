@@ -31,7 +31,7 @@ from dsv4_router_runtime.manifest import (
 )
 
 from . import build as builder
-from .bench import bench_command
+from .bench.command import bench_command
 from .compilers import CompileError, toolchain_versions
 from .console import results, say, talk
 from .listing import explain_states, list_rows, print_rows

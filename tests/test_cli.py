@@ -365,7 +365,25 @@ def test_without_the_extra_it_names_the_extra() -> None:
     assert "pip install 'dsv4-router[build]'" in done.stderr
 
 
-def test_it_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "build_kernels", "--help"]
+@pytest.mark.parametrize("module", ["build_kernels", "build_kernels.bench"])
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_a_module_without_the_extra_names_the_extra(module: str, package: str) -> None:
+    code = (
+        f"import sys, runpy; sys.modules[{package!r}] = None; "
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"needs the package {package}" in done.stderr
+    assert "pip install 'dsv4-router[build]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("build_kernels", "build-kernels"), ("build_kernels.bench", "python -m build_kernels.bench")],
+)
+def test_it_runs_as_a_module(module: str, name: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Usage: build-kernels ")
+    assert done.stdout.startswith(f"Usage: {name} ")

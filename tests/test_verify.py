@@ -885,6 +885,26 @@ def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
             assert first.ids.tolist() == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) -> None:
+    np = pytest.importorskip("numpy")
+    pytest.importorskip("torch")
+    inputs = make_inputs(topk.kernel, Case(num_tokens=3, num_experts=70, top_k=4))
+    beside = {
+        "out_weights": np.full((3, emulated.WEIGHT_CANARIES), emulated.CANARY_FLOAT),
+        "out_ids": np.full((3, emulated.ID_CANARIES), emulated.CANARY_INT),
+    }
+    right = {"out_weights": inputs.weights, "out_ids": inputs.ids}
+
+    def problems() -> list[str]:
+        memory = {each: np.hstack([right[each], beside[each]]) for each in right}
+        return emulated._against_reference(inputs, memory)[0]
+
+    assert problems() == []
+    beside[name][2, -1] = 0
+    assert problems() == ["something was written beside the outputs"]
+
+
 def _named(topk: Artifact, name: str) -> str:
     """A parameter of router_topk as the PTX's loads write it."""
     (index,) = (i for i, item in enumerate(topk.kernel.parameters) if item.name == name)

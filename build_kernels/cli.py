@@ -89,7 +89,7 @@ artifacts_option = click.option(
 )
 shown_option = click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="The set to show. Default: artifacts/ of this checkout, or the installed wheel's set.",
 )
 

@@ -81,7 +81,9 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         return parse_manifest(path.read_bytes(), source=str(path))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise ArtifactError(file=str(path), problem="there is no such folder") from error
         return Manifest(toolchain={}, kernels=())
 
 

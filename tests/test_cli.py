@@ -280,6 +280,20 @@ def test_inspect_without_a_build_names_the_command(tmp_path: Path) -> None:
     assert "repair it with `build-kernels build" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [["list"], ["inspect", TOPK], ["verify"], ["verify", "--rung", "structure"]]
+)
+def test_a_folder_that_is_not_there_is_an_error_with_the_repair(
+    command: list[str], tmp_path: Path
+) -> None:
+    result = call(*command, "--artifacts", tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert str(tmp_path / "nothing") in result.stderr
+    assert "repair it with `build-kernels build" in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inspect_shows_several_kernels_and_what_is_built_of_them(artifacts: Path) -> None:
     result = call("inspect", TOPK, TOPK, "--artifacts", artifacts, "--json")
     assert [(entry["name"], entry["arch"]) for entry in json.loads(result.stdout)] == [

@@ -22,7 +22,7 @@ from build_kernels.verify.artifact import (
     load_artifact,
 )
 from build_kernels.workers import WorkerDiedError, run_tasks
-from dsv4_router_runtime.artifacts import find_artifacts
+from dsv4_router_runtime.artifacts import find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from . import faults
@@ -45,7 +45,7 @@ Verdicts = dict[tuple[str, str], Verdict]
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
 @click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="The folder of built kernels and their PTX. Default: artifacts/ of this checkout.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")
@@ -78,6 +78,7 @@ def mutants_command(
     interrupted = False
     try:
         folder = artifacts or find_artifacts()
+        open_artifacts(folder)
         if not carries_ptx(folder):
             raise ArtifactReadError(f"{folder}: {NO_PTX}")
         judge_all(folder, asked, jobs=processes, on_verdict=on_verdict)

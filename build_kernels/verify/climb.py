@@ -82,16 +82,7 @@ def verify(
     each climbed outcome as it comes, `on_unkept` with the reason if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
-    chosen = [
-        kernel
-        for kernel in listed
-        if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
-    ]
-    if not chosen:
-        raise ArtifactReadError(
-            f"{artifacts_dir} has none of the kernels asked for; it has "
-            f"{', '.join(kernel.key for kernel in listed) or 'none at all'}"
-        )
+    chosen = _choose(artifacts_dir, listed, archs, kernels)
     loaded = [load_artifact(artifacts_dir, kernel.key) for kernel in chosen]
     _refuse_strangers(records, listed)
     kept = _open_evidence(artifacts_dir, lambda known: _with_records(known, listed, records))
@@ -124,6 +115,23 @@ def verify(
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _choose(
+    folder: Path, listed: Sequence[Kernel], archs: Sequence[str], names: Sequence[str]
+) -> list[Kernel]:
+    """Give the listed kernels that were asked for; ArtifactReadError if there are none."""
+    chosen = [
+        kernel
+        for kernel in listed
+        if (not archs or kernel.arch in archs) and (not names or kernel.name in names)
+    ]
+    if not chosen:
+        raise ArtifactReadError(
+            f"{folder} has none of the kernels asked for; it has "
+            f"{', '.join(kernel.key for kernel in listed) or 'none at all'}"
+        )
+    return chosen
 
 
 def _with_records(

@@ -72,7 +72,7 @@ _STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
 )
 @click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")

@@ -20,7 +20,7 @@ from .checks import (
     strides_of,
     wrong,
 )
-from .manifest import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
+from .limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
 from .options import PLAIN_LAYER, LayerOptions, check_layer_options
 
 ALIGNMENT_BYTES = 16

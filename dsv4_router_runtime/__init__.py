@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .reference import router_reference
     from .router import Router, dense_router_dispatch
 
+    __version__: str
+
 __all__ = [
     "ArtifactError",
     "ArtifactSet",
@@ -63,12 +65,24 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = import_module(".version", __name__).package_version()
+    elif name in _HOME:
+        try:
+            value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModuleNotFoundError(
+                f"{name} needs torch, which is not installed here: install it, or this package's "
+                "extra: pip install 'dsv4-router[torch]'",
+                name="torch",
+            ) from error
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

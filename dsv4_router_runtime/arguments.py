@@ -20,7 +20,7 @@ from .checks import (
     strides_of,
     wrong,
 )
-from .manifest import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
+from .limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
 from .options import PLAIN_LAYER, LayerOptions, check_layer_options
 
 ALIGNMENT_BYTES = 16
@@ -61,9 +61,11 @@ def check_layer(
     check_tensor("W_gate", W_gate, torch.bfloat16, rank=2)
     k, num_experts = W_gate.shape
     if k == 0 or k % K_MULTIPLE:
-        raise wrong("W_gate", f"K (shape[0]) in multiples of {K_MULTIPLE}", shape_of(W_gate))
+        what = f"K (shape[0]) in multiples of {K_MULTIPLE}"
+        raise wrong("W_gate", what, shape_of(W_gate) + _turned(k, num_experts))
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise wrong("W_gate", f"1..{MAX_EXPERTS} experts (shape[1])", shape_of(W_gate))
+        what = f"1..{MAX_EXPERTS} experts (shape[1])"
+        raise wrong("W_gate", what, shape_of(W_gate) + _turned(k, num_experts))
     layout = layout_of(W_gate)
     if W_gate.data_ptr() % ALIGNMENT_BYTES:
         got = f"address {W_gate.data_ptr():#x}"
@@ -97,6 +99,16 @@ def check_layer(
         hashed=hashed,
         has_bias_vl=options.bias_vl is not None,
     )
+
+
+def _turned(rows: int, columns: int) -> str:
+    """What to say of a W_gate that would be right the other way round."""
+    if 1 <= rows <= MAX_EXPERTS and columns and columns % K_MULTIPLE == 0:
+        return (
+            ": an nn.Linear's weight is [E, K] and W_gate [K, E], so pass weight.t(), which copies "
+            "nothing"
+        )
+    return ""
 
 
 def layout_of(W_gate: torch.Tensor) -> str:
@@ -180,7 +192,9 @@ def _plainly_right(facts: LayerFacts, x: Any, weights: Any, ids: Any) -> CallFac
         w_stride, w_unit = weights.stride()
         i_rows, i_columns = ids.shape
         i_stride, i_unit = ids.stride()
-    except (ValueError, RuntimeError):  # not 2 dimensions; no strides, since sparse
+        x_at, w_at, i_at = x.data_ptr(), weights.data_ptr(), ids.data_ptr()
+    # Not 2 dimensions; no strides, since sparse; no address, since torch traces.
+    except (ValueError, RuntimeError):
         return None
     if (
         k != facts.k
@@ -194,7 +208,6 @@ def _plainly_right(facts: LayerFacts, x: Any, weights: Any, ids: Any) -> CallFac
         or not (columns <= w_stride < 2**31 and columns <= i_stride < 2**31)
     ):
         return None
-    x_at, w_at, i_at = x.data_ptr(), weights.data_ptr(), ids.data_ptr()
     x_end = x_at + num_tokens * x_stride * 2
     w_end = w_at + num_tokens * w_stride * 4
     i_end = i_at + num_tokens * i_stride * ids_bytes

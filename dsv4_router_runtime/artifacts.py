@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import WHEEL_FOLDER, ArtifactError
-from .manifest import Kernel, Manifest, compute_capability, parse_manifest
+from .errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ArtifactError, RouterError
+from .files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
+from .kernel import Kernel, compute_capability
+from .manifest import Manifest, parse_manifest
 
 MANIFEST_NAME = "manifest.json"
 EVIDENCE_NAME = "evidence.json"
@@ -34,19 +36,33 @@ class ArtifactSet:
 
     def read(self, kernel: Kernel) -> bytes:
         """The kernel's cubin, its hash and architecture checked; ArtifactError if either is off."""
-        path = self.folder / kernel.file
+        file = _path(self.folder, kernel.file)
         try:
-            cubin = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(file=str(path), problem=f"cannot be read ({error})") from error
-        check_cubin(kernel, cubin, file=str(path))
+            cubin = _read(file, MAX_CODE_BYTES)
+            check_cubin(kernel, cubin, file=file)
+        except ArtifactError as error:
+            if self._is_replaced():
+                raise ArtifactError(
+                    file=file,
+                    problem=f"not of the set that was opened: {MANIFEST_NAME} beside it is another "
+                    "by now",
+                    next_step="open the folder again (a server: restart it)",
+                ) from error
+            raise
         return cubin
+
+    def _is_replaced(self) -> bool:
+        """Whether the folder holds another set by now, whole enough to say so."""
+        try:
+            return _read_manifest(self.folder)[1] != self.manifest
+        except RouterError:
+            return False
 
 
 def find_artifacts() -> Path:
     """The folder inside the installed package or, in a checkout, the one beside the package."""
     package = Path(__file__).resolve().parent
-    installed, built = package / WHEEL_FOLDER, package.parent / "artifacts"
+    installed, built = package / WHEEL_FOLDER, package.parent / CHECKOUT_FOLDER
     for place in (installed, built):
         if place.is_dir():
             return place
@@ -62,7 +78,12 @@ def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
     That default set is opened once and kept for the process. A build under a running server leaves
     what is loaded as it was: those kernels go on running. A kernel that a later Router loads for
     the first time no longer has the hash that the kept manifest states, and is an ArtifactError:
-    restart the server to take up the new build. A `folder` given is read anew by every call.
+    restart the server to take up the new build. A `folder` given is read anew by every call, and
+    once more if another build was published into it meanwhile.
+
+    Symbolic links to files are followed, as the hashes decide; a FIFO, a device or a file beyond
+    any artifact's size is an ArtifactError. Raises TypeError, ValueError, ArtifactError and
+    ManifestError.
     """
     if folder is None:
         return _default_artifacts()
@@ -70,7 +91,15 @@ def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
         raise TypeError(
             f"folder: expected a str or os.PathLike, or None (got {type(folder).__name__})"
         )
-    return _open(Path(folder))
+    place = Path(folder)
+    try:
+        named = b"\0" not in os.fsencode(place)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        got = f"{os.fspath(folder)!r:.80}"
+        raise ValueError(f"folder: expected a path that a file system can hold (got {got})")
+    return _open(place)
 
 
 @lru_cache(maxsize=1)
@@ -79,28 +108,70 @@ def _default_artifacts() -> ArtifactSet:
 
 
 def _open(folder: Path) -> ArtifactSet:
-    path = folder / MANIFEST_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(file=str(path), problem=f"cannot be read ({error})") from error
-    artifacts = ArtifactSet(folder=folder, manifest=parse_manifest(text, source=str(path)))
-    _check_closed(artifacts)
+    """The set in `folder`; read once more if a build was published meanwhile.
+
+    The manifest of one set and the file names of another would be an error about neither.
+    """
+    for attempt in ("first", "last"):
+        text = None
+        try:
+            text, manifest = _read_manifest(folder)
+            artifacts = ArtifactSet(folder=folder, manifest=manifest)
+            _check_closed(artifacts)
+        except RouterError:
+            if attempt == "last" or not _has_changed(folder, text):
+                raise
+            continue
+        if attempt == "last" or not _has_changed(folder, text):
+            break
     return artifacts
+
+
+def _has_changed(folder: Path, text: bytes | None) -> bool:
+    """Whether the manifest is no longer `text`; None stands for one that could not be read."""
+    try:
+        return _read(_path(folder, MANIFEST_NAME), MAX_JSON_BYTES) != text
+    except ArtifactError:
+        return text is not None
+
+
+def _read_manifest(folder: Path) -> tuple[bytes, Manifest]:
+    file = _path(folder, MANIFEST_NAME)
+    text = _read(file, MAX_JSON_BYTES)
+    return text, parse_manifest(text, source=file)
+
+
+def _read(file: str, most_bytes: int) -> bytes:
+    try:
+        return read_file(file, most_bytes=most_bytes)
+    except OSError as error:
+        raise ArtifactError(file=file, problem=f"cannot be read ({reason_of(error)})") from error
+
+
+def _path(folder: Path, name: str) -> str:
+    # Not folder / name: "./manifest.json" says that a folder was named, and which.
+    return os.path.join(folder, name)
 
 
 def _check_closed(artifacts: ArtifactSet) -> None:
     kernels = artifacts.manifest.kernels
     cubins = {kernel.file for kernel in kernels}
     known = {MANIFEST_NAME, EVIDENCE_NAME} | cubins | {f"{kernel.key}.ptx" for kernel in kernels}
-    present = {name for name in os.listdir(artifacts.folder) if not name.startswith(".")}
+    try:
+        present = {name for name in os.listdir(artifacts.folder) if not name.startswith(".")}
+    except OSError as error:
+        problem = f"cannot be listed ({reason_of(error)})"
+        raise ArtifactError(file=str(artifacts.folder), problem=problem) from error
     for index, kernel in enumerate(kernels):
         if kernel.file not in present:
             problem = f"missing; kernels[{index}].file of {MANIFEST_NAME} names it"
-            raise ArtifactError(file=str(artifacts.folder / kernel.file), problem=problem)
+            raise ArtifactError(file=_path(artifacts.folder, kernel.file), problem=problem)
     for name in sorted(present - known):
-        problem = f"surplus; no kernel of {MANIFEST_NAME} names it, so nothing vouches for it"
-        raise ArtifactError(file=str(artifacts.folder / name), problem=problem)
+        raise ArtifactError(
+            file=_path(artifacts.folder, name),
+            problem=f"surplus; no kernel of {MANIFEST_NAME} names it, so nothing vouches for it",
+            next_step="move it out of the folder, which belongs to the artifacts alone",
+        )
 
 
 def check_cubin(kernel: Kernel, cubin: bytes, *, file: str) -> None:

@@ -17,8 +17,16 @@ from .arguments import CallFacts, LayerFacts
 from .artifacts import ArtifactSet
 from .dispatch import Problem, decode_ladder, select_kernel
 from .errors import ArtifactError, NoKernelError, RouterError
+from .kernel import (
+    CALL_OPTION_PARAMETERS,
+    CALL_PARAMETERS,
+    Kernel,
+    TensorMapRecipe,
+    wrong_parameter,
+)
 from .launch import grid_depends_on_tokens, grid_of
-from .manifest import Kernel, Manifest, TensorMapRecipe
+from .limits import MAX_TOKENS
+from .manifest import Manifest
 from .options import NO_OPTIONS, PLAIN_LAYER, CallOptions, LayerOptions
 from .tables import check_physical_map, copied_hash_table
 from .tensor_map import encode_arguments, hidden_states_arguments
@@ -41,45 +49,6 @@ DTYPES = {
     "logical_count": ("int32",),
     "out_weights": ("float32",),
     "out_ids": _INTEGERS,
-}
-# What a call writes if it is not the call before's, in the order of `CallFacts`.
-CALL_PARAMETERS = (
-    "num_tokens",
-    "out_weights",
-    "out_weights_stride",
-    "out_ids",
-    "out_ids_stride",
-    "ids_are_int64",
-)
-# What a call may bring, in the order of `CallOptions`. No kernel has all of them.
-CALL_OPTION_PARAMETERS = (
-    "image_mask",
-    "padding_mask",
-    "num_valid_tokens",
-    "input_ids",
-    "input_ids_are_int64",
-)
-# Everything else is written when a launch site is made.
-_BOUND = (
-    "num_experts",
-    "top_k",
-    "routed_scaling_factor",
-    "gate_temp",
-    "norm_topk_prob",
-    "num_shared_slots",
-    "to_physical",
-    "logical_count",
-    "max_replicas",
-)
-_EVERY_KERNEL = (*CALL_PARAMETERS, *_BOUND, "padding_mask", "num_valid_tokens")
-_WITH_BIAS = ("e_bias", "bias_vl", "image_mask")
-_WITH_TABLE = ("tid2eid", "vocab_size", "input_ids", "input_ids_are_int64")
-# What a kernel of each layout has to take: without one of these, an option would do nothing.
-PARAMETERS = {
-    "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
-    "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
-    "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "w_gate", "w_stride"),
-    "logits": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "logits", "logits_stride"),
 }
 MAX_CACHED_MAPS = 512
 
@@ -151,7 +120,8 @@ class Binding:
                 # From where that is faster, or all there is, a hash layer takes the whole gate.
                 gate = _whole_gate(manifest, replace(problem, layout="kmajor"), arch)
                 ladder += tuple(rung for rung in gate if rung[0] > ladder[-1][0])
-            beyond = replace(problem, layout="logits", num_tokens=ladder[-1][0] + 1)
+            more_tokens = min(ladder[-1][0] + 1, MAX_TOKENS)
+            beyond = replace(problem, layout="logits", num_tokens=more_tokens)
             select = select_kernel(manifest, beyond, arch)
             for kernel in (*(kernel for _, kernel in ladder), select):
                 check_parameter_names(artifacts, kernel)
@@ -192,10 +162,6 @@ class Binding:
     def kernels(self) -> tuple[Kernel, ...]:
         """The decode kernels by ascending number of tokens, then the prefill path's."""
         return (*(loaded.kernel for _, loaded in self._rungs), self._select.kernel)
-
-    @property
-    def most_decode_tokens(self) -> int:
-        return self._rungs[-1][0]
 
     def run(
         self,
@@ -400,19 +366,15 @@ def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> driver.Loa
 
 
 def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
-    """ArtifactError unless the kernel takes all that its layout's kernels do, and nothing else."""
-    file = str(artifacts.folder / kernel.file)
-    passed = PARAMETERS[kernel.problem.layout]
-    names = [parameter.name for parameter in kernel.parameters]
-    for name in passed:
-        if name not in names:
-            problem = f'parameters of {kernel.key}: none is named "{name}", which this runtime sets'
-            raise ArtifactError(file=file, problem=problem)
-    for index, parameter in enumerate(kernel.parameters):
-        filled = parameter.kind == "tensor_map" or parameter.scratch is not None
-        if not filled and parameter.name not in passed:
-            problem = f'parameters[{index}].name: nothing to pass as "{parameter.name}"'
-            raise ArtifactError(file=file, problem=problem)
+    """ArtifactError unless the kernel takes all that its layout's kernels do, and nothing else.
+
+    A manifest that was parsed has passed this; one that was made in code may not.
+    """
+    wrong = wrong_parameter(kernel.problem.layout, kernel.parameters)
+    if wrong is not None:
+        place, problem = wrong
+        file = str(artifacts.folder / kernel.file)
+        raise ArtifactError(file=file, problem=f"{place}: {problem}")
 
 
 def _whole_gate(manifest: Manifest, problem: Problem, arch: str) -> tuple[tuple[int, Kernel], ...]:

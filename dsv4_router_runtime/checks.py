@@ -29,6 +29,29 @@ def check_tensor(
         raise wrong(name, "a dense tensor", f"layout {tensor.layout}")
     if device is not None and tensor.device != device:
         raise wrong(name, f"device {device}, where W_gate is", f"device {tensor.device}")
+    if not tensor.is_meta:
+        check_memory(name, tensor)
+
+
+def check_memory(name: str, tensor: torch.Tensor) -> None:
+    """A TypeError unless the tensor has an address, which is all that a launch knows of it.
+
+    Without one are the tensors that torch traces with (fake, functional, batched) and those whose
+    storage was freed. As an address, their 0 would be read by the GPU.
+    """
+    # Asked first: a fake tensor's data_ptr warns, and then returns 0.
+    fake = getattr(tensor, "fake_mode", None) is not None
+    try:
+        if not fake and (tensor.data_ptr() or not tensor.numel()):
+            return
+    except RuntimeError:
+        fake = True
+    kind = f"a {type(tensor).__name__} that torch traces with" if fake else "address 0"
+    raise TypeError(
+        f"{name}: expected a tensor with memory (got {kind}); a Router launches on addresses and "
+        "is no operator of torch yet: torch.export, and torch.compile with fullgraph=True, cannot "
+        "trace it. Call it outside of them, or through torch.compiler.disable"
+    )
 
 
 def check_vector(

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from .errors import BUILD_COMMAND, NoKernelError
-from .manifest import Kernel, Manifest, compute_capability
+from .kernel import Kernel, compute_capability
+from .limits import MAX_TOKENS
+from .manifest import Manifest
+
+# Candidates that a NoKernelError lists: twice those of every build so far, and a screen or two.
+MAX_LISTED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,30 +117,36 @@ def decode_ladder(
 ) -> tuple[tuple[int, Kernel], ...]:
     """The decode kernels of a bound layer, as ((most tokens, kernel), ...), ascending.
 
-    Starting at one token, each rung takes over where the rung before ends; the ladder ends where no
-    kernel accepts the next number of tokens. NoKernelError if not even one token can be routed.
+    Starting at one token, each rung takes over where the rung before ends. The ladder ends where no
+    kernel accepts the next number of tokens, or no call can bring it. NoKernelError if not even one
+    token can be routed.
     """
     kernel = select_kernel(manifest, replace(problem, num_tokens=1), device)
     ladder = [(_most_tokens(kernel), kernel)]
-    while True:
+    # A kernel that accepts the next number ends above it: each rung ascends, up to MAX_TOKENS.
+    while ladder[-1][0] < MAX_TOKENS:
         beyond = replace(problem, num_tokens=ladder[-1][0] + 1)
         taken = [c.kernel for c in resolve(manifest, beyond, device) if isinstance(c, Accepted)]
         if not taken:
-            return tuple(ladder)
+            break
         kernel = min(taken, key=_most_tokens)
         ladder.append((_most_tokens(kernel), kernel))
+    return tuple(ladder)
 
 
 def _most_tokens(kernel: Kernel) -> int:
     high = kernel.problem.num_tokens.high
-    return 2**31 - 1 if high is None else high
+    return MAX_TOKENS if high is None else min(high, MAX_TOKENS)
 
 
 def _no_kernel_message(
     candidates: tuple[Accepted | Rejected, ...], problem: Problem, device: str
 ) -> str:
     lines = [f"no kernel for {problem} on {device}; every candidate was refused:"]
-    lines += [f"  {c.kernel.key}: {c.reason}" for c in candidates if isinstance(c, Rejected)]
+    refused = [c for c in candidates if isinstance(c, Rejected)]
+    lines += [f"  {c.kernel.key}: {c.reason}" for c in refused[:MAX_LISTED]]
+    if len(refused) > MAX_LISTED:
+        lines.append(f"  ... and {len(refused) - MAX_LISTED} more")
     if not candidates:
         lines.append("  (the manifest lists no kernels)")
     lines.append(f"build one with `{BUILD_COMMAND} --arch {device}`")

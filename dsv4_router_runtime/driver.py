@@ -21,8 +21,8 @@ from .errors import (
     DriverMissingError,
     NoKernelError,
 )
+from .kernel import Kernel
 from .launch import ParameterBlock
-from .manifest import Kernel
 from .tensor_map import EncodeArguments
 
 TENSOR_MAP_BYTES = 128

@@ -7,22 +7,73 @@ else about it). Everything that is wrong with the installation, the machine or t
 
 from __future__ import annotations
 
-from pathlib import PurePath
+import os
+import shlex
+from pathlib import Path
+from typing import Any
 
+_PACKAGE = Path(__file__).resolve().parent
 # The folder inside an installed package that the wheel put the artifacts in.
 WHEEL_FOLDER = "_artifacts"
+# The folder that a checkout builds into, beside the package.
+CHECKOUT_FOLDER = "artifacts"
 BUILD_COMMAND = "build-kernels build"
 REINSTALL_COMMAND = "pip install --force-reinstall dsv4-router"
 
+# A message quotes files that anyone may have written: it stays short and printable.
+MAX_FILE_SHOWN = 240
+MAX_PROBLEM_SHOWN = 420
+
 
 def repair_command(file: str) -> str:
-    """What makes `file` right again: a wheel's own files are installed, all others are built."""
-    installed = WHEEL_FOLDER in PurePath(file).parts[-2:]
-    return REINSTALL_COMMAND if installed else BUILD_COMMAND
+    """Name the command that makes `file`, in a folder of artifacts or the folder itself, right.
+
+    A wheel's own files are installed again; all others are built, with --artifacts unless the
+    folder is the one of the checkout. A name without a folder comes from no file.
+    """
+    path = Path(file)
+    folders = (path, path.parent)
+    if any(folder.parts[-2:] == (_PACKAGE.name, WHEEL_FOLDER) for folder in folders):
+        return REINSTALL_COMMAND
+    checkout = str(_PACKAGE.parent / CHECKOUT_FOLDER)
+    if os.sep not in file or checkout in map(os.path.abspath, folders):
+        return BUILD_COMMAND
+    folder = shlex.quote(printable(str(path.parent)))
+    return f"{BUILD_COMMAND} --artifacts {folder if len(folder) <= MAX_FILE_SHOWN else 'FOLDER'}"
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Escape what is not printable, and cut the middle out of a text of more than `most`."""
+    if not text.isprintable():
+        text = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        )
+    if most is None or len(text) <= most:
+        return text
+    return f"{text[: most // 2 - 3]} ... {text[3 - most // 2 :]}"
 
 
 class RouterError(RuntimeError):
-    """Base of the errors that are about the artifacts, the driver or the device."""
+    """Base of the errors that are about the artifacts, the driver or the device.
+
+    An error comes out of pickle, copy and deepcopy whole: message, attributes and cause. So it
+    reaches the parent of a worker process as it was raised.
+    """
+
+    # BaseException would call the constructor with the message alone, which an error with
+    # keyword-only parameters refuses: in the process that receives it, where a pool then breaks.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The order counts: setting the cause sets the flag too.
+        state = {
+            **vars(self),
+            "__cause__": self.__cause__,
+            "__suppress_context__": self.__suppress_context__,
+        }
+        return _new_error, (type(self), self.args), state
+
+
+def _new_error(kind: type[RouterError], args: tuple[Any, ...]) -> RouterError:
+    return kind.__new__(kind, *args)
 
 
 class ManifestError(RouterError):
@@ -35,16 +86,23 @@ class ManifestError(RouterError):
         self.source = source
         self.path = path
         self.problem = problem
-        super().__init__(f"{source}: {path}: {problem}; repair it with `{repair_command(source)}`")
+        place = f"{printable(source, MAX_FILE_SHOWN)}: {printable(path, MAX_FILE_SHOWN // 2)}"
+        shown = printable(problem, MAX_PROBLEM_SHOWN)
+        super().__init__(f"{place}: {shown}; repair it with `{repair_command(source)}`")
 
 
 class ArtifactError(RouterError):
-    """A file of the artifacts is missing, surplus, altered, or not what the manifest says."""
+    """A file of the artifacts is missing, surplus, altered, or not what the manifest says.
 
-    def __init__(self, *, file: str, problem: str) -> None:
+    `next_step` says what to do where building or installing again is no repair.
+    """
+
+    def __init__(self, *, file: str, problem: str, next_step: str | None = None) -> None:
         self.file = file
         self.problem = problem
-        super().__init__(f"{file}: {problem}; repair it with `{repair_command(file)}`")
+        self.next_step = next_step or f"repair it with `{repair_command(file)}`"
+        place, shown = printable(file, MAX_FILE_SHOWN), printable(problem, MAX_PROBLEM_SHOWN)
+        super().__init__(f"{place}: {shown}; {self.next_step}")
 
 
 class NoKernelError(RouterError):

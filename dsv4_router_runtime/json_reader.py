@@ -2,20 +2,60 @@
 
     artifacts/manifest.json: kernels[1].launch.block: expected 3 ints >= 1 (got [256]); repair ...
 
-Uses nothing but the standard library. What keys and values a document has is `manifest`'s matter.
+Uses nothing but the standard library. What keys and values a document has is its schema's matter:
+`manifest` here, the evidence and the GPU tests' records in the builder. Accepted is the JSON of
+RFC 8259 in UTF-8, and of it only what every reader sees alike: no key twice, no NaN or Infinity,
+no number that a 64-bit int or a double cannot hold, no half of a surrogate pair.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from .errors import ManifestError
+from .files import MAX_JSON_BYTES
 
 T = TypeVar("T")
+V = TypeVar("V")
+
+MAX_INTEGER = 2**63 - 1
+MAX_SHOWN = 80
+# Of JSON values that a schema leaves free; those that are written nest 4 deep.
+MAX_DEPTH = 16
+# Half of a surrogate pair: JSON can escape one, but neither a file nor a terminal takes it.
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+class FrozenMap(Mapping[str, V]):
+    """A mapping that cannot be changed and, unlike MappingProxyType, can be pickled and copied."""
+
+    __slots__ = ("_members",)
+    _members: dict[str, V]
+
+    def __init__(self, members: Mapping[str, V]) -> None:
+        object.__setattr__(self, "_members", dict(members))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} cannot be changed (got {name}=...)")
+
+    def __getitem__(self, key: str) -> V:
+        return self._members[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        return repr(self._members)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._members,)
 
 
 class _Object(dict[str, Any]):
@@ -33,18 +73,54 @@ def _object(pairs: list[tuple[str, Any]]) -> _Object:
     return result
 
 
+def _integer(digits: str) -> int:
+    # Longer ones are refused here: Python neither prints nor reads back more than 4300 digits.
+    if len(digits) > MAX_SHOWN // 2:
+        raise ValueError(f"an integer of {len(digits)} digits; at most {MAX_INTEGER} is read")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"a number that no double holds: {digits[:MAX_SHOWN]}")
+    return number
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def read_json(text: str | bytes, read: Callable[[JsonNode], T], *, source: str) -> T:
-    """What `read` makes of the document; a ManifestError where it is no JSON or too deep."""
+    """Parse `text` and return what `read` makes of it; ManifestError if it is not such JSON."""
     try:
         try:
-            document = json.loads(text, object_pairs_hook=_object)
+            if len(text) > MAX_JSON_BYTES:
+                raise ValueError(f"{len(text)} bytes; at most {MAX_JSON_BYTES} are read")
+            document = json.loads(
+                text.decode("utf-8-sig") if isinstance(text, bytes) else text,
+                object_pairs_hook=_object,
+                parse_int=_integer,
+                parse_float=_real,
+                parse_constant=_constant,
+            )
         except ValueError as error:
             problem = f"not valid JSON ({error})"
             raise ManifestError(source=source, path="$", problem=problem) from error
         return read(JsonNode(document, "", source))
     except RecursionError as error:
-        problem = "not a manifest (nested too deeply to be read)"
+        problem = "nested too deeply to be read"
         raise ManifestError(source=source, path="$", problem=problem) from error
+
+
+def shown(value: Any) -> str:
+    """Write a JSON value as ASCII, and no more of it than a message has room for."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):
+        text += piece[: MAX_SHOWN + 1]
+        if len(text) > MAX_SHOWN:
+            return text[: MAX_SHOWN - 3] + "..."
+    return text
 
 
 class JsonNode:
@@ -61,30 +137,33 @@ class JsonNode:
         return ManifestError(source=self.source, path=self.path or "$", problem=problem)
 
     def expected(self, what: str) -> ManifestError:
-        got = json.dumps(self.value)
-        return self.error(f"expected {what} (got {got if len(got) <= 80 else got[:77] + '...'})")
+        return self.error(f"expected {what} (got {shown(self.value)})")
 
     def _check_object(self) -> None:
         if not isinstance(self.value, dict):
             raise self.expected("an object")
         twice = self.value.twice if isinstance(self.value, _Object) else None
         if twice is not None:
-            raise self.error(f"the key {json.dumps(twice)} is written twice")
+            raise self.error(f"the key {shown(twice)} is written twice")
+
+    def member(self, key: str) -> JsonNode:
+        """The member `key` of an object, null if it has none."""
+        return JsonNode(self.value.get(key), self._path_of(key), self.source)
+
+    def _path_of(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
 
     def members(self, *required: str, optional: tuple[str, ...] = ()) -> dict[str, JsonNode]:
         """The object's members; exactly `required`, plus any of `optional`."""
         self._check_object()
-        prefix = f"{self.path}." if self.path else ""
         for key in self.value:
             if key not in required and key not in optional:
                 allowed = ", ".join(sorted((*required, *optional)))
-                raise self.error(f"unknown key {json.dumps(key)} (allowed: {allowed})")
+                raise self.error(f"unknown key {shown(key)} (allowed: {allowed})")
         for key in required:
             if key not in self.value:
-                raise JsonNode(None, prefix + key, self.source).error("missing")
-        return {
-            key: JsonNode(member, prefix + key, self.source) for key, member in self.value.items()
-        }
+                raise JsonNode(None, self._path_of(key), self.source).error("missing")
+        return {key: self.member(key) for key in self.value}
 
     def items(self, what: str, length: int | None = None) -> list[JsonNode]:
         if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
@@ -97,11 +176,9 @@ class JsonNode:
     def is_int(self) -> bool:
         return isinstance(self.value, int) and not isinstance(self.value, bool)
 
-    def integer(self, low: int = 0, high: int | None = None) -> int:
-        if not self.is_int() or self.value < low or (high is not None and self.value > high):
-            raise self.expected(
-                f"an int >= {low}" if high is None else f"an int from {low} to {high}"
-            )
+    def integer(self, low: int = 0, high: int = MAX_INTEGER) -> int:
+        if not self.is_int() or not low <= self.value <= high:
+            raise self.expected(f"an int from {low} to {high}")
         return int(self.value)
 
     def boolean(self) -> bool:
@@ -119,6 +196,13 @@ class JsonNode:
             raise self.expected(what)
         return self.value
 
+    def text(self, what: str, most: int) -> str:
+        """A string in anybody's words, of at most `most` characters."""
+        value = self.value
+        if not isinstance(value, str) or len(value) > most or _HALF_PAIR.search(value):
+            raise self.expected(f"{what}, a string of at most {most} characters")
+        return value
+
     def int3(self) -> tuple[int, int, int]:
         values = self.value
         good = isinstance(values, list) and len(values) == 3
@@ -127,16 +211,32 @@ class JsonNode:
         return (values[0], values[1], values[2])
 
     def mapping(
-        self, read: Callable[[JsonNode], Any], *, keys: tuple[str, ...] | None = None
-    ) -> Mapping[str, Any]:
-        """The object's members, each as `read` has it; with `keys`, no others are allowed."""
+        self, read: Callable[[JsonNode], V], *, keys: tuple[str, ...] | str
+    ) -> FrozenMap[V]:
+        """The object's members, each as `read` has it; `keys`: the allowed ones, or a pattern."""
         self._check_object()
         for key in self.value:
-            if keys is not None and key not in keys:
-                raise self.error(f"unknown key {json.dumps(key)} (allowed: {', '.join(keys)})")
-        return MappingProxyType(
-            {
-                key: read(JsonNode(member, f"{self.path}.{key}", self.source))
-                for key, member in sorted(self.value.items())
-            }
-        )
+            if isinstance(keys, str):
+                if not re.fullmatch(keys, key):
+                    raise self.error(f"the key {shown(key)} is no name (expected {keys})")
+            elif key not in keys:
+                raise self.error(f"unknown key {shown(key)} (allowed: {', '.join(keys)})")
+        return FrozenMap({key: read(self.member(key)) for key in sorted(self.value)})
+
+    def plain(self, depth: int = MAX_DEPTH) -> Any:
+        """A copy of any JSON value, checked for what a reader or a terminal could stumble on."""
+        value = self.value
+        if isinstance(value, dict | list) and depth == 0:
+            raise self.error(f"nested more than {MAX_DEPTH} deep")
+        if isinstance(value, list):
+            return [item.plain(depth - 1) for item in self.items("a list")]
+        if isinstance(value, dict):
+            self._check_object()
+            for key in value:
+                JsonNode(key, self.path, self.source).text("a key", MAX_SHOWN)
+            return {key: self.member(key).plain(depth - 1) for key in value}
+        if isinstance(value, str):
+            return self.text("a text", MAX_JSON_BYTES)
+        if self.is_int():
+            return self.integer(low=-MAX_INTEGER)
+        return value

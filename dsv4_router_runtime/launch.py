@@ -10,7 +10,8 @@ import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-from .manifest import MAX_GRID, Kernel, Launch
+from .kernel import Kernel, Launch
+from .limits import MAX_GRID
 
 _CELL_TYPES: dict[str, Any] = {
     "pointer": ctypes.c_uint64,

@@ -3,9 +3,16 @@
 This is the only statement of the format. The builder imports it to write, the runtime to read; it
 uses nothing but the standard library, so importing it costs neither CUDA nor torch.
 
-JSON keys are the field names below. Optional keys are left out when they are None. An unknown key,
-kind or schema version, and whatever could only fail later, at a launch, is an error at parse time
-that names the place in the JSON (see `json_reader`).
+JSON keys are the field names in `kernel`. Optional keys are left out when they are None. An error
+at parse time names the place in the JSON (see `json_reader`). It is raised for an unknown key, kind
+or schema version; for a number outside the bounds of `limits`; and for a launch, parameters or
+tensor maps that this runtime cannot fill, or that the driver would refuse whatever the call is.
+What the file does not say is checked later: the bytes when a cubin is read, its parameters against
+the driver's when it is loaded.
+
+Versions: a runtime reads exactly one, SCHEMA_VERSION; any other is refused with the command that
+builds or installs the set anew. A change that adds, drops or renames a key, or gives a key or a
+word another meaning, raises it. A tighter bound does not if nothing that could run is refused.
 """
 
 from __future__ import annotations
@@ -17,199 +24,70 @@ from math import prod
 from typing import Any
 
 from .json_reader import JsonNode, read_json
+from .kernel import (
+    DTYPE_NAMES,
+    DTYPE_TENSORS,
+    GRID_TERMS,
+    INTERLEAVES,
+    KIND_LAYOUT,
+    L2_PROMOTIONS,
+    LAYOUTS,
+    OOB_FILLS,
+    PARAMETER_KINDS,
+    POINTER_ELEMENT_BYTES,
+    SWIZZLE_SPAN_BYTES,
+    TENSOR_DIMS,
+    TENSOR_ELEMENT_BYTES,
+    UNIT_STRIDE_DIMS,
+    IntRange,
+    Kernel,
+    Launch,
+    Parameter,
+    ProblemRange,
+    Resources,
+    Scratch,
+    TensorMapRecipe,
+    compute_capability,
+    cubin_name,
+    wrong_parameter,
+)
+from .limits import (
+    BOX_ROW_ALIGNMENT_BYTES,
+    MAX_BLOCK,
+    MAX_BOX_EXTENT,
+    MAX_CLUSTER_CTAS,
+    MAX_COMPUTE_CAPABILITY,
+    MAX_DYNAMIC_SHARED_BYTES,
+    MAX_EXPERTS,
+    MAX_GRID,
+    MAX_K_BLOCKS,
+    MAX_LOCAL_BYTES,
+    MAX_MAP_DIMS,
+    MAX_PARAMETER_BYTES,
+    MAX_PORTABLE_CLUSTER_CTAS,
+    MAX_REGISTERS_PER_CTA,
+    MAX_REGISTERS_PER_THREAD,
+    MAX_SCRATCH_BYTES,
+    MAX_STATIC_SHARED_BYTES,
+    MAX_THREADS_PER_CTA,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    MIN_COMPUTE_CAPABILITY,
+    REGISTER_UNIT,
+    THREADS_PER_WARP,
+)
 
 SCHEMA_VERSION = 2
 
-# Layouts of the operand that a kernel reads. kmajor: W_gate with unit stride along K. emajor: with
-# unit stride along E. kmajor_rows: as kmajor, but only the chosen experts' rows are read. logits:
-# FP32 logits [N, E], already multiplied out.
-LAYOUTS = ("kmajor", "emajor", "kmajor_rows", "logits")
-PARAMETER_KINDS = ("tensor_map", "pointer", "int32", "float32")
-# (bytes, alignment in the parameter block) of each kind; a CUtensorMap is 128 bytes aligned to 64.
-KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
-POINTER_ELEMENTS = ("float32", "int32", "int64", "uint32", "uint8", "bfloat16")
-# Bytes of an element that a tensor map reads.
-TENSOR_ELEMENT_BYTES = {"bfloat16": 2}
-# The dimensions of each tensor that a tensor map may be made for.
-TENSOR_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("N", "K", "K_in_block", "K_block")}
-# Those that may come first: the ones that a call's checks find to have unit stride.
-UNIT_STRIDE_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("K", "K_in_block")}
-# The bytes within which each swizzle permutes; a box's row must fit.
-SWIZZLE_SPAN_BYTES = {"none": None, "32B": 32, "64B": 64, "128B": 128}
-BOX_ROW_ALIGNMENT_BYTES = 16
-# Whose dtypes a problem may name.
-DTYPE_TENSORS = (
-    "W_gate",
-    "hidden_states",
-    "logits",
-    "e_bias",
-    "bias_vl",
-    "image_mask",
-    "padding_mask",
-    "num_valid_tokens",
-    "tid2eid",
-    "input_ids",
-    "to_physical",
-    "logical_count",
-    "out_weights",
-    "out_ids",
-)
-INTERLEAVES = ("none", "16B", "32B")
-L2_PROMOTIONS = ("none", "64B", "128B", "256B")
-OOB_FILLS = ("zeros", "nan_request_zero_fma")
-# What an axis of the grid may be, besides an int: see `Launch.grid`.
-GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
-
-# The largest problem that kernels are made for, and that a call may bring.
-MAX_EXPERTS = 512
-MAX_TOP_K = 8
-MAX_SHARED_SLOTS = 8
-K_MULTIPLE = 64
-
-# The driver's limits, the same for every architecture from sm_90 on.
-MAX_CLUSTER_CTAS = 16
-MAX_PORTABLE_CLUSTER_CTAS = 8
-MAX_THREADS_PER_CTA = 1024
-MAX_GRID = (2**31 - 1, 65535, 65535)
-# A CTA may have 227 KB: 228 KB of a multiprocessor less the 1 KB that the driver keeps.
-MAX_DYNAMIC_SHARED_BYTES = 227 * 1024
+# Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
+MAX_COUNT = 2**31 - 1
+_NAME = r"[a-z][a-z0-9_]{0,63}"
+_DISTRIBUTION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_VERSION = r"[A-Za-z0-9][A-Za-z0-9.+!_ -]{0,127}"
+_OPCODE = r"[A-Z][A-Z0-9_.]{0,31}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class IntRange:
-    """An inclusive range; `high` None means no upper end. JSON: [low, high]."""
-
-    low: int
-    high: int | None
-
-    def __contains__(self, value: int) -> bool:
-        return self.low <= value and (self.high is None or value <= self.high)
-
-    def __str__(self) -> str:
-        return f"{self.low}..{'' if self.high is None else self.high}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProblemRange:
-    """The problems a kernel accepts. `k_multiple` is 1 for kernels that read no K (logits)."""
-
-    layout: str
-    num_tokens: IntRange
-    num_experts: IntRange
-    top_k: IntRange
-    k_multiple: int
-    # tensor name -> those of torch's dtype names that it may have, e.g. {"out_ids": ("int32",)}
-    dtypes: Mapping[str, tuple[str, ...]] = field(hash=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How the kernel is launched. The grid is counted in CTAs, as the driver counts it.
-
-    Each of `grid`'s three axes is an int or one of
-        k_splits      the field `k_splits`: CTAs that share one expert tile's K range
-        expert_tiles  ceil(num_experts / expert_tile)
-        token_tiles   ceil(num_tokens / token_tile)
-    `pdl` says that the kernel waits with griddepcontrol, so that a programmatic dependent launch is
-    legal; whether a call uses one is the caller's choice. `nonportable_cluster` asks for the
-    function attribute that clusters of more than 8 CTAs need.
-    """
-
-    block: tuple[int, int, int]
-    cluster: tuple[int, int, int]
-    grid: tuple[int | str, int | str, int | str]
-    k_splits: int
-    expert_tile: int
-    token_tile: int
-    dynamic_shared_bytes: int
-    pdl: bool
-    nonportable_cluster: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorMapRecipe:
-    """How to encode one CUtensorMap. `dims` and `box` have the fastest dimension first.
-
-    Element strides are 1. `dims` names the problem's sizes, so ("K", "E") with box (64, 64) is a
-    map over W_gate with K contiguous, read in boxes of 64 K by 64 experts. "K_in_block" and
-    "K_block" are K seen as blocks as wide as the box's first extent, which may be read together.
-    """
-
-    tensor: str
-    element_type: str
-    dims: tuple[str, ...]
-    box: tuple[int, ...]
-    swizzle: str
-    interleave: str
-    l2_promotion: str
-    oob_fill: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scratch:
-    """Device memory that the runtime owns and hands to the kernel through a pointer parameter.
-
-    `zeroed`: it is zero before the first launch, and every launch leaves it zero.
-    """
-
-    elements: int
-    zeroed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One kernel parameter. `offset` counts bytes from the first parameter.
-
-    `tensor_map` is there exactly for kind "tensor_map", `element_type` exactly for kind "pointer";
-    `scratch` only for pointers to memory that the runtime owns.
-    """
-
-    name: str
-    kind: str
-    offset: int
-    size: int
-    element_type: str | None = None
-    scratch: Scratch | None = None
-    tensor_map: TensorMapRecipe | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What the compiled kernel uses; dynamic shared memory is in `Launch`, stated once.
-
-    `spill_bytes` is stores plus loads. `opcodes` counts the SASS instructions that matter, among
-    them LDL and STL (local memory), which are 0 in every kernel that is shipped.
-    """
-
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    static_shared_bytes: int
-    opcodes: Mapping[str, int] = field(hash=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """One artifact. (name, arch) is its identity, `file` lies beside the manifest."""
-
-    name: str
-    arch: str
-    file: str
-    symbol: str
-    cubin_sha256: str
-    ptx_sha256: str
-    source_digest: str
-    problem: ProblemRange
-    launch: Launch
-    parameters: tuple[Parameter, ...]
-    resources: Resources
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}.{self.arch}"
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Manifest:
     """Every artifact of one build, sorted by (name, arch), and the tools that made them."""
 
@@ -219,15 +97,10 @@ class Manifest:
     def for_arch(self, arch: str) -> tuple[Kernel, ...]:
         return tuple(kernel for kernel in self.kernels if kernel.arch == arch)
 
-
-def cubin_name(name: str, arch: str) -> str:
-    """The file name of a kernel's cubin; the PTX beside it ends in `.ptx` instead."""
-    return f"{name}.{arch}.cubin"
-
-
-def compute_capability(arch: str) -> int:
-    """10 * major + minor of an architecture's name: 90 for sm_90a, 103 for sm_103a."""
-    return int(arch.removeprefix("sm_").rstrip("af"))
+    def __repr__(self) -> str:
+        """In a line: with every field of every kernel it would be 120,000 characters."""
+        archs = ", ".join(sorted({kernel.arch for kernel in self.kernels}))
+        return f"Manifest({len(self.kernels)} kernels{f' for {archs}' if archs else ''})"
 
 
 def serialise_manifest(manifest: Manifest) -> str:
@@ -269,7 +142,7 @@ def _manifest(node: JsonNode) -> Manifest:
     if not isinstance(node.value, dict):
         raise node.expected("an object")
     # The version first: a newer schema has other keys, and "unknown key" would hide the cause.
-    version = JsonNode(node.value.get("schema_version"), "schema_version", node.source)
+    version = node.member("schema_version")
     if not version.is_int() or version.value != SCHEMA_VERSION:
         raise version.expected(f"{SCHEMA_VERSION}, the only schema this runtime reads")
     at = node.members("schema_version", "toolchain", "kernels")
@@ -280,34 +153,103 @@ def _manifest(node: JsonNode) -> Manifest:
         if (before.name, before.arch) >= (kernel.name, kernel.arch):
             order = f"{kernel.key} after {before.key}"
             raise nodes[index].error(f"not unique and sorted by (name, arch): {order}")
-    toolchain = at["toolchain"].mapping(lambda item: item.string(r".+", "a version"))
+    toolchain = at["toolchain"].mapping(
+        lambda item: item.string(_VERSION, "a version"), keys=_DISTRIBUTION
+    )
     return Manifest(toolchain=toolchain, kernels=kernels)
 
 
 def _kernel(node: JsonNode) -> Kernel:
     at = node.members(*(item.name for item in fields(Kernel)))
-    name = at["name"].string(r"[a-z][a-z0-9_]*", "a kernel name (a-z, 0-9, _)")
-    arch = at["arch"].string(r"sm_[0-9]{2,3}[af]?", "an architecture such as sm_90a")
+    name = at["name"].string(_NAME, "a kernel name (a-z, 0-9, _; at most 64)")
+    arch = _architecture(at["arch"])
     file = cubin_name(name, arch)
     if at["file"].value != file:
         raise at["file"].expected(f'"{file}"')
     sha256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
-    problem = _problem(at["problem"])
-    parameters = _parameters(at["parameters"])
-    _check_maps(at["parameters"], parameters, problem)
-    return Kernel(
+    kernel = Kernel(
         name=name,
         arch=arch,
         file=file,
-        symbol=at["symbol"].string(r"[A-Za-z_$][A-Za-z0-9_$]*", "a symbol name"),
+        symbol=at["symbol"].string(r"[A-Za-z_$][A-Za-z0-9_$]{0,255}", "a symbol name"),
         cubin_sha256=at["cubin_sha256"].string(*sha256),
         ptx_sha256=at["ptx_sha256"].string(*sha256),
         source_digest=at["source_digest"].string(*sha256),
-        problem=problem,
+        problem=_problem(at["problem"]),
         launch=_launch(at["launch"]),
-        parameters=parameters,
+        parameters=_parameters(at["parameters"]),
         resources=_resources(at["resources"]),
     )
+    _check_parameters(node, kernel)
+    _check_maps(at["parameters"], kernel.parameters, kernel.problem)
+    _check_grid(at["launch"], kernel.launch, kernel.problem)
+    _check_fits(node, kernel.launch, kernel.resources)
+    return kernel
+
+
+def _architecture(node: JsonNode) -> str:
+    what = f"an architecture such as sm_90a, from sm_{MIN_COMPUTE_CAPABILITY} on"
+    arch = node.string(r"sm_[1-9][0-9]{1,2}[af]?", what)
+    if not MIN_COMPUTE_CAPABILITY <= compute_capability(arch) <= MAX_COMPUTE_CAPABILITY:
+        raise node.expected(what)
+    return arch
+
+
+def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
+    """Parameters that this runtime fills, each as the kernel reads it, and scratch with an end."""
+    wrong = wrong_parameter(kernel.problem.layout, kernel.parameters)
+    if wrong is not None:
+        place, problem = wrong
+        raise JsonNode(None, f"{node.path}.{place}", node.source).error(problem)
+    scratch = sum(
+        item.scratch.elements * POINTER_ELEMENT_BYTES[item.element_type]
+        for item in kernel.parameters
+        if item.scratch is not None and item.element_type is not None
+    )
+    if scratch > MAX_SCRATCH_BYTES:
+        problem = f"expected at most {MAX_SCRATCH_BYTES} bytes of scratch (got {scratch})"
+        raise JsonNode(None, f"{node.path}.parameters", node.source).error(problem)
+
+
+def _check_grid(node: JsonNode, launch: Launch, problem: ProblemRange) -> None:
+    """A CTA for every token and expert that is accepted, on axes as long as the driver's."""
+    most_tokens = MAX_TOKENS if problem.num_tokens.high is None else problem.num_tokens.high
+    if "token_tiles" not in launch.grid and most_tokens > launch.token_tile:
+        path = f"{node.path}.token_tile"
+        raise JsonNode(launch.token_tile, path, node.source).expected(
+            f"at least the {most_tokens} tokens accepted, since the grid has no token_tiles"
+        )
+    # A CTA of a kernel that reads chosen rows takes slots, whatever expert each is.
+    most_experts = problem.num_experts.high or MAX_EXPERTS
+    reads_all = problem.layout != "kmajor_rows"
+    if reads_all and "expert_tiles" not in launch.grid and most_experts > launch.expert_tile:
+        path = f"{node.path}.expert_tile"
+        raise JsonNode(launch.expert_tile, path, node.source).expected(
+            f"at least the {most_experts} experts accepted, since the grid has no expert_tiles"
+        )
+    for axis, (term, limit) in enumerate(zip(launch.grid, MAX_GRID, strict=True)):
+        if term == "token_tiles" and most_tokens > limit * launch.token_tile:
+            tiles = f"{most_tokens} tokens in tiles of {launch.token_tile}"
+            raise JsonNode(term, f"{node.path}.grid[{axis}]", node.source).expected(
+                f"at most {limit} CTAs, not {tiles}"
+            )
+
+
+def _check_fits(node: JsonNode, launch: Launch, resources: Resources) -> None:
+    """A CTA that an SM has the registers and the shared memory for."""
+    shared = launch.dynamic_shared_bytes + resources.static_shared_bytes
+    if shared > MAX_DYNAMIC_SHARED_BYTES:
+        raise node.error(
+            f"expected at most {MAX_DYNAMIC_SHARED_BYTES} bytes of shared memory (got {shared}, "
+            "launch.dynamic_shared_bytes and resources.static_shared_bytes)"
+        )
+    threads = -(-prod(launch.block) // THREADS_PER_WARP) * THREADS_PER_WARP
+    registers = -(-resources.registers // REGISTER_UNIT) * REGISTER_UNIT * threads
+    if registers > MAX_REGISTERS_PER_CTA:
+        raise node.error(
+            f"expected at most {MAX_REGISTERS_PER_CTA} registers per CTA (got {registers}: "
+            f"resources.registers in units of {REGISTER_UNIT}, launch.block of {threads} threads)"
+        )
 
 
 def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: ProblemRange) -> None:
@@ -332,27 +274,27 @@ def _problem(node: JsonNode) -> ProblemRange:
     at = node.members(*(item.name for item in fields(ProblemRange)))
     return ProblemRange(
         layout=at["layout"].choice(LAYOUTS),
-        num_tokens=_int_range(at["num_tokens"]),
-        num_experts=_int_range(at["num_experts"]),
-        top_k=_int_range(at["top_k"]),
-        k_multiple=at["k_multiple"].integer(low=1),
+        num_tokens=_int_range(at["num_tokens"], MAX_TOKENS, endless=True),
+        num_experts=_int_range(at["num_experts"], MAX_EXPERTS),
+        top_k=_int_range(at["top_k"], MAX_TOP_K),
+        k_multiple=at["k_multiple"].integer(low=1, high=MAX_K_BLOCKS),
         dtypes=at["dtypes"].mapping(_dtype_names, keys=DTYPE_TENSORS),
     )
 
 
 def _dtype_names(node: JsonNode) -> tuple[str, ...]:
     what = "a list of distinct dtype names"
-    names = tuple(item.string(r"[a-z0-9]+", "a dtype name") for item in node.items(what))
+    names = tuple(item.choice(DTYPE_NAMES) for item in node.items(what))
     if not names or len(set(names)) != len(names):
         raise node.expected(what)
     return names
 
 
-def _int_range(node: JsonNode) -> IntRange:
-    what = "[low, high] with 1 <= low <= high, or high null"
+def _int_range(node: JsonNode, most: int, *, endless: bool = False) -> IntRange:
+    what = f"[low, high] with 1 <= low <= high <= {most}{', or high null' if endless else ''}"
     low, high = node.items(what, 2)
-    ends = [low] if high.value is None else [low, high]
-    if not all(end.is_int() for end in ends) or not 1 <= low.value <= ends[-1].value:
+    ends = [low] if endless and high.value is None else [low, high]
+    if not all(end.is_int() for end in ends) or not 1 <= low.value <= ends[-1].value <= most:
         raise node.expected(what)
     return IntRange(low=low.value, high=high.value)
 
@@ -361,12 +303,13 @@ def _launch(node: JsonNode) -> Launch:
     at = node.members(*(item.name for item in fields(Launch)))
     block, cluster = at["block"].int3(), at["cluster"].int3()
     nonportable = at["nonportable_cluster"].boolean()
-    if prod(block) > MAX_THREADS_PER_CTA:
-        raise at["block"].expected(f"at most {MAX_THREADS_PER_CTA} threads")
+    if prod(block) > MAX_THREADS_PER_CTA or block[2] > MAX_BLOCK[2]:
+        limits = f"at most {MAX_THREADS_PER_CTA} threads, in at most {list(MAX_BLOCK)}"
+        raise at["block"].expected(limits)
     limit = MAX_CLUSTER_CTAS if nonportable else MAX_PORTABLE_CLUSTER_CTAS
     if prod(cluster) > limit:
         raise at["cluster"].expected(f"at most {limit} CTAs with nonportable_cluster {nonportable}")
-    k_splits = at["k_splits"].integer(low=1)
+    k_splits = at["k_splits"].integer(low=1, high=MAX_GRID[0])
     x, y, z = (
         _grid_axis(item, k_splits, *limits)
         for item, *limits in zip(at["grid"].items("3 grid axes", 3), cluster, MAX_GRID, strict=True)
@@ -376,8 +319,8 @@ def _launch(node: JsonNode) -> Launch:
         cluster=cluster,
         grid=(x, y, z),
         k_splits=k_splits,
-        expert_tile=at["expert_tile"].integer(low=1),
-        token_tile=at["token_tile"].integer(low=1),
+        expert_tile=at["expert_tile"].integer(low=1, high=MAX_EXPERTS),
+        token_tile=at["token_tile"].integer(low=1, high=MAX_TOKENS),
         dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(high=MAX_DYNAMIC_SHARED_BYTES),
         pdl=at["pdl"].boolean(),
         nonportable_cluster=nonportable,
@@ -408,6 +351,8 @@ def _parameters(node: JsonNode) -> tuple[Parameter, ...]:
     for item, parameter in zip(nodes, parameters, strict=True):
         if parameter.offset < end:
             raise item.error(f"offset {parameter.offset} is inside the one before (ends at {end})")
+        if parameter.offset + parameter.size > MAX_PARAMETER_BYTES:
+            raise item.error(f"ends after the {MAX_PARAMETER_BYTES} bytes that a launch may pass")
         if parameter.name in names:
             raise item.error(f'the name "{parameter.name}" is used twice')
         end = parameter.offset + parameter.size
@@ -429,15 +374,19 @@ def _parameter(node: JsonNode) -> Parameter:
     size, alignment = KIND_LAYOUT[kind]
     if at["size"].integer() != size:
         raise at["size"].expected(f"{size}, the size of a {kind}")
-    offset = at["offset"].integer()
+    offset = at["offset"].integer(high=MAX_PARAMETER_BYTES)
     if offset % alignment:
         raise at["offset"].expected(f"a multiple of {alignment}, the alignment of a {kind}")
     return Parameter(
-        name=at["name"].string(r"[a-z][a-z0-9_]*", "a parameter name (a-z, 0-9, _)"),
+        name=at["name"].string(_NAME, "a parameter name (a-z, 0-9, _; at most 64)"),
         kind=kind,
         offset=offset,
         size=size,
-        element_type=at["element_type"].choice(POINTER_ELEMENTS) if "element_type" in at else None,
+        element_type=(
+            at["element_type"].choice(tuple(POINTER_ELEMENT_BYTES))
+            if "element_type" in at
+            else None
+        ),
         scratch=_scratch(at["scratch"]) if "scratch" in at else None,
         tensor_map=_recipe(at["tensor_map"]) if "tensor_map" in at else None,
     )
@@ -445,7 +394,8 @@ def _parameter(node: JsonNode) -> Parameter:
 
 def _scratch(node: JsonNode) -> Scratch:
     at = node.members("elements", "zeroed")
-    return Scratch(elements=at["elements"].integer(low=1), zeroed=at["zeroed"].boolean())
+    elements = at["elements"].integer(low=1, high=MAX_SCRATCH_BYTES)
+    return Scratch(elements=elements, zeroed=at["zeroed"].boolean())
 
 
 def _recipe(node: JsonNode) -> TensorMapRecipe:
@@ -456,11 +406,12 @@ def _recipe(node: JsonNode) -> TensorMapRecipe:
     dim_nodes = at["dims"].items("a list of dimensions")
     dims = tuple(item.choice(TENSOR_DIMS[tensor]) for item in dim_nodes)
     box = tuple(item.integer(low=1) for item in at["box"].items("a list of ints"))
-    if not 2 <= len(dims) <= 5 or len(set(dims)) != len(dims):
-        raise at["dims"].expected("2 to 5 distinct dimensions")
+    if not 2 <= len(dims) <= MAX_MAP_DIMS or len(set(dims)) != len(dims):
+        raise at["dims"].expected(f"2 to {MAX_MAP_DIMS} distinct dimensions")
     dim_nodes[0].choice(UNIT_STRIDE_DIMS[tensor])
-    if len(box) != len(dims) or max(box) > 256:
-        raise at["box"].expected(f"{len(dims)} ints from 1 to 256, one for each of dims")
+    if len(box) != len(dims) or max(box) > MAX_BOX_EXTENT:
+        what = f"{len(dims)} ints from 1 to {MAX_BOX_EXTENT}, one for each of dims"
+        raise at["box"].expected(what)
     row_bytes, span = box[0] * TENSOR_ELEMENT_BYTES[element_type], SWIZZLE_SPAN_BYTES[swizzle]
     if row_bytes % BOX_ROW_ALIGNMENT_BYTES or (span is not None and row_bytes > span):
         raise at["box"].expected(
@@ -482,9 +433,9 @@ def _recipe(node: JsonNode) -> TensorMapRecipe:
 def _resources(node: JsonNode) -> Resources:
     at = node.members(*(item.name for item in fields(Resources)))
     return Resources(
-        registers=at["registers"].integer(low=1),
-        spill_bytes=at["spill_bytes"].integer(),
-        stack_bytes=at["stack_bytes"].integer(),
-        static_shared_bytes=at["static_shared_bytes"].integer(),
-        opcodes=at["opcodes"].mapping(lambda item: item.integer()),
+        registers=at["registers"].integer(low=1, high=MAX_REGISTERS_PER_THREAD),
+        spill_bytes=at["spill_bytes"].integer(high=MAX_COUNT),
+        stack_bytes=at["stack_bytes"].integer(high=MAX_LOCAL_BYTES),
+        static_shared_bytes=at["static_shared_bytes"].integer(high=MAX_STATIC_SHARED_BYTES),
+        opcodes=at["opcodes"].mapping(lambda item: item.integer(high=MAX_COUNT), keys=_OPCODE),
     )

@@ -22,7 +22,7 @@ from .checks import (
     strides_of,
     wrong,
 )
-from .manifest import MAX_SHARED_SLOTS
+from .limits import MAX_SHARED_SLOTS
 
 if TYPE_CHECKING:
     from .arguments import CallFacts, LayerFacts

@@ -58,6 +58,14 @@ class Router:
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 
+    torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
+    torch.export refuse it, since a launch on addresses is no operator of torch. Dynamo looks into
+    this package's own code around the break; `torch.compiler.disable(router)` keeps it out.
+
+    copy.copy gives the same layer once more. deepcopy and pickle are a TypeError, since a Router is
+    bound to memory: leave it out of what is copied or sent (in the module's `__deepcopy__` or
+    `__getstate__`), and bind a new one from the copy's tensors.
+
     A Router owns what it copied (W_gate, tid2eid): keep it while a CUDA graph replays its calls.
 
     Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
@@ -107,13 +115,15 @@ class Router:
                 "artifacts: expected a folder (str or os.PathLike), an ArtifactSet or None "
                 f"(got {type(artifacts).__name__})"
             )
+        if not isinstance(pdl, bool):
+            raise TypeError(f"pdl: expected a bool (got {type(pdl).__name__})")
         require_gpu(facts.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
         self._facts = facts
         self._options_on = str(options)
         self._binding = Binding(W_gate, e_bias, facts, options, artifacts=artifacts)
-        self._pdl = bool(pdl)
+        self._pdl = pdl
         self._version = version_of(W_gate)
         self.W_gate = W_gate
         self.e_bias = e_bias
@@ -163,9 +173,14 @@ class Router:
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
                 "and this layer is bound to a copy); make a new Router"
             )
+        if pdl is None:
+            pdl = self._pdl
+        elif pdl is not True and pdl is not False:
+            raise TypeError(
+                f"pdl: expected a bool, or None for the Router's (got {type(pdl).__name__})"
+            )
         if call[0]:
-            dependent = self._pdl if pdl is None else bool(pdl)
-            self._binding.run(call, options, hidden_states, self.W_gate, dependent)
+            self._binding.run(call, options, hidden_states, self.W_gate, pdl)
 
     @property
     def weights_copied(self) -> bool:
@@ -176,6 +191,25 @@ class Router:
     def kernels(self) -> tuple[str, ...]:
         """The artifacts bound: decode kernels by ascending number of tokens, then prefill's."""
         return tuple(kernel.key for kernel in self._binding.kernels)
+
+    def __copy__(self) -> Router:
+        """The same layer once more: tensors, kernels and launch sites are shared."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        raise TypeError(
+            "a Router cannot be deep-copied: it is bound to the memory of its layer's tensors, "
+            "which torch may copy apart from each other; copy the layer without it, and bind a new "
+            "Router from the copy's tensors"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "a Router cannot be pickled: it is bound to kernels and memory of this process's GPU; "
+            "send the layer's tensors, and bind a new Router from them in that process"
+        )
 
     def __repr__(self) -> str:
         facts = self._facts

@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .manifest import (
-    BOX_ROW_ALIGNMENT_BYTES,
-    SWIZZLE_SPAN_BYTES,
-    TENSOR_ELEMENT_BYTES,
-    TensorMapRecipe,
-)
+from .kernel import SWIZZLE_SPAN_BYTES, TENSOR_ELEMENT_BYTES, TensorMapRecipe
+from .limits import BOX_ROW_ALIGNMENT_BYTES
 
 ALIGNMENT_BYTES = 16
 

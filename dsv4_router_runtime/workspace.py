@@ -28,9 +28,8 @@ from dataclasses import dataclass, field
 import torch
 
 from . import driver
-from .manifest import Kernel
+from .kernel import POINTER_ELEMENT_BYTES, Kernel
 
-ELEMENT_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1, "bfloat16": 2}
 ALIGNMENT_BYTES = 256
 # A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and
 # a server captures each batch size once.
@@ -56,7 +55,7 @@ def scratch_layout(kernels: Iterable[Kernel]) -> ScratchLayout:
     for kernel in kernels:
         for parameter in kernel.parameters:
             if parameter.scratch is not None and parameter.element_type is not None:
-                size = parameter.scratch.elements * ELEMENT_BYTES[parameter.element_type]
+                size = parameter.scratch.elements * POINTER_ELEMENT_BYTES[parameter.element_type]
                 known = sizes[parameter.scratch.zeroed]
                 known[parameter.name] = max(size, known.get(parameter.name, 0))
     zeroed, zeroed_bytes = _offsets(sizes[True])

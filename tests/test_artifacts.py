@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import struct
+import threading
+from dataclasses import replace
 
 import pytest
 from conftest import cubin_bytes
 
 from dsv4_router_runtime import artifacts as artifacts_module
+from dsv4_router_runtime import errors
 from dsv4_router_runtime.artifacts import (
     elf_compute_capability,
     find_artifacts,
     open_artifacts,
 )
 from dsv4_router_runtime.errors import ArtifactError, ManifestError, RouterError
+from dsv4_router_runtime.manifest import cubin_name, serialise_manifest
+
+BUILD, REINSTALL = "build-kernels build", "pip install --force-reinstall dsv4-router"
 
 
 @pytest.fixture
@@ -22,8 +30,9 @@ def folder(manifest, write_artifacts):
     return write_artifacts(manifest)
 
 
-def refused(folder, kernel=None) -> str:
+def refused(folder, kernel=None, step=None) -> str:
     """The message with which opening `folder`, or reading one kernel of it, is refused."""
+    step = step or f"repair it with `{BUILD} --artifacts {folder}`"
 
     def open_and_read():
         opened = open_artifacts(folder)
@@ -31,7 +40,7 @@ def refused(folder, kernel=None) -> str:
 
     with pytest.raises(ArtifactError) as caught:
         open_and_read()
-    assert "`build-kernels build`" in str(caught.value)
+    assert str(caught.value).endswith(f"; {step}")
     return str(caught.value)
 
 
@@ -68,7 +77,9 @@ def test_missing_cubin(folder):
 )
 def test_surplus_file(folder, name):
     (folder / name).write_bytes(b"")
-    assert f"{name}: surplus" in refused(folder)
+    """A build refuses a folder of strangers too, so it is no repair."""
+    step = "move it out of the folder, which belongs to the artifacts alone"
+    assert f"{name}: surplus" in refused(folder, step=step)
 
 
 def test_truncated_cubin(folder, manifest):
@@ -185,13 +196,12 @@ def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
 def test_found_nowhere(tmp_path, monkeypatch, checkout):
     if checkout:
         (tmp_path / "pyproject.toml").touch()
-    monkeypatch.setattr(artifacts_module, "__file__", str(tmp_path / "package" / "artifacts.py"))
+    package = tmp_path / "dsv4_router_runtime"
+    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts.py"))
+    monkeypatch.setattr(errors, "_PACKAGE", package)
     with pytest.raises(ArtifactError, match="no artifacts: neither") as caught:
         find_artifacts()
     assert str(caught.value).endswith(f"; repair it with `{BUILD if checkout else REINSTALL}`")
-
-
-BUILD, REINSTALL = "build-kernels build", "pip install --force-reinstall dsv4-router"
 
 
 def remove_a_cubin(folder):
@@ -202,10 +212,6 @@ def alter_a_cubin(folder):
     (folder / "router_decode_emajor_n32.sm_100a.cubin").write_bytes(b"")
 
 
-def add_a_file(folder):
-    (folder / "notes.txt").touch()
-
-
 def remove_the_manifest(folder):
     (folder / "manifest.json").unlink()
 
@@ -214,14 +220,18 @@ def spoil_the_manifest(folder):
     (folder / "manifest.json").write_text("{}")
 
 
-@pytest.mark.parametrize(("name", "command"), [("artifacts", BUILD), ("_artifacts", REINSTALL)])
+@pytest.mark.parametrize(("wheel", "command"), [(False, BUILD), (True, REINSTALL)])
 @pytest.mark.parametrize(
-    "damage",
-    [remove_a_cubin, alter_a_cubin, add_a_file, remove_the_manifest, spoil_the_manifest],
+    "damage", [remove_a_cubin, alter_a_cubin, remove_the_manifest, spoil_the_manifest]
 )
-def test_a_wheel_is_installed_again_and_a_checkout_built_again(folder, name, command, damage):
+def test_a_wheel_is_installed_again_and_a_checkout_built_again(
+    folder, monkeypatch, wheel, command, damage
+):
     """There is no compiler beside an installed wheel, and its files are pip's to write."""
-    place = folder.rename(folder.parent / name)
+    package = folder.parent / "dsv4_router_runtime"
+    package.mkdir()
+    monkeypatch.setattr(errors, "_PACKAGE", package)
+    place = folder.rename(package / "_artifacts") if wheel else folder
     damage(place)
 
     def open_and_read():
@@ -238,6 +248,132 @@ def test_what_is_no_folder(folder):
     got = type(folder).__name__
     with pytest.raises(TypeError, match=rf"folder: expected a str .*\(got {got}\)"):
         open_artifacts(folder)
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "a\ud800b"])
+def test_a_folder_that_no_file_system_can_hold(folder):
+    with pytest.raises(ValueError, match="folder: expected a path that a file system can hold"):
+        open_artifacts(folder)
+
+
+def test_a_folder_that_vanishes_or_may_not_be_listed(folder, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(artifacts_module.os, "listdir", refused)
+    with pytest.raises(ArtifactError, match=r"cannot be listed \(Permission denied\)"):
+        open_artifacts(folder)
+
+
+# ---------------------------------------------------------------- a build published meanwhile
+
+
+@pytest.fixture
+def next_set(manifest, folder, tmp_path):
+    """A set of other names and other bytes, beside `folder`, that a build would publish into it."""
+    kernels = []
+    place = tmp_path / "next"
+    place.mkdir()
+    for kernel in manifest.kernels[::2]:
+        name = f"{kernel.name}_v2" if kernel.name == "router_topk" else kernel.name
+        content = cubin_bytes(kernel.arch, f"other {kernel.key}".encode())
+        digest = hashlib.sha256(content).hexdigest()
+        file = cubin_name(name, kernel.arch)
+        kernels.append(replace(kernel, name=name, file=file, cubin_sha256=digest))
+        (place / file).write_bytes(content)
+    after = replace(manifest, kernels=tuple(kernels))
+    (place / "manifest.json").write_text(serialise_manifest(after))
+    return place
+
+
+def exchange(folder, other):
+    """What a build does last, in three steps instead of one: enough while nobody looks."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    other.rename(folder)
+    aside.rename(other)
+
+
+def meanwhile(monkeypatch, name, act, times=1):
+    """Do `act` before the module's function `name` runs, the first `times` that it does."""
+    function = getattr(artifacts_module, name)
+    left = [act] * times
+
+    def interrupted(*arguments, **more):
+        if left:
+            left.pop()()
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(artifacts_module, name, interrupted)
+
+
+@pytest.mark.parametrize("step", ["_check_closed", "_has_changed"])
+def test_a_set_swapped_under_a_reader_is_opened_whole(folder, next_set, monkeypatch, step):
+    """Between reading the manifest and listing the files, or just after."""
+    meanwhile(monkeypatch, step, lambda: exchange(folder, next_set))
+    opened = open_artifacts(folder)
+    assert "router_topk_v2" in {kernel.name for kernel in opened.manifest.kernels}
+    for kernel in opened.manifest.kernels:
+        opened.read(kernel)
+
+
+def test_a_manifest_that_appears_meanwhile_is_read(folder, next_set, monkeypatch):
+    (folder / "manifest.json").rename(folder / ".manifest")
+    meanwhile(monkeypatch, "_has_changed", lambda: exchange(folder, next_set))
+    assert len(open_artifacts(folder).manifest.kernels) == 8
+
+
+def test_a_reader_tries_twice_and_no_more(folder, next_set, monkeypatch):
+    meanwhile(monkeypatch, "_check_closed", lambda: exchange(folder, next_set), times=2)
+    assert "router_topk_v2.sm_100a.cubin: missing" in refused(folder)
+
+
+def test_a_damaged_set_is_not_read_again(folder, monkeypatch):
+    (folder / "router_topk.sm_90a.cubin").unlink()
+    reads = []
+    meanwhile(monkeypatch, "_read_manifest", lambda: reads.append(1), times=9)
+    refused(folder)
+    assert len(reads) == 1
+
+
+def test_a_set_swapped_after_it_was_opened_says_so(folder, next_set):
+    opened = open_artifacts(folder)
+    exchange(folder, next_set)
+    for kernel in opened.manifest.kernels:
+        with pytest.raises(ArtifactError, match="not of the set that was opened") as caught:
+            opened.read(kernel)
+        assert str(caught.value).endswith("; open the folder again (a server: restart it)")
+
+
+def test_no_reader_ever_sees_a_mixed_set(folder, next_set):
+    """Two builds take turns as fast as they can: an open is one of them, whole, or refused."""
+    sets = [open_artifacts(place).manifest for place in (folder, next_set)]
+    link, ends = folder.with_name("link"), threading.Event()
+    link.symlink_to(folder)
+
+    def take_turns():
+        for turn in itertools.cycle((next_set, folder)):
+            if ends.is_set():
+                return
+            new = folder.with_name("new")
+            new.symlink_to(turn)
+            new.replace(link)
+
+    writer = threading.Thread(target=take_turns)
+    writer.start()
+    opened = []
+    try:
+        for _ in range(150):
+            with contextlib.suppress(ArtifactError):
+                opened.append(open_artifacts(link))
+                for kernel in opened[-1].manifest.kernels:
+                    digest = hashlib.sha256(opened[-1].read(kernel)).hexdigest()
+                    assert digest == kernel.cubin_sha256
+    finally:
+        ends.set()
+        writer.join()
+    assert opened
+    assert all(one.manifest in sets for one in opened)
 
 
 def test_the_default_set_is_opened_once_for_the_process(folder, monkeypatch):

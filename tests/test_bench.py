@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -825,18 +827,80 @@ def test_cold_weights_are_several_times_the_l2() -> None:
     assert measure.make_problem(65536, 512, 6, 0).layers == 30
 
 
-def test_floors_are_named_for_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floors, "triton_version", lambda: None)
+@pytest.fixture
+def fake_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Install a Triton whose active driver answers with `target`, whether or not a real one is."""
+
+    def install(target: Callable[[], object]) -> None:
+        active = types.SimpleNamespace(get_current_target=target)
+        runtime = types.ModuleType("triton.runtime")
+        runtime.driver = types.SimpleNamespace(active=active)
+        triton = types.ModuleType("triton")
+        triton.__version__, triton.runtime = "3.7.1", runtime
+        monkeypatch.setitem(sys.modules, "triton", triton)
+        monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
+
+    return install
+
+
+def no_active_driver() -> object:
+    raise RuntimeError("0 active drivers ([]). There should only be one.\nmore")
+
+
+def test_triton_without_a_driver_is_no_candidate(fake_triton) -> None:
+    fake_triton(no_active_driver)
+    assert floors.why_no_triton(torch.device("cuda")) == (
+        "Triton has no active driver: "
+        "RuntimeError: 0 active drivers ([]). There should only be one."
+    )
+
+
+def test_triton_with_a_driver_is_one_for_cuda_tensors_alone(fake_triton) -> None:
+    fake_triton(object)
+    assert floors.why_no_triton(torch.device("cuda")) is None
+    reason = "Triton takes CUDA tensors, these are on cpu"
+    assert floors.why_no_triton(torch.device("cpu")) == reason
+
+
+def test_triton_that_is_not_installed_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert str(floors.why_no_triton(torch.device("cuda"))).startswith("no Triton: ")
+
+
+def test_floors_that_triton_cannot_time_are_torchs_and_say_why(fake_triton) -> None:
+    fake_triton(no_active_driver)
     report = run_bench(entrant("ours", OURS, right))
-    found = {(f.mode, f.name, f.how) for f in report.floors}
-    empty, read = "torch zero_ of one element", "torch sum of int32"
+    why = "(Triton takes CUDA tensors, these are on cpu)"
+    found = {(f.mode, f.name, f.how, f.reason) for f in report.floors}
+    empty, read = f"torch zero_ of one element {why}", f"torch sum of int32 {why}"
     assert found == {
-        (COLD, EMPTY, empty),
-        (COLD, READ, read),
-        (WARM, EMPTY, empty),
-        (WARM, READ, read),
-        (EAGER, EMPTY, empty),
+        (COLD, EMPTY, empty, None),
+        (COLD, READ, read, None),
+        (WARM, EMPTY, empty, None),
+        (WARM, READ, read, None),
+        (EAGER, EMPTY, empty, None),
     }
+
+
+def test_floors_that_triton_can_time_are_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    kernel = types.SimpleNamespace(
+        empty_kernel={(1,): lambda sink: launched.append("empty")},
+        read_kernel=collections.defaultdict(lambda: lambda *_, **__: launched.append("read")),
+    )
+    monkeypatch.setitem(sys.modules, "build_kernels.bench.triton_kernels", kernel)
+    monkeypatch.setattr(floors, "why_no_triton", lambda device: None)
+    report = run_bench(entrant("ours", OURS, right), modes=(COLD,), num_tokens=(2,))
+    assert [(f.name, f.how.split()[0]) for f in report.floors] == [
+        (EMPTY, "Triton,"),
+        (READ, "Triton,"),
+    ]
+    blocks = len(floors.READ_BLOCKS) * len(floors.READ_WARPS)
+    calls = launched.count("empty")
+    assert calls >= PROBLEM.layers
+    assert launched == ["empty"] * calls + ["read"] * (calls * blocks)
 
 
 def test_the_fastest_way_is_the_floor() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from conftest import decode_kernel
+from watchdog import ends_within
 
 from dsv4_router_runtime.dispatch import (
     Accepted,
@@ -17,7 +19,9 @@ from dsv4_router_runtime.dispatch import (
     select_kernel,
 )
 from dsv4_router_runtime.errors import NoKernelError
-from dsv4_router_runtime.manifest import IntRange, Manifest
+from dsv4_router_runtime.kernel import IntRange
+from dsv4_router_runtime.limits import MAX_TOKENS
+from dsv4_router_runtime.manifest import Manifest
 
 
 @pytest.fixture(params=["ascending", "descending", "mixed"])
@@ -146,3 +150,40 @@ def test_ladder_with_a_gap_stops_before_it(manifest, change):
             late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
             manifest = change(manifest, at, problem=late)
     assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [8]
+
+
+def taking(*ranges) -> Manifest:
+    """Decode kernels of these ranges of tokens, whatever a manifest's text would be allowed."""
+    kernels = []
+    for at, (low, high) in enumerate(ranges):
+        kernel = decode_kernel()
+        problem = replace(kernel.problem, num_tokens=IntRange(low=low, high=high))
+        kernels.append(replace(kernel, name=f"decode_{at}", problem=problem))
+    return Manifest(toolchain={}, kernels=tuple(kernels))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "rungs"),
+    [
+        ([(1, None)], [MAX_TOKENS]),
+        ([(1, 8), (9, None)], [8, MAX_TOKENS]),
+        ([(1, None), (1, None)], [MAX_TOKENS]),
+        ([(1, 8), (1, 2**40)], [8, MAX_TOKENS]),
+        ([(1, MAX_TOKENS), (1, None), (MAX_TOKENS + 1, 2**62)], [MAX_TOKENS]),
+        # Overlapping, the same twice, backward, and beyond a gap.
+        ([(1, 8), (4, 16), (4, 16), (2, 12)], [8, 12, 16]),
+        ([(1, 8), (16, 9), (12, 10)], [8]),
+        ([(1, 8), (10, 64)], [8]),
+    ],
+)
+def test_a_ladder_ends_whatever_the_ranges_are(ranges, rungs):
+    with ends_within(5):
+        ladder = decode_ladder(taking(*ranges), PROBLEM, "sm_90a")
+    assert [most for most, _ in ladder] == rungs
+
+
+def test_a_refusal_by_thousands_of_kernels_stays_a_message():
+    with pytest.raises(NoKernelError, match=r"\.\.\. and 4936 more") as caught:
+        select_kernel(taking(*[(1, 8)] * 5000), PROBLEM, "sm_100a")
+    assert str(caught.value).count("built for sm_90a, this GPU is sm_100a") == 64
+    assert len(str(caught.value)) < 8000

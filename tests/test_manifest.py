@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from watchdog import ends_within
 
-from dsv4_router_runtime import binding
 from dsv4_router_runtime.errors import ManifestError
-from dsv4_router_runtime.manifest import (
-    DTYPE_TENSORS,
-    MAX_DYNAMIC_SHARED_BYTES,
-    SCHEMA_VERSION,
-    parse_manifest,
-    serialise_manifest,
-)
+from dsv4_router_runtime.kernel import DTYPE_NAMES, DTYPE_TENSORS, KIND_LAYOUT
+from dsv4_router_runtime.limits import MAX_DYNAMIC_SHARED_BYTES
+from dsv4_router_runtime.manifest import SCHEMA_VERSION, parse_manifest, serialise_manifest
 
 
 def altered(manifest, path: str, value):
@@ -126,9 +122,9 @@ X_MAP = f"{PARAMETER}/1/tensor_map"
         (f"{DTYPES}/out_ids", "int32", "dtypes.out_ids: expected a list of distinct dtype names"),
         (f"{DTYPES}/out_ids", [], "dtypes.out_ids: expected a list of distinct dtype names"),
         (f"{DTYPES}/out_ids", ["int32"] * 2, "dtypes.out_ids: expected a list of distinct dtype"),
-        (f"{DTYPES}/out_ids", ["int 32"], "dtypes.out_ids[0]: expected a dtype name"),
+        (f"{DTYPES}/out_ids", ["int 32"], "dtypes.out_ids[0]: expected one of bfloat16"),
         ("kernels/1/problem/layout", "kmajor", 'does not fit layout "kmajor"'),
-        ("kernels/1/problem/layout", "logits", 'does not fit layout "logits"'),
+        ("kernels/1/problem/layout", "logits", 'parameters: none is named "logits"'),
         (
             f"{W_MAP}/dims",
             ["K", "E"],
@@ -152,7 +148,7 @@ X_MAP = f"{PARAMETER}/1/tensor_map"
         (f"{W_MAP}/box", [4, 64], "tensor_map.box: expected rows in multiples of 16 bytes"),
         (f"{W_MAP}/swizzle", "64B", "tensor_map.box: expected rows in multiples of 16 bytes"),
         (f"{LAUNCH}/pdl", 1, "kernels[1].launch.pdl: expected true or false (got 1)"),
-        (f"{LAUNCH}/token_tile", 0, "kernels[1].launch.token_tile: expected an int >= 1"),
+        (f"{LAUNCH}/token_tile", 0, "kernels[1].launch.token_tile: expected an int from 1 to"),
         ("kernels/1/problem/layout", "row", "kernels[1].problem.layout: expected one of kmajor"),
         ("kernels/1/problem/top_k", [8, 1], "kernels[1].problem.top_k: expected [low, high]"),
         ("kernels/1/problem/top_k", [0, 1], "kernels[1].problem.top_k: expected [low, high]"),
@@ -186,7 +182,7 @@ def test_errors_name_the_place(manifest, path, value, message):
         parse_manifest(altered(manifest, path, value), source="here/manifest.json")
     assert message in str(caught.value)
     assert str(caught.value).startswith("here/manifest.json: ")
-    assert "`build-kernels build`" in str(caught.value)
+    assert str(caught.value).endswith("; repair it with `build-kernels build --artifacts here`")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +190,7 @@ def test_errors_name_the_place(manifest, path, value, message):
     [
         (f"{LAUNCH}/block", [1024, 1, 1]),
         (f"{LAUNCH}/k_splits", 32),
-        (f"{LAUNCH}/grid", [32, "token_tiles", 65535]),
+        (f"{LAUNCH}/grid", [32, "expert_tiles", 65535]),
         (f"{LAUNCH}/dynamic_shared_bytes", MAX_DYNAMIC_SHARED_BYTES),
         (f"{W_MAP}/box", [8, 256]),
         ("kernels/1/resources/spill_bytes", 8),
@@ -202,6 +198,150 @@ def test_errors_name_the_place(manifest, path, value, message):
 )
 def test_what_is_just_within_the_limits(manifest, path, value):
     parse_manifest(altered(manifest, path, value))
+
+
+HUGE = 10**30
+PROBLEM = "kernels/1/problem"
+RESOURCES = "kernels/1/resources"
+TOPK = "kernels/15"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (f"{PARAMETER}", [], 'kernels[0].parameters: none is named "num_tokens", which this runt'),
+        (f"{PARAMETER}/3/scratch/elements", HUGE, "scratch.elements: expected an int from 1 to"),
+        (f"{PARAMETER}/3/scratch/elements", 2**22, "[0].parameters: expected at most 16777216 byt"),
+        (f"{PARAMETER}/4/name", "bias", '[0].parameters: none is named "e_bias", which this runt'),
+        (f"{PARAMETER}/2/name", "logits", '[0].parameters[2].name: nothing to pass as "logits"'),
+        (f"{PARAMETER}/2/scratch", ..., '[0].parameters[2].name: nothing to pass as "partials"'),
+        (
+            f"{PARAMETER}/4/scratch",
+            {"elements": 1, "zeroed": True},
+            'kernels[0].parameters[4]: "e_bias" is passed as a pointer of the call or the layer',
+        ),
+        (f"{LAUNCH}/expert_tile", HUGE, "launch.expert_tile: expected an int from 1 to 512 (got 1"),
+        (f"{LAUNCH}/token_tile", HUGE, "launch.token_tile: expected an int from 1 to 2147483647"),
+        (f"{LAUNCH}/k_splits", HUGE, "launch.k_splits: expected an int from 1 to 2147483647"),
+        (f"{LAUNCH}/token_tile", 31, "launch.token_tile: expected at least the 32 tokens accepted"),
+        (
+            f"{LAUNCH}/grid",
+            ["k_splits", 1, 1],
+            "launch.expert_tile: expected at least the 512 experts accepted, since the grid has no",
+        ),
+        (
+            f"{TOPK}/launch/grid",
+            [1, "token_tiles", 1],
+            "launch.grid[1]: expected at most 65535 CTAs, not 2147483647 tokens in tiles of 4",
+        ),
+        (f"{LAUNCH}/block", [1, 1, 128], "launch.block: expected at most 1024 threads, in at most"),
+        (f"{LAUNCH}/block", [2**62] * 3, "launch.block: expected at most 1024 threads"),
+        (f"{PROBLEM}/top_k", [1, 100], "problem.top_k: expected [low, high] with 1 <= low <= high"),
+        (f"{PROBLEM}/top_k", [1, None], "problem.top_k: expected [low, high] with 1 <= low <= hig"),
+        (f"{PROBLEM}/num_experts", [1, 100_000], "num_experts: expected [low, high] with 1 <= low"),
+        (f"{PROBLEM}/num_tokens", [1, 2**31], "problem.num_tokens: expected [low, high] with 1 <="),
+        (f"{PROBLEM}/num_tokens", [2**31, None], "problem.num_tokens: expected [low, high] with"),
+        (f"{PROBLEM}/num_tokens", [1, 4096], "token_tile: expected at least the 4096 tokens acce"),
+        (f"{PROBLEM}/num_tokens", [1, None], "expected at least the 2147483647 tokens accepted"),
+        (f"{PROBLEM}/k_multiple", HUGE, "problem.k_multiple: expected an int from 1 to"),
+        (f"{DTYPES}/out_ids", ["int7"], "dtypes.out_ids[0]: expected one of bfloat16, float32"),
+        ("kernels/1/arch", "sm_00", "[1].arch: expected an architecture such as sm_90a, from sm_"),
+        ("kernels/1/arch", "sm_89", "[1].arch: expected an architecture such as sm_90a, from sm_"),
+        ("kernels/1/arch", "sm_256", "[1].arch: expected an architecture such as sm_90a, from sm_"),
+        ("kernels/1/name", "a" * 65, "[1].name: expected a kernel name (a-z, 0-9, _; at most 64)"),
+        ("kernels/1/symbol", "a" * 257, "kernels[1].symbol: expected a symbol name"),
+        (f"{RESOURCES}/registers", 10**6, "resources.registers: expected an int from 1 to 255"),
+        (f"{RESOURCES}/registers", 255, None),
+        (f"{RESOURCES}/spill_bytes", HUGE, "resources.spill_bytes: expected an int from 0 to"),
+        (f"{RESOURCES}/stack_bytes", 2**20, "resources.stack_bytes: expected an int from 0 to 52"),
+        (f"{RESOURCES}/static_shared_bytes", 2**16, "static_shared_bytes: expected an int from 0"),
+        (f"{RESOURCES}/opcodes/LDL", HUGE, "opcodes.LDL: expected an int from 0 to"),
+        (f"{RESOURCES}/opcodes", {"x y": 1}, 'resources.opcodes: the key "x y" is no name'),
+        (f"{PARAMETER}/2/offset", HUGE, "[2].offset: expected an int from 0 to 32764"),
+        (f"{PARAMETER}/26/offset", 32764, "parameters[26]: ends after the 32764 bytes that a lau"),
+        (f"{X_MAP}/interleave", "16B", "tensor_map.interleave: expected one of none"),
+        ("toolchain", {"a\u001b[2J": "1"}, "toolchain: the key "),
+        ("toolchain/nvrtc", "1\n2", "toolchain.nvrtc: expected a version"),
+    ],
+)
+def test_what_could_only_fail_later_is_an_error_now(manifest, path, value, message):
+    text = altered(manifest, path, value)
+    if message is None:
+        parse_manifest(text)
+        return
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(text)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) <= 1024
+
+
+def test_a_cta_fits_into_an_sm(manifest):
+    document = json.loads(serialise_manifest(manifest))
+    kernel = document["kernels"][1]
+    kernel["launch"]["dynamic_shared_bytes"] = MAX_DYNAMIC_SHARED_BYTES - 1024
+    kernel["resources"]["static_shared_bytes"] = 1024
+    kernel["launch"]["block"] = [1024, 1, 1]
+    kernel["resources"]["registers"] = 64
+    parse_manifest(json.dumps(document))
+    kernel["resources"]["registers"] = 65
+    with pytest.raises(ManifestError, match=r"at most 65536 registers per CTA \(got 73728: resour"):
+        parse_manifest(json.dumps(document))
+    kernel["launch"]["block"] = [897, 1, 1]  # 29 warps
+    kernel["resources"]["registers"] = 72
+    with pytest.raises(ManifestError, match=r"registers per CTA \(got 66816: .* of 928 threads"):
+        parse_manifest(json.dumps(document))
+    kernel["resources"] |= {"registers": 64, "static_shared_bytes": 1025}
+    with pytest.raises(ManifestError, match=r"at most 232448 bytes of shared memory \(got 232449"):
+        parse_manifest(json.dumps(document))
+
+
+def test_a_kernel_has_the_maps_that_this_runtime_fills(manifest):
+    """A second map of hidden_states would stay null, and a missing one was never asked for."""
+    document = json.loads(serialise_manifest(manifest))
+    decode = document["kernels"][0]["parameters"]
+    w_map, x_map = decode[:2]
+    for maps, tensor in (
+        ([w_map, x_map, x_map | {"name": "x_map_2"}], "hidden_states"),
+        ([], "W_gate"),
+        ([w_map], "hidden_states"),
+    ):
+        document["kernels"][0]["parameters"] = packed([*maps, *decode[2:]])
+        with pytest.raises(ManifestError, match=f"layout emajor takes one tensor map of {tensor}"):
+            parse_manifest(json.dumps(document))
+    document["kernels"][0]["parameters"] = decode
+    topk = document["kernels"][15]["parameters"]
+    document["kernels"][15]["parameters"] = packed([*topk, x_map])
+    with pytest.raises(ManifestError, match="layout logits takes no tensor map of hidden_states"):
+        parse_manifest(json.dumps(document))
+
+
+def packed(parameters):
+    """The parameters with offsets of their own, in order."""
+    end, moved = 0, []
+    for parameter in parameters:
+        size, alignment = KIND_LAYOUT[parameter["kind"]]
+        offset = -(-end // alignment) * alignment
+        moved.append(parameter | {"offset": offset})
+        end = offset + size
+    return moved
+
+
+def test_every_kind_of_a_passed_parameter_is_checked(manifest):
+    """A pointer written as an int32 would lose its upper half, and be an address all the same."""
+    for at in (0, 12, 15):
+        document = json.loads(serialise_manifest(manifest))
+        parameters = document["kernels"][at]["parameters"]
+        for index, parameter in enumerate(parameters):
+            if parameter["kind"] == "tensor_map" or "scratch" in parameter:
+                continue
+            for kind in {"pointer", "int32", "float32"} - {parameter["kind"]}:
+                other = {"name": parameter["name"], "kind": kind, "size": KIND_LAYOUT[kind][0]}
+                if kind == "pointer":
+                    other["element_type"] = "int32"
+                changed = packed([*parameters[:index], other, *parameters[index + 1 :]])
+                document["kernels"][at]["parameters"] = changed
+                with pytest.raises(ManifestError, match=f'"{parameter["name"]}" is passed as a'):
+                    parse_manifest(json.dumps(document))
 
 
 def test_one_dimensional_map(manifest):
@@ -237,8 +377,75 @@ def test_nested_too_deeply(text):
         parse_manifest(text)
 
 
+BAD = "kernels/0/resources/registers"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9" * 4300, "an integer of 4300 digits; at most 9223372036854775807 is read"),
+        ("9" * 100_000, "an integer of 100000 digits"),
+        ("-" + "9" * 41, "an integer of 42 digits"),
+        (str(2**63), "registers: expected an int from 1 to 255 (got 9223372036854775808)"),
+        ("NaN", "not valid JSON (NaN is no JSON)"),
+        ("-Infinity", "not valid JSON (-Infinity is no JSON)"),
+        ("1e999", "not valid JSON (a number that no double holds: 1e999)"),
+        ("1" * 100 + ".5e308", "a number that no double holds: 1111"),
+        ('"\\ud800"', 'registers: expected an int from 1 to 255 (got "\\ud800")'),
+        ("[" * 900 + "]" * 900, "registers: expected an int from 1 to 255 (got [[[[[[["),
+        ('"' + "x" * 100_000 + '"', 'registers: expected an int from 1 to 255 (got "xxxx'),
+        ('{"' + "x" * 100_000 + '": 1}', 'registers: expected an int from 1 to 255 (got {"xxxx'),
+        ("[" + "1," * 100_000 + "1]", "registers: expected an int from 1 to 255 (got [1, 1, 1"),
+    ],
+)
+def test_values_that_python_stumbles_on(manifest, text, message):
+    written = altered(manifest, BAD, "HERE").replace('"HERE"', text)
+    with ends_within(5), pytest.raises(ManifestError) as caught:
+        parse_manifest(written)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) <= 1024
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["x" * 100_000, "\ud800", "\x1b[2J", ""])
+@pytest.mark.parametrize("place", ["", "toolchain", "kernels/0", "kernels/0/resources/opcodes"])
+def test_keys_that_nobody_would_print(manifest, place, key):
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(altered(manifest, f"{place}/{key}".removeprefix("/"), "value"))
+    assert len(str(caught.value)) <= 1024
+    assert str(caught.value).isprintable()
+
+
+def test_bytes_are_utf_8_with_or_without_a_mark(manifest):
+    text = serialise_manifest(manifest)
+    assert parse_manifest(b"\xef\xbb\xbf" + text.encode()) == manifest
+    for encoding in ("utf-16", "utf-32", "utf-16-le"):
+        with pytest.raises(ManifestError, match=r"\$: not valid JSON"):
+            parse_manifest(text.encode(encoding))
+    # A surrogate written as bytes of its own.
+    with pytest.raises(ManifestError, match=r"\$: not valid JSON \('utf-8' codec"):
+        parse_manifest(text.replace("nvrtc", "x").encode().replace(b'"x"', b'"\xed\xa0\x80"'))
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_a_text_beyond_all_manifests_is_not_parsed(kind):
+    text = "[" + "{}," * 25_000_000 + "{}]"
+    with ends_within(5), pytest.raises(ManifestError, match=r"75000004 .*; at most 2097152"):
+        parse_manifest(text if kind is str else text.encode())
+
+
+def test_the_largest_text_that_is_parsed_is_parsed_soon():
+    text = '{"schema_version": 2, "toolchain": {}, "kernels": [' + "{}," * 690_000 + "{}]}"
+    with ends_within(20), pytest.raises(ManifestError, match=r"kernels\[0\]\.name: missing"):
+        parse_manifest(text)
+
+
 def test_dtypes_that_a_binding_states_are_of_the_schema():
+    pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+    from dsv4_router_runtime import binding
+
     assert set(DTYPE_TENSORS) >= set(binding.DTYPES)
+    assert set(DTYPE_NAMES) >= {name for names in binding.DTYPES.values() for name in names}
 
 
 def test_newer_schema_is_named_before_its_unknown_keys(manifest):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,10 +1,11 @@
-"""The README's table of features and its examples: every name in them exists."""
+"""The README's names exist, and its commands and requirements are pyproject.toml's and CI's."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
 def features() -> list[list[str]]:
@@ -79,3 +83,30 @@ def test_examples_call_what_there_is():
             if name == "dsv4.Router" or name.endswith("router"):
                 known = keywords(Router.__init__ if name == "dsv4.Router" else Router.__call__)
                 assert {each.arg for each in call.keywords} <= known, ast.unparse(call)
+
+
+def test_the_readme_the_metadata_and_the_linters_name_the_same_pythons():
+    low, high = re.findall(r"Python 3\.(\d+) to 3\.(\d+)", README)[0]
+    assert PROJECT["project"]["requires-python"] == f">=3.{low}"
+    named = re.findall(r"Python :: 3\.(\d+)", " ".join(PROJECT["project"]["classifiers"]))
+    assert named == [str(minor) for minor in range(int(low), int(high) + 1)]
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py3{low}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == f"3.{low}"
+
+
+def test_every_extra_that_the_readme_installs_exists():
+    named = re.findall(r"\.\[([\w,]+)\]", COMMANDS)
+    assert named
+    assert {extra for each in named for extra in each.split(",")} <= set(EXTRAS)
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = COMMANDS.split("&& ")[-1].splitlines()[0]
+    assert command == "python -m pytest -q"
+    assert f"start_leg first {command}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_packages_are_pinned_to_one_version_only_for_bytes_evidence_or_lint():
+    decide = ("nvidia-", "pyelftools", "sentryward", "ruff", "mypy")
+    for requirement in (each for extra in EXTRAS.values() for each in extra):
+        assert ("==" in requirement) == requirement.startswith(decide), requirement

@@ -6,6 +6,9 @@ import math
 from decimal import Decimal, getcontext
 
 import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

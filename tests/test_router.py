@@ -6,22 +6,28 @@ The driver is replaced by a recorder; tensors lie in host memory and are never l
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import pickle
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
+from watchdog import ends_within
 
 from dsv4_router_runtime import Router, binding, driver, router, workspace
 from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
 from dsv4_router_runtime.dispatch import Problem, decode_ladder, select_kernel
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
+from dsv4_router_runtime.kernel import PARAMETERS, IntRange, Scratch
 from dsv4_router_runtime.launch import ParameterBlock
-from dsv4_router_runtime.manifest import Scratch
 from dsv4_router_runtime.tensor_map import encode_arguments
 
 K, E, TOP_K = 512, 80, 6
@@ -177,6 +183,37 @@ def test_layers_share_the_maps_of_activations(gpu, make):
     assert [m.dims for m in gpu.maps] == [(K, E), (K, E), (64, 8, K // 64)]
     assert gpu.launches[0]["x_map"] == gpu.launches[1]["x_map"]
     assert gpu.launches[0]["w_map"] != gpu.launches[1]["w_map"]
+
+
+def test_activations_are_told_apart_by_address_and_shape(gpu, artifacts):
+    """Torch's allocator hands an address out again, for rows of another length or stride."""
+    memory = torch.zeros(5 * K * 2, dtype=torch.bfloat16)
+    layers = {
+        k: Router(
+            torch.zeros(E, k, dtype=torch.bfloat16).t(),
+            torch.zeros(E),
+            top_k=TOP_K,
+            routed_scaling_factor=1.0,
+            artifacts=artifacts,
+        )
+        for k in (K, K // 2)
+    }
+    wanted = []
+    for k, row_stride, num_tokens, offset in (
+        (K, K, 4, 0),
+        (K // 2, K, 4, 0),  # another K, the same stride
+        (K, 2 * K, 4, 0),  # another stride, the same K
+        (K, K, 3, 0),
+        (K // 2, K // 2, 4, 0),
+        (K, K, 4, K),
+    ):
+        x = memory.as_strided((num_tokens, k), (row_stride, 1), offset)
+        for _ in range(2):
+            layers[k](x, *step(4)[1:])
+        dims, strides = (64, num_tokens, k // 64), (2 * row_stride, 128)
+        wanted.append((x.data_ptr(), dims, strides))
+    assert [(m.address, m.dims, m.strides) for m in gpu.maps if len(m.dims) == 3] == wanted
+    assert len({launch["x_map"] for launch in gpu.launches}) == len(wanted)
 
 
 def test_map_cache_drops_the_oldest(gpu, make, monkeypatch):
@@ -568,6 +605,72 @@ def test_a_call_may_say_otherwise_about_pdl(gpu, make):
     assert len(gpu.launches) == 5
 
 
+@pytest.mark.parametrize("pdl", ["no", 0, 1, 1.0, torch.tensor(True), object()])
+def test_pdl_is_a_bool(gpu, make, pdl):
+    """The string "no" is true, and a launch that starts too early is seen by nobody."""
+    got = type(pdl).__name__
+    with pytest.raises(TypeError, match=rf"^pdl: expected a bool \(got {got}\)"):
+        make(pdl=pdl)
+    router = make()
+    for num_tokens in (4, 100, 0):
+        with pytest.raises(TypeError, match=rf"^pdl: expected a bool, or None .*\(got {got}\)"):
+            router(*step(num_tokens), pdl=pdl)
+    assert gpu.launches == gpu.products == []
+    with pytest.raises(TypeError, match=r"^pdl: expected a bool \(got NoneType\)"):
+        make(pdl=None)
+
+
+def test_a_decode_kernel_without_an_upper_bound_takes_every_call(gpu, artifacts, make):
+    """A fused prefill kernel, say."""
+    kernels = tuple(
+        replace(kernel, problem=replace(kernel.problem, num_tokens=IntRange(low=1, high=None)))
+        if kernel.name == "router_decode_kmajor_n64"
+        else kernel
+        for kernel in artifacts.manifest.kernels
+    )
+    endless = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
+    with ends_within(10):
+        bound = make(artifacts=endless)
+    bound(*step(5000))
+    assert gpu.last["kernel"] == "router_decode_kmajor_n64.sm_90a"
+    assert gpu.products == []
+
+
+def test_a_router_cannot_be_pickled_and_says_what_to_do(gpu, make):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(TypeError, match=r"a Router cannot be pickled: .* bind a new Router"):
+            pickle.dumps(make(), protocol)
+
+
+def test_a_router_cannot_be_deep_copied_and_says_what_to_do(gpu, make):
+    """Torch copies a parameter and a view of it apart: the copy would read what is not trained."""
+    model = torch.nn.Linear(K, E, bias=False).to(torch.bfloat16)
+    view = torch.nn.Module()
+    view.gate, view.turned = model, model.weight.detach().t()
+    apart = copy.deepcopy(view)
+    assert apart.turned.data_ptr() != apart.gate.weight.data_ptr()
+    view.router = make()
+    for held in (view, view.router):
+        with pytest.raises(
+            TypeError, match=r"a Router cannot be deep-copied: .* bind a new Router"
+        ):
+            copy.deepcopy(held)
+
+
+def test_a_shallow_copy_is_the_same_layer(gpu, make):
+    bound = make(pdl=True, num_shared_slots=1)
+    twin = copy.copy(bound)
+    assert repr(twin) == repr(bound)
+    loads = list(gpu.loads)
+    for each in (bound, twin):
+        each(*step(4, columns=TOP_K + 1))
+    first, second = (
+        {k: v for k, v in launch.items() if "out_" not in k} for launch in gpu.launches
+    )
+    assert first["e_bias"] == second["e_bias"] == bound.e_bias.data_ptr()
+    assert (gpu.loads, twin.W_gate) == (loads, bound.W_gate)
+
+
 def test_no_kernel_for_this_gpu(gpu, make):
     gpu.arch = "sm_103a"
     with pytest.raises(NoKernelError) as caught:
@@ -752,7 +855,7 @@ def test_options_come_and_go_as_calls_say(gpu, make):
 def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
     """Artifacts of before an option: its parameter is missing, so it would do nothing."""
     for kernel in artifacts.manifest.for_arch("sm_90a"):
-        for name in binding.PARAMETERS[kernel.problem.layout]:
+        for name in PARAMETERS[kernel.problem.layout]:
             parameters = tuple(p for p in kernel.parameters if p.name != name)
             with pytest.raises(ArtifactError, match=f'none is named "{name}", which this runtime'):
                 binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
@@ -1070,3 +1173,50 @@ def test_the_artifacts_built_here_can_be_bound():
             assert select_kernel(
                 artifacts.manifest, replace(problem, layout="logits", num_tokens=65), arch
             )
+
+
+class Step(torch.nn.Module):
+    """What a compiled model does around a router: something before it and something after."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self, x, out, ids):
+        self.router(x * 1, out, ids)
+        return out + 1
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile without a code generator; what it remembers is forgotten afterwards."""
+    torch._dynamo.reset()
+    yield lambda model, **more: torch.compile(model, backend="eager", **more)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_launches_at_every_call(gpu, make, compiled):
+    model = compiled(Step(make()))
+    for calls, num_tokens in enumerate((4, 4, 5, 40, 100, 4), start=1):
+        x, out, ids = step(num_tokens)
+        model(x, out, ids)
+        assert len(gpu.launches) == calls
+        assert gpu.last["out_weights"] == out.data_ptr()
+
+
+def test_a_compiled_model_may_leave_the_router_out(gpu, make, compiled):
+    model = compiled(Step(torch.compiler.disable(make())))
+    for calls in (1, 2, 3):
+        model(*step(4))
+        assert len(gpu.launches) == calls
+
+
+def test_a_whole_graph_with_a_router_in_it_is_refused(gpu, make, compiled):
+    """No graph that leaves the launch out, which would be silent."""
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(Step(make()), fullgraph=True)(*step(4))
+    with pytest.raises(
+        TypeError, match=r"hidden_states: expected a tensor with memory .*torch\.exp"
+    ):
+        torch.export.export(Step(make()), step(4), strict=False)
+    assert gpu.launches == []

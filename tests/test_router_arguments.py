@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_router_runtime import Router, dense_router_dispatch
 from dsv4_router_runtime.arguments import (
@@ -103,6 +110,15 @@ def test_layouts(W_gate, layout, loadable):
         ({"W_gate": weights(k=0)}, ValueError, "W_gate: expected K (shape[0]) in multiples of 64"),
         ({"W_gate": weights(e=513)}, ValueError, "W_gate: expected 1..512 experts"),
         ({"W_gate": weights(e=0)}, ValueError, "W_gate: expected 1..512 experts"),
+        (
+            {"W_gate": bf16(384, 7168)},
+            ValueError,
+            "W_gate: expected 1..512 experts (shape[1]) (got shape [384, 7168]: an nn.Linear's "
+            "weight is [E, K] and W_gate [K, E], so pass weight.t(), which copies nothing)",
+        ),
+        ({"W_gate": bf16(216, 4096)}, ValueError, "(got shape [216, 4096]: an nn.Linear's weight"),
+        ({"W_gate": bf16(600, 7168)}, ValueError, "multiples of 64 (got shape [600, 7168])"),
+        ({"W_gate": bf16(64, 513)}, ValueError, "1..512 experts (shape[1]) (got shape [64, 513])"),
         ({"W_gate": bf16(2 * E, 2 * K)[::2, ::2].t()}, ValueError, "W_gate: expected unit stride"),
         ({"W_gate": bf16(1).expand(K, E)}, ValueError, "W_gate: expected unit stride along K"),
         (
@@ -336,3 +352,62 @@ def test_router_names_what_is_no_folder_of_artifacts(artifacts):
 def test_router_checks_the_layer_before_it_looks_for_artifacts(tmp_path):
     with pytest.raises(ValueError, match=r"top_k: expected 1\.\.8"):
         Router(weights(), torch.zeros(E), top_k=9, routed_scaling_factor=1.0, artifacts=tmp_path)
+
+
+# ---------------------------------------------------------------- tensors that torch traces with
+
+
+def without_memory():
+    """What a layer and a call are given while torch traces: a name for each, and the tensors."""
+    with FakeTensorMode():
+        fakes = weights(), torch.zeros(E), bf16(N, K), torch.zeros(N, TOP_K)
+    freed = weights(), torch.zeros(E), bf16(N, K), torch.zeros(N, TOP_K)
+    for tensor in freed:
+        tensor.untyped_storage().resize_(0)
+    return {"fake": fakes, "freed": freed}
+
+
+@pytest.mark.parametrize("kind", ["fake", "freed"])
+def test_a_layer_of_tensors_without_memory_is_refused(kind):
+    """Bound, they would be an address of 0 and a fault at the first call."""
+    W_gate, e_bias, *_ = without_memory()[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TypeError, match="W_gate: expected a tensor with memory"):
+            layer(W_gate=W_gate)
+        with pytest.raises(TypeError, match="e_bias: expected a tensor with memory"):
+            layer(e_bias=e_bias)
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "out_weights"])
+def test_a_call_on_fake_tensors_says_that_torch_is_tracing(name):
+    *_, x, out = without_memory()["fake"]
+    given = {"hidden_states": x, "out_weights": out}
+    with pytest.raises(TypeError) as caught:
+        call(**{name: given[name]})
+    message = str(caught.value)
+    assert message.startswith(f"{name}: expected a tensor with memory (got a FakeTensor")
+    for word in ("torch.export", "fullgraph=True", "torch.compiler.disable"):
+        assert word in message
+    assert "overlap" not in message
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.functionalize(f),
+        lambda f: lambda *tensors: torch.vmap(f)(*(tensor[None] for tensor in tensors)),
+        lambda f: make_fx(f, tracing_mode="fake"),
+    ],
+    ids=["functionalize", "vmap", "make_fx"],
+)
+def test_a_call_inside_a_transform_says_that_torch_is_tracing(transform):
+    facts = layer()
+
+    def route(x, out, ids):
+        check_call(facts, x, out, ids)
+        return out
+
+    tensors = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N, TOP_K, dtype=torch.int32)
+    with pytest.raises(TypeError, match="hidden_states: expected a tensor with memory"):
+        transform(route)(*tensors)

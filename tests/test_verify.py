@@ -212,31 +212,43 @@ def test_a_result_that_shows_nothing_says_why() -> None:
         Evidence().with_result(KERNEL, "proved", PASSED)
 
 
+def _entry_text(rung: str, result: dict) -> str:
+    entry = {"artifact": KERNEL.key, "cubin_sha256": "0" * 64, "ptx_sha256": "1" * 64}
+    document = {"schema_version": 1, "evidence": [entry | {"rungs": {rung: result}}]}
+    return json.dumps(document)
+
+
+FULL_PASS = {"status": "passed", "scope": "full"}
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "place"),
     [
-        "{",
-        "[]",
-        '{"schema_version": 2, "evidence": []}',
-        '{"schema_version": 1}',
-        '{"schema_version": 1, "evidence": [{"artifact": "a"}]}',
-        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
-        ' "ptx_sha256": "0", "rungs": {"lint": {"status": "ok", "scope": "full"}}}]}',
-        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
-        ' "ptx_sha256": "0", "rungs": {"proved": {"status": "passed", "scope": "full"}}}]}',
-        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
-        ' "ptx_sha256": "0", "rungs": {"hardware": {"status": "passed", "scope": "full"}}}]}',
-        '{"schema_version": 1, "evidence": [{"artifact": "a", "cubin_sha256": "0",'
-        ' "ptx_sha256": "0", "rungs": {"hardware": {"status": "failed", "scope": "full",'
-        ' "reason": "x", "figures": {"records": [{"cases": 3}]}}}}]}',
+        ("{", r"\$: not valid JSON"),
+        ("[]", r"\$: expected an object"),
+        ('{"schema_version": 2, "evidence": []}', "schema_version: expected 1"),
+        ('{"schema_version": 1}', "evidence: missing"),
+        ('{"schema_version": 1, "evidence": [{"artifact": "a"}]}', r"evidence\[0\]\.\w+: missing"),
+        (_entry_text("lint", FULL_PASS | {"status": "ok"}), r"rungs\.lint\.status: expected one"),
+        (_entry_text("lint", {"scope": "full"}), r"rungs\.lint\.status: missing"),
+        (_entry_text("proved", FULL_PASS), 'rungs: unknown key "proved"'),
+        (_entry_text("hardware", FULL_PASS), "hardware passed without its records"),
+        (
+            _entry_text(
+                "hardware",
+                {"status": "failed", "scope": "full", "reason": "x"}
+                | {"figures": {"records": [{"cases": 3, "failed": []}]}},
+            ),
+            r"records\[0\]\.gpu: missing",
+        ),
     ],
 )
 def test_an_unreadable_evidence_file_is_an_error_and_not_no_evidence(
-    tmp_path: Path, text: str
+    tmp_path: Path, text: str, place: str
 ) -> None:
     path = tmp_path / "evidence.json"
     path.write_text(text)
-    with pytest.raises(EvidenceError, match=r"evidence\.json") as caught:
+    with pytest.raises(EvidenceError, match=rf"evidence\.json: .*{place}") as caught:
         read_evidence(path)
     # To delete it would lose what GPUs did.
     assert "restore it with git" in str(caught.value)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from build_kernels.console import results, say, stop_like_interrupt, talk
 from build_kernels.extras import why_missing
 from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.manifest import K_MULTIPLE, MAX_EXPERTS
+from dsv4_router_runtime.limits import K_MULTIPLE, MAX_EXPERTS
 
 from .plot import plot_report
 from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report

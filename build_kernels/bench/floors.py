@@ -1,6 +1,7 @@
-"""What a router call cannot go below without overlap: a launch, and one read of W_gate.
+"""Time the floors of a router call without overlap: one launch, and one read of W_gate.
 
-Triton's kernels where Triton is installed; torch's nearest operation, named as such, where not.
+Triton's kernels if Triton can launch them on the inputs' device. If it cannot, torch's nearest
+operation, whose name in the report says why.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from .inputs import Inputs
+from .report import in_a_line
 
 # Elements (of 4 bytes) a block, and warps: which is fastest depends on the GPU and the size.
 READ_BLOCKS = (2048, 4096, 8192, 16384)
@@ -34,10 +36,28 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def why_no_triton(device: torch.device) -> str | None:
+    """Say why Triton cannot launch a kernel on tensors of `device`; None if it can."""
+    if device.type != "cuda":
+        return f"Triton takes CUDA tensors, these are on {device}"
+    try:
+        from triton.runtime import driver
+    except ImportError as error:
+        return f"no Triton: {error}"
+    try:
+        driver.active.get_current_target()
+    # Besides RuntimeError without a GPU: a compiler that Triton's driver needs may be missing.
+    except Exception as error:
+        return f"Triton has no active driver: {in_a_line(error)}"
+    return None
+
+
 def empty_candidates(inputs: Inputs) -> Iterator[Candidate]:
+    """Yield the ways to launch a kernel that does nothing."""
     sink = torch.ones(1, dtype=torch.int32, device=inputs.bias.device)
-    if triton_version() is None:
-        yield Candidate(how="torch zero_ of one element", call=lambda _layer: sink.zero_())
+    if reason := why_no_triton(sink.device):
+        how = f"torch zero_ of one element ({reason})"
+        yield Candidate(how=how, call=lambda _layer: sink.zero_())
         return
     from .triton_kernels import empty_kernel
 
@@ -45,12 +65,13 @@ def empty_candidates(inputs: Inputs) -> Iterator[Candidate]:
 
 
 def read_candidates(inputs: Inputs) -> Iterator[Candidate]:
-    """Ways to stream a layer's weights; the fastest one is the floor."""
+    """Yield the ways to stream a layer's weights; the fastest one is the floor."""
     flat = [weights.view(torch.int32).view(-1) for weights in inputs.weights]
-    if triton_version() is None:
-        yield Candidate(how="torch sum of int32", call=lambda layer: flat[layer].sum())
-        return
     sink = torch.ones(1, dtype=torch.int32, device=inputs.bias.device)
+    if reason := why_no_triton(sink.device):
+        how = f"torch sum of int32 ({reason})"
+        yield Candidate(how=how, call=lambda layer: flat[layer].sum())
+        return
     for block in READ_BLOCKS:
         for warps in READ_WARPS:
             yield Candidate(

@@ -37,14 +37,13 @@ from .report import (
     Method,
     Problem,
     Report,
+    in_a_line,
 )
 from .stopwatch import HOST_CALLS, L2_CAPACITIES, REPLAYS, Stopwatch
 
 SEED = 20
 MIN_LAYERS = 30
 MIN_WEIGHT_BYTES = 200_000_000
-
-MAX_REASON = 300
 
 OnFigures = Callable[[Sequence[Figure]], None]
 # Problem, layout, device, seed.
@@ -184,12 +183,6 @@ def measure_cell(
     except Exception as error:
         return figure(reason=in_a_line(error))
     return figure(microseconds=timing.microseconds, low=timing.low, high=timing.high)
-
-
-def in_a_line(error: Exception) -> str:
-    """An exception's type and the first line of what it says; torch's go on for pages."""
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[:MAX_REASON]}".removesuffix(": ")
 
 
 def call_order(problem: Problem, mode: str) -> list[int]:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 SCHEMA_VERSION = 1
 
@@ -26,6 +26,8 @@ MODE_WORDS = {
 }
 OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
 EMPTY, READ = "empty", "read W"
+
+MAX_REASON = 300
 
 
 class ReportError(Exception):
@@ -46,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How it was measured. `read_floors` lists the ways tried; the fastest is the floor."""
+    """Say how the figures were measured: the matrix of runs, repetitions, seed and tolerances."""
 
     date: str
     modes: tuple[str, ...]
@@ -221,6 +223,12 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(logarithms) / len(logarithms))
 
 
+def in_a_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its message; torch's run to pages."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:MAX_REASON]}".removesuffix(": ")
+
+
 def write_report(path: Path, report: Report) -> None:
     """As JSON, by rename: the file is either the old one or the whole new one."""
     document = {"schema_version": SCHEMA_VERSION} | asdict(report)
@@ -267,7 +275,7 @@ def _parsed(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}: expected a list (got {value!r})")
         item = get_args(kind)[0]
         return tuple(_parsed(item, entry, f"{path}[{at}]") for at, entry in enumerate(value))
-    if get_origin(kind) in (Union, types.UnionType):
+    if get_origin(kind) is types.UnionType:
         if value is None:
             return None
         (kind,) = (option for option in get_args(kind) if option is not types.NoneType)

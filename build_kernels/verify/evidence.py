@@ -13,11 +13,14 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.files import MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.json_reader import JsonNode, read_json
+from dsv4_router_runtime.kernel import Kernel
 
 from .checkers import is_present
 
@@ -36,6 +39,13 @@ STATUSES = (PASSED, FAILED, NOT_RUN)
 QUICK = "quick"
 FULL = "full"
 SCOPES = (QUICK, FULL)
+
+# What an artifact, an architecture, a hash and a test are called in such a file.
+ARCH = r"sm_[1-9][0-9]{1,2}[af]?", "an architecture such as sm_90a"
+ARTIFACT_NAME = r"[a-z][a-z0-9_]{0,63}\.sm_[1-9][0-9]{1,2}[af]?", "a kernel and architecture"
+SHA256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
+TEST_NAMES = r"[A-Za-z_][A-Za-z0-9_]{0,199}"
+MAX_NAME = 400
 
 # Not deleted: the file holds what GPUs did, which no command here can find out again.
 _REPAIR = "restore it with git (git checkout -- evidence.json in its folder)"
@@ -134,23 +144,21 @@ def _replaces(old: Result, new: Result) -> bool:
 
 
 def read_evidence(path: Path) -> Evidence:
-    """The file's evidence, empty if there is no file; EvidenceError if it is not readable."""
+    """Read the file's evidence, empty if there is no file; EvidenceError if it is not readable."""
     try:
-        document = json.loads(path.read_bytes())
+        return _parse(read_file(path, most_bytes=MAX_JSON_BYTES), path)
     except FileNotFoundError:
         return Evidence()
-    except ValueError as error:
-        raise EvidenceError(f"{path}: not valid JSON ({error}); {_REPAIR}") from error
+    except OSError as error:
+        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)}); {_REPAIR}") from error
+
+
+def _parse(text: bytes, path: Path) -> Evidence:
     try:
-        if document["schema_version"] != SCHEMA_VERSION:
-            version = document["schema_version"]
-            raise EvidenceError(
-                f"{path}: schema_version {version}, expected {SCHEMA_VERSION}; {_REPAIR}"
-            )
-        entries = [_entry(item) for item in document["evidence"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EvidenceError(f"{path}: {error!r}; {_REPAIR}") from error
-    return Evidence({(entry.cubin_sha256, entry.ptx_sha256): entry for entry in entries})
+        return read_json(text, _evidence, source=str(path))
+    except ManifestError as error:
+        problem = printable(error.problem, MAX_PROBLEM_SHOWN)
+        raise EvidenceError(f"{path}: {error.path}: {problem}; {_REPAIR}") from error
 
 
 def update_evidence(path: Path, change: Callable[[Evidence], Evidence]) -> Evidence:
@@ -168,13 +176,21 @@ def _locked(path: Path) -> Iterator[None]:
     Beside the folder, since a build exchanges the folder for a new one.
     """
     lock = path.resolve().parent
-    with lock.with_name(f".{lock.name}.{path.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    name = lock.with_name(f".{lock.name}.{path.name}.lock")
+    # O_RDWR: opening a FIFO for writing alone waits for its reader.
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
-    """Write by rename. Sorted, no times: the same evidence gives the same bytes."""
+    """Write by rename. Sorted, no times: the same evidence gives the same bytes.
+
+    The text is parsed before it takes the old one's place: EvidenceError if no reader took it.
+    """
     entries = sorted(evidence.entries.values(), key=lambda e: (e.artifact, e.cubin_sha256))
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -188,9 +204,11 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
             for entry in entries
         ],
     }
+    text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+    _parse(text.encode(), path)
     # A dot first: the artifact folder's closed set does not look at such names.
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 
@@ -210,41 +228,109 @@ def result_json(result: Result) -> dict[str, Any]:
     return stored
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
-    rungs = {rung: _result(item["rungs"][rung]) for rung in RUNGS if rung in item["rungs"]}
-    if unknown := sorted(set(item["rungs"]) - set(RUNGS)):
-        raise ValueError(f"unknown rungs {unknown}")
-    hardware = rungs.get("hardware")
-    if hardware and hardware.status != NOT_RUN and not _are_records(hardware.figures):
-        raise ValueError(f"{item['artifact']}: hardware {hardware.status} without its records")
+def _evidence(node: JsonNode) -> Evidence:
+    check_version(node, SCHEMA_VERSION)
+    nodes = node.members("schema_version", "evidence")["evidence"].items("a list of entries")
+    entries: dict[tuple[str, str], Entry] = {}
+    for item in nodes:
+        entry = _entry(item)
+        pair = (entry.cubin_sha256, entry.ptx_sha256)
+        if pair in entries:
+            raise item.error(f"a second entry of the bytes of {entries[pair].artifact}")
+        entries[pair] = entry
+    return Evidence(entries)
+
+
+def check_version(node: JsonNode, version: int) -> None:
+    """The version first: a newer schema has other keys, and "unknown key" would hide the cause."""
+    if not isinstance(node.value, dict):
+        raise node.expected("an object")
+    stated = node.member("schema_version")
+    if not stated.is_int() or stated.value != version:
+        raise stated.expected(f"{version}, the only schema that is read here")
+
+
+def _entry(node: JsonNode) -> Entry:
+    at = node.members("artifact", "cubin_sha256", "ptx_sha256", "rungs")
+    rungs = at["rungs"].mapping(_result, keys=RUNGS)
+    # In the order they are climbed.
+    by_rung = {rung: rungs[rung] for rung in RUNGS if rung in rungs}
+    for rung in by_rung:
+        _check_figures(at["rungs"].member(rung), rung, by_rung[rung])
     return Entry(
-        artifact=str(item["artifact"]),
-        cubin_sha256=str(item["cubin_sha256"]),
-        ptx_sha256=str(item["ptx_sha256"]),
-        rungs=rungs,
+        artifact=at["artifact"].string(*ARTIFACT_NAME),
+        cubin_sha256=at["cubin_sha256"].string(*SHA256),
+        ptx_sha256=at["ptx_sha256"].string(*SHA256),
+        rungs=by_rung,
     )
 
 
-def _result(stored: Mapping[str, Any]) -> Result:
-    known = {"status", "scope", "reason", "figures", "assumptions", "applies", "checker"}
-    if unknown := sorted(set(stored) - known):
-        raise ValueError(f"unknown keys {unknown} in a result")
-    if not isinstance(stored.get("figures", {}), Mapping):
-        raise ValueError(f"figures: expected an object (got {stored['figures']!r})")
-    return replace(
-        Result(status=PASSED),
-        **{**stored, "assumptions": tuple(stored.get("assumptions", ()))},
+def _result(node: JsonNode) -> Result:
+    optional = ("reason", "figures", "assumptions", "applies", "checker")
+    at = node.members("status", "scope", optional=optional)
+    status = at["status"].choice(STATUSES)
+    reason = at["reason"].text("a reason", MAX_JSON_BYTES) if "reason" in at else ""
+    if status != PASSED and not reason:
+        raise node.error(f'a result that is "{status}" gives no reason')
+    figures = at["figures"].plain() if "figures" in at else {}
+    if not isinstance(figures, dict):
+        raise at["figures"].expected("an object")
+    texts = at["assumptions"].items("a list of assumptions") if "assumptions" in at else []
+    return Result(
+        status=status,
+        scope=at["scope"].choice(SCOPES),
+        reason=reason,
+        figures=figures,
+        assumptions=tuple(item.text("an assumption", MAX_JSON_BYTES) for item in texts),
+        applies=at["applies"].boolean() if "applies" in at else True,
+        checker=at["checker"].text("a checker", MAX_NAME) if "checker" in at else "",
     )
 
 
-def _are_records(figures: Mapping[str, Any]) -> bool:
-    """Is there a record of at least one run, each with its GPU and its number of cases?"""
-    records = figures.get("records")
-    return (
-        isinstance(records, list)
-        and bool(records)
-        and all(isinstance(each, dict) and {"gpu", "cases"} <= set(each) for each in records)
-    )
+def _check_figures(node: JsonNode, rung: str, result: Result) -> None:
+    """The figures that a table or a merge reads are of the shape that it reads."""
+    figures = node.member("figures")
+    if rung == "hardware":
+        # What ran, or failed, on a GPU says on which.
+        if result.status != NOT_RUN and not result.figures.get("records"):
+            raise node.error(f"hardware {result.status} without its records")
+        if "records" in result.figures:
+            for run in figures.member("records").items("a list of records"):
+                _check_run(run)
+    elif (shape := _SHOWN_FIGURES[rung]) and next(iter(shape)) in result.figures:
+        for name, check in shape.items():
+            check(figures.member(name))
+
+
+def _check_run(node: JsonNode) -> None:
+    """One run on a GPU: see `hardware`. Older ones have no arch and no counts by test."""
+    at = node.members("gpu", "cases", "failed", optional=("arch", "driver", "date", "tests"))
+    at["cases"].integer(low=1)
+    for name in ("gpu", "driver", "date"):
+        if name in at:
+            at[name].text("a name", MAX_NAME)
+    if "arch" in at:
+        at["arch"].string(*ARCH)
+    if "tests" in at:
+        at["tests"].mapping(lambda count: count.integer(low=1), keys=TEST_NAMES)
+    for item in at["failed"].items("a list of tests"):
+        item.text("a test", MAX_NAME)
+
+
+def _counts(node: JsonNode) -> None:
+    node.mapping(lambda item: item.integer(), keys=r".*")
+
+
+# By rung, the figures that `verify` shows: all of them, if the first is there.
+_SHOWN_FIGURES: Mapping[str, Mapping[str, Callable[[JsonNode], object]]] = {
+    "structure": {"registers": JsonNode.integer, "paired_instructions": _counts},
+    "lint": {"diagnostics": JsonNode.integer, "explained": JsonNode.integer},
+    "protocol": {"race_free": lambda node: node.items("a list of cases")},
+    "emulated": {
+        "cases": lambda node: node.items("a list of cases"),
+        "runs": JsonNode.integer,
+    },
+}
 
 
 def standing(evidence: Evidence, kernel: Kernel) -> dict[str, str]:

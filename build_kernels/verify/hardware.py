@@ -14,14 +14,30 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.files import MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.json_reader import JsonNode, read_json
+from dsv4_router_runtime.kernel import Kernel
 
 from .artifact import Artifact
-from .evidence import FAILED, NOT_RUN, PASSED, EvidenceError, Result, not_run
+from .evidence import (
+    ARCH,
+    ARTIFACT_NAME,
+    FAILED,
+    MAX_NAME,
+    NOT_RUN,
+    PASSED,
+    SHA256,
+    TEST_NAMES,
+    EvidenceError,
+    Result,
+    check_version,
+    not_run,
+)
 
 SCHEMA_VERSION = 2
 
@@ -61,23 +77,39 @@ def append_record(path: Path, record: Record) -> None:
 def read_records(path: Path) -> tuple[Record, ...]:
     """The records of a file; EvidenceError if it is not one."""
     try:
-        document = json.loads(path.read_bytes())
-        if document["schema_version"] != SCHEMA_VERSION:
-            version = document["schema_version"]
-            raise EvidenceError(f"{path}: schema_version {version}, expected {SCHEMA_VERSION}")
-        return tuple(_record(item) for item in document["records"])
+        return read_json(read_file(path, most_bytes=MAX_JSON_BYTES), _records, source=str(path))
     except OSError as error:
-        raise EvidenceError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvidenceError(f"{path}: not a file of GPU test records ({error!r})") from error
+        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)})") from error
+    except ManifestError as error:
+        problem = f"{error.path}: {printable(error.problem, MAX_PROBLEM_SHOWN)}"
+        raise EvidenceError(f"{path}: not a file of GPU test records ({problem})") from error
 
 
-def _record(item: Mapping) -> Record:
-    cases = {str(test): int(count) for test, count in item["cases"].items()}
-    if not cases or min(cases.values()) < 1:
-        raise ValueError(f"the record of {item['artifact']} names no case")
-    failed = tuple(str(test) for test in item["failed"])
-    return Record(**{**item, "cases": cases, "failed": failed})
+def _records(node: JsonNode) -> tuple[Record, ...]:
+    check_version(node, SCHEMA_VERSION)
+    at = node.members("schema_version", "records")
+    return tuple(_record(item) for item in at["records"].items("a list of records"))
+
+
+def _record(node: JsonNode) -> Record:
+    at = node.members(*(item.name for item in fields(Record)))
+    artifact = at["artifact"].string(*ARTIFACT_NAME)
+    cases = at["cases"].mapping(lambda count: count.integer(low=1), keys=TEST_NAMES)
+    if not cases:
+        raise node.error(f"the record of {artifact} names no case")
+    return Record(
+        artifact=artifact,
+        cubin_sha256=at["cubin_sha256"].string(*SHA256),
+        ptx_sha256=at["ptx_sha256"].string(*SHA256),
+        gpu=at["gpu"].text("a GPU's name", MAX_NAME),
+        arch=at["arch"].string(*ARCH),
+        driver=at["driver"].text("a driver's version", MAX_NAME),
+        date=at["date"].text("a date", MAX_NAME),
+        cases=dict(cases),
+        failed=tuple(
+            item.text("a test", MAX_NAME) for item in at["failed"].items("a list of tests")
+        ),
+    )
 
 
 def result_of(

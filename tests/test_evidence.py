@@ -1,0 +1,217 @@
+"""Evidence and record files by other hands: whatever they hold, an answer or an EvidenceError."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import topk_kernel
+from watchdog import ends_within
+
+from build_kernels.verify import RUNGS, standing, validated_on
+from build_kernels.verify.command import cell
+from build_kernels.verify.evidence import (
+    Evidence,
+    EvidenceError,
+    Result,
+    read_evidence,
+    write_evidence,
+)
+from build_kernels.verify.hardware import append_record, read_records, result_of
+
+KERNEL = topk_kernel()
+RUN = {"gpu": "NVIDIA H200", "cases": 3, "failed": []}
+RECORD = {
+    "artifact": KERNEL.key,
+    "cubin_sha256": KERNEL.cubin_sha256,
+    "ptx_sha256": KERNEL.ptx_sha256,
+    "gpu": "NVIDIA H200",
+    "arch": "sm_90a",
+    "driver": "580.0",
+    "date": "2026-01-31",
+    "cases": {"test_models": 24},
+    "failed": [],
+}
+
+
+def entry_text(rung="lint", **result) -> str:
+    """An evidence file of one entry with one result, as JSON."""
+    entry = {name: RECORD[name] for name in ("artifact", "cubin_sha256", "ptx_sha256")}
+    entry["rungs"] = {rung: {"status": "passed", "scope": "full", **result}}
+    return json.dumps({"schema_version": 1, "evidence": [entry]})
+
+
+def evidence_of(tmp_path: Path, text: str | bytes) -> Evidence:
+    path = tmp_path / "evidence.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with ends_within(5):
+        return read_evidence(path)
+
+
+def record_text(**changed) -> str:
+    return json.dumps({"schema_version": 2, "records": [{**RECORD, **changed}]})
+
+
+def test_a_right_file_is_read(tmp_path):
+    evidence = evidence_of(tmp_path, entry_text("hardware", figures={"records": [RUN]}))
+    assert validated_on(evidence, KERNEL) == "NVIDIA H200"
+    path = tmp_path / "record.json"
+    path.write_text(record_text())
+    assert read_records(path)[0].cases == {"test_models": 24}
+    append_record(path, read_records(path)[0])
+    assert len(read_records(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (entry_text(checker=7), "rungs.lint.checker: expected a checker, a string of at most 400"),
+        (entry_text(checker=None), "rungs.lint.checker: expected a checker"),
+        (entry_text(checker="x" * 401), "rungs.lint.checker: expected a checker"),
+        (entry_text(applies="no"), "rungs.lint.applies: expected true or false"),
+        (entry_text(assumptions="none"), "rungs.lint.assumptions: expected a list of assumptions"),
+        (entry_text(assumptions=[3]), "rungs.lint.assumptions[0]: expected an assumption"),
+        (entry_text(reason="\ud800"), "rungs.lint.reason: expected a reason, a string of at most"),
+        (entry_text(colour="red"), 'rungs.lint: unknown key "colour"'),
+        (entry_text(status="failed"), 'rungs.lint: a result that is "failed" gives no reason'),
+        (entry_text(figures=[]), "rungs.lint.figures: expected an object"),
+        (entry_text(figures={"x": 10**30}), "rungs.lint.figures.x: expected an int from -92"),
+        (entry_text(figures={"x": ["\ud800"]}), "rungs.lint.figures.x[0]: expected a text"),
+        (entry_text(figures={"\ud800": 1}), "rungs.lint.figures: expected a key, a string"),
+        (entry_text(figures={"y" * 81: 1}), "rungs.lint.figures: expected a key, a string"),
+        (entry_text(figures={"x": "HERE"}).replace('"HERE"', "NaN"), "$: not valid JSON (NaN is"),
+        (entry_text(figures={"x": "HERE"}).replace('"HERE"', "1e400"), "$: not valid JSON (a num"),
+        (entry_text(figures={"x": "HERE"}).replace('"HERE"', "9" * 5000), "an integer of 5000"),
+        (entry_text(figures={"diagnostics": 1}), "figures.explained: expected an int from 0"),
+        (entry_text("structure", figures={"registers": 1}), "paired_instructions: expected an obj"),
+        (entry_text("structure", figures={"registers": "1"}), "figures.registers: expected an in"),
+        (entry_text("protocol", figures={"race_free": 3}), "figures.race_free: expected a list"),
+        (entry_text("emulated", figures={"cases": ["a"]}), "figures.runs: expected an int from"),
+        (entry_text("hardware", figures={"records": {}}), "hardware passed without its records"),
+        (entry_text("hardware", figures={"records": 1}), "records: expected a list of records"),
+        (entry_text("hardware", figures={"records": [RUN | {"gpu": 3}]}), "[0].gpu: expected"),
+        (entry_text("hardware", figures={"records": [RUN | {"cases": "3"}]}), "[0].cases: expect"),
+        (entry_text("hardware", figures={"records": [RUN | {"tests": []}]}), "[0].tests: expected"),
+        (entry_text("hardware", figures={"records": [RUN | {"failed": 1}]}), "[0].failed: expect"),
+        (entry_text("hardware", figures={"records": [RUN | {"arch": "x"}]}), "[0].arch: expected"),
+        (entry_text().replace(KERNEL.cubin_sha256, "0"), "cubin_sha256: expected 64 lower-case"),
+        (entry_text().replace(KERNEL.key, "a"), "artifact: expected a kernel and architecture"),
+        ('{"schema_version": 1, "evidence": {}}', "evidence: expected a list of entries"),
+        ("[" * 100_000, "$: nested too deeply to be read"),
+        (b"\xff\xfe", "$: not valid JSON ('utf-8' codec"),
+        ("[" + "{}," * 1_000_000 + "{}]", "$: cannot be read"),
+    ],
+)
+def test_what_does_not_fit_says_where(tmp_path, text, place):
+    if place == "$: cannot be read":
+        place = "cannot be read (3000004 bytes; at most 2097152 are read)"
+    with pytest.raises(EvidenceError) as caught:
+        evidence_of(tmp_path, text)
+    assert place in str(caught.value)
+    assert "restore it with git" in str(caught.value)
+    assert len(str(caught.value)) <= 1024 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("depth", [20, 200, 900, 5000, 100_000])
+def test_figures_may_not_nest_without_end(tmp_path, depth):
+    """What can be parsed but not written again would lose the file at the next result."""
+    deep = entry_text(figures={"x": "HERE"}).replace('"HERE"', "[" * depth + "]" * depth)
+    with pytest.raises(EvidenceError, match=r"nested (more than 16 deep|too deeply)"):
+        evidence_of(tmp_path, deep)
+
+
+@pytest.mark.parametrize("key", ["status", "lint", "artifact", "schema_version", "deep"])
+def test_a_key_written_twice_is_refused(tmp_path, key):
+    text = entry_text(figures={"shallow": {"deep": 1}})
+    member = {
+        "status": '"status": "passed"',
+        "lint": '"lint": {}',
+        "artifact": f'"artifact": "{KERNEL.key}"',
+        "schema_version": '"schema_version": 1',
+        "deep": '"deep": 1',
+    }[key]
+    twice = text.replace(f'"{key}":', f'{member}, "{key}":', 1)
+    with pytest.raises(EvidenceError, match=f'the key "{key}" is written twice'):
+        evidence_of(tmp_path, twice)
+
+
+def test_the_same_bytes_twice_are_refused(tmp_path):
+    document = json.loads(entry_text())
+    document["evidence"] *= 2
+    with pytest.raises(EvidenceError, match=r"evidence\[1\]: a second entry of the bytes of"):
+        evidence_of(tmp_path, json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (record_text(arch="x"), "records[0].arch: expected an architecture"),
+        (record_text(cases={}), "names no case"),
+        (record_text(cases={"test_a": 0}), "records[0].cases.test_a: expected an int from 1"),
+        (record_text(cases={"test_a": True}), "records[0].cases.test_a: expected an int"),
+        (record_text(cases={"a\x1b": 1}), 'records[0].cases: the key "a\\u001b" is no name'),
+        (record_text(cases=["a"]), "records[0].cases: expected an object"),
+        (record_text(failed="test_a"), "records[0].failed: expected a list of tests"),
+        (record_text(gpu=None), "records[0].gpu: expected a GPU's name"),
+        (record_text(gpu="\udfff"), "records[0].gpu: expected a GPU's name"),
+        (record_text(colour=1), 'records[0]: unknown key "colour"'),
+        (record_text(cubin_sha256="x"), "records[0].cubin_sha256: expected 64 lower-case hex"),
+        (record_text().replace("24", "9" * 5000), "an integer of 5000 digits"),
+        (record_text().replace('"gpu"', '"date": "x", "gpu"'), 'the key "date" is written twice'),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema_version": 3}', "schema_version: expected 2"),
+        ("null", "expected an object"),
+    ],
+)
+def test_a_record_file_that_does_not_fit_says_where(tmp_path, text, place):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with ends_within(5), pytest.raises(EvidenceError) as caught:
+        read_records(path)
+    assert place in str(caught.value)
+    assert "not a file of GPU test records" in str(caught.value)
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path):
+    path = tmp_path / "evidence.json"
+    good = Evidence().with_result(KERNEL, "lint", Result(status="passed"))
+    write_evidence(path, good)
+    deep: list = []
+    for _ in range(40):
+        deep = [deep]
+    for figures in ({"x": float("nan")}, {"x": deep}, {"x": 2**64}, {"x" * 100: 1}):
+        bad = Evidence().with_result(KERNEL, "lint", Result(status="passed", figures=figures))
+        with pytest.raises(EvidenceError):
+            write_evidence(path, bad)
+    assert read_evidence(path) == good
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("status", ["passed", "failed", "not run"])
+def test_what_was_read_can_be_shown_and_merged(tmp_path, rung, status):
+    """Names in square brackets are a terminal's markup elsewhere."""
+    figures = {"records": [RUN | {"gpu": "[/red]"}]} if rung == "hardware" else {}
+    text = entry_text(rung, figures=figures, status=status, reason="[/red]", checker="[bold]")
+    evidence = evidence_of(tmp_path, text)
+    assert standing(evidence, KERNEL)
+    assert validated_on(evidence, KERNEL)
+    result = evidence.stored(KERNEL)[rung]
+    assert cell(rung, result)
+    path = tmp_path / "record.json"
+    path.write_text(record_text())
+    if rung == "hardware":
+        assert result_of(KERNEL, read_records(path), result)
+
+
+def test_a_file_by_other_hands_is_an_error_of_the_command(tmp_path):
+    from build_kernels.cli import main
+
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    (folder / "evidence.json").write_text(entry_text(checker=7))
+    shown = CliRunner().invoke(main, ["list", "--artifacts", str(folder)])
+    assert shown.exit_code == 1
+    assert "rungs.lint.checker: expected a checker" in shown.stderr
+    assert "Traceback" not in shown.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import dsv4_router_runtime
 from dsv4_router_runtime.artifacts import MANIFEST_NAME, find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import ArtifactError, RouterError
 from dsv4_router_runtime.manifest import (
@@ -98,10 +98,7 @@ def print_versions(context: click.Context, _option: click.Parameter, wanted: boo
     """Print the versions that decide a build, and exit."""
     if not wanted or context.resilient_parsing:
         return
-    try:
-        print(f"dsv4-router {importlib.metadata.version('dsv4-router')}")
-    except importlib.metadata.PackageNotFoundError:
-        print("dsv4-router, not installed")
+    print(f"dsv4-router {dsv4_router_runtime.__version__}")
     try:
         for name, version in sorted(toolchain_versions().items()):
             print(f"{name} {version}")

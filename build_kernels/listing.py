@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
 from dsv4_router_runtime.errors import ArtifactError
+from dsv4_router_runtime.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.manifest import Kernel, Manifest, parse_manifest
 
 from . import build as builder
@@ -80,11 +81,14 @@ def list_rows(folder: Path, names: Collection[str] = (), archs: Collection[str] 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
-        return parse_manifest(path.read_bytes(), source=str(path))
+        return parse_manifest(read_file(path, most_bytes=MAX_JSON_BYTES), source=str(path))
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise ArtifactError(file=str(path), problem="there is no such folder") from error
         return Manifest(toolchain={}, kernels=())
+    except OSError as error:
+        problem = f"cannot be read ({reason_of(error)})"
+        raise ArtifactError(file=str(path), problem=problem) from error
 
 
 def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Kernel], str]:
@@ -99,8 +103,10 @@ def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Ker
     def state_of(spec: KernelSpec, entry: Kernel) -> str:
         try:
             artifacts.read(entry)
-            if has_ptx and sha256((folder / f"{entry.key}.ptx").read_bytes()) != entry.ptx_sha256:
-                return DAMAGED
+            if has_ptx:
+                ptx = read_file(folder / f"{entry.key}.ptx", most_bytes=MAX_CODE_BYTES)
+                if sha256(ptx) != entry.ptx_sha256:
+                    return DAMAGED
         except (ArtifactError, OSError):
             return DAMAGED
         if toolchain is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.importorskip("click", reason="needs the extra `build`")
 
 from click.testing import CliRunner, Result
 from rich.console import Console
+from watchdog import ends_within
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
@@ -184,6 +186,25 @@ def test_list_sees_what_is_damaged(artifacts: Path, tmp_path: Path) -> None:
     assert _states(folder) == states
 
 
+@pytest.mark.parametrize("name", ["manifest.json", f"{TOPK}.sm_90a.cubin", f"{TOPK}.sm_90a.ptx"])
+def test_a_fifo_in_the_folder_holds_no_command_up(
+    artifacts: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with ends_within(20):
+        if name == "manifest.json":
+            result = call("list", "--artifacts", folder)
+            assert result.exit_code == 1
+            assert f"{folder / name}: cannot be read (a FIFO" in result.stderr
+        else:
+            assert _states(folder)["sm_90a"] == "damaged"
+        verified = call("verify", "--rung", "structure", "--artifacts", folder)
+        assert verified.exit_code == 1
+        assert "a FIFO, not a regular file" in verified.stderr
+
+
 def test_list_without_compilers_cannot_compare_the_sources(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,14 +291,14 @@ def test_inspect_of_what_is_not_whole_names_the_repair(tmp_path: Path, damage: s
     result = call("inspect", TOPK, "--arch", "sm_90a", "--artifacts", folder)
     assert result.exit_code == 1
     assert str(cubin) in result.stderr
-    assert "repair it with `build-kernels build" in result.stderr
+    assert f"repair it with `build-kernels build --artifacts {folder}`" in result.stderr
 
 
 def test_inspect_without_a_build_names_the_command(tmp_path: Path) -> None:
     result = call("inspect", TOPK, "--artifacts", tmp_path)
     assert result.exit_code == 1
     assert f"{tmp_path / 'manifest.json'}: cannot be read" in result.stderr
-    assert "repair it with `build-kernels build" in result.stderr
+    assert f"repair it with `build-kernels build --artifacts {tmp_path}`" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -288,8 +309,8 @@ def test_a_folder_that_is_not_there_is_an_error_with_the_repair(
 ) -> None:
     result = call(*command, "--artifacts", tmp_path / "nothing")
     assert result.exit_code == 1
-    assert str(tmp_path / "nothing") in result.stderr
-    assert "repair it with `build-kernels build" in result.stderr
+    folder = tmp_path / "nothing"
+    assert f"repair it with `build-kernels build --artifacts {folder}`" in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -358,7 +379,7 @@ def test_inspect_of_a_broken_manifest_names_the_repair_once(tmp_path: Path, text
     result = call("inspect", TOPK, "--artifacts", tmp_path)
     assert result.exit_code == 1
     assert str(tmp_path / "manifest.json") in result.stderr
-    assert result.stderr.count("`build-kernels build`") == 1
+    assert result.stderr.count(f"`build-kernels build --artifacts {tmp_path}`") == 1
 
 
 @pytest.mark.parametrize("command", [[], ["build"], ["list"], ["inspect"], ["verify"]])

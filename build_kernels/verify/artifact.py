@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsv4_router_runtime.artifacts import open_artifacts
 from dsv4_router_runtime.errors import repair_command
+from dsv4_router_runtime.files import MAX_CODE_BYTES, read_file
 from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.tensor_map import EncodeArguments, encode_arguments
 
@@ -88,8 +89,10 @@ def load_artifact(folder: Path, key: str) -> Artifact:
     cubin_path, ptx_path = folder / kernel.file, folder / f"{key}.ptx"
     repair = f"make it with `{repair_command(str(cubin_path))}`"
     try:
-        cubin = cubin_path.read_bytes()
-        ptx = ptx_path.read_bytes() if carries_ptx(folder) else None
+        cubin = read_file(cubin_path, most_bytes=MAX_CODE_BYTES)
+        ptx = None
+        if carries_ptx(folder):
+            ptx = read_file(ptx_path, most_bytes=MAX_CODE_BYTES)
     except OSError as error:
         raise ArtifactReadError(f"{error}; {repair}") from error
     found = (_sha256(cubin), kernel.ptx_sha256 if ptx is None else _sha256(ptx))

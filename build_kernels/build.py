@@ -15,14 +15,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+from dsv4_router_runtime.artifacts import MANIFEST_NAME
 from dsv4_router_runtime.errors import ManifestError
 from dsv4_router_runtime.manifest import (
     SCHEMA_VERSION,
@@ -34,13 +34,23 @@ from dsv4_router_runtime.manifest import (
 )
 
 from . import compilers, cubin
+from .artifact_folder import (
+    Contents,
+    check_contents,
+    file_sha256,
+    read_contents,
+    read_plain,
+    resolve_folder,
+)
 from .entry import EntryError, make_entry, sha256
-from .publish import build_folder, publish
+from .publish import NewSet, publish
 from .specs import KERNELS, KernelSpec
+from .staging import WORK, build_folder, sweep
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 # What turns a spec and its sources into bytes, and bytes into the manifest's entry.
 _DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
+_SHOWN_LOST = 3
 
 
 class BuildError(Exception):
@@ -73,15 +83,19 @@ class Built:
 class Plan:
     """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
 
-    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why).
+    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why);
+    `text` is its bytes. `lost` is not empty if this is a build of some kernels and others would go
+    from the set: their keys, each with the reason why it cannot be kept.
     """
 
     toolchain: dict[str, str]
     manifest: Manifest | None
+    text: bytes | None
     problem: str | None
     stale: tuple[Task, ...]
     current: tuple[Kernel, ...]
     kept: tuple[Kernel, ...]
+    lost: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +116,27 @@ def default_artifacts() -> Path:
     return root / "artifacts"
 
 
+def open_folder(artifacts: Path) -> Path:
+    """Return the folder to build in, links followed; PlaceError if a build may not touch it.
+
+    Deletes what a killed build left there.
+    """
+    folder = resolve_folder(artifacts)
+    sweep(folder)
+    _look_at(folder)
+    return folder
+
+
 def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
-    """What is up to date and what is not among kernels `names` for `archs`."""
+    """Decide what is up to date and what is not among kernels `names` for `archs`."""
     toolchain = compilers.toolchain_versions()
-    manifest, problem = _read_manifest(artifacts)
+    text, manifest, problem = _read_manifest(artifacts)
     entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
     whole = {key for key, entry in entries.items() if _files_are_whole(artifacts, entry)}
     stale: list[Task] = []
     current: list[Kernel] = []
     asked: set[str] = set()
-    known: set[str] = set()
     for spec in KERNELS:
-        known.update(f"{spec.name}.{arch}" for arch in spec.archs)
         for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
             task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
             asked.add(task.key)
@@ -122,20 +145,58 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
                 current.append(entry)
             else:
                 stale.append(task)
-    same_tools = manifest is not None and toolchain.items() <= manifest.toolchain.items()
-    kept = [
-        entry
-        for key, entry in entries.items()
-        if same_tools and key in whole and key in known and key not in asked
-    ]
+    known = _known_keys()
+    lost = _why_lost(artifacts, manifest, toolchain, whole, asked)
+    if text and manifest is None:
+        lost["all that the manifest lists"] = f"{problem}"
+    kept = known - asked - lost.keys()
     return Plan(
         toolchain=toolchain,
         manifest=manifest,
+        text=text,
         problem=problem,
         stale=tuple(stale),
         current=tuple(current),
-        kept=tuple(kept),
+        kept=tuple(entry for key, entry in entries.items() if key in kept),
+        lost=() if asked == known else tuple(f"{key} ({lost[key]})" for key in sorted(lost)),
     )
+
+
+def _known_keys() -> set[str]:
+    return {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.archs}
+
+
+def _known_files() -> set[str]:
+    return {f"{key}.{kind}" for key in _known_keys() for kind in ("cubin", "ptx")}
+
+
+def _why_lost(
+    artifacts: Path,
+    manifest: Manifest | None,
+    toolchain: dict[str, str],
+    whole: set[str],
+    asked: set[str],
+) -> dict[str, str]:
+    """Why each kernel that is there, and not asked for, cannot stay in the set."""
+    listed = {entry.key for entry in manifest.kernels} if manifest else set()
+    before = dict(manifest.toolchain) if manifest else {}
+    other_tools = [
+        f"{name} {before.get(name, 'none')}, here {version}"
+        for name, version in toolchain.items()
+        if before.get(name) != version
+    ]
+    lost = {}
+    for key in (listed | _known_keys()) - asked:
+        if key not in listed:
+            if any((artifacts / f"{key}.{kind}").exists() for kind in ("cubin", "ptx")):
+                lost[key] = "no manifest lists it"
+        elif key not in _known_keys():
+            lost[key] = "no spec names it any more"
+        elif key not in whole:
+            lost[key] = "its files are missing or altered"
+        elif other_tools:
+            lost[key] = "made by other tools: " + "; ".join(other_tools)
+    return lost
 
 
 def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
@@ -172,28 +233,90 @@ def run_build(
     entered with the number of stale kernels when the build holds the artifacts, and gives what is
     called with a kernel's key as it finishes.
     """
+    folder = open_folder(artifacts)
+    _check_plan(folder, plan, locked)
+    if not plan.stale and _is_as_planned(folder, plan):
+        return _report(plan)
+    report = None
+    try:
+        with build_folder(folder) as private:
+            before = _look_at(folder)
+            with watch(len(plan.stale)) as on_done:
+                built = _compile_all(plan.stale, private / WORK, jobs, on_done)
+            report = _publish(folder, private, plan, built, before, locked)
+    except KeyboardInterrupt:
+        # Published: only the deletion of the build's own files was cut short. The next one does it.
+        if report is None:
+            raise
+    return report
+
+
+def _look_at(folder: Path) -> Contents:
+    """Read what a folder holds; PlaceError if that is not a build's alone."""
+    contents = read_contents(folder, _known_files())
+    check_contents(folder, contents)
+    return contents
+
+
+def _check_plan(folder: Path, plan: Plan, locked: bool) -> None:
     if locked and plan.manifest is None:
         raise BuildError(
             f"--locked needs a manifest to compare with: {plan.problem}; "
             "restore the tracked one, or make one with `build-kernels build`"
         )
-    with build_folder(artifacts) as folder:
-        with watch(len(plan.stale)) as on_done:
-            built = _compile_all(plan.stale, folder, jobs, on_done)
-        manifest = _new_manifest(artifacts, plan, built)
-        text = serialise_manifest(manifest)
-        path = artifacts / MANIFEST_NAME
-        if locked and path.read_text() != text:
-            raise BuildError(_locked_difference(plan.manifest, manifest))
-        untouched = (*plan.current, *plan.kept)
-        kept = tuple(name for entry in untouched for name in _file_names(entry))
-        removed: tuple[str, ...] = ()
-        if built or _surplus(artifacts, kept) or path.read_text() != text:
-            files = {}
-            for item in built:
-                cubin_file, ptx_file = _file_names(item.entry)
-                files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
-            removed = publish(artifacts, folder / "staging", files, kept, text)
+    if plan.lost:
+        shown = ", ".join(plan.lost[:_SHOWN_LOST])
+        more = len(plan.lost) - _SHOWN_LOST
+        raise BuildError(
+            f"a build of these kernels alone would drop others from {folder}: "
+            f"{shown}{f' and {more} more' if more > 0 else ''}. Build all of them, without "
+            "--kernel and --arch, or build these in a folder of their own with --artifacts FOLDER"
+        )
+
+
+def _is_as_planned(folder: Path, plan: Plan) -> bool:
+    """Does the folder hold what the plan ends in? Then a build writes nothing, not even a lock."""
+    text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
+    contents = _look_at(folder)
+    return contents.manifest == plan.text == text and not contents.surplus(_kept_files(plan))
+
+
+def _publish(
+    folder: Path, private: Path, plan: Plan, built: Sequence[Built], before: Contents, locked: bool
+) -> Report:
+    """Publish what was built, unless the folder is another one than when the build began."""
+    now = _look_at(folder)
+    if now.identity != before.identity or now.manifest != plan.text:
+        raise BuildError(
+            f"{folder} was changed while this build ran; nothing was published: build again"
+        )
+    manifest = _new_manifest(folder, plan, built)
+    text = serialise_manifest(manifest).encode()
+    if locked and plan.text != text:
+        raise BuildError(_locked_difference(plan.manifest, manifest))
+    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=_kept_files(plan))
+    strays = publish(folder, private, new, now)
+    if strays:
+        raise BuildError(
+            f"published, but {folder} got other files at that moment: see "
+            f"{', '.join(map(str, strays))}. They are no part of the set: move them elsewhere"
+        )
+    return _report(plan, built, removed=now.surplus(new.names))
+
+
+def _new_files(built: Sequence[Built]) -> dict[str, bytes]:
+    files = {}
+    for item in built:
+        cubin_file, ptx_file = _file_names(item.entry)
+        files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
+    return files
+
+
+def _kept_files(plan: Plan) -> tuple[str, ...]:
+    return tuple(name for entry in (*plan.current, *plan.kept) for name in _file_names(entry))
+
+
+def _report(plan: Plan, built: Sequence[Built] = (), removed: tuple[str, ...] = ()) -> Report:
     return Report(
         built=tuple(item.entry.key for item in built),
         up_to_date=tuple(entry.key for entry in plan.current),
@@ -204,7 +327,7 @@ def run_build(
 
 def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
     """The manifest's entries of a kernel, their files checked; BuildError if one is not whole."""
-    manifest, problem = _read_manifest(artifacts)
+    _, manifest, problem = _read_manifest(artifacts)
     if manifest is None:
         raise BuildError(f"{problem}; make it with `build-kernels build`")
     entries = {entry.arch: entry for entry in manifest.kernels if entry.name == name}
@@ -217,17 +340,17 @@ def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Ker
     return tuple(entries[arch] for arch in archs)
 
 
-def _read_manifest(artifacts: Path) -> tuple[Manifest | None, str | None]:
-    """The manifest, or what is wrong with it; the caller says what to do about it."""
+def _read_manifest(artifacts: Path) -> tuple[bytes | None, Manifest | None, str | None]:
+    """The file, the manifest, or what is wrong with it; the caller says what to do about it."""
     path = artifacts / MANIFEST_NAME
+    text = read_plain(path)
+    if text is None:
+        there = os.path.lexists(path)
+        return None, None, f"{path} {'cannot be read as a file' if there else 'does not exist'}"
     try:
-        return parse_manifest(path.read_bytes(), source=str(path)), None
-    except FileNotFoundError:
-        return None, f"{path} does not exist"
-    except OSError as error:
-        return None, f"{path} cannot be read ({error.strerror})"
+        return text, parse_manifest(text, source=str(path)), None
     except ManifestError as error:
-        return None, f"{error.source}: {error.path}: {error.problem}"
+        return text, None, f"{error.source}: {error.path}: {error.problem}"
 
 
 def _file_names(entry: Kernel) -> tuple[str, str]:
@@ -236,16 +359,7 @@ def _file_names(entry: Kernel) -> tuple[str, str]:
 
 def _files_are_whole(artifacts: Path, entry: Kernel) -> bool:
     wanted = (entry.cubin_sha256, entry.ptx_sha256)
-    try:
-        found = [(artifacts / name).read_bytes() for name in _file_names(entry)]
-    except OSError:
-        return False
-    return all(sha256(data) == digest for data, digest in zip(found, wanted, strict=True))
-
-
-def _surplus(artifacts: Path, kept: Iterable[str]) -> bool:
-    known = {MANIFEST_NAME, EVIDENCE_NAME, *kept}
-    return any(name not in known and not name.startswith(".") for name in os.listdir(artifacts))
+    return wanted == tuple(file_sha256(artifacts / name) for name in _file_names(entry))
 
 
 def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manifest:

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
-from build_kernels.publish import build_folder
 from build_kernels.specs import ARCHITECTURES, KERNELS
+from build_kernels.staging import build_folder
 from dsv4_router_runtime.manifest import parse_manifest
 
 ARCHS = [arch.name for arch in ARCHITECTURES]

@@ -1,15 +1,8 @@
-"""Plan a build, compile what is out of date in parallel processes, publish the result.
-
-A kernel is up to date when the manifest's entry has the digest that its sources, spec and toolchain
-have now, and the cubin and the PTX on disk have the hashes of that entry. Deciding that reads files
-and package metadata; neither the DSL nor NVRTC is loaded for it.
-"""
+"""Compile what a plan says in parallel processes, and publish the result: see `plan`, `publish`."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -19,55 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import MANIFEST_NAME
-from dsv4_router_runtime.errors import ManifestError
-from dsv4_router_runtime.manifest import (
-    SCHEMA_VERSION,
-    Kernel,
-    Manifest,
-    cubin_name,
-    parse_manifest,
-    serialise_manifest,
-)
+from dsv4_router_runtime.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
 from . import compilers, cubin
-from .artifact_folder import (
-    Contents,
-    check_contents,
-    file_sha256,
-    read_contents,
-    read_plain,
-    resolve_folder,
-)
-from .entry import EntryError, make_entry, sha256
+from .artifact_folder import Contents, check_contents, read_contents, resolve_folder
+from .entry import EntryError, make_entry
+from .plan import Plan, Task, file_names, files_are_whole, known_files, read_manifest
+from .plan import make_plan as make_plan
 from .publish import NewSet, publish
-from .specs import KERNELS, KernelSpec
 from .staging import WORK, build_folder, sweep
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
-# What turns a spec and its sources into bytes, and bytes into the manifest's entry.
-_DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
 _SHOWN_LOST = 3
 
 
 class BuildError(Exception):
     """A build that did not succeed; nothing was published."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One kernel to compile for one architecture."""
-
-    spec: KernelSpec
-    arch: str
-    digest: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.spec.name}.{self.arch}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +41,6 @@ class Built:
     entry: Kernel
     cubin: bytes
     ptx: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
-
-    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why);
-    `text` is its bytes. `lost` is not empty if this is a build of some kernels and others would go
-    from the set: their keys, each with the reason why it cannot be kept.
-    """
-
-    toolchain: dict[str, str]
-    manifest: Manifest | None
-    text: bytes | None
-    problem: str | None
-    stale: tuple[Task, ...]
-    current: tuple[Kernel, ...]
-    kept: tuple[Kernel, ...]
-    lost: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,93 +70,6 @@ def open_folder(artifacts: Path) -> Path:
     sweep(folder)
     _look_at(folder)
     return folder
-
-
-def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
-    """Decide what is up to date and what is not among kernels `names` for `archs`."""
-    toolchain = compilers.toolchain_versions()
-    text, manifest, problem = _read_manifest(artifacts)
-    entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
-    whole = {key for key, entry in entries.items() if _files_are_whole(artifacts, entry)}
-    stale: list[Task] = []
-    current: list[Kernel] = []
-    asked: set[str] = set()
-    for spec in KERNELS:
-        for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
-            task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
-            asked.add(task.key)
-            entry = entries.get(task.key)
-            if entry is not None and task.key in whole and entry.source_digest == task.digest:
-                current.append(entry)
-            else:
-                stale.append(task)
-    known = _known_keys()
-    lost = _why_lost(artifacts, manifest, toolchain, whole, asked)
-    if text and manifest is None:
-        lost["all that the manifest lists"] = f"{problem}"
-    kept = known - asked - lost.keys()
-    return Plan(
-        toolchain=toolchain,
-        manifest=manifest,
-        text=text,
-        problem=problem,
-        stale=tuple(stale),
-        current=tuple(current),
-        kept=tuple(entry for key, entry in entries.items() if key in kept),
-        lost=() if asked == known else tuple(f"{key} ({lost[key]})" for key in sorted(lost)),
-    )
-
-
-def _known_keys() -> set[str]:
-    return {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.archs}
-
-
-def _known_files() -> set[str]:
-    return {f"{key}.{kind}" for key in _known_keys() for kind in ("cubin", "ptx")}
-
-
-def _why_lost(
-    artifacts: Path,
-    manifest: Manifest | None,
-    toolchain: dict[str, str],
-    whole: set[str],
-    asked: set[str],
-) -> dict[str, str]:
-    """Why each kernel that is there, and not asked for, cannot stay in the set."""
-    listed = {entry.key for entry in manifest.kernels} if manifest else set()
-    before = dict(manifest.toolchain) if manifest else {}
-    other_tools = [
-        f"{name} {before.get(name, 'none')}, here {version}"
-        for name, version in toolchain.items()
-        if before.get(name) != version
-    ]
-    lost = {}
-    for key in (listed | _known_keys()) - asked:
-        if key not in listed:
-            if any((artifacts / f"{key}.{kind}").exists() for kind in ("cubin", "ptx")):
-                lost[key] = "no manifest lists it"
-        elif key not in _known_keys():
-            lost[key] = "no spec names it any more"
-        elif key not in whole:
-            lost[key] = "its files are missing or altered"
-        elif other_tools:
-            lost[key] = "made by other tools: " + "; ".join(other_tools)
-    return lost
-
-
-def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
-    """sha256 over all that decides the kernel's bytes and what its manifest entry says of them."""
-    facts = {
-        "arch": arch,
-        "spec": asdict(spec),
-        "tools": toolchain,
-        "schema": SCHEMA_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    deciding = (Path(__file__).with_name(name) for name in _DECIDING_MODULES)
-    for file in (*compilers.source_files(spec), *deciding):
-        digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -253,7 +111,7 @@ def run_build(
 
 def _look_at(folder: Path) -> Contents:
     """Read what a folder holds; PlaceError if that is not a build's alone."""
-    contents = read_contents(folder, _known_files())
+    contents = read_contents(folder, known_files())
     check_contents(folder, contents)
     return contents
 
@@ -278,7 +136,7 @@ def _is_as_planned(folder: Path, plan: Plan) -> bool:
     """Does the folder hold what the plan ends in? Then a build writes nothing, not even a lock."""
     text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
     contents = _look_at(folder)
-    return contents.manifest == plan.text == text and not contents.surplus(_kept_files(plan))
+    return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)
 
 
 def _publish(
@@ -294,7 +152,7 @@ def _publish(
     text = serialise_manifest(manifest).encode()
     if locked and plan.text != text:
         raise BuildError(_locked_difference(plan.manifest, manifest))
-    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=_kept_files(plan))
+    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=plan.kept_files)
     strays = publish(folder, private, new, now)
     if strays:
         raise BuildError(
@@ -307,13 +165,9 @@ def _publish(
 def _new_files(built: Sequence[Built]) -> dict[str, bytes]:
     files = {}
     for item in built:
-        cubin_file, ptx_file = _file_names(item.entry)
+        cubin_file, ptx_file = file_names(item.entry)
         files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
     return files
-
-
-def _kept_files(plan: Plan) -> tuple[str, ...]:
-    return tuple(name for entry in (*plan.current, *plan.kept) for name in _file_names(entry))
 
 
 def _report(plan: Plan, built: Sequence[Built] = (), removed: tuple[str, ...] = ()) -> Report:
@@ -327,39 +181,17 @@ def _report(plan: Plan, built: Sequence[Built] = (), removed: tuple[str, ...] = 
 
 def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
     """The manifest's entries of a kernel, their files checked; BuildError if one is not whole."""
-    _, manifest, problem = _read_manifest(artifacts)
+    _, manifest, problem = read_manifest(artifacts)
     if manifest is None:
         raise BuildError(f"{problem}; make it with `build-kernels build`")
     entries = {entry.arch: entry for entry in manifest.kernels if entry.name == name}
     for arch in archs:
-        if arch not in entries or not _files_are_whole(artifacts, entries[arch]):
+        if arch not in entries or not files_are_whole(artifacts, entries[arch]):
             raise BuildError(
                 f"{name}.{arch} is not built, or its files are not those of the manifest; "
                 f"make it with `build-kernels build --kernel {name} --arch {arch}`"
             )
     return tuple(entries[arch] for arch in archs)
-
-
-def _read_manifest(artifacts: Path) -> tuple[bytes | None, Manifest | None, str | None]:
-    """The file, the manifest, or what is wrong with it; the caller says what to do about it."""
-    path = artifacts / MANIFEST_NAME
-    text = read_plain(path)
-    if text is None:
-        there = os.path.lexists(path)
-        return None, None, f"{path} {'cannot be read as a file' if there else 'does not exist'}"
-    try:
-        return text, parse_manifest(text, source=str(path)), None
-    except ManifestError as error:
-        return text, None, f"{error.source}: {error.path}: {error.problem}"
-
-
-def _file_names(entry: Kernel) -> tuple[str, str]:
-    return entry.file, f"{entry.key}.ptx"
-
-
-def _files_are_whole(artifacts: Path, entry: Kernel) -> bool:
-    wanted = (entry.cubin_sha256, entry.ptx_sha256)
-    return wanted == tuple(file_sha256(artifacts / name) for name in _file_names(entry))
 
 
 def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manifest:

@@ -16,6 +16,7 @@ from builds import ARCHS, TOPK, check_whole, contents, topk_set
 from click.testing import CliRunner, Result
 
 from build_kernels import build, cli
+from build_kernels import plan as plan_module
 from build_kernels.entry import sha256
 
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
@@ -70,7 +71,7 @@ def stale(artifacts: Path) -> Path:
 @pytest.fixture
 def topk_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of router_topk is a build of everything."""
-    monkeypatch.setattr(build, "KERNELS", (TOPK,))
+    monkeypatch.setattr(plan_module, "KERNELS", (TOPK,))
 
 
 @pytest.fixture

@@ -20,9 +20,11 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, topk_set
 
 from build_kernels import build, compilers, cubin, entry
+from build_kernels import plan as plan_module
 from build_kernels.build import BuildError, Task, make_plan, run_build
 from build_kernels.cubin import CubinParameter
 from build_kernels.entry import EntryError
+from build_kernels.plan import source_digest
 from build_kernels.specs import CudaSource, KernelSpec
 from dsv4_router_runtime.artifacts import open_artifacts
 
@@ -49,7 +51,7 @@ def artifacts(tmp_path: Path) -> Path:
 @pytest.fixture
 def topk_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of router_topk is a build of everything."""
-    monkeypatch.setattr(build, "KERNELS", (TOPK,))
+    monkeypatch.setattr(plan_module, "KERNELS", (TOPK,))
 
 
 @pytest.fixture
@@ -140,13 +142,13 @@ class TestPlan:
     ) -> None:
         tools = {"nvrtc": "1"}
         digests = [
-            build.source_digest(TOPK, "sm_90a", tools),
-            build.source_digest(TOPK, "sm_100a", tools),
-            build.source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
-            build.source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
+            source_digest(TOPK, "sm_90a", tools),
+            source_digest(TOPK, "sm_100a", tools),
+            source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
+            source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
         ]
         monkeypatch.setattr(compilers, "source_files", lambda spec: (Path(build.__file__),))
-        digests.append(build.source_digest(TOPK, "sm_90a", tools))
+        digests.append(source_digest(TOPK, "sm_90a", tools))
         assert len(set(digests)) == len(digests)
 
     @pytest.mark.parametrize("module", [compilers, cubin, entry])
@@ -155,12 +157,12 @@ class TestPlan:
         self, spec: KernelSpec, module: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         changed = Path(module.__file__ or "")
-        before = build.source_digest(spec, "sm_90a", {})
+        before = source_digest(spec, "sm_90a", {})
         read = Path.read_bytes
         monkeypatch.setattr(
             Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b"")
         )
-        assert build.source_digest(spec, "sm_90a", {}) != before
+        assert source_digest(spec, "sm_90a", {}) != before
 
     def test_decode_sources_are_all_python_kernels(self) -> None:
         names = {path.name for path in compilers.source_files(DECODE)}
@@ -241,7 +243,7 @@ class TestAPartOfABuild:
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         two = dataclasses.replace(TOPK, archs=("sm_90a", "sm_100a"))
-        monkeypatch.setattr(build, "KERNELS", (two,))
+        monkeypatch.setattr(plan_module, "KERNELS", (two,))
         self.check_refused(artifacts, "router_topk.sm_103a (no spec names it any more)")
 
     @pytest.mark.parametrize("text", ['{"schema_version": 1, "kernels": []}', '{"kernels": ['])
@@ -488,6 +490,6 @@ def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
         assert kernel.launch.token_tile == 4
         assert kernel.resources.spill_bytes == kernel.resources.stack_bytes == 0
         assert kernel.resources.opcodes["LDL"] == kernel.resources.opcodes["STL"] == 0
-        assert kernel.source_digest == build.source_digest(
+        assert kernel.source_digest == source_digest(
             TOPK, kernel.arch, compilers.toolchain_versions()
         )

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
+from build_kernels import plan as plan_module
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from build_kernels.staging import build_folder
 from dsv4_router_runtime.manifest import parse_manifest
@@ -158,7 +159,7 @@ def test_list_tells_state_loading_and_validation_apart(artifacts: Path) -> None:
 
 
 def test_list_sees_what_is_out_of_date(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "source_digest", lambda *_: "0" * 64)
+    monkeypatch.setattr(plan_module, "source_digest", lambda *_: "0" * 64)
     rows = json.loads(call("list", "--artifacts", artifacts, "--json").stdout)
     assert {row["state"] for row in rows if row["kernel"] == TOPK} == {"out of date"}
 

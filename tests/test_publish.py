@@ -23,8 +23,10 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 from builds import ARCHS, TOPK, check_whole, contents, make, topk_set
 
 from build_kernels import build, publish, staging
+from build_kernels import plan as plan_module
 from build_kernels.artifact_folder import PlaceError
 from build_kernels.build import BuildError, Built, Task, make_plan, run_build
+from build_kernels.entry import sha256
 from build_kernels.verify.evidence import Evidence, update_evidence
 from dsv4_router_runtime.artifacts import open_artifacts
 
@@ -224,7 +226,7 @@ class TestAKilledBuild:
         for kernel in open_artifacts(artifacts).manifest.kernels:
             cubin = (artifacts / kernel.file).read_bytes() + b"other"
             launch = dataclasses.replace(kernel.launch, pdl=False)
-            digest = build.sha256(cubin)
+            digest = sha256(cubin)
             entry = dataclasses.replace(kernel, launch=launch, cubin_sha256=digest)
             ptx = (artifacts / f"{kernel.key}.ptx").read_text()
             made.append(Built(entry=entry, cubin=cubin, ptx=ptx))
@@ -277,7 +279,7 @@ class TestAKilledBuild:
     ) -> None:
         """The new manifest no longer vouches for them: the mark does."""
         at = (
-            "build.KERNELS = (dataclasses.replace(TOPK, archs=('sm_100a', 'sm_103a')),)\n"
+            "plan_module.KERNELS = (dataclasses.replace(TOPK, archs=('sm_100a', 'sm_103a')),)\n"
             "plan = make_plan(artifacts, [TOPK.name], ARCHS)\n"
             "built = [b for b in built if b.entry.arch != 'sm_90a']\n"
             "staging._remove_surplus = die"
@@ -286,7 +288,7 @@ class TestAKilledBuild:
         assert CUBIN not in (artifacts / "manifest.json").read_text()
         assert (artifacts / CUBIN).exists()
         two = dataclasses.replace(TOPK, archs=("sm_100a", "sm_103a"))
-        monkeypatch.setattr(build, "KERNELS", (two,))
+        monkeypatch.setattr(plan_module, "KERNELS", (two,))
         make(artifacts)
         check_whole(artifacts)
         assert not (artifacts / CUBIN).exists()
@@ -298,7 +300,7 @@ class TestFileByFile:
     def test_without_the_exchange_the_manifest_comes_last(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
-        monkeypatch.setattr(build, "KERNELS", (dataclasses.replace(TOPK, archs=ARCHS[1:]),))
+        monkeypatch.setattr(plan_module, "KERNELS", (dataclasses.replace(TOPK, archs=ARCHS[1:]),))
         plan = other_plan(artifacts)
         built = build._compile_all(plan.stale[1:], artifacts, 1, str)[:2]
         monkeypatch.setattr(build, "_compile_all", lambda *_: built)
@@ -589,7 +591,7 @@ class TestPrivateFolders:
         "mark",
         [
             {"names": ["../../../thesis.tex"], "surplus": {}},
-            {"names": [], "surplus": {"../thesis.tex": build.sha256(b"precious")}},
+            {"names": [], "surplus": {"../thesis.tex": sha256(b"precious")}},
         ],
     )
     def test_a_mark_reaches_no_other_folder(self, artifacts: Path, mark: dict) -> None:

@@ -28,6 +28,8 @@ from .staging import WORK, build_folder, sweep
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _SHOWN_LOST = 3
+# More than a compiler writes for one kernel: the cubin, the PTX and a copy of the cubin are 0.3 MB.
+_PROBE_BYTES = 2**20
 
 
 class BuildError(Exception):
@@ -293,7 +295,23 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
         entry = make_entry(task.spec, task.arch, task.digest, compiled, facts, opcodes)
         return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
     except (EntryError, compilers.CompileError, cubin.CubinError) as error:
-        return str(error)
-    except Exception:
+        return f"{_why_no_file(dump_folder)}{error}"
+    except Exception as error:
+        if why := _why_no_file(dump_folder):
+            return f"{why}{error}"
         # A DSL kernel raises whatever its author's mistake raises: its traceback is the message.
         return traceback.format_exc()
+
+
+def _why_no_file(folder: Path) -> str:
+    """Return why a compiler could not write its files, or nothing: the DSL does not look."""
+    probe = folder / "probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"no file can be written in {folder} ({error.strerror}): "
+    finally:
+        probe.unlink(missing_ok=True)
+    return ""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+
+import pytest
 
 from build_kernels.build import Report, make_plan, run_build
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
@@ -47,3 +52,18 @@ def check_whole(folder: Path) -> None:
     assert artifacts.manifest.kernels
     for kernel in artifacts.manifest.kernels:
         artifacts.read(kernel)
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *options: str) -> Iterator[Path]:
+    """A file system of its own, for real."""
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root and mount")
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

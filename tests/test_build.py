@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, topk_set
+from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, topk_set
 
 from build_kernels import build, compilers, cubin, entry
 from build_kernels import plan as plan_module
@@ -410,6 +413,55 @@ class TestRefusals:
         with pytest.raises(EntryError, match=message):
             entry.make_parameters(DECODE, found)
 
+    def test_an_architecture_that_the_dsl_does_not_know(self, tmp_path: Path) -> None:
+        plan = make_plan(tmp_path / "a", [DECODE.name], ["sm_90a"])
+        tasks = (Task(spec=DECODE, arch="sm_101a", digest="0" * 64),)
+        with pytest.raises(BuildError) as caught:
+            run_build(tmp_path / "a", dataclasses.replace(plan, stale=tasks), jobs=1)
+        message = str(caught.value)
+        assert "nvidia-cutlass-dsl does not compile for sm_101a: it looked for *.sm_110a" in message
+        assert "Traceback" not in message
+
+    def test_ptx_that_is_cut_off(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hash in the manifest would be that of the cut text, and nothing would complain."""
+        ptx = ".version 8.8\n.visible .entry k()\n{\n\tret;\n}\n\0"
+        written = []
+        module = SimpleNamespace(
+            launch_facts=lambda **_: dict.fromkeys(_FACTS, 0) | {"block": [1], "cluster": [1]},
+            compile_kernel=lambda **_: (b"\x7fELF", written[-1]),
+        )
+        monkeypatch.setattr(compilers.importlib, "import_module", lambda name: module)
+        written.append(ptx)
+        assert compilers.compile_kernel(DECODE, "sm_90a", tmp_path).ptx == ptx.rstrip("\0")
+        for end in (0, 10, -4):
+            written.append(ptx[:end])
+            with pytest.raises(compilers.CompileError, match="wrote for sm_90a is cut off"):
+                compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
+
+    @pytest.mark.parametrize(("name", "size"), [(DECODE.name, 120), (TOPK.name, 40)])
+    def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
+        with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
+            with pytest.raises(BuildError) as caught:
+                make(volume / "a", [name], ["sm_90a"])
+        words = rf"{name}\.sm_90a: no file can be written in .* \(No space left on device\)"
+        assert re.search(words, str(caught.value))
+        assert "Traceback" not in str(caught.value)
+
+    def test_a_cubin_that_a_quota_cut_off(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def over_quota(_: int) -> NoReturn:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        compile_kernel = compilers.compile_kernel
+        monkeypatch.setattr(
+            compilers,
+            "compile_kernel",
+            lambda *a: dataclasses.replace(compile_kernel(*a), cubin=b"\x7fELF"),
+        )
+        monkeypatch.setattr(build.os, "fsync", over_quota)
+        assert "(Disk quota exceeded): not a readable cubin" in self.outcome(tmp_path)
+
     def test_one_failure_publishes_nothing(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -437,6 +489,9 @@ class TestRefusals:
         with pytest.raises(BuildError, match=r"router_topk\.sm_90a: a compiler process died"):
             run_build(artifacts, plan, jobs=1)
         assert contents(artifacts) == before
+
+
+_FACTS = ("expert_tile", "dynamic_shared_bytes", "workspace_bytes")
 
 
 def _die() -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from builds import ARCHS, TOPK, check_whole, contents, make, topk_set
+from builds import ARCHS, TOPK, check_whole, contents, make, mounted, topk_set
 
 from build_kernels import build, publish, staging
 from build_kernels import plan as plan_module
@@ -101,21 +101,6 @@ def leftovers(artifacts: Path) -> list[str]:
     """What a build should not leave, in the folder and beside it. The lock may stay."""
     names = [*os.listdir(artifacts), *os.listdir(artifacts.parent)]
     return [name for name in names if name.startswith(".") and not name.endswith(".lock")]
-
-
-@contextlib.contextmanager
-def mounted(place: Path, *options: str) -> Iterator[Path]:
-    """A file system of its own, for real."""
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("needs root and mount")
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("nothing can be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.usefixtures("meanwhile")

@@ -21,8 +21,9 @@ from dsv4_router_runtime.manifest import Kernel, Manifest, cubin_name, serialise
 from . import compilers, cubin
 from .artifact_folder import Contents, check_contents, read_contents, resolve_folder
 from .entry import EntryError, make_entry
-from .plan import Plan, Task, file_names, files_are_whole, known_files, read_manifest
+from .plan import PTXAS, Plan, Task, file_names, files_are_whole, known_files, read_manifest
 from .plan import make_plan as make_plan
+from .plan import source_digest as source_digest
 from .publish import NewSet, publish
 from .staging import WORK, build_folder, sweep
 
@@ -203,7 +204,7 @@ def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manife
     cubins = [item.cubin for item in built]
     cubins += [(artifacts / entry.file).read_bytes() for entry in untouched]
     stated = {version for data in cubins if (version := cubin.stated_ptxas(data))}
-    toolchain = plan.toolchain | ({"ptxas": " ".join(sorted(stated))} if stated else {})
+    toolchain = plan.toolchain | ({PTXAS: " ".join(sorted(stated))} if stated else {})
     return Manifest(toolchain=toolchain, kernels=(*(item.entry for item in built), *untouched))
 
 

@@ -64,11 +64,7 @@ INSTALL = "install this project's extra `build`: pip install 'dsv4-router[build]
 
 
 class CubinError(Exception):
-    """A cubin that cannot be read, or that is not what the build asked for."""
-
-
-class ToolMissingError(CubinError):
-    """A tool or library that comes with a wheel is not there, or cannot be run."""
+    """A cubin that cannot be read or is not what was asked for, or a reader that is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +166,19 @@ def watched(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def nvdisasm() -> Path:
-    """Return the disassembler of the nvidia-cuda-nvdisasm wheel; ToolMissingError if unusable."""
+    """Return the disassembler of the nvidia-cuda-nvdisasm wheel; CubinError if unusable."""
     tool = wheel_file("nvidia-cuda-nvdisasm", "nvdisasm")
     if not os.access(tool, os.X_OK):
         raise _cannot_be_run(tool, "not executable")
     return tool
 
 
-def _cannot_be_run(tool: Path, why: str) -> ToolMissingError:
-    return ToolMissingError(f"{tool.name} cannot be run ({why}: {tool}); {INSTALL}")
+def _cannot_be_run(tool: Path, why: str) -> CubinError:
+    return CubinError(f"{tool.name} cannot be run ({why}: {tool}); {INSTALL}")
 
 
 def wheel_file(distribution: str, name: str) -> Path:
-    """Return the file `name` of an installed wheel; ToolMissingError names what to install."""
+    """Return the file `name` of an installed wheel; CubinError names what to install."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -192,7 +188,7 @@ def wheel_file(distribution: str, name: str) -> Path:
             return path
     # A wheel whose file was deleted counts as installed: pip would not bring it back by itself.
     damaged = " with --force-reinstall" if files else ""
-    raise ToolMissingError(
+    raise CubinError(
         f"{name} is missing: it comes with the wheel {distribution}; {INSTALL}{damaged}"
     )
 

@@ -25,6 +25,8 @@ from .specs import KERNELS, KernelSpec
 
 # What turns a spec and its sources into bytes, and bytes into the manifest's entry.
 _DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
+# The assemblers' version in a manifest's toolchain: read from the cubins, not from a distribution.
+PTXAS = "ptxas"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,26 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
     for file in (*compilers.source_files(spec), *deciding):
         digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
     return digest.hexdigest()
+
+
+def packaging_problem(manifest: Manifest) -> str | None:
+    """Say why a set may not be shipped with these sources; None if it is theirs, and all of them.
+
+    Needs no compiler: the digests are those of the tools that the manifest records.
+    """
+    tools = {name: made for name, made in manifest.toolchain.items() if name != PTXAS}
+    listed = {entry.key: entry.source_digest for entry in manifest.kernels}
+    wanted = {
+        f"{spec.name}.{arch}": source_digest(spec, arch, tools)
+        for spec in KERNELS
+        for arch in spec.archs
+    }
+    if missing := sorted(wanted.keys() - listed.keys()):
+        return f"{len(missing)} of {len(wanted)} kernels are missing ({missing[0]}, ...)"
+    if surplus := sorted(listed.keys() - wanted.keys()):
+        return f"no spec names {', '.join(surplus)}"
+    old = sorted(key for key in wanted if wanted[key] != listed[key])
+    return f"{len(old)} kernels are older than their sources ({old[0]}, ...)" if old else None
 
 
 def read_manifest(artifacts: Path) -> tuple[bytes | None, Manifest | None, str | None]:

@@ -272,7 +272,7 @@ INSTALL = r"pip install 'dsv4-router\[build\]'"
 
 def test_a_missing_wheel_is_named() -> None:
     words = rf"it comes with the wheel no-such-wheel; .*`build`: {INSTALL}$"
-    with pytest.raises(cubin.ToolMissingError, match=words):
+    with pytest.raises(cubin.CubinError, match=words):
         cubin.wheel_file("no-such-wheel", "tool")
 
 
@@ -282,7 +282,7 @@ def test_a_file_that_was_deleted_from_its_wheel_is_named(
     """The wheel still counts as installed: pip would leave it as it is."""
     file = SimpleNamespace(name="nvdisasm", locate=lambda: tmp_path / "nvdisasm")
     monkeypatch.setattr(cubin.importlib.metadata, "files", lambda _: [file])
-    with pytest.raises(cubin.ToolMissingError, match=rf"nvdisasm is.*{INSTALL} with --force-rein"):
+    with pytest.raises(cubin.CubinError, match=rf"nvdisasm is.*{INSTALL} with --force-rein"):
         cubin.count_opcodes(tmp_path / "k.cubin")
 
 
@@ -296,7 +296,7 @@ def test_a_tool_that_cannot_be_run_is_named(
     (tmp_path / "nvdisasm").write_text(text)
     (tmp_path / "nvdisasm").chmod(mode)
     monkeypatch.setattr(cubin, "wheel_file", lambda *_: tmp_path / "nvdisasm")
-    with pytest.raises(cubin.ToolMissingError, match=rf"nvdisasm cannot be run \({why}.*{INSTALL}"):
+    with pytest.raises(cubin.CubinError, match=rf"nvdisasm cannot be run \({why}.*{INSTALL}"):
         cubin.count_opcodes(tmp_path / "k.cubin")
 
 

@@ -85,9 +85,9 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         problems = [*_against_manifest(artifact, facts, sass), *_against_ptx(artifact, sass)]
     except subprocess.TimeoutExpired:
         return not_run(f"nvdisasm took more than {TIMEOUT_SECONDS} s")
-    except cubin.ToolMissingError as error:
-        return not_run(str(error))
     except (cubin.CubinError, ArtifactReadError) as error:
+        if "is missing: it comes with" in str(error):
+            return not_run(str(error))
         problems = [str(error)]
         facts = None
     if problems or facts is None:

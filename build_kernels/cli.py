@@ -31,12 +31,13 @@ from dsv4_router_runtime.manifest import (
 )
 
 from . import build as builder
+from .artifact_folder import PlaceError
 from .bench.command import bench_command
 from .compilers import CompileError, toolchain_versions
 from .console import results, say, talk
 from .listing import explain_states, list_rows, print_rows
-from .publish import LockedError, PlaceError
 from .specs import ARCHITECTURES, KERNELS
+from .staging import LockedError
 from .verify import EvidenceError, verify_command
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
@@ -81,11 +82,6 @@ kernel_option = click.option(
     type=KernelName(),
     metavar="KERNEL",
     help="Only this kernel; repeatable. Default: all.",
-)
-artifacts_option = click.option(
-    "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The folder to work on. Default: artifacts/ of this checkout.",
 )
 shown_option = click.option(
     "--artifacts",
@@ -139,7 +135,12 @@ main.add_command(verify_command)
 @click.option(
     "--locked", is_flag=True, help="Fail unless the bytes made are those the manifest records."
 )
-@artifacts_option
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder to build in, which the set has to itself: files that no build made are "
+    "refused, names that start with a dot are left alone. Default: artifacts/ of this checkout.",
+)
 @json_option
 def build(
     archs: tuple[str, ...],
@@ -149,14 +150,17 @@ def build(
     artifacts: Path | None,
     as_json: bool,
 ) -> None:
-    """Compile what is out of date and publish cubins and manifest."""
+    """Compile what is out of date and publish cubins and manifest.
+
+    A build of some kernels (--arch, --kernel) keeps the others, or is refused if it cannot.
+    """
     if locked and (archs or names):
         raise click.UsageError("--locked checks the whole set: leave --arch and --kernel out")
     started = time.monotonic()
     with reported_errors():
         # A stop asked for by the system ends like Ctrl-C: the artifacts stay as they were.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        folder = artifacts or builder.default_artifacts()
+        folder = builder.open_folder(artifacts or builder.default_artifacts())
         plan = builder.make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
         if plan.problem and plan.manifest is None:
             talk.print(f"building from scratch: {plan.problem}", markup=False)

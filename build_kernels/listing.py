@@ -15,8 +15,7 @@ from dsv4_router_runtime.errors import ArtifactError
 from dsv4_router_runtime.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.manifest import Kernel, Manifest, parse_manifest
 
-from . import build as builder
-from . import compilers
+from . import compilers, plan
 from .console import fits
 from .entry import sha256
 from .specs import ARCHITECTURES, KERNELS, KernelSpec
@@ -111,7 +110,7 @@ def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Ker
             return DAMAGED
         if toolchain is None:
             return UNKNOWN
-        current = builder.source_digest(spec, entry.arch, toolchain) == entry.source_digest
+        current = plan.source_digest(spec, entry.arch, toolchain) == entry.source_digest
         return BUILT if current else OUT_OF_DATE
 
     return state_of

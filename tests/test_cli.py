@@ -20,9 +20,10 @@ from watchdog import ends_within
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
+from build_kernels import plan as plan_module
 from build_kernels.listing import list_rows, print_rows
-from build_kernels.publish import build_folder
 from build_kernels.specs import ARCHITECTURES, KERNELS
+from build_kernels.staging import build_folder
 from dsv4_router_runtime.manifest import parse_manifest
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
@@ -170,7 +171,7 @@ def _states(*arguments: str | Path) -> dict[str, str]:
 
 
 def test_list_sees_what_is_out_of_date(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "source_digest", lambda *_: "0" * 64)
+    monkeypatch.setattr(plan_module, "source_digest", lambda *_: "0" * 64)
     assert set(_states(artifacts).values()) == {"out of date"}
     result = call("list", "--artifacts", artifacts)
     assert "3 out of date: the sources or tools here are not those that made it" in result.stderr

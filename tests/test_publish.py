@@ -422,7 +422,7 @@ class TestWhatHappensDuringABuild:
         check_is_other(artifacts)
         aside = artifacts.parent / ".artifacts.build" / "set" / CUBIN
         assert (aside / "data.csv").read_text() == "p"
-        with pytest.raises(PlaceError, match=rf"set holds {CUBIN}, which came into"):
+        with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
             make(artifacts)
         shutil.rmtree(aside)
         monkeypatch.undo()

@@ -60,12 +60,16 @@ def resolve_folder(folder: Path) -> Path:
     A symbolic link is followed, so that it stays one. One that leads nowhere is refused: it may
     lead to a volume that is not mounted now.
     """
-    path = Path(os.path.realpath(folder))
-    if os.path.islink(path) or (folder.is_symlink() and not folder.exists()):
-        raise PlaceError(
-            f"cannot build {folder}: it is a symbolic link to {os.readlink(folder)}, which is "
-            "not there; make that folder, or remove the link"
-        )
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            raise PlaceError(
+                f"cannot build {folder}: {link} is a symbolic link to {os.readlink(link)}, which "
+                "is not there; make that folder, or remove the link"
+            )
+    try:
+        path = Path(os.path.realpath(folder))
+    except FileNotFoundError as error:
+        raise PlaceError(f"cannot build {folder}: the current folder is gone") from error
     if path.exists() and not path.is_dir():
         raise PlaceError(f"cannot build {folder}: it is not a folder")
     return path
@@ -98,6 +102,8 @@ def read_contents(folder: Path, named: Collection[str]) -> Contents:
             or (name in vouched and file_sha256(folder / name) == vouched[name])
         ):
             made.add(name)
+        elif name == MANIFEST_NAME and manifest is None:
+            strangers.append(f"{name} (it cannot be read)")
         else:
             strangers.append(_shown(entry))
     return Contents(

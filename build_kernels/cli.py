@@ -270,7 +270,10 @@ def _print_table(table: Table) -> None:
 
 
 def _shown(folder: Path) -> str:
-    return os.path.relpath(folder)
+    try:
+        return os.path.relpath(folder)
+    except FileNotFoundError:  # the current folder is gone
+        return str(folder)
 
 
 def _cpus() -> int:

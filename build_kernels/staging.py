@@ -17,6 +17,7 @@ just before they were exchanged: it is put back.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -59,6 +60,8 @@ def build_folder(artifacts: Path) -> Iterator[Path]:
 
     LockedError if another build holds them, PlaceError if nothing can be made there.
     """
+    if artifacts.is_dir() and not os.access(artifacts, os.W_OK | os.X_OK):
+        raise _no_place(artifacts, artifacts, PermissionError(errno.EACCES, "it is read-only"))
     place = _place(artifacts)
     with _held(place, artifacts):
         _clear_all(artifacts)
@@ -248,6 +251,6 @@ def _open_lock(lock: Path) -> int:
 def _no_place(place: Path, artifacts: Path, error: OSError) -> PlaceError:
     return PlaceError(
         f"cannot build {artifacts}: no file can be made in {place} "
-        f"({error.strerror}: {error.filename}); "
+        f"({error.strerror}{f': {error.filename}' if error.filename else ''}); "
         "name a folder in a writable place with --artifacts FOLDER"
     )

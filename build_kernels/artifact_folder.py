@@ -8,7 +8,6 @@ Everything else is a stranger, and a folder with a stranger in it is refused as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+
+from .entry import sha256
 
 _SHOWN_STRANGERS = 5
 # Far above what a build makes (0.14 MB of manifest, 0.13 MB of PTX): a larger file is not read.
@@ -59,12 +60,16 @@ def resolve_folder(folder: Path) -> Path:
     A symbolic link is followed, so that it stays one. One that leads nowhere is refused: it may
     lead to a volume that is not mounted now.
     """
-    path = Path(os.path.realpath(folder))
-    if os.path.islink(path) or (folder.is_symlink() and not folder.exists()):
-        raise PlaceError(
-            f"cannot build {folder}: it is a symbolic link to {os.readlink(folder)}, which is "
-            "not there; make that folder, or remove the link"
-        )
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            raise PlaceError(
+                f"cannot build {folder}: {link} is a symbolic link to {os.readlink(link)}, which "
+                "is not there; make that folder, or remove the link"
+            )
+    try:
+        path = Path(os.path.realpath(folder))
+    except FileNotFoundError as error:
+        raise PlaceError(f"cannot build {folder}: the current folder is gone") from error
     if path.exists() and not path.is_dir():
         raise PlaceError(f"cannot build {folder}: it is not a folder")
     return path
@@ -97,6 +102,8 @@ def read_contents(folder: Path, named: Collection[str]) -> Contents:
             or (name in vouched and file_sha256(folder / name) == vouched[name])
         ):
             made.add(name)
+        elif name == MANIFEST_NAME and manifest is None:
+            strangers.append(f"{name} (it cannot be read)")
         else:
             strangers.append(_shown(entry))
     return Contents(
@@ -144,14 +151,21 @@ def _files_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def file_sha256(path: Path) -> str | None:
     """Return a plain file's digest, None if there is none or it cannot be read."""
     data = read_plain(path)
-    return None if data is None else hashlib.sha256(data).hexdigest()
+    return None if data is None else sha256(data)
+
+
+def is_plain(path: Path) -> bool:
+    """Is it a file, and neither a link to one nor anything else?"""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def read_plain(path: Path) -> bytes | None:
     """Return a plain file's bytes, None if it is anything else, too large, or cannot be read."""
     try:
-        info = path.lstat()
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE_BYTES:
+        if not is_plain(path) or path.lstat().st_size > _MAX_FILE_BYTES:
             return None
         return path.read_bytes()
     except OSError:

@@ -317,7 +317,10 @@ def _described(parameter: Parameter) -> str:
 
 
 def _shown(folder: Path) -> str:
-    return os.path.relpath(folder)
+    try:
+        return os.path.relpath(folder)
+    except FileNotFoundError:  # the current folder is gone
+        return str(folder)
 
 
 def _cpus() -> int:

@@ -4,10 +4,11 @@ A build keeps its own files in `.<name>.build/`, beside the artifacts. They are 
 if these are a mount point, which no rename crosses, or if nothing can be made beside them. A mark
 in the folder says that a build made it: an unmarked folder of that name is the user's and stays.
 
-    .<name>.lock               held while a build runs; never written to
-    .<name>.build/             made-by-build-kernels.json   the mark
-                               work/                        what compilers write
-                               set/                         the new set, then the one it replaced
+    .<name>.lock        held while a build runs; never written to
+    .<name>.build/      made-by-build-kernels.json   the mark
+                        work/                        what compilers write
+                        set/                         the new set, then the one that it replaced
+    .<name>.publish/    the same, inside the artifacts: new files that replace old ones one by one
 
 Nothing in `set/` is deleted but the names in the mark. Another name there got into the artifacts
 just before they were exchanged: it is put back.
@@ -16,6 +17,7 @@ just before they were exchanged: it is put back.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,7 +28,8 @@ from pathlib import Path
 
 from dsv4_router_runtime.artifacts import MANIFEST_NAME
 
-from .artifact_folder import PlaceError, file_sha256, read_plain, vouched_files
+from .artifact_folder import PlaceError, is_plain, read_plain, vouched_files
+from .entry import sha256
 from .rename import rename_new
 
 WORK = "work"
@@ -57,6 +60,8 @@ def build_folder(artifacts: Path) -> Iterator[Path]:
 
     LockedError if another build holds them, PlaceError if nothing can be made there.
     """
+    if artifacts.is_dir() and not os.access(artifacts, os.W_OK | os.X_OK):
+        raise _no_place(artifacts, artifacts, PermissionError(errno.EACCES, "it is read-only"))
     place = _place(artifacts)
     with _held(place, artifacts):
         _clear_all(artifacts)
@@ -67,7 +72,8 @@ def build_folder(artifacts: Path) -> Iterator[Path]:
 
 def sweep(artifacts: Path) -> None:
     """Clear what a killed build left, unless it is on a file system that takes no changes."""
-    if any(_read_mark(folder) for folder in _private_folders(artifacts)):
+    folders = _private_folders(artifacts)
+    if any(_read_mark(folder) or os.path.lexists(_unmarked(folder)) for folder in folders):
         with contextlib.suppress(PlaceError), _held(_place(artifacts), artifacts):
             _clear_all(artifacts)
 
@@ -75,24 +81,37 @@ def sweep(artifacts: Path) -> None:
 @contextlib.contextmanager
 def marked_folder(folder: Path, artifacts: Path, mark: Mark) -> Iterator[Path]:
     """Make a folder with a mark, and clear it at the end; PlaceError if the name is taken."""
+    unmarked = _unmarked(folder)
     try:
-        folder.mkdir()
-        write_mark(folder, mark)
-    except FileExistsError as error:
-        raise PlaceError(
-            f"cannot build {artifacts}: {folder} is in the way, and no mark in it says that a "
-            "build made it; move it elsewhere, or delete it"
-        ) from error
+        unmarked.mkdir()
+        write_mark(unmarked, mark)
+        rename_new(unmarked, folder)
     except OSError as error:
-        # A full disk may have room for a folder and none for the mark.
-        (folder / _PARTIAL_MARK_NAME).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        _delete_unmarked(unmarked)
+        if os.path.lexists(folder):
+            raise PlaceError(
+                f"cannot build {artifacts}: {folder} is in the way, and no mark in it says that a "
+                "build made it; move it elsewhere, or delete it"
+            ) from error
         raise _no_place(folder.parent, artifacts, error) from error
     try:
         yield folder
     finally:
         clear(folder, artifacts)
+
+
+def _unmarked(folder: Path) -> Path:
+    """Return what a folder is called before it has its mark, and after. The name is the mark."""
+    return folder.with_name(f"{folder.name}.{_MARK_NAME}")
+
+
+def _delete_unmarked(unmarked: Path) -> None:
+    """Delete a folder that holds nothing, or a mark; anything else in it stays, and so does it."""
+    if not unmarked.is_symlink():
+        with contextlib.suppress(OSError):
+            for name in (_PARTIAL_MARK_NAME, _MARK_NAME):
+                (unmarked / name).unlink(missing_ok=True)
+            unmarked.rmdir()
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
@@ -110,11 +129,9 @@ def clear(folder: Path, artifacts: Path) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
     put_back(folder, artifacts)
     _remove_surplus(artifacts, mark.surplus)
-    # The mark last: without it the rest would be taken for the user's.
     if set(os.listdir(folder)) <= {_MARK_NAME, _PARTIAL_MARK_NAME}:
-        (folder / _PARTIAL_MARK_NAME).unlink(missing_ok=True)
-        (folder / _MARK_NAME).unlink()
-        folder.rmdir()
+        rename_new(folder, _unmarked(folder))
+        _delete_unmarked(_unmarked(folder))
 
 
 def put_back(folder: Path, artifacts: Path) -> tuple[Path, ...]:
@@ -125,11 +142,12 @@ def put_back(folder: Path, artifacts: Path) -> tuple[Path, ...]:
     place, mark = folder / SET, _read_mark(folder)
     if mark is None or place.is_symlink() or not place.is_dir():
         return ()
-    for name in mark.names:
-        with contextlib.suppress(OSError):  # gone, or a folder that somebody else made
-            (place / name).unlink()
     found = []
     for name in sorted(os.listdir(place)):
+        if name in mark.names and is_plain(place / name):
+            with contextlib.suppress(OSError):  # the next build tries again
+                (place / name).unlink()
+            continue
         try:
             rename_new(place / name, artifacts / name)
             found.append(artifacts / name)
@@ -162,22 +180,28 @@ def _place(artifacts: Path) -> Path:
 
 def _clear_all(artifacts: Path) -> None:
     for folder in _private_folders(artifacts):
+        _delete_unmarked(_unmarked(folder))
         clear(folder, artifacts)
-        if (folder / SET).is_dir() and _read_mark(folder) and (left := os.listdir(folder / SET)):
+        if _read_mark(folder):
+            places = (folder / SET, folder) if (folder / SET).is_dir() else (folder,)
+            held = {name for place in places for name in os.listdir(place)}
+            names = sorted(held - {SET, _MARK_NAME, _PARTIAL_MARK_NAME})
             raise PlaceError(
-                f"cannot build {artifacts}: {folder / SET} holds {', '.join(sorted(left))}, which "
-                f"came into {artifacts} while a build replaced it; move that elsewhere"
+                f"cannot build {artifacts}: a former build's {folder} holds {', '.join(names)}, "
+                "which no build made or which cannot be deleted; move it elsewhere"
             )
 
 
 def _remove_surplus(artifacts: Path, surplus: Mapping[str, str]) -> None:
-    manifest = read_plain(artifacts / MANIFEST_NAME)
-    if manifest is None:
-        return  # they may be what is left of the set
-    listed = vouched_files(manifest)
+    """Delete what the manifest no longer lists. An OSError keeps the mark for the next build."""
+    manifest = artifacts / MANIFEST_NAME
+    if not surplus or not is_plain(manifest):
+        return  # without a manifest they may be all that is left of the set
+    listed = vouched_files(manifest.read_bytes())
     for name, digest in surplus.items():
-        if name not in listed and file_sha256(artifacts / name) == digest:
-            (artifacts / name).unlink()
+        path = artifacts / name
+        if name not in listed and is_plain(path) and sha256(path.read_bytes()) == digest:
+            path.unlink()
 
 
 def _read_mark(folder: Path) -> Mark | None:
@@ -227,6 +251,6 @@ def _open_lock(lock: Path) -> int:
 def _no_place(place: Path, artifacts: Path, error: OSError) -> PlaceError:
     return PlaceError(
         f"cannot build {artifacts}: no file can be made in {place} "
-        f"({error.strerror}: {error.filename}); "
+        f"({error.strerror}{f': {error.filename}' if error.filename else ''}); "
         "name a folder in a writable place with --artifacts FOLDER"
     )

@@ -55,12 +55,13 @@ def check_whole(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def mounted(place: Path, *options: str) -> Iterator[Path]:
-    """A file system of its own, for real."""
+def mounted(place: Path, *options: str, source: Path | None = None) -> Iterator[Path]:
+    """Mount a new file system, or `source` with the option --bind, for real; skip if it cannot."""
     place.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
+    kind = [] if source else ["-t", "tmpfs"]
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("needs root and mount")
+    command = ["mount", *kind, *options, str(source or "tmpfs"), str(place)]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("nothing can be mounted here")
     try:

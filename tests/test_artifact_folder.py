@@ -198,6 +198,12 @@ class TestAFolderWithStrangersIsRefused:
         check_refused(build_in(folder), "manifest.json")
         assert tree(folder) == before
 
+    def test_a_manifest_that_cannot_be_read(self, artifacts: Path) -> None:
+        """Nobody can tell whose it is: too large for one of ours, or of another user."""
+        os.truncate(artifacts / "manifest.json", 2**40)
+        check_refused(build_in(artifacts), "manifest.json (it cannot be read)")
+        assert (artifacts / "manifest.json").stat().st_size == 2**40
+
     def test_a_kernel_of_the_past_that_was_altered(self, artifacts: Path) -> None:
         """The manifest vouches for bytes, not for a name."""
         list_old_kernel(artifacts, made=b"the old cubin")
@@ -272,6 +278,19 @@ class TestAFolderOfOurs:
         assert build_in("..").exit_code == 0
         assert os.path.samefile("..", stale)
 
+    def test_the_users_folder_is_gone(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (artifacts.parent / "gone").mkdir()
+        monkeypatch.chdir(artifacts.parent / "gone")
+        (artifacts.parent / "gone").rmdir()
+        result = build_in(artifacts)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.rstrip().endswith(str(artifacts))
+        result = build_in("artifacts")
+        assert result.exit_code == 1
+        assert "the current folder is gone" in result.stderr
+
     def test_a_symlink_to_it_is_followed(self, stale: Path) -> None:
         release = stale.rename(stale.parent / "7")
         current = stale.parent / "current"
@@ -283,11 +302,12 @@ class TestAFolderOfOurs:
         check_whole(release)
         assert "removed" not in result.stderr
 
+    @pytest.mark.parametrize("below", [".", "set/a"])
     @pytest.mark.parametrize("target", ["nowhere", "artifacts"])
-    def test_a_symlink_to_nothing_is_refused(self, tmp_path: Path, target: str) -> None:
+    def test_a_symlink_to_nothing_is_refused(self, tmp_path: Path, target: str, below: str) -> None:
         """A volume that is not mounted: its mount point is not to be filled in its place."""
         (tmp_path / "artifacts").symlink_to(target)
-        result = build_in(tmp_path / "artifacts")
+        result = build_in(tmp_path / "artifacts" / below)
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit), result.exception
         assert "symbolic link" in result.stderr
@@ -328,6 +348,17 @@ class TestAFolderOfOurs:
         before = {path: path.stat().st_ino for path in others}
         assert build_in(stale).exit_code == 0
         assert {path: path.stat().st_ino for path in others} == before
+
+    def test_a_read_only_folder_is_refused_before_anything_is_compiled(
+        self, stale: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "access", lambda path, mode: path != stale)
+        monkeypatch.setattr(build, "_compile_all", None)
+        before = tree(stale.parent)
+        result = build_in(stale)
+        assert result.exit_code == 1
+        assert f"no file can be made in {stale} (it is read-only)" in result.stderr
+        assert tree(stale.parent) == before
 
     def test_a_hard_link_elsewhere_keeps_its_bytes(self, stale: Path) -> None:
         copy = stale.parent / "copy.cubin"

@@ -330,6 +330,15 @@ class TestFileByFile:
             build_other(volume)
             check_is_other(volume)
 
+    def test_on_a_bind_mount(self, tmp_path: Path, artifacts: Path) -> None:
+        """On the same file system as what lies beside it, and still no rename crosses it."""
+        with mounted(tmp_path / "volume", "--bind", source=artifacts) as volume:
+            assert volume.stat().st_dev == tmp_path.stat().st_dev
+            build_other(volume)
+            check_is_other(volume)
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
     def test_where_nothing_can_be_made_beside_it(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -422,7 +431,7 @@ class TestWhatHappensDuringABuild:
         check_is_other(artifacts)
         aside = artifacts.parent / ".artifacts.build" / "set" / CUBIN
         assert (aside / "data.csv").read_text() == "p"
-        with pytest.raises(PlaceError, match=rf"set holds {CUBIN}, which came into"):
+        with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
             make(artifacts)
         shutil.rmtree(aside)
         monkeypatch.undo()

@@ -1,26 +1,52 @@
-"""`python -m build_kernels`, and the entry of the command `build-kernels`."""
+"""`python -m build_kernels`, the command `build-kernels`, and how every command is started."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-# What the commands themselves import; compilers are looked for when something is to be compiled.
-_NEEDED = ("click", "rich", "elftools")
+from .extras import EXTRAS, how_to_install
 
 
 def main() -> None:
-    """Run the command, or say which extra is missing: an installed wheel may be a server's."""
-    try:
+    """Run the command `build-kernels`."""
+
+    def load() -> Callable[..., Any]:
         from .cli import main as command
 
-        command(prog_name="build-kernels")
+        return command
+
+    run(load, "build-kernels")
+
+
+def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
+    """Run the click command that `load` imports; an installed wheel may lack what it needs.
+
+    A missing package names the extra that brings it. Output that cannot be written (a closed
+    stdout, a full disk) is an error with exit status 1.
+    """
+    if sys.stderr is None:  # closed by the caller, who then reads no messages
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.exit(f"error: {name}: the standard output is closed")
+    try:
+        command = load()
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in _NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        sys.exit(
-            f"error: build-kernels needs the package {error.name}, which comes with the extra "
-            "`build`: pip install 'dsv4-router[build]'"
-        )
+        sys.exit(f"error: {name} needs the package {package}; {how_to_install(package)}")
+    try:
+        try:
+            command(prog_name=name)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python would flush once more at its end, and complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: {name}: {error}")
 
 
 if __name__ == "__main__":

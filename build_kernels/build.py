@@ -1,63 +1,35 @@
-"""Plan a build, compile what is out of date in parallel processes, publish the result.
-
-A kernel is up to date when the manifest's entry has the digest that its sources, spec and toolchain
-have now, and the cubin and the PTX on disk have the hashes of that entry. Deciding that reads files
-and package metadata; neither the DSL nor NVRTC is loaded for it.
-"""
+"""Compile what a plan says in parallel processes, and publish the result: see `plan`, `publish`."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
-import multiprocessing
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
-from dsv4_router_runtime.errors import ManifestError
-from dsv4_router_runtime.manifest import (
-    SCHEMA_VERSION,
-    Kernel,
-    Manifest,
-    cubin_name,
-    parse_manifest,
-    serialise_manifest,
-)
+from dsv4_router_runtime.artifacts import MANIFEST_NAME
+from dsv4_router_runtime.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
 from . import compilers, cubin
-from .entry import EntryError, make_entry, sha256
-from .publish import build_folder, publish
-from .specs import KERNELS, KernelSpec
+from .artifact_folder import Contents, check_contents, read_contents, resolve_folder
+from .entry import EntryError, make_entry
+from .plan import PTXAS, Plan, Task, file_names, known_files
+from .plan import make_plan as make_plan
+from .plan import source_digest as source_digest
+from .publish import NewSet, publish
+from .staging import WORK, build_folder, sweep
+from .workers import WorkerDiedError, run_tasks
 
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
-# What turns a spec and its sources into bytes, and bytes into the manifest's entry.
-_DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
+_SHOWN_LOST = 3
+# More than a compiler writes for one kernel: the cubin, the PTX and a copy of the cubin are 0.3 MB.
+_PROBE_BYTES = 2**20
 
 
 class BuildError(Exception):
     """A build that did not succeed; nothing was published."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One kernel to compile for one architecture."""
-
-    spec: KernelSpec
-    arch: str
-    digest: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.spec.name}.{self.arch}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +39,6 @@ class Built:
     entry: Kernel
     cubin: bytes
     ptx: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
-
-    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why).
-    """
-
-    toolchain: dict[str, str]
-    manifest: Manifest | None
-    problem: str | None
-    stale: tuple[Task, ...]
-    current: tuple[Kernel, ...]
-    kept: tuple[Kernel, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,55 +59,15 @@ def default_artifacts() -> Path:
     return root / "artifacts"
 
 
-def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
-    """What is up to date and what is not among kernels `names` for `archs`."""
-    toolchain = compilers.toolchain_versions()
-    manifest, problem = _read_manifest(artifacts)
-    entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
-    whole = {key for key, entry in entries.items() if _files_are_whole(artifacts, entry)}
-    stale: list[Task] = []
-    current: list[Kernel] = []
-    asked: set[str] = set()
-    known: set[str] = set()
-    for spec in KERNELS:
-        known.update(f"{spec.name}.{arch}" for arch in spec.archs)
-        for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
-            task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
-            asked.add(task.key)
-            entry = entries.get(task.key)
-            if entry is not None and task.key in whole and entry.source_digest == task.digest:
-                current.append(entry)
-            else:
-                stale.append(task)
-    same_tools = manifest is not None and toolchain.items() <= manifest.toolchain.items()
-    kept = [
-        entry
-        for key, entry in entries.items()
-        if same_tools and key in whole and key in known and key not in asked
-    ]
-    return Plan(
-        toolchain=toolchain,
-        manifest=manifest,
-        problem=problem,
-        stale=tuple(stale),
-        current=tuple(current),
-        kept=tuple(kept),
-    )
+def open_folder(artifacts: Path) -> Path:
+    """Return the folder to build in, links followed; PlaceError if a build may not touch it.
 
-
-def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
-    """sha256 over all that decides the kernel's bytes and what its manifest entry says of them."""
-    facts = {
-        "arch": arch,
-        "spec": asdict(spec),
-        "tools": toolchain,
-        "schema": SCHEMA_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    deciding = (Path(__file__).with_name(name) for name in _DECIDING_MODULES)
-    for file in (*compilers.source_files(spec), *deciding):
-        digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
-    return digest.hexdigest()
+    Deletes what a killed build left there.
+    """
+    folder = resolve_folder(artifacts)
+    sweep(folder)
+    _look_at(folder)
+    return folder
 
 
 @contextmanager
@@ -172,80 +89,92 @@ def run_build(
     entered with the number of stale kernels when the build holds the artifacts, and gives what is
     called with a kernel's key as it finishes.
     """
+    folder = open_folder(artifacts)
+    _check_plan(folder, plan, locked)
+    if not plan.stale and _is_as_planned(folder, plan):
+        return _report(plan)
+    report = None
+    try:
+        with build_folder(folder) as private:
+            before = _look_at(folder)
+            with watch(len(plan.stale)) as on_done:
+                built = _compile_all(plan.stale, private / WORK, jobs, on_done)
+            report = _publish(folder, private, plan, built, before, locked)
+    except KeyboardInterrupt:
+        # Published: only the deletion of the build's own files was cut short. The next one does it.
+        if report is None:
+            raise
+    return report
+
+
+def _look_at(folder: Path) -> Contents:
+    """Read what a folder holds; PlaceError if that is not a build's alone."""
+    contents = read_contents(folder, known_files())
+    check_contents(folder, contents)
+    return contents
+
+
+def _check_plan(folder: Path, plan: Plan, locked: bool) -> None:
     if locked and plan.manifest is None:
         raise BuildError(
             f"--locked needs a manifest to compare with: {plan.problem}; "
             "restore the tracked one, or make one with `build-kernels build`"
         )
-    with build_folder(artifacts) as folder:
-        with watch(len(plan.stale)) as on_done:
-            built = _compile_all(plan.stale, folder, jobs, on_done)
-        manifest = _new_manifest(artifacts, plan, built)
-        text = serialise_manifest(manifest)
-        path = artifacts / MANIFEST_NAME
-        if locked and path.read_text() != text:
-            raise BuildError(_locked_difference(plan.manifest, manifest))
-        untouched = (*plan.current, *plan.kept)
-        kept = tuple(name for entry in untouched for name in _file_names(entry))
-        removed: tuple[str, ...] = ()
-        if built or _surplus(artifacts, kept) or path.read_text() != text:
-            files = {}
-            for item in built:
-                cubin_file, ptx_file = _file_names(item.entry)
-                files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
-            removed = publish(artifacts, folder / "staging", files, kept, text)
+    if plan.lost:
+        shown = ", ".join(plan.lost[:_SHOWN_LOST])
+        more = len(plan.lost) - _SHOWN_LOST
+        raise BuildError(
+            f"a build of these kernels alone would drop others from {folder}: "
+            f"{shown}{f' and {more} more' if more > 0 else ''}. Build all of them, without "
+            "--kernel and --arch, or build these in a folder of their own with --artifacts FOLDER"
+        )
+
+
+def _is_as_planned(folder: Path, plan: Plan) -> bool:
+    """Does the folder hold what the plan ends in? Then a build writes nothing, not even a lock."""
+    text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
+    contents = _look_at(folder)
+    return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)
+
+
+def _publish(
+    folder: Path, private: Path, plan: Plan, built: Sequence[Built], before: Contents, locked: bool
+) -> Report:
+    """Publish what was built, unless the folder is another one than when the build began."""
+    now = _look_at(folder)
+    if now.identity != before.identity or now.manifest != plan.text:
+        raise BuildError(
+            f"{folder} was changed while this build ran; nothing was published: build again"
+        )
+    manifest = _new_manifest(folder, plan, built)
+    text = serialise_manifest(manifest).encode()
+    if locked and plan.text != text:
+        raise BuildError(_locked_difference(plan.manifest, manifest))
+    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=plan.kept_files)
+    strays = publish(folder, private, new, now)
+    if strays:
+        raise BuildError(
+            f"published, but {folder} got other files at that moment: see "
+            f"{', '.join(map(str, strays))}. They are no part of the set: move them elsewhere"
+        )
+    return _report(plan, built, removed=now.surplus(new.names))
+
+
+def _new_files(built: Sequence[Built]) -> dict[str, bytes]:
+    files = {}
+    for item in built:
+        cubin_file, ptx_file = file_names(item.entry)
+        files[cubin_file], files[ptx_file] = item.cubin, item.ptx.encode()
+    return files
+
+
+def _report(plan: Plan, built: Sequence[Built] = (), removed: tuple[str, ...] = ()) -> Report:
     return Report(
         built=tuple(item.entry.key for item in built),
         up_to_date=tuple(entry.key for entry in plan.current),
         kept=tuple(entry.key for entry in plan.kept),
         removed=removed,
     )
-
-
-def built_entries(artifacts: Path, name: str, archs: Sequence[str]) -> tuple[Kernel, ...]:
-    """The manifest's entries of a kernel, their files checked; BuildError if one is not whole."""
-    manifest, problem = _read_manifest(artifacts)
-    if manifest is None:
-        raise BuildError(f"{problem}; make it with `build-kernels build`")
-    entries = {entry.arch: entry for entry in manifest.kernels if entry.name == name}
-    for arch in archs:
-        if arch not in entries or not _files_are_whole(artifacts, entries[arch]):
-            raise BuildError(
-                f"{name}.{arch} is not built, or its files are not those of the manifest; "
-                f"make it with `build-kernels build --kernel {name} --arch {arch}`"
-            )
-    return tuple(entries[arch] for arch in archs)
-
-
-def _read_manifest(artifacts: Path) -> tuple[Manifest | None, str | None]:
-    """The manifest, or what is wrong with it; the caller says what to do about it."""
-    path = artifacts / MANIFEST_NAME
-    try:
-        return parse_manifest(path.read_bytes(), source=str(path)), None
-    except FileNotFoundError:
-        return None, f"{path} does not exist"
-    except OSError as error:
-        return None, f"{path} cannot be read ({error.strerror})"
-    except ManifestError as error:
-        return None, f"{error.source}: {error.path}: {error.problem}"
-
-
-def _file_names(entry: Kernel) -> tuple[str, str]:
-    return entry.file, f"{entry.key}.ptx"
-
-
-def _files_are_whole(artifacts: Path, entry: Kernel) -> bool:
-    wanted = (entry.cubin_sha256, entry.ptx_sha256)
-    try:
-        found = [(artifacts / name).read_bytes() for name in _file_names(entry)]
-    except OSError:
-        return False
-    return all(sha256(data) == digest for data, digest in zip(found, wanted, strict=True))
-
-
-def _surplus(artifacts: Path, kept: Iterable[str]) -> bool:
-    known = {MANIFEST_NAME, EVIDENCE_NAME, *kept}
-    return any(name not in known and not name.startswith(".") for name in os.listdir(artifacts))
 
 
 def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manifest:
@@ -255,7 +184,7 @@ def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manife
     cubins = [item.cubin for item in built]
     cubins += [(artifacts / entry.file).read_bytes() for entry in untouched]
     stated = {version for data in cubins if (version := cubin.stated_ptxas(data))}
-    toolchain = plan.toolchain | ({"ptxas": " ".join(sorted(stated))} if stated else {})
+    toolchain = plan.toolchain | ({PTXAS: " ".join(sorted(stated))} if stated else {})
     return Manifest(toolchain=toolchain, kernels=(*(item.entry for item in built), *untouched))
 
 
@@ -288,46 +217,26 @@ def _compile_all(
     """Every task's result, in order. All are tried; BuildError lists every failure."""
     if not tasks:
         return []
-    # spawn: the DSL's state must not be shared with this process or between processes.
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+    by_key = {task.key: task for task in tasks}
+    arguments = {key: (task, folder / key) for key, task in by_key.items()}
     results: dict[str, Built] = {}
     failures = []
-    try:
-        futures: dict[Future, Task] = {
-            pool.submit(build_one, task, folder / task.key): task for task in tasks
-        }
-        for future in as_completed(futures):
-            task = futures[future]
-            try:
-                outcome: Built | str = future.result()
-            except BrokenProcessPool:
-                outcome = "a compiler process died; the compiler's own messages are above"
+    with run_tasks(build_one, arguments, jobs=jobs, prepare=_prepare_compiler) as outcomes:
+        for key, outcome in outcomes:
             if isinstance(outcome, Built):
-                results[task.key] = outcome
+                results[key] = outcome
+            elif isinstance(outcome, WorkerDiedError):
+                failures.append(f"{key}: {outcome}; the compiler's own messages are above")
             else:
-                failures.append(f"{task.key}: {outcome}")
-            on_done(task.key)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                failures.append(f"{key}: {outcome}")
+            on_done(key)
     if failures:
         raise BuildError("\n".join(failures))
     return [results[task.key] for task in tasks]
 
 
-def _start_worker() -> None:
-    """Make a worker's result independent of the caller's environment, and its end the parent's."""
-    # Ctrl-C reaches the whole process group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed cannot stop its workers: have the kernel do it.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare_compiler() -> None:
+    """Make a worker's result independent of the caller's environment."""
     # Compilers print; results belong on stdout alone.
     sys.stdout.flush()
     os.dup2(2, 1)
@@ -347,7 +256,23 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
         entry = make_entry(task.spec, task.arch, task.digest, compiled, facts, opcodes)
         return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
     except (EntryError, compilers.CompileError, cubin.CubinError) as error:
-        return str(error)
-    except Exception:
+        return f"{_why_no_file(dump_folder)}{error}"
+    except Exception as error:
+        if why := _why_no_file(dump_folder):
+            return f"{why}{error}"
         # A DSL kernel raises whatever its author's mistake raises: its traceback is the message.
         return traceback.format_exc()
+
+
+def _why_no_file(folder: Path) -> str:
+    """Return why a compiler could not write its files, or nothing: the DSL does not look."""
+    probe = folder / "probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"no file can be written in {folder} ({error.strerror}): "
+    finally:
+        probe.unlink(missing_ok=True)
+    return ""

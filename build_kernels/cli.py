@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME
-from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.manifest import Kernel, Manifest, Parameter, serialise_manifest
+import dsv4_router_runtime
+from dsv4_router_runtime.artifacts import MANIFEST_NAME, find_artifacts, open_artifacts
+from dsv4_router_runtime.errors import ArtifactError, RouterError
+from dsv4_router_runtime.manifest import (
+    Kernel,
+    Manifest,
+    Parameter,
+    cubin_name,
+    serialise_manifest,
+)
 
 from . import build as builder
-from .bench import bench_command
-from .compilers import CompileError
-from .publish import LockedError, PlaceError
+from .artifact_folder import PlaceError
+from .bench.command import bench_command
+from .compilers import CompileError, toolchain_versions
+from .console import results, say, talk
+from .listing import explain_states, list_rows, print_rows
 from .specs import ARCHITECTURES, KERNELS
-from .verify import (
-    RUNGS,
-    Evidence,
-    EvidenceError,
-    read_evidence,
-    standing,
-    validated_on,
-    verify_command,
-)
+from .staging import LockedError
+from .verify import EvidenceError, verify_command
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
@@ -45,7 +48,25 @@ _EXPECTED_ERRORS = (
     *(EvidenceError, RouterError, OSError),
 )
 
-talk = Console(stderr=True, highlight=False)
+
+class KernelName(click.ParamType):
+    """The name of a kernel that this package can build."""
+
+    name = "kernel"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        name = str(value)
+        if name not in KERNEL_NAMES:
+            near = difflib.get_close_matches(name, KERNEL_NAMES, n=2)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            self.fail(
+                f"no kernel is called {name!r}; {hint}All: {', '.join(KERNEL_NAMES)}", param, ctx
+            )
+        return name
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 arch_option = click.option(
     "--arch",
@@ -54,14 +75,43 @@ arch_option = click.option(
     type=click.Choice(ARCH_NAMES),
     help="Only this architecture; repeatable. Default: all.",
 )
-artifacts_option = click.option(
+kernel_option = click.option(
+    "--kernel",
+    "names",
+    multiple=True,
+    type=KernelName(),
+    metavar="KERNEL",
+    help="Only this kernel; repeatable. Default: all.",
+)
+shown_option = click.option(
     "--artifacts",
     type=click.Path(path_type=Path, file_okay=False),
-    help="The folder to work on. Default: artifacts/ of this checkout.",
+    help="The set to show. Default: artifacts/ of this checkout, or the installed wheel's set.",
 )
 
 
+def print_versions(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    """Print the versions that decide a build, and exit."""
+    if not wanted or context.resilient_parsing:
+        return
+    print(f"dsv4-router {dsv4_router_runtime.__version__}")
+    try:
+        for name, version in sorted(toolchain_versions().items()):
+            print(f"{name} {version}")
+    except CompileError as error:
+        print(f"no toolchain: {error}")
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_versions,
+    help="Print this project's version and those of the compilers.",
+)
 def main() -> None:
     """Build the DeepSeek-V4 router's kernels ahead of time: no GPU, no CUDA toolkit."""
 
@@ -85,7 +135,12 @@ main.add_command(verify_command)
 @click.option(
     "--locked", is_flag=True, help="Fail unless the bytes made are those the manifest records."
 )
-@artifacts_option
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder to build in, which the set has to itself: files that no build made are "
+    "refused, names that start with a dot are left alone. Default: artifacts/ of this checkout.",
+)
 @json_option
 def build(
     archs: tuple[str, ...],
@@ -95,14 +150,17 @@ def build(
     artifacts: Path | None,
     as_json: bool,
 ) -> None:
-    """Compile what is out of date and publish cubins and manifest."""
+    """Compile what is out of date and publish cubins and manifest.
+
+    A build of some kernels (--arch, --kernel) keeps the others, or is refused if it cannot.
+    """
     if locked and (archs or names):
         raise click.UsageError("--locked checks the whole set: leave --arch and --kernel out")
     started = time.monotonic()
     with reported_errors():
         # A stop asked for by the system ends like Ctrl-C: the artifacts stay as they were.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        folder = artifacts or builder.default_artifacts()
+        folder = builder.open_folder(artifacts or builder.default_artifacts())
         plan = builder.make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
         if plan.problem and plan.manifest is None:
             talk.print(f"building from scratch: {plan.problem}", markup=False)
@@ -123,34 +181,44 @@ def build(
 
 
 @main.command("list")
-@artifacts_option
+@arch_option
+@kernel_option
+@click.option("--check", is_flag=True, help="Fail unless each one listed is built and up to date.")
+@shown_option
 @json_option
-def list_kernels(artifacts: Path | None, as_json: bool) -> None:
+def list_kernels(
+    archs: tuple[str, ...],
+    names: tuple[str, ...],
+    check: bool,
+    artifacts: Path | None,
+    as_json: bool,
+) -> None:
     """Each kernel's state, where it can load, where it was validated, and its evidence."""
     with reported_errors():
-        folder = artifacts or builder.default_artifacts()
-        plan = builder.make_plan(folder, KERNEL_NAMES, ARCH_NAMES)
-        evidence = read_evidence(folder / EVIDENCE_NAME)
-    rows = _rows(plan, evidence)
+        folder = artifacts or find_artifacts()
+        rows = list_rows(folder, names, archs)
+        notes = explain_states(rows, folder)
     if as_json:
         print(json.dumps(rows, indent=1, sort_keys=True))
-        return
-    table = Table("kernel", "arch", "state", "N", "can load on", "validated on", *RUNGS)
-    for row in rows:
-        table.add_row(*(row[name] for name in (*_COLUMNS, *RUNGS)))
-    _print_table(table)
+    else:
+        print_rows(results(width=200), rows)
+    for note in notes:
+        say(note)
+    if check and notes:
+        sys.exit(1)
 
 
 @main.command()
-@click.argument("kernel", type=click.Choice(KERNEL_NAMES))
+@click.argument("kernels", type=KernelName(), metavar="KERNEL...", nargs=-1, required=True)
 @arch_option
-@artifacts_option
+@shown_option
 @json_option
-def inspect(kernel: str, archs: tuple[str, ...], artifacts: Path | None, as_json: bool) -> None:
-    """A built kernel's launch ABI, resources and opcode counts."""
+def inspect(
+    kernels: tuple[str, ...], archs: tuple[str, ...], artifacts: Path | None, as_json: bool
+) -> None:
+    """Launch ABI, resources and opcode counts of built kernels."""
     with reported_errors():
-        folder = artifacts or builder.default_artifacts()
-        entries = builder.built_entries(folder, kernel, archs or ARCH_NAMES)
+        entries = _built_entries(artifacts or find_artifacts(), kernels, archs)
     if as_json:
         document = json.loads(serialise_manifest(Manifest(toolchain={}, kernels=entries)))
         print(json.dumps(document["kernels"], indent=1, sort_keys=True))
@@ -159,16 +227,37 @@ def inspect(kernel: str, archs: tuple[str, ...], artifacts: Path | None, as_json
         _print_entry(entry)
 
 
+def _built_entries(folder: Path, names: Sequence[str], archs: Sequence[str]) -> tuple[Kernel, ...]:
+    """Give the manifest's entries, their cubins checked; for all architectures if none is named."""
+    artifacts = open_artifacts(folder)
+    entries = {(entry.name, entry.arch): entry for entry in artifacts.manifest.kernels}
+    chosen = [
+        (name, arch)
+        for name in dict.fromkeys(names)
+        for arch in archs or [arch for known, arch in entries if known == name] or ARCH_NAMES
+    ]
+    for name, arch in chosen:
+        if (name, arch) not in entries:
+            raise ArtifactError(
+                file=str(folder / cubin_name(name, arch)),
+                problem=f"not built: {MANIFEST_NAME} lists no {name}.{arch}",
+            )
+    found = tuple(entries[pair] for pair in chosen)
+    for entry in found:
+        artifacts.read(entry)
+    return found
+
+
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """Turn what can go wrong into a message and an exit status; a bug keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        talk.print("interrupted; the artifacts are as they were")
+        say("interrupted; the artifacts are as they were")
         sys.exit(130)
     except _EXPECTED_ERRORS as error:
-        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
 
 
@@ -186,36 +275,6 @@ def progress_of(total: int) -> Iterator[Any]:
         yield on_done
 
 
-_COLUMNS = ("kernel", "arch", "state", "num_tokens", "loads_on", "validated_on")
-
-
-def _rows(plan: builder.Plan, evidence: Evidence) -> list[dict[str, str]]:
-    current = {entry.key for entry in plan.current}
-    listed = {entry.key: entry for entry in plan.manifest.kernels} if plan.manifest else {}
-    archs = {arch.name: arch for arch in ARCHITECTURES}
-    rows = []
-    for spec in KERNELS:
-        for arch in spec.archs:
-            key = f"{spec.name}.{arch}"
-            state = "built" if key in current else "out of date" if key in listed else "not built"
-            entry = listed.get(key)
-            rungs = standing(evidence, entry) if entry else dict.fromkeys(RUNGS, "not run")
-            rows.append(
-                {
-                    "kernel": spec.name,
-                    "arch": arch,
-                    "state": state,
-                    "loads_on": archs[arch].loads_on,
-                    "validated_on": validated_on(evidence, entry) if entry else "nowhere",
-                    "num_tokens": str(spec.problem.num_tokens),
-                    "num_experts": str(spec.problem.num_experts),
-                    "top_k": str(spec.problem.top_k),
-                    **rungs,
-                }
-            )
-    return rows
-
-
 def _print_entry(entry: Kernel) -> None:
     launch, resources = entry.launch, entry.resources
     print(f"{entry.key}: {entry.symbol} in {entry.file}, sha256 {entry.cubin_sha256}")
@@ -229,16 +288,19 @@ def _print_entry(entry: Kernel) -> None:
         f"stack {resources.stack_bytes} B, static shared {resources.static_shared_bytes} B"
     )
     print("  opcodes: " + ", ".join(f"{name} {n}" for name, n in sorted(resources.opcodes.items())))
-    table = Table("parameter", "kind", "offset", "size", "what")
+    table = Table()
+    for heading in ("parameter", "kind", "offset", "size"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what")
     for parameter in entry.parameters:
         table.add_row(
             parameter.name,
             parameter.kind,
             str(parameter.offset),
             str(parameter.size),
-            _described(parameter),
+            escape(_described(parameter)),
         )
-    _print_table(table)
+    results(width=200).print(table)
 
 
 def _described(parameter: Parameter) -> str:
@@ -254,14 +316,11 @@ def _described(parameter: Parameter) -> str:
     return parameter.element_type or ""
 
 
-def _print_table(table: Table) -> None:
-    """On stdout, as wide as it needs to be where stdout is no terminal."""
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False).print(table, markup=False)
-
-
 def _shown(folder: Path) -> str:
-    return os.path.relpath(folder)
+    try:
+        return os.path.relpath(folder)
+    except FileNotFoundError:  # the current folder is gone
+        return str(folder)
 
 
 def _cpus() -> int:

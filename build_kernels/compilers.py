@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cubin import wheel_file
+from .cubin import INSTALL, wheel_file
 from .specs import CudaSource, DslSource, KernelSpec
 
 NVRTC_DISTRIBUTION = "nvidia-cuda-nvrtc-cu12"
@@ -80,7 +80,7 @@ def compile_kernel(spec: KernelSpec, arch: str, dump_folder: Path) -> Compiled:
 
 
 def _missing(distribution: str) -> CompileError:
-    return CompileError(f"{distribution} is not installed; install this project's extra `build`")
+    return CompileError(f"{distribution} is not installed; {INSTALL}")
 
 
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
@@ -95,6 +95,15 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
     }
     facts: Mapping = module.launch_facts(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)
+    if not isinstance(cubin, bytes):
+        # The DSL looks for its own file under the name of the architecture that it takes this one
+        # for, finds none, and returns the path: sm_101a is sm_110a to it.
+        raise CompileError(
+            f"{DSL_DISTRIBUTION} does not compile for {arch}: it looked for *."
+            f"{'.'.join(Path(cubin).name.split('.')[-2:])} and found none"
+        )
+    if not ptx.rstrip("\0\n").endswith("}"):
+        raise CompileError(f"the PTX that {DSL_DISTRIBUTION} wrote for {arch} is cut off")
     return Compiled(
         cubin=cubin,
         ptx=ptx.rstrip("\0"),

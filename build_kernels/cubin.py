@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import os
 import re
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4_router_runtime.artifacts import elf_compute_capability
+from dsv4_router_runtime.artifacts import ELF_HEADER_BYTES, elf_compute_capability
 from dsv4_router_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ WATCHED_OPCODES = (
 )
 # Local memory: a spill, a stack frame or an array that did not become registers.
 LOCAL_OPCODES = ("LDL", "STL")
+
+# Far above any cubin of one kernel: 60 KB and 40 sections are made now.
+MAX_CUBIN_BYTES = 16 * 2**20
+_MAX_SECTIONS = 1024
+_SECTION_BYTES = 64
+_SYMBOL_BYTES = 24
+_SHT_SYMTAB, _SHT_NOBITS = 2, 8
+_SHF_COMPRESSED = 0x800
 
 _FORMAT_SIZED = 4
 _MAX_THREADS = 0x05
@@ -50,8 +59,12 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z
 _PTXAS = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
 
 
+# What a message about something that is not installed ends in.
+INSTALL = "install this project's extra `build`: pip install 'dsv4-router[build]'"
+
+
 class CubinError(Exception):
-    """A cubin that cannot be read, or that is not what the build asked for."""
+    """A cubin that cannot be read or is not what was asked for, or a reader that is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,7 @@ def read_cubin(data: bytes) -> Cubin:
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
+    _check_bounds(data)
     try:
         elf = ELFFile(io.BytesIO(data))
         kernels = _kernel_symbols(elf)
@@ -95,6 +109,35 @@ def read_cubin(data: bytes) -> Cubin:
         raise CubinError(f"not a readable cubin ({error})") from error
 
 
+def _check_bounds(data: bytes) -> None:
+    """Refuse sizes that lead out of the file: pyelftools believes what a header states."""
+    if len(data) > MAX_CUBIN_BYTES:
+        raise CubinError(f"not a readable cubin ({len(data)} bytes; at most {MAX_CUBIN_BYTES})")
+    if len(data) < ELF_HEADER_BYTES:
+        raise CubinError(f"not a readable cubin ({len(data)} bytes are no ELF header)")
+    (table,) = struct.unpack_from("<Q", data, 40)
+    size, count = struct.unpack_from("<HH", data, 58)
+    if size != _SECTION_BYTES or not 0 < count <= _MAX_SECTIONS or table + count * size > len(data):
+        raise CubinError(
+            f"not a readable cubin (a table of {count} sections of {size} bytes at {table}, in "
+            f"{len(data)} bytes)"
+        )
+    for index in range(count):
+        at = table + index * size
+        kind, flags = struct.unpack_from("<IQ", data, at + 4)
+        start, length = struct.unpack_from("<QQ", data, at + 24)
+        (entry_size,) = struct.unpack_from("<Q", data, at + 56)
+        if kind != _SHT_NOBITS and start + length > len(data):
+            problem = f"ends at {start + length}, after the {len(data)} bytes of the file"
+        elif flags & _SHF_COMPRESSED:
+            problem = "is compressed"
+        elif kind == _SHT_SYMTAB and (entry_size != _SYMBOL_BYTES or length % _SYMBOL_BYTES):
+            problem = f"holds symbols of {entry_size} bytes in {length}"
+        else:
+            continue
+        raise CubinError(f"not a readable cubin (section {index} {problem})")
+
+
 def stated_ptxas(data: bytes) -> str | None:
     """The assembler's version; cubins of ABI 7 (sm_90 by toolkit 12) do not say it."""
     found = _PTXAS.search(data)
@@ -104,9 +147,12 @@ def stated_ptxas(data: bytes) -> str | None:
 def count_opcodes(path: Path) -> Counter[str]:
     """How often each SASS opcode occurs in a cubin on disk, modifiers left off."""
     tool = nvdisasm()
-    process = subprocess.run(
-        [tool, "-c", path], capture_output=True, text=True, errors="replace", check=False
-    )
+    try:
+        process = subprocess.run(
+            [tool, "-c", path], capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise _cannot_be_run(tool, str(error.strerror)) from error
     counts = Counter(_INSTRUCTION.findall(process.stdout))
     if process.returncode != 0 or not counts:
         raise CubinError(f"nvdisasm cannot read {path.name}: {process.stderr.strip()}")
@@ -120,22 +166,30 @@ def watched(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def nvdisasm() -> Path:
-    """The disassembler of the nvidia-cuda-nvdisasm wheel."""
-    return wheel_file("nvidia-cuda-nvdisasm", "nvdisasm")
+    """Return the disassembler of the nvidia-cuda-nvdisasm wheel; CubinError if unusable."""
+    tool = wheel_file("nvidia-cuda-nvdisasm", "nvdisasm")
+    if not os.access(tool, os.X_OK):
+        raise _cannot_be_run(tool, "not executable")
+    return tool
+
+
+def _cannot_be_run(tool: Path, why: str) -> CubinError:
+    return CubinError(f"{tool.name} cannot be run ({why}: {tool}); {INSTALL}")
 
 
 def wheel_file(distribution: str, name: str) -> Path:
-    """The file called `name` that an installed wheel brought; CubinError names what to install."""
+    """Return the file `name` of an installed wheel; CubinError names what to install."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
-        if file.name == name:
-            return Path(str(file.locate()))
+        if file.name == name and (path := Path(str(file.locate()))).is_file():
+            return path
+    # A wheel whose file was deleted counts as installed: pip would not bring it back by itself.
+    damaged = " with --force-reinstall" if files else ""
     raise CubinError(
-        f"{name} is missing: it comes with the wheel {distribution}; "
-        "install this project's extra `build`"
+        f"{name} is missing: it comes with the wheel {distribution}; {INSTALL}{damaged}"
     )
 
 

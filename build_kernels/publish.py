@@ -1,124 +1,187 @@
 """How a new set of artifacts takes the place of the old one, so that no moment has half of each.
 
-Everything is written into a staging folder beside `artifacts/`, the manifest last. Then the two
-folders are exchanged by one renameat2(RENAME_EXCHANGE), and the old one, now in the staging place,
-is deleted. A build that is interrupted or killed at any point therefore leaves either the old set
-or the new one, whole; what it leaves in the staging place is deleted by the next build.
+The new set is written into a folder beside the old one, the manifest last. One
+renameat2(RENAME_EXCHANGE) swaps the two, and the files of the old set are deleted by name. A build
+that is killed at any point leaves the old set or the new one, whole, and the next build clears what
+else it left (see `staging`).
 
-A file system without that call (some network and overlay file systems) gets the files one by one,
-each by rename, the manifest after all cubins and surplus files deleted after the manifest. A build
-killed in those milliseconds leaves cubins whose hashes disagree with the manifest: the runtime
-refuses them and names `build-kernels build`, which repairs them.
+A folder is kept, and gets its new files one by one, if it cannot be exchanged:
+- it is a mount point, or the file system has no exchange (some network and overlay file systems);
+- the caller stands in it, and would stand in a deleted folder;
+- it holds names that start with a dot: other programs keep these at that place;
+- its mode, owner or extended attributes cannot be given to another folder.
+Each file is then replaced by rename, the manifest after all cubins, and surplus files are deleted
+after the manifest. A build that is killed in those milliseconds leaves cubins whose hashes disagree
+with the manifest: the runtime refuses them and names `build-kernels build`, which repairs them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM)
+from .artifact_folder import Contents, PlaceError, vouched_files
+from .rename import exchange, rename_new
+from .staging import SET, Mark, marked_folder, publish_folder, put_back, write_mark
+
+_NO_EXCHANGE = (
+    *(errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV),
+    *(errno.EBUSY, errno.EPERM, errno.EACCES),
+)
 
 
-class LockedError(Exception):
-    """Another build of the same artifacts is running."""
+@dataclass(frozen=True, kw_only=True)
+class NewSet:
+    """What a folder is to hold: files with new bytes, the manifest among them, and files it has."""
+
+    files: Mapping[str, bytes]
+    kept: Collection[str]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.files, *self.kept}
 
 
-class PlaceError(Exception):
-    """The artifacts cannot be where they are asked for: no files can be made there."""
+def publish(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> tuple[Path, ...]:
+    """Make `artifacts` hold the new set, beside evidence.json and names that start with a dot.
 
-
-@contextlib.contextmanager
-def build_folder(artifacts: Path) -> Iterator[Path]:
-    """An empty private folder on the artifacts' file system, held by one build at a time.
-
-    It is `.<name>.build/` beside the artifacts. The lock is the kernel's: it goes with the process.
-    LockedError if another build holds it, PlaceError if nothing can be made there.
+    `private` is the build's own folder, `contents` what the artifacts hold just now, no strangers.
+    Returns where those files are that came into the artifacts in the meantime.
     """
-    lock = artifacts.parent / f".{artifacts.name}.lock"
-    folder = artifacts.parent / f".{artifacts.name}.build"
+    if contents.identity is None:
+        with _uninterrupted():
+            write_mark(private, Mark(names=tuple(new.names)))
+            (private / SET).mkdir()
+            _write(private / SET, new.files)
+            rename_new(private / SET, artifacts)
+        return ()
+    if _may_be_exchanged(artifacts, private, contents):
+        with _evidence_held(artifacts), _uninterrupted():
+            if _exchange_sets(artifacts, private, new, contents):
+                return put_back(private, artifacts)
+    with _uninterrupted():
+        _replace_files(artifacts, new, contents)
+    return ()
+
+
+def _may_be_exchanged(artifacts: Path, private: Path, contents: Contents) -> bool:
     try:
-        artifacts.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
-    except OSError as error:
-        raise PlaceError(
-            f"cannot build {artifacts}: no file can be made in {artifacts.parent} "
-            f"({error.strerror}); name a folder in a writable place with --artifacts FOLDER"
-        ) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LockedError(
-                f"another build of {artifacts} is running (it holds {lock}); wait until it ends"
-            ) from error
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        stands_in_it = os.path.samefile(os.curdir, artifacts)
+    except OSError:  # the caller's folder is gone already
+        stands_in_it = False
+    return private.parent == artifacts.parent and not contents.dotted and not stands_in_it
 
 
-def publish(
-    artifacts: Path, staging: Path, files: Mapping[str, bytes], kept: tuple[str, ...], manifest: str
-) -> tuple[str, ...]:
-    """Make `artifacts` hold exactly `files`, the `kept` files it has, and the manifest.
-
-    evidence.json and names that start with a dot stay as well. Returns the names that went.
-    """
-    staging.mkdir()
-    present = sorted(os.listdir(artifacts)) if artifacts.is_dir() else []
-    others = [name for name in present if name == EVIDENCE_NAME or name.startswith(".")]
-    for name in (*kept, *others):
-        shutil.copy2(artifacts / name, staging / name)
-    for name, data in files.items():
-        (staging / name).write_bytes(data)
-    (staging / MANIFEST_NAME).write_text(manifest)
-    new = os.listdir(staging)
-    _replace(artifacts, staging)
-    return tuple(name for name in present if name not in new)
-
-
-def _replace(artifacts: Path, staging: Path) -> None:
-    if not artifacts.exists():
-        staging.rename(artifacts)
-        return
+def _exchange_sets(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> bool:
+    """Swap the new set and the old one, which is then in `private`; False if that is impossible."""
+    fresh = private / SET
+    write_mark(private, Mark(names=(*(new.names | contents.made), EVIDENCE_NAME)))
+    fresh.mkdir()
+    if not _make_alike(artifacts, fresh):
+        return False
+    for name in {*new.kept, EVIDENCE_NAME}:
+        if name != EVIDENCE_NAME or (artifacts / name).exists():
+            _link(artifacts / name, fresh / name)
+    _write(fresh, new.files)
     try:
-        _exchange(staging, artifacts)
+        exchange(fresh, artifacts)
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        _replace_files(artifacts, staging)
+        return False
+    _move_newer_evidence(fresh / EVIDENCE_NAME, artifacts / EVIDENCE_NAME)
+    return True
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders in one step."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        raise OSError(errno.ENOSYS, "no renameat2 in the C library")
-    failed = libc.renameat2(
-        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
-    )
-    if failed:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(other))
+def _make_alike(old: Path, new: Path) -> bool:
+    """Give `new` the owner, mode and extended attributes of `old`; False if that is forbidden."""
+    wanted = old.stat()
+    try:
+        os.chown(new, wanted.st_uid, wanted.st_gid)
+        shutil.copystat(old, new)
+    except OSError:
+        return False
+    return _traits(old) == _traits(new)
 
 
-def _replace_files(artifacts: Path, staging: Path) -> None:
-    """Move the staged files over the old ones, manifest last, then delete what is surplus."""
-    names = sorted(os.listdir(staging), key=lambda name: name == MANIFEST_NAME)
-    for name in names:
-        (staging / name).replace(artifacts / name)
-    for name in os.listdir(artifacts):
-        if name not in names:
-            (artifacts / name).unlink()
+def _traits(folder: Path) -> tuple[object, ...]:
+    info = folder.stat()
+    try:
+        attributes = {name: os.getxattr(folder, name) for name in os.listxattr(folder)}
+    except OSError:  # a file system without them
+        attributes = {}
+    return info.st_mode, info.st_uid, info.st_gid, attributes
+
+
+def _link(old: Path, new: Path) -> None:
+    """Give a file a second name: the file itself stays, and so does its owner."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # no hard links on this file system, or none to another user's file
+        shutil.copy2(old, new)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name in _manifest_last(files):
+        (folder / name).write_bytes(files[name])
+
+
+def _move_newer_evidence(old: Path, new: Path) -> None:
+    """Take over evidence that another program wrote between the second name and the exchange."""
+    if old.exists() and not (new.exists() and old.samefile(new)):
+        old.replace(new)
+
+
+def _replace_files(artifacts: Path, new: NewSet, contents: Contents) -> None:
+    """Move the new files over the old ones, manifest last; surplus files go with the folder."""
+    vouched = vouched_files(contents.manifest or b"")
+    surplus = {name: vouched[name] for name in contents.surplus(new.names) if name in vouched}
+    mark = Mark(names=tuple(new.files), surplus=surplus)
+    with marked_folder(publish_folder(artifacts), artifacts, mark) as folder:
+        (folder / SET).mkdir()
+        _write(folder / SET, new.files)
+        for name in _manifest_last(new.files):
+            try:
+                (folder / SET / name).replace(artifacts / name)
+            except OSError as error:
+                raise PlaceError(
+                    f"cannot replace {artifacts / name} ({error.strerror}). The folder may hold "
+                    "part of the new set now, which no runtime loads: mend that and build again"
+                ) from error
+
+
+def _manifest_last(names: Collection[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name == MANIFEST_NAME, name))
+
+
+@contextlib.contextmanager
+def _evidence_held(artifacts: Path) -> Iterator[None]:
+    """Keep `build-kernels verify` from writing evidence into a folder that is about to go."""
+    from .verify.evidence import evidence_lock
+
+    if (artifacts / EVIDENCE_NAME).exists():
+        with evidence_lock(artifacts / EVIDENCE_NAME):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let SIGINT and SIGTERM pass by: in these milliseconds it is too late to stop."""
+    stops = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(stops, 0):
+            continue
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

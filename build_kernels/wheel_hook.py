@@ -1,6 +1,7 @@
-"""Hatchling's hook: a wheel carries the manifest and the cubins, or is not made.
+"""Hatchling's hook: a wheel or sdist carries every kernel, made from its sources, or is not made.
 
-Runs in the wheel's build environment, where hatchling is installed and this project is not.
+Runs in the build environment, where hatchling is installed and this project is not: no compiler is
+there. What it imports from the project needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,17 +14,43 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class ArtifactsHook(BuildHookInterface):
-    """Checks every artifact as the loader does, then includes it beside the runtime."""
+    """Checks artifacts/ as the loader does, and that no kernel is missing or older than its source.
+
+    A wheel then gets manifest, evidence and cubins beside the runtime. An sdist has them anyway.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the artifacts to a wheel, or end with the reason why they cannot be shipped."""
         if version == "editable":
             return  # a checkout finds its own artifacts, and finds them as they are rebuilt
         sys.path.insert(0, self.root)
-        from dsv4_router_runtime.artifacts import MANIFEST_NAME, open_artifacts
+        from dsv4_router_runtime.errors import RouterError
 
-        artifacts = open_artifacts(Path(self.root) / "artifacts")
-        for kernel in artifacts.manifest.kernels:
-            artifacts.read(kernel)
-        for name in (MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)):
-            source = str(artifacts.folder / name)
-            build_data["force_include"][source] = f"dsv4_router_runtime/_artifacts/{name}"
+        try:
+            names = _checked_names(Path(self.root) / "artifacts")
+        except (RouterError, UnfitError) as error:
+            # abort, not raise: pip would show forty lines of traceback before the reason.
+            self.app.abort(f"error: no {self.target_name} is made: {error}")
+        if self.target_name == "wheel":
+            for name in names:
+                source = str(Path(self.root) / "artifacts" / name)
+                build_data["force_include"][source] = f"dsv4_router_runtime/_artifacts/{name}"
+
+
+class UnfitError(Exception):
+    """The artifacts are whole, and not those of these sources."""
+
+
+def _checked_names(folder: Path) -> list[str]:
+    """Return the names of the files that an installed runtime and its tools read."""
+    from build_kernels.plan import packaging_problem
+    from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
+
+    artifacts = open_artifacts(folder)
+    for kernel in artifacts.manifest.kernels:
+        artifacts.read(kernel)
+    if problem := packaging_problem(artifacts.manifest):
+        raise UnfitError(f"{folder}: {problem}; make them with `build-kernels build`")
+    names = [MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)]
+    # What was shown about these bytes goes where they go.
+    return [*names, EVIDENCE_NAME] if (folder / EVIDENCE_NAME).is_file() else names

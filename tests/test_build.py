@@ -1,4 +1,4 @@
-"""Planning, compiling, publishing: what is rebuilt, what is refused, what a crash leaves."""
+"""Planning and compiling: what is rebuilt, what is refused, what a part of a build leaves."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels import build, compilers, cubin, entry, publish
-from build_kernels.build import BuildError, Report, Task, make_plan, run_build
+from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, topk_set
+
+from build_kernels import build, compilers, cubin, entry, workers
+from build_kernels import plan as plan_module
+from build_kernels.build import BuildError, Task, make_plan, run_build
 from build_kernels.cubin import CubinParameter
 from build_kernels.entry import EntryError
-from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, KernelSpec
+from build_kernels.plan import source_digest
+from build_kernels.specs import CudaSource, KernelSpec
 from dsv4_router_runtime.artifacts import open_artifacts
-
-ARCHS = tuple(arch.name for arch in ARCHITECTURES)
-TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
-DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
 
 COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
 
@@ -45,36 +45,16 @@ extern "C" __global__ void __launch_bounds__(128) router_topk(
 """
 
 
-def make(
-    artifacts: Path, names: Sequence[str] = (TOPK.name,), archs: Sequence[str] = ARCHS, **options
-) -> Report:
-    return run_build(artifacts, make_plan(artifacts, names, archs), jobs=2, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def check_whole(folder: Path) -> None:
-    """The runtime's own checks: closed set, hashes, architectures."""
-    artifacts = open_artifacts(folder)
-    assert artifacts.manifest.kernels
-    for kernel in artifacts.manifest.kernels:
-        artifacts.read(kernel)
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pristine") / "artifacts"
-    report = make(folder)
-    assert report.built == tuple(f"{TOPK.name}.{arch}" for arch in ARCHS)
-    return folder
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Path:
+    """router_topk, built for every architecture; a copy for the test to spoil."""
+    return topk_set(tmp_path / "artifacts")
 
 
 @pytest.fixture
-def artifacts(pristine: Path, tmp_path: Path) -> Path:
-    """router_topk, built for every architecture; a copy for the test to spoil."""
-    return Path(shutil.copytree(pristine, tmp_path / "artifacts"))
+def topk_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of router_topk is a build of everything."""
+    monkeypatch.setattr(plan_module, "KERNELS", (TOPK,))
 
 
 @pytest.fixture
@@ -82,7 +62,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(build, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refuse)
 
 
 class TestPlan:
@@ -115,14 +95,26 @@ class TestPlan:
         assert contents(artifacts) == wanted
 
     @pytest.mark.usefixtures("no_compiler")
-    def test_surplus_goes_and_evidence_and_dotfiles_stay(self, artifacts: Path) -> None:
-        for name in ("old.sm_90a.cubin", "notes.txt", "evidence.json", ".keep"):
+    def test_evidence_and_dotfiles_stay(self, artifacts: Path) -> None:
+        path = artifacts / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text())))
+        for name in ("evidence.json", ".keep"):
             (artifacts / name).write_text("{}")
-        assert make(artifacts).removed == ("notes.txt", "old.sm_90a.cubin")
+        assert make(artifacts).removed == ()
         assert {"evidence.json", ".keep"} < set(contents(artifacts))
         check_whole(artifacts)
 
-    @pytest.mark.parametrize("text", ["", "{", '{"schema_version": 99}'])
+    @pytest.mark.usefixtures("topk_is_all")
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            '{\n "kernels": [',
+            '<<<<<<< HEAD\n{\n "kernels": []\n}\n',
+            '{"schema_version": 99, "kernels": {}}',
+        ],
+        ids=["empty", "truncated", "conflict", "schema 99"],
+    )
     def test_an_unreadable_manifest_is_made_anew(self, artifacts: Path, text: str) -> None:
         wanted = contents(artifacts)
         (artifacts / "manifest.json").write_text(text)
@@ -153,13 +145,13 @@ class TestPlan:
     ) -> None:
         tools = {"nvrtc": "1"}
         digests = [
-            build.source_digest(TOPK, "sm_90a", tools),
-            build.source_digest(TOPK, "sm_100a", tools),
-            build.source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
-            build.source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
+            source_digest(TOPK, "sm_90a", tools),
+            source_digest(TOPK, "sm_100a", tools),
+            source_digest(TOPK, "sm_90a", {"nvrtc": "2"}),
+            source_digest(dataclasses.replace(TOPK, pdl=False), "sm_90a", tools),
         ]
         monkeypatch.setattr(compilers, "source_files", lambda spec: (Path(build.__file__),))
-        digests.append(build.source_digest(TOPK, "sm_90a", tools))
+        digests.append(source_digest(TOPK, "sm_90a", tools))
         assert len(set(digests)) == len(digests)
 
     @pytest.mark.parametrize("module", [compilers, cubin, entry])
@@ -168,12 +160,12 @@ class TestPlan:
         self, spec: KernelSpec, module: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         changed = Path(module.__file__ or "")
-        before = build.source_digest(spec, "sm_90a", {})
+        before = source_digest(spec, "sm_90a", {})
         read = Path.read_bytes
         monkeypatch.setattr(
             Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b"")
         )
-        assert build.source_digest(spec, "sm_90a", {}) != before
+        assert source_digest(spec, "sm_90a", {}) != before
 
     def test_decode_sources_are_all_python_kernels(self) -> None:
         names = {path.name for path in compilers.source_files(DECODE)}
@@ -211,13 +203,98 @@ class TestPlan:
         assert report.built == (f"{TOPK.name}.sm_90a", f"{TOPK.name}.sm_100a")
         assert contents(folder) == wanted
 
-    def test_a_manifest_without_its_cubins_keeps_only_what_is_there(self, artifacts: Path) -> None:
-        """A fresh clone has the manifest alone; building a part must not list the rest."""
+
+class TestAPartOfABuild:
+    """A build of some kernels never drops the others: it keeps them, or is refused."""
+
+    def check_refused(self, artifacts: Path, *words: str, names: Sequence[str] = ()) -> None:
+        before = contents(artifacts)
+        with pytest.raises(BuildError) as caught:
+            make(artifacts, names or [TOPK.name], archs=["sm_90a"])
+        message = str(caught.value)
+        for word in (
+            *words,
+            "would drop others",
+            "without --kernel and --arch",
+            "--artifacts FOLD",
+        ):
+            assert word in message
+        assert contents(artifacts) == before
+
+    def test_in_a_fresh_clone(self, artifacts: Path) -> None:
+        """The manifest that was reviewed is there, and no cubin."""
         for path in artifacts.glob(f"{TOPK.name}.*"):
             path.unlink()
-        make(artifacts, archs=["sm_90a"])
+        missing = "router_topk.sm_100a (its files are missing or altered)"
+        self.check_refused(artifacts, missing, "sm_103a")
+        assert make(artifacts).built  # nothing is lost by a build of all that is listed
+
+    def test_after_a_change_of_tools(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        core = "nvidia-cutlass-dsl-libs-core"
+        versions = compilers.toolchain_versions()
+        monkeypatch.setattr(compilers, "toolchain_versions", lambda: versions | {core: "9.9.9"})
+        made = f"router_topk.sm_100a (made by other tools: {core} {versions[core]}, here 9.9.9)"
+        self.check_refused(artifacts, made)
+
+    def test_beside_an_altered_file(self, artifacts: Path) -> None:
+        (artifacts / f"{TOPK.name}.sm_100a.ptx").write_text("")
+        self.check_refused(artifacts, "router_topk.sm_100a (its files are missing or altered)")
+
+    def test_beside_a_kernel_that_no_spec_names(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        two = dataclasses.replace(TOPK, archs=("sm_90a", "sm_100a"))
+        monkeypatch.setattr(plan_module, "KERNELS", (two,))
+        self.check_refused(artifacts, "router_topk.sm_103a (no spec names it any more)")
+
+    @pytest.mark.parametrize("text", ['{"schema_version": 1, "kernels": []}', '{"kernels": ['])
+    def test_beside_a_manifest_that_cannot_be_read(self, artifacts: Path, text: str) -> None:
+        for path in artifacts.glob(f"{TOPK.name}.*"):
+            path.unlink()
+        (artifacts / "manifest.json").write_text(text)
+        self.check_refused(artifacts, "all that the manifest lists (")
+
+    def test_beside_cubins_without_a_manifest(self, artifacts: Path) -> None:
+        (artifacts / "manifest.json").unlink()
+        self.check_refused(artifacts, "router_topk.sm_100a (no manifest lists it)")
+
+    def test_many_are_counted(self, tmp_path: Path) -> None:
+        tracked = Path(build.__file__).parents[1] / "artifacts" / "manifest.json"
+        shutil.copy(tracked, tmp_path)
+        self.check_refused(tmp_path, "and 20 more")
+
+    def test_before_anything_is_compiled(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (artifacts / f"{TOPK.name}.sm_100a.ptx").unlink()
+        monkeypatch.setattr(build, "_compile_all", None)
+        self.check_refused(artifacts)
+
+    @pytest.mark.usefixtures("topk_is_all")
+    def test_all_kernels_after_a_change_of_tools(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        versions = compilers.toolchain_versions() | {"nvidia-cutlass-dsl-libs-core": "9.9.9"}
+        monkeypatch.setattr(compilers, "toolchain_versions", lambda: versions)
+        assert len(make(artifacts).built) == len(ARCHS)
+
+    def test_in_a_folder_of_its_own(self, tmp_path: Path) -> None:
+        make(tmp_path / "new", archs=["sm_90a"])
+        check_whole(tmp_path / "new")
+
+    def test_of_kernels_out_of_date_beside_others(self, artifacts: Path) -> None:
+        """An edited source makes no kernel go."""
+        path = artifacts / "manifest.json"
+        document = json.loads(path.read_text())
+        for kernel in document["kernels"]:
+            kernel["source_digest"] = "0" * 64
+        path.write_text(json.dumps(document))
+        report = make(artifacts, archs=["sm_90a"])
+        assert report.built == ("router_topk.sm_90a",)
+        assert report.kept == ("router_topk.sm_100a", "router_topk.sm_103a")
         check_whole(artifacts)
-        assert [kernel.arch for kernel in open_artifacts(artifacts).manifest.kernels] == ["sm_90a"]
 
 
 class TestDeterminism:
@@ -336,6 +413,55 @@ class TestRefusals:
         with pytest.raises(EntryError, match=message):
             entry.make_parameters(DECODE, found)
 
+    def test_an_architecture_that_the_dsl_does_not_know(self, tmp_path: Path) -> None:
+        plan = make_plan(tmp_path / "a", [DECODE.name], ["sm_90a"])
+        tasks = (Task(spec=DECODE, arch="sm_101a", digest="0" * 64),)
+        with pytest.raises(BuildError) as caught:
+            run_build(tmp_path / "a", dataclasses.replace(plan, stale=tasks), jobs=1)
+        message = str(caught.value)
+        assert "nvidia-cutlass-dsl does not compile for sm_101a: it looked for *.sm_110a" in message
+        assert "Traceback" not in message
+
+    def test_ptx_that_is_cut_off(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hash in the manifest would be that of the cut text, and nothing would complain."""
+        ptx = ".version 8.8\n.visible .entry k()\n{\n\tret;\n}\n\0"
+        written = []
+        module = SimpleNamespace(
+            launch_facts=lambda **_: dict.fromkeys(_FACTS, 0) | {"block": [1], "cluster": [1]},
+            compile_kernel=lambda **_: (b"\x7fELF", written[-1]),
+        )
+        monkeypatch.setattr(compilers.importlib, "import_module", lambda name: module)
+        written.append(ptx)
+        assert compilers.compile_kernel(DECODE, "sm_90a", tmp_path).ptx == ptx.rstrip("\0")
+        for end in (0, 10, -4):
+            written.append(ptx[:end])
+            with pytest.raises(compilers.CompileError, match="wrote for sm_90a is cut off"):
+                compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
+
+    @pytest.mark.parametrize(("name", "size"), [(DECODE.name, 120), (TOPK.name, 40)])
+    def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
+        with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
+            with pytest.raises(BuildError) as caught:
+                make(volume / "a", [name], ["sm_90a"])
+        words = rf"{name}\.sm_90a: no file can be written in .* \(No space left on device\)"
+        assert re.search(words, str(caught.value))
+        assert "Traceback" not in str(caught.value)
+
+    def test_a_cubin_that_a_quota_cut_off(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def over_quota(_: int) -> NoReturn:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        compile_kernel = compilers.compile_kernel
+        monkeypatch.setattr(
+            compilers,
+            "compile_kernel",
+            lambda *a: dataclasses.replace(compile_kernel(*a), cubin=b"\x7fELF"),
+        )
+        monkeypatch.setattr(build.os, "fsync", over_quota)
+        assert "(Disk quota exceeded): not a readable cubin" in self.outcome(tmp_path)
+
     def test_one_failure_publishes_nothing(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -359,10 +485,13 @@ class TestRefusals:
         before = contents(artifacts)
         plan = make_plan(tmp_path / "empty", [TOPK.name], ["sm_90a"])
         monkeypatch.setattr(build, "build_one", os.abort)
-        monkeypatch.setattr(build, "_start_worker", _die)
-        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: a compiler process died"):
+        monkeypatch.setattr(build, "_prepare_compiler", _die)
+        with pytest.raises(BuildError, match=r"router_topk\.sm_90a: its process died"):
             run_build(artifacts, plan, jobs=1)
         assert contents(artifacts) == before
+
+
+_FACTS = ("expert_tile", "dynamic_shared_bytes", "workspace_bytes")
 
 
 def _die() -> None:
@@ -407,169 +536,6 @@ class TestLocked:
             make(tmp_path / "artifacts", locked=True)
 
 
-def _fail(*_args: object, **_options: object) -> None:
-    raise OSError(errno.EIO, "the test pulled the plug")
-
-
-def _no_exchange(*_args: object) -> None:
-    raise OSError(errno.EINVAL, "no such call on this file system")
-
-
-def _heed_interrupts() -> None:
-    """Undo what a test run in the background inherits: SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class TestPublish:
-    """The set on disk is whole at every moment: the old one or the new one."""
-
-    def stale(self, artifacts: Path) -> build.Plan:
-        """A plan that compiles everything again, to other bytes than those on disk."""
-        plan = make_plan(artifacts, [TOPK.name], ARCHS)
-        tasks = tuple(
-            Task(spec=dataclasses.replace(TOPK, pdl=False), arch=arch, digest="3" * 64)
-            for arch in ARCHS
-        )
-        return dataclasses.replace(plan, stale=tasks, current=())
-
-    @pytest.mark.parametrize("at", range(2 * len(ARCHS)))
-    def test_a_crash_while_staging(
-        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, at: int
-    ) -> None:
-        before = contents(artifacts)
-        written = []
-        write = Path.write_bytes
-
-        def write_some(path: Path, data: bytes) -> int:
-            written.append(path)
-            if len(written) > at:
-                write(path, data[: len(data) // 2])
-                _fail()
-            return write(path, data)
-
-        monkeypatch.setattr(Path, "write_bytes", write_some)
-        with pytest.raises(OSError, match="pulled the plug"):
-            run_build(artifacts, self.stale(artifacts), jobs=2)
-        assert len(written) == at + 1
-        assert contents(artifacts) == before
-
-    def test_a_crash_before_the_exchange(
-        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = contents(artifacts)
-        monkeypatch.setattr(publish, "_exchange", _fail)
-        with pytest.raises(OSError, match="pulled the plug"):
-            run_build(artifacts, self.stale(artifacts), jobs=2)
-        assert contents(artifacts) == before
-
-    def test_a_crash_after_the_exchange(
-        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        exchange = publish._exchange
-
-        def exchange_and_fail(one: Path, other: Path) -> None:
-            exchange(one, other)
-            _fail()
-
-        monkeypatch.setattr(publish, "_exchange", exchange_and_fail)
-        with pytest.raises(OSError, match="pulled the plug"):
-            run_build(artifacts, self.stale(artifacts), jobs=2)
-        check_whole(artifacts)
-        assert {kernel.launch.pdl for kernel in open_artifacts(artifacts).manifest.kernels} == {
-            False
-        }
-
-    def test_without_the_exchange_the_manifest_comes_last(
-        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (artifacts / "old.sm_90a.cubin").write_text("surplus")
-        order = []
-        replace, unlink = Path.replace, Path.unlink
-
-        def note(done: Callable) -> Callable:
-            def noted(path: Path, *args: Path) -> None:
-                order.append(path.name)
-                done(path, *args)
-
-            return noted
-
-        monkeypatch.setattr(publish, "_exchange", _no_exchange)
-        monkeypatch.setattr(Path, "replace", note(replace))
-        monkeypatch.setattr(Path, "unlink", note(unlink))
-        run_build(artifacts, self.stale(artifacts), jobs=2)
-        assert order[-2:] == ["manifest.json", "old.sm_90a.cubin"]
-        assert len(order) == 2 * len(ARCHS) + 2
-        check_whole(artifacts)
-
-    def test_two_builds_at_once(self, artifacts: Path) -> None:
-        with publish.build_folder(artifacts) as folder:
-            (folder / "half.cubin").write_text("of the first build")
-            with pytest.raises(publish.LockedError, match=r"another build of .* is running"):
-                make(artifacts)
-            assert (folder / "half.cubin").exists()
-        make(artifacts)
-
-    def test_a_refused_build_is_not_watched(self, artifacts: Path) -> None:
-        """Else it draws a progress bar of a build that never starts."""
-
-        def watch(total: int) -> NoReturn:
-            raise AssertionError(f"a build of {total} kernels was announced")
-
-        with publish.build_folder(artifacts), pytest.raises(publish.LockedError):
-            make(artifacts, watch=watch)
-
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_an_interrupted_build_leaves_the_old_set(
-        self, artifacts: Path, how: signal.Signals
-    ) -> None:
-        """Stopped for real while compilers run: the decode kernels are not built yet."""
-        before = contents(artifacts)
-        process = subprocess.Popen(
-            [*COMMAND, "--artifacts", str(artifacts), "--jobs", "2"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # so that Ctrl-C reaches the compilers, as in a terminal
-            preexec_fn=_heed_interrupts,
-        )
-        working = artifacts.parent / f".{artifacts.name}.build"
-        deadline = time.monotonic() + 60
-        while not any(working.glob("*/*.cubin")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.poll() is None, "the build ended before it could be interrupted"
-        if how == signal.SIGINT:
-            os.killpg(process.pid, how)
-        else:
-            process.send_signal(how)
-        output, errors = process.communicate(timeout=20)
-        assert contents(artifacts) == before
-        check_whole(artifacts)
-        assert output == ""
-        if how == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
-            make(artifacts)  # and the next build is not in its way
-        else:
-            assert process.returncode == 130
-            assert "interrupted; the artifacts are as they were" in errors
-            assert "Traceback" not in errors
-        assert not working.exists()
-        assert not _compilers_of(artifacts)
-
-
-def _compilers_of(artifacts: Path) -> list[str]:
-    """Processes that still have the build's folder in an argument or as an open file."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid():
-            try:
-                command = (process / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if str(artifacts) in command:
-                found.append(command)
-    return found
-
-
 def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
     """Every kernel that is built went through a process boundary and kept its launch facts."""
     for kernel in open_artifacts(artifacts).manifest.kernels:
@@ -579,6 +545,6 @@ def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
         assert kernel.launch.token_tile == 4
         assert kernel.resources.spill_bytes == kernel.resources.stack_bytes == 0
         assert kernel.resources.opcodes["LDL"] == kernel.resources.opcodes["STL"] == 0
-        assert kernel.source_digest == build.source_digest(
+        assert kernel.source_digest == source_digest(
             TOPK, kernel.arch, compilers.toolchain_versions()
         )

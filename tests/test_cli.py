@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +15,20 @@ import pytest
 pytest.importorskip("click", reason="needs the extra `build`")
 
 from click.testing import CliRunner, Result
+from rich.console import Console
+from watchdog import ends_within
 
 from build_kernels import build as builder
 from build_kernels import cli, compilers
-from build_kernels.publish import build_folder
+from build_kernels import plan as plan_module
+from build_kernels.listing import list_rows, print_rows
 from build_kernels.specs import ARCHITECTURES, KERNELS
+from build_kernels.staging import build_folder
 from dsv4_router_runtime.manifest import parse_manifest
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
 TOPK = "router_topk"
+KERNELS_AND_ARCHS = (*(spec.name for spec in KERNELS), *ARCHS)
 
 
 def call(*arguments: str | Path) -> Result:
@@ -157,10 +165,100 @@ def test_list_tells_state_loading_and_validation_apart(artifacts: Path) -> None:
     assert all(word in table.stdout for word in ("can load on", "validated on", "nowhere", "B300"))
 
 
+def _states(*arguments: str | Path) -> dict[str, str]:
+    result = call("list", "--kernel", TOPK, "--json", "--artifacts", *arguments)
+    return {row["arch"]: row["state"] for row in json.loads(result.stdout)}
+
+
 def test_list_sees_what_is_out_of_date(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "source_digest", lambda *_: "0" * 64)
-    rows = json.loads(call("list", "--artifacts", artifacts, "--json").stdout)
-    assert {row["state"] for row in rows if row["kernel"] == TOPK} == {"out of date"}
+    monkeypatch.setattr(plan_module, "source_digest", lambda *_: "0" * 64)
+    assert set(_states(artifacts).values()) == {"out of date"}
+    result = call("list", "--artifacts", artifacts)
+    assert "3 out of date: the sources or tools here are not those that made it" in result.stderr
+
+
+def test_list_sees_what_is_damaged(artifacts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    (folder / f"{TOPK}.sm_90a.cubin").unlink()
+    (folder / f"{TOPK}.sm_103a.ptx").write_text("another kernel")
+    states = {"sm_90a": "damaged", "sm_100a": "built", "sm_103a": "damaged"}
+    assert _states(folder) == states
+    (folder / f"{TOPK}.sm_103a.ptx").unlink()
+    assert _states(folder) == states
+
+
+@pytest.mark.parametrize("name", ["manifest.json", f"{TOPK}.sm_90a.cubin", f"{TOPK}.sm_90a.ptx"])
+def test_a_fifo_in_the_folder_holds_no_command_up(
+    artifacts: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with ends_within(20):
+        if name == "manifest.json":
+            result = call("list", "--artifacts", folder)
+            assert result.exit_code == 1
+            assert f"{folder / name}: cannot be read (a FIFO" in result.stderr
+        else:
+            assert _states(folder)["sm_90a"] == "damaged"
+        verified = call("verify", "--rung", "structure", "--artifacts", folder)
+        assert verified.exit_code == 1
+        assert "a FIFO, not a regular file" in verified.stderr
+
+
+def test_list_without_compilers_cannot_compare_the_sources(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilers, "NVRTC_DISTRIBUTION", "no-such-nvrtc")
+    assert set(_states(artifacts).values()) == {"unknown"}
+    result = call("list", "--artifacts", artifacts)
+    assert result.exit_code == 0
+    assert "3 unknown: not compared with the sources: no-such-nvrtc is not" in result.stderr
+
+
+def test_list_of_a_broken_manifest_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    result = call("list", "--artifacts", tmp_path)
+    assert result.exit_code == 1
+    assert str(tmp_path / "manifest.json") in result.stderr
+
+
+def test_list_shows_the_chosen_kernels_and_architectures(artifacts: Path) -> None:
+    options = ("--kernel", TOPK, "--kernel", "router_hash", "--arch", "sm_90a")
+    rows = json.loads(call("list", "--artifacts", artifacts, *options, "--json").stdout)
+    assert [(row["kernel"], row["arch"]) for row in rows] == [
+        ("router_hash", "sm_90a"),
+        (TOPK, "sm_90a"),
+    ]
+
+
+def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
+    assert call("list", "--artifacts", artifacts, "--kernel", TOPK, "--check").exit_code == 0
+    result = call("list", "--artifacts", artifacts, "--check")
+    assert result.exit_code == 1
+    assert "21 not built: the manifest does not list it" in result.stderr
+    assert call("list", "--artifacts", artifacts).exit_code == 0
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_list_is_readable_on_a_terminal_of(width: int, artifacts: Path) -> None:
+    rows = list_rows(artifacts)
+    for row in rows:
+        row["validated_on"] = "[/red] NVIDIA H200"  # a GPU's name is no markup
+        row["lint"] = "does not apply"
+    output = io.StringIO()
+    print_rows(Console(file=output, width=width), rows)
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for words in (
+        *KERNELS_AND_ARCHS,
+        "not built",
+        "does not",
+        "[/red]",
+        "GB300",
+        "emulated",
+    ):
+        assert any(words in line for line in lines), words
 
 
 def test_inspect_prints_the_manifests_entry(artifacts: Path) -> None:
@@ -193,13 +291,87 @@ def test_inspect_of_what_is_not_whole_names_the_repair(tmp_path: Path, damage: s
         cubin.write_bytes(cubin.read_bytes() + b"x")
     result = call("inspect", TOPK, "--arch", "sm_90a", "--artifacts", folder)
     assert result.exit_code == 1
-    assert f"build-kernels build --kernel {TOPK} --arch sm_90a" in result.stderr
+    assert str(cubin) in result.stderr
+    assert f"repair it with `build-kernels build --artifacts {folder}`" in result.stderr
 
 
 def test_inspect_without_a_build_names_the_command(tmp_path: Path) -> None:
-    result = call("inspect", TOPK, "--artifacts", tmp_path / "nothing")
+    result = call("inspect", TOPK, "--artifacts", tmp_path)
     assert result.exit_code == 1
-    assert "does not exist; make it with `build-kernels build`" in result.stderr
+    assert f"{tmp_path / 'manifest.json'}: cannot be read" in result.stderr
+    assert f"repair it with `build-kernels build --artifacts {tmp_path}`" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["inspect", TOPK], ["verify"], ["verify", "--rung", "structure"]]
+)
+def test_a_folder_that_is_not_there_is_an_error_with_the_repair(
+    command: list[str], tmp_path: Path
+) -> None:
+    result = call(*command, "--artifacts", tmp_path / "nothing")
+    assert result.exit_code == 1
+    folder = tmp_path / "nothing"
+    assert f"repair it with `build-kernels build --artifacts {folder}`" in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_several_kernels_and_what_is_built_of_them(artifacts: Path) -> None:
+    result = call("inspect", TOPK, TOPK, "--artifacts", artifacts, "--json")
+    assert [(entry["name"], entry["arch"]) for entry in json.loads(result.stdout)] == [
+        (TOPK, arch) for arch in sorted(ARCHS)
+    ]
+    missing = call("inspect", TOPK, "router_hash", "--artifacts", artifacts)
+    assert missing.exit_code == 1
+    assert "not built: manifest.json lists no router_hash.sm_90a" in missing.stderr
+    assert missing.stdout == ""
+
+
+def test_an_unknown_kernel_is_answered_with_the_nearest_and_the_names_once() -> None:
+    for arguments in (("inspect", "router_hsh"), ("list", "--kernel", "router_hsh")):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert "no kernel is called 'router_hsh'; did you mean router_hash" in result.stderr
+        assert result.stderr.count("router_decode_kmajor_n64") == 1
+
+
+def test_the_version_is_told_with_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = call("--version").stdout.splitlines()
+    assert lines[0].startswith("dsv4-router")
+    assert {line.split()[0] for line in lines} >= {"nvidia-cutlass-dsl", "nvrtc"}
+    monkeypatch.setattr(compilers, "NVRTC_DISTRIBUTION", "no-such-nvrtc")
+    result = call("--version")
+    assert result.exit_code == 0
+    assert "no toolchain: no-such-nvrtc is not installed" in result.stdout
+
+
+MODULES = ("build_kernels list", "build_kernels --help", "build_kernels.mutants --help")
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("target", ["/dev/full", "&-"])
+def test_a_stdout_that_takes_nothing_is_a_plain_error(
+    artifacts: Path, module: str, target: str
+) -> None:
+    options = f"--artifacts {artifacts}" if module.endswith("list") else ""
+    command = f"{sys.executable} -m {module} {options} >{target}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    reason = "No space left on device" if target == "/dev/full" else "standard output is closed"
+    assert reason in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_closed_stderr_and_a_reader_that_leaves_early_are_no_tracebacks(artifacts: Path) -> None:
+    command = f"{sys.executable} -m build_kernels list --artifacts {artifacts}"
+    for ending in ("2>&-", "| head -1"):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {ending}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0
+        assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("text", ["{", '{"schema_version": 99}'])
@@ -208,10 +380,10 @@ def test_inspect_of_a_broken_manifest_names_the_repair_once(tmp_path: Path, text
     result = call("inspect", TOPK, "--artifacts", tmp_path)
     assert result.exit_code == 1
     assert str(tmp_path / "manifest.json") in result.stderr
-    assert result.stderr.count("`build-kernels build`") == 1
+    assert result.stderr.count(f"`build-kernels build --artifacts {tmp_path}`") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["list"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["build"], ["list"], ["inspect"], ["verify"]])
 def test_help(command: list[str]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0
@@ -229,7 +401,25 @@ def test_without_the_extra_it_names_the_extra() -> None:
     assert "pip install 'dsv4-router[build]'" in done.stderr
 
 
-def test_it_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "build_kernels", "--help"]
+@pytest.mark.parametrize("module", ["build_kernels", "build_kernels.bench"])
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_a_module_without_the_extra_names_the_extra(module: str, package: str) -> None:
+    code = (
+        f"import sys, runpy; sys.modules[{package!r}] = None; "
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"needs the package {package}" in done.stderr
+    assert "pip install 'dsv4-router[build]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("build_kernels", "build-kernels"), ("build_kernels.bench", "python -m build_kernels.bench")],
+)
+def test_it_runs_as_a_module(module: str, name: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Usage: build-kernels ")
+    assert done.stdout.startswith(f"Usage: {name} ")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,9 +186,118 @@ def test_a_cubin_holds_exactly_one_kernel(text: str, found: str) -> None:
         read_cubin(compiled(text, "sm_90a"))
 
 
+def header_at(data: bytes, name: str) -> int:
+    """Where the header of a section lies in the file."""
+    elf = ELFFile(io.BytesIO(data))
+    return int(elf["e_shoff"]) + 64 * next(
+        index for index, section in enumerate(elf.iter_sections()) if section.name == name
+    )
+
+
+@pytest.mark.parametrize("name", [".nv.info", ".nv.info.plain", ".symtab", ".strtab", ".shstrtab"])
+@pytest.mark.parametrize(
+    ("offset", "value", "problem"),
+    [
+        (24, 2**63, "after the .* bytes of the file"),
+        (32, 2**63, "after the .* bytes of the file"),
+        (32, 2**64 - 1, "after the .* bytes of the file"),
+        (8, 0x800, "is compressed"),
+    ],
+)
+def test_a_section_that_leads_out_of_the_file_is_refused(
+    name: str, offset: int, value: int, problem: str
+) -> None:
+    """pyelftools reads as much as a header states, or raises an OverflowError."""
+    data = bytearray(compiled(PLAIN, "sm_90a"))
+    struct.pack_into("<Q", data, header_at(data, name) + offset, value)
+    with pytest.raises(CubinError, match=problem):
+        read_cubin(bytes(data))
+
+
+@pytest.mark.parametrize("size", [0, 23, 2**63])
+def test_symbols_of_another_size_are_refused(size: int) -> None:
+    data = bytearray(compiled(PLAIN, "sm_90a"))
+    struct.pack_into("<Q", data, header_at(data, ".symtab") + 56, size)
+    with pytest.raises(CubinError, match=f"holds symbols of {size} bytes"):
+        read_cubin(bytes(data))
+
+
+@pytest.mark.parametrize("count", [0, 5000])
+def test_a_table_of_sections_is_as_long_as_the_header_says(count: int) -> None:
+    """0 would mean that the first section states the number: up to 2**64."""
+    data = bytearray(compiled(PLAIN, "sm_90a"))
+    struct.pack_into("<H", data, 60, count)
+    with pytest.raises(CubinError, match=f"a table of {count} sections"):
+        read_cubin(bytes(data))
+
+
+def test_a_file_of_another_magnitude_is_not_read() -> None:
+    with pytest.raises(CubinError, match="at most"):
+        read_cubin(compiled(PLAIN, "sm_90a") + bytes(cubin.MAX_CUBIN_BYTES))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_mutation_raises_anything_else(arch: str, seed: int) -> None:
+    """Bytes anywhere, in the ELF header and in the table of sections, whose numbers lead most
+    astray. Every mutation gives facts or a CubinError."""
+    pristine = compiled(PLAIN, arch)
+    (table,) = struct.unpack_from("<Q", pristine, 40)
+    numbers = (0, 1, 7, 24, 0x800, 2**31, 2**32 - 1, 2**63, 2**64 - 1, len(pristine))
+    fields = ((0, 4), (4, 4), (8, 8), (24, 8), (32, 8), (40, 4), (44, 4), (48, 8), (56, 8))
+    draw = random.Random(seed)
+    refused = 0
+    for _ in range(1000):
+        data = bytearray(pristine)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(3)
+            if place == 0:
+                data[draw.randrange(64)] = draw.randrange(256)
+            elif place == 1:
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            else:
+                section = table + 64 * draw.randrange((len(data) - table) // 64)
+                offset, size = draw.choice(fields)
+                value = draw.choice(numbers) % 256**size
+                at = section + offset
+                data[at : at + size] = value.to_bytes(size, "little")
+        try:
+            read_cubin(bytes(data))
+        except CubinError:
+            refused += 1
+    assert 100 < refused < 1000
+
+
+INSTALL = r"pip install 'dsv4-router\[build\]'"
+
+
 def test_a_missing_wheel_is_named() -> None:
-    with pytest.raises(CubinError, match="it comes with the wheel no-such-wheel"):
+    words = rf"it comes with the wheel no-such-wheel; .*`build`: {INSTALL}$"
+    with pytest.raises(cubin.CubinError, match=words):
         cubin.wheel_file("no-such-wheel", "tool")
+
+
+def test_a_file_that_was_deleted_from_its_wheel_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel still counts as installed: pip would leave it as it is."""
+    file = SimpleNamespace(name="nvdisasm", locate=lambda: tmp_path / "nvdisasm")
+    monkeypatch.setattr(cubin.importlib.metadata, "files", lambda _: [file])
+    with pytest.raises(cubin.CubinError, match=rf"nvdisasm is.*{INSTALL} with --force-rein"):
+        cubin.count_opcodes(tmp_path / "k.cubin")
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "why"),
+    [(0o644, "#!/bin/sh\n", "not executable"), (0o755, "\x7fELF", "Exec format error")],
+)
+def test_a_tool_that_cannot_be_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, text: str, why: str
+) -> None:
+    (tmp_path / "nvdisasm").write_text(text)
+    (tmp_path / "nvdisasm").chmod(mode)
+    monkeypatch.setattr(cubin, "wheel_file", lambda *_: tmp_path / "nvdisasm")
+    with pytest.raises(cubin.CubinError, match=rf"nvdisasm cannot be run \({why}.*{INSTALL}"):
+        cubin.count_opcodes(tmp_path / "k.cubin")
 
 
 def test_a_source_that_does_not_compile_shows_the_compilers_words() -> None:

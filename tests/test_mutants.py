@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,22 +20,15 @@ from click.testing import CliRunner
 
 from build_kernels.build import make_plan, run_build
 from build_kernels.emulator import Schedule
-from build_kernels.mutants import (
-    MUTANTS,
-    RUNGS,
-    Edit,
-    Mutant,
-    MutantError,
-    Verdict,
-    faults,
-    is_right,
-    judge,
-    mutated,
-)
+from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
+from build_kernels.mutants.faults import MUTANTS
+from build_kernels.mutants.judge import RUNGS, Verdict, is_right, judge
+from build_kernels.mutants.mutant import Edit, Mutant, MutantError, mutated
 from build_kernels.verify import emulated
 from build_kernels.verify.artifact import Artifact, load_artifact
 from build_kernels.verify.inputs import make_inputs
+from build_kernels.workers import WorkerDiedError
 
 # The classes that the evidence has to cover, by the names that this suite gives them.
 WANTED = {
@@ -61,6 +57,7 @@ WANTED = {
     "unchecked token id",
     "wrong rank",
     "wrong row of W_gate",
+    "store beside the outputs",
 }
 # One of each class is enough for every run of the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
@@ -188,8 +185,9 @@ def test_the_command_fails_for_a_survivor(
     )
     monkeypatch.setattr(faults, "MUTANTS", (survivor,))
 
-    def here(folder: Path, asked, *, jobs: int):
-        return (judge_one(folder, mutant.name, rung) for mutant, rung in asked)
+    def here(folder: Path, asked, *, jobs: int, on_verdict) -> None:
+        for mutant, rung in asked:
+            on_verdict(judge_one(folder, mutant.name, rung))
 
     monkeypatch.setattr("build_kernels.mutants.command.judge_all", here)
     options = ["--artifacts", str(folder), *(["--json"] if as_json else [])]
@@ -210,6 +208,62 @@ def test_the_command_runs_a_mutant_in_processes(folder: Path) -> None:
     result = CliRunner().invoke(mutants_command, options)
     assert result.exit_code == 0, result.stderr
     assert "1 of 1 faults rejected, of 1 classes" in result.stdout
+
+
+def test_an_interrupted_run_prints_what_was_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_and_stop(folder: Path, asked, *, jobs: int, on_verdict) -> None:
+        mutant, rung = asked[0]
+        on_verdict(Verdict(mutant=mutant.name, rung=rung, word="rejected", reason="a race"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("build_kernels.mutants.command.judge_all", one_and_stop)
+    result = CliRunner().invoke(mutants_command, ["--artifacts", str(folder), "--json"])
+    assert result.exit_code == 130
+    assert "interrupted; these are the 1 verdicts until then" in result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["mutant"] == MUTANTS[0].name
+
+
+def test_a_worker_that_dies_leaves_its_mutant_undecided(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def all_die(function, tasks, *, jobs: int):
+        yield ((key, WorkerDiedError()) for key in tasks)
+
+    monkeypatch.setattr("build_kernels.mutants.command.run_tasks", all_die)
+    name = "top-k: logits read before the grid dependency"
+    result = CliRunner().invoke(mutants_command, ["--artifacts", str(folder), "--only", name])
+    assert result.exit_code == 1
+    assert f"undecided by emulated: {name}: its process died" in result.stderr
+
+
+def test_a_name_that_no_mutant_has_is_refused() -> None:
+    result = CliRunner().invoke(mutants_command, ["--only", "no dealoc"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "--only 'no dealoc': no mutant's name contains it; the nearest are:" in result.stderr
+    assert "\n  no dealloc\n" in result.stderr
+    assert CliRunner().invoke(mutants_command, ["--only", "nosuch"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("click", "build"), ("numpy", "verify"), ("sentryward", "verify"), ("torch", "torch")],
+)
+def test_without_a_package_it_names_the_extra(package: str, extra: str) -> None:
+    code = (
+        f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv[1:] = []; "
+        "runpy.run_module('build_kernels.mutants', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert f"the package {package}" in done.stderr
+    assert f"pip install 'dsv4-router[{extra}]'" in done.stderr
 
 
 def test_the_kept_table_is_of_these_mutants() -> None:

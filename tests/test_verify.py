@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from click.testing import CliRunner
 from hardware_record import Tally
+from rich.console import Console
 
 from build_kernels import compilers
 from build_kernels.build import make_plan, run_build
@@ -29,6 +32,7 @@ from build_kernels.verify import (
     Evidence,
     Result,
     checkers,
+    climb,
     emulated,
     hardware,
     lint,
@@ -55,11 +59,12 @@ from build_kernels.verify.climb import (
     text_and_launch,
     without_target,
 )
-from build_kernels.verify.command import cell
+from build_kernels.verify.command import cell, print_evidence
 from build_kernels.verify.evidence import EvidenceError, not_run, update_evidence, write_evidence
 from build_kernels.verify.inputs import make_inputs
 
 KERNEL = topk_kernel()
+TOPK_KEY = "router_topk.sm_100a"
 # By the present checker of the rung that most of these tests are about.
 JUDGE = checkers.present("protocol")
 PASSED = Result(
@@ -71,16 +76,22 @@ PASSED = Result(
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """router_topk for sm_100a, really built: it takes a fraction of a second."""
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """router_topk for sm_100a, really built: it takes a fraction of a second. Not to be changed."""
     folder = tmp_path_factory.mktemp("verify") / "artifacts"
     run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a"]), jobs=1)
     return folder
 
 
 @pytest.fixture
-def topk(artifacts: Path) -> Artifact:
-    return load_artifact(artifacts, "router_topk.sm_100a")
+def artifacts(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy for one test to keep evidence in, or to spoil."""
+    return Path(shutil.copytree(pristine, tmp_path_factory.mktemp("verify") / "artifacts"))
+
+
+@pytest.fixture
+def topk(pristine: Path) -> Artifact:
+    return load_artifact(pristine, "router_topk.sm_100a")
 
 
 # ---------------------------------------------------------------- evidence on file
@@ -176,17 +187,15 @@ def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
 
 
 def test_a_result_names_its_checker_and_a_stale_one_says_so(
-    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "artifacts"
-    shutil.copytree(artifacts, folder)
-    (kernel,) = {item.artifact for item in verify(folder, rungs=["structure"])}
-    path = folder / "evidence.json"
+    (kernel,) = {item.artifact for item in verify(artifacts, rungs=["structure"])}
+    path = artifacts / "evidence.json"
     (entry,) = read_evidence(path).entries.values()
     assert entry.rungs["structure"].checker == checkers.present("structure")
     newer = replace(checkers.CHECKERS["structure"], number=99)
     monkeypatch.setitem(checkers.CHECKERS, "structure", newer)
-    by_rung = {item.rung: item.result for item in verify(folder, rungs=["hardware"])}
+    by_rung = {item.rung: item.result for item in verify(artifacts, rungs=["hardware"])}
     assert by_rung["structure"].status == "not run"
     assert f"{entry.rungs['structure'].checker} is not the present checker" in (
         by_rung["structure"].reason
@@ -343,6 +352,23 @@ def test_a_disassembler_that_hangs_is_not_run_and_not_failed(
     assert "nvdisasm took more than" in result.reason
 
 
+def test_a_missing_disassembler_is_not_run_and_an_unreadable_cubin_failed(
+    topk: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the words of the error are."""
+    broken = replace(topk, cubin=b"is missing: it comes with the wheel")
+    assert structure.climb(broken, quick=True).status == "failed"
+
+    def missing() -> Path:
+        raise structure.cubin.CubinError("no such tool")
+
+    monkeypatch.setattr(structure.cubin, "nvdisasm", missing)
+    assert structure.climb(topk, quick=True).status == "not run"
+    monkeypatch.setattr(structure.cubin, "nvdisasm", lambda: Path("/nowhere/nvdisasm"))
+    result = structure.climb(topk, quick=True)
+    assert (result.status, "No such file" in result.reason) == ("not run", True)
+
+
 def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
     ptx = """
 .target sm_100a
@@ -396,7 +422,7 @@ def test_a_diagnostic_without_an_explanation_fails() -> None:
 def test_what_an_explanation_rests_on_is_there() -> None:
     """W0015's backing is a mutant that two rungs reject."""
     pytest.importorskip("numpy", reason="needs the extra `verify`")
-    from build_kernels.mutants import MUTANTS
+    from build_kernels.mutants.faults import MUTANTS
 
     (explanation,) = lint.EXPLANATIONS
     (named,) = (mutant for mutant in MUTANTS if f"mutant '{mutant.name}'" in explanation.reason)
@@ -472,7 +498,7 @@ def test_without_sentryward_the_rung_is_not_run(
     monkeypatch.setitem(sys.modules, "sentryward", None)
     result = protocol.climb(topk, quick=True)
     assert result.status == "not run"
-    assert "pip install sentryward" in result.reason
+    assert "with the extra `verify`: pip install 'dsv4-router[verify]'" in result.reason
     assert result.applies
 
 
@@ -630,10 +656,7 @@ def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
     assert lint_result.exit_code == 0, "the lint rung does not apply to a CUDA kernel"
 
 
-def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(
-    artifacts: Path, tmp_path: Path
-) -> None:
-    artifacts = Path(shutil.copytree(artifacts, tmp_path / "artifacts"))
+def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(artifacts: Path) -> None:
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     failed = Result(
         status="failed", scope="full", reason="a race", checker=checkers.present("emulated")
@@ -697,17 +720,78 @@ def test_the_cells_of_the_table() -> None:
     assert standing(evidence, KERNEL)["lint"] == "does not apply"
 
 
-def test_a_damaged_artifact_is_not_climbed(artifacts: Path, tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_not_climbed(tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
-    shutil.copytree(artifacts, folder)
+    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
     ptx = folder / "router_topk.sm_100a.ptx"
-    ptx.write_text(ptx.read_text() + "\n// one line more\n")
-    result = _call("--artifacts", folder, "--rung", "structure")
-    assert result.exit_code == 1
-    assert "not the one that the manifest records" in result.stderr
+    for text in (ptx.read_text() + "\n// one line more\n", ""):
+        ptx.write_text(text)
+        result = _call("--artifacts", folder, "--rung", "structure")
+        assert result.exit_code == 1
+        assert "not the one that the manifest records" in result.stderr
     ptx.unlink()
     with pytest.raises(ArtifactReadError, match="build-kernels build"):
         verify(folder, rungs=["structure"])
+
+
+def test_a_kernel_that_the_set_lacks_is_an_error(artifacts: Path) -> None:
+    """An empty table and exit status 0 would look like a pass."""
+    for options in (("--kernel", "router_hash"), ("--arch", "sm_90a")):
+        result = _call("--artifacts", artifacts, *options)
+        assert result.exit_code == 1
+        assert "has none of the kernels asked for; it has router_topk.sm_100a" in result.stderr
+
+
+def _read_only(path: Path, change: object) -> Evidence:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def test_a_read_only_folder_is_verified_and_its_evidence_not_kept(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(climb, "update_evidence", _read_only)
+    result = _call("--artifacts", artifacts, "--rung", "structure", "--json")
+    assert result.exit_code == 0
+    rows = {row["rung"]: row["status"] for row in json.loads(result.stdout)}
+    assert rows["structure"] == "passed"
+    assert "printed and not kept" in result.stderr
+    assert "Read-only file system" in result.stderr
+    record = artifacts.parent / "record.json"
+    hardware.append_record(record, _record(load_artifact(artifacts, TOPK_KEY).kernel))
+    refused = _call("--artifacts", artifacts, "--record", record)
+    assert refused.exit_code == 1
+    assert "the records cannot be merged" in refused.stderr
+
+
+def test_a_full_disk_is_an_error(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be kept, and could be but for its size, must not be dropped."""
+
+    def full(path: Path, change: object) -> Evidence:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(climb, "update_evidence", full)
+    result = _call("--artifacts", artifacts, "--rung", "structure")
+    assert result.exit_code == 1
+    assert "error: [Errno 28] No space left on device" in result.stderr
+
+
+@pytest.mark.parametrize("width", [80, 240])
+def test_what_evidence_says_of_a_gpu_is_no_markup(artifacts: Path, width: int) -> None:
+    kernel = load_artifact(artifacts, TOPK_KEY).kernel
+    ran = hardware.result_of(kernel, [_record(kernel, gpu="[/red] [bold]H200")])
+    assert ran is not None
+    outcomes = [
+        Outcome(artifact=kernel.key, rung=rung, result=ran if rung == "hardware" else PASSED,
+                climbed=False)
+        for rung in RUNGS
+    ]  # fmt: skip
+    output = io.StringIO()
+    print_evidence(Console(file=output, width=width), outcomes)
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("[/red] [bold]H200, 32 cases" in line for line in lines)
+    for words in (kernel.key, *RUNGS):
+        assert any(words in line for line in lines)
 
 
 def test_a_rung_that_breaks_off_is_a_failure_without_paths(artifacts: Path) -> None:
@@ -732,7 +816,7 @@ def test_a_record_without_cases_is_refused(tmp_path: Path) -> None:
         hardware.read_records(tmp_path / "record.json")
 
 
-def test_every_artifact_gets_every_rung(artifacts: Path, tmp_path: Path) -> None:
+def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
     run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
     outcomes = verify(folder, rungs=["structure"], jobs=2)
@@ -745,13 +829,11 @@ def test_every_artifact_gets_every_rung(artifacts: Path, tmp_path: Path) -> None
     assert {item.rung: item.result.status for item in only}["structure"] == "passed"
 
 
-def test_a_stop_does_not_wait_for_the_workers(artifacts: Path, tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
     """The full emulated rung of router_topk takes tens of seconds."""
     pytest.importorskip("torch")
-    folder = tmp_path / "artifacts"
-    shutil.copytree(artifacts, folder)
     code = "from build_kernels.verify import verify_command as c; c()"
-    options = ["--artifacts", str(folder), "--rung", "emulated"]
+    options = ["--artifacts", str(artifacts), "--rung", "emulated"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options], stderr=subprocess.PIPE, start_new_session=True
     )
@@ -786,8 +868,13 @@ def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -
     assert without_target(first.ptx) == without_target(twin.ptx)
     assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))
     assert text_and_launch(first) == text_and_launch(twin)
-    wider = replace(twin.kernel, launch=replace(twin.kernel.launch, block=(64, 1, 1)))
-    assert text_and_launch(first) != text_and_launch(replace(twin, kernel=wider))
+    for changed in (
+        {"launch": replace(twin.kernel.launch, block=(64, 1, 1))},
+        {"parameters": twin.kernel.parameters[::-1]},
+        {"problem": replace(twin.kernel.problem, k_multiple=128)},
+    ):
+        other = replace(twin, kernel=replace(twin.kernel, **changed))
+        assert text_and_launch(first) != text_and_launch(other), changed
     outcomes = [item for item in verify(folder, rungs=["protocol"], quick=True) if item.climbed]
     assert [item.result.status for item in outcomes] == ["passed", "passed"]
     shared = [any(".target line alone" in a for a in o.result.assumptions) for o in outcomes]
@@ -808,6 +895,26 @@ def test_inputs_are_exact_and_reproducible(topk: Artifact, kind: str) -> None:
         assert first.ids.shape == (3, 4)
         if kind == "ties":
             assert first.ids.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) -> None:
+    np = pytest.importorskip("numpy")
+    pytest.importorskip("torch")
+    inputs = make_inputs(topk.kernel, Case(num_tokens=3, num_experts=70, top_k=4))
+    beside = {
+        "out_weights": np.full((3, emulated.WEIGHT_CANARIES), emulated.CANARY_FLOAT),
+        "out_ids": np.full((3, emulated.ID_CANARIES), emulated.CANARY_INT),
+    }
+    right = {"out_weights": inputs.weights, "out_ids": inputs.ids}
+
+    def problems() -> list[str]:
+        memory = {each: np.hstack([right[each], beside[each]]) for each in right}
+        return emulated._against_reference(inputs, memory)[0]
+
+    assert problems() == []
+    beside[name][2, -1] = 0
+    assert problems() == ["something was written beside the outputs"]
 
 
 def _named(topk: Artifact, name: str) -> str:

@@ -11,11 +11,6 @@
     model       sm_100a on paper, from sm_90a's figures
     table, plot the figures for people
 
-Importing this, or drawing a stored report, needs neither a GPU nor torch.
+Importing the command, or drawing a stored report, needs neither a GPU nor torch. Importing this
+package imports nothing, so that `__main__` can name the extra that a machine lacks.
 """
-
-from __future__ import annotations
-
-from .command import bench_command
-
-__all__ = ["bench_command"]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from build_kernels.console import results, say, stop_like_interrupt, talk
+from build_kernels.extras import why_missing
 from dsv4_router_runtime.errors import RouterError
 from dsv4_router_runtime.limits import K_MULTIPLE, MAX_EXPERTS
 
@@ -20,8 +21,6 @@ from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_repo
 from .table import microseconds, print_report
 
 ALL = "all"
-
-talk = Console(stderr=True, highlight=False)
 
 
 class Shapes(click.ParamType):
@@ -148,12 +147,13 @@ def bench_command(
     for k, num_experts in shapes:
         if num_experts < top_k:
             raise click.UsageError(f"--top-k {top_k}: {k}x{num_experts} has fewer experts")
+    stop_like_interrupt()
     try:
         for file in (json_file, plot_file):
             if file is not None and not file.parent.is_dir():
                 raise BenchError(f"{file}: there is no folder {file.parent}; make it first")
         if plot_file is not None:
-            _require_matplotlib()
+            _require("matplotlib", "--plot")
         if render_file is not None:
             report = read_report(render_file)
         else:
@@ -164,17 +164,17 @@ def bench_command(
         # The file first: a table that cannot be printed must not cost the figures.
         if json_file is not None:
             write_report(json_file, report)
-        print_report(_stdout(), report)
+        print_report(results(width=240), report)
         if plot_file is not None:
             plot_report(plot_file, report)
     except KeyboardInterrupt:
-        talk.print("interrupted; nothing was written")
+        say("interrupted; nothing was written")
         sys.exit(130)
     except (BenchError, ReportError, RouterError, OSError) as error:
-        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
     if missing := missing_of_ours(report):
-        talk.print("\n".join(missing), markup=False, soft_wrap=True)
+        say("\n".join(missing))
         sys.exit(1)
 
 
@@ -209,14 +209,9 @@ def _refuse_with_render(context: click.Context) -> None:
         )
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise BenchError(
-            f"--plot: {error}; install this project's extra `bench`: "
-            "pip install 'dsv4-router[bench]'"
-        ) from error
+def _require(package: str, what: str) -> None:
+    if (problem := why_missing(package)) is not None:
+        raise BenchError(f"{what}: {problem}")
 
 
 def _measured(
@@ -231,10 +226,9 @@ def _measured(
     layout: str,
     artifacts: Path | None,
 ) -> Report:
-    try:
-        import torch
-    except ImportError as error:
-        raise BenchError(f"{error}: bench times kernels through torch; install torch") from error
+    _require("torch", "bench times kernels through torch")
+    import torch
+
     if not torch.cuda.is_available():
         raise BenchError(
             f"torch {torch.__version__} sees no CUDA GPU; "
@@ -291,8 +285,3 @@ def progress_line(figures: Sequence[Figure]) -> str:
         for figure in figures
     ]
     return f"{first.shape} {first.mode} N={first.num_tokens}: {', '.join(cells)}"
-
-
-def _stdout() -> Console:
-    """As wide as a table needs where stdout is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)

@@ -25,7 +25,6 @@ MODE_WORDS = {
     HOST: "no graph: until the call returns to its caller, nothing awaited",
 }
 OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
-ROLES = (OURS, OWN, PEER, VARIANT)
 EMPTY, READ = "empty", "read W"
 
 MAX_REASON = 300

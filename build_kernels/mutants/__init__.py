@@ -7,22 +7,6 @@ A mutant that both accept must carry the proof that it does no harm.
     python -m build_kernels.mutants [--rung emulated] [--rung protocol] [--only NAME] [--json]
 
 prints the table mutant x rung and fails where one survives; `table.txt` is what it last printed.
+
+Importing this imports nothing, so that `__main__` can name the extra that a machine lacks.
 """
-
-from __future__ import annotations
-
-from .faults import MUTANTS
-from .judge import RUNGS, Verdict, is_right, judge
-from .mutant import Edit, Mutant, MutantError, mutated
-
-__all__ = [
-    "MUTANTS",
-    "RUNGS",
-    "Edit",
-    "Mutant",
-    "MutantError",
-    "Verdict",
-    "is_right",
-    "judge",
-    "mutated",
-]

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .command import mutants_command
+from collections.abc import Callable
+from typing import Any
+
+from build_kernels.__main__ import run
+
+
+def _load() -> Callable[..., Any]:
+    from .command import mutants_command
+
+    return mutants_command
+
 
 if __name__ == "__main__":
-    mutants_command(prog_name="python -m build_kernels.mutants")
+    run(_load, "python -m build_kernels.mutants")

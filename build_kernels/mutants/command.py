@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from build_kernels.verify.artifact import ArtifactReadError, load_artifact
-from dsv4_router_runtime.artifacts import find_artifacts
+from build_kernels.console import say, stop_like_interrupt
+from build_kernels.extras import why_missing
+from build_kernels.verify.artifact import (
+    NO_PTX,
+    ArtifactReadError,
+    carries_ptx,
+    load_artifact,
+)
+from build_kernels.workers import WorkerDiedError, run_tasks
+from dsv4_router_runtime.artifacts import find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from . import faults
 from .judge import ACCEPTED, REJECTED, RUNGS, UNDECIDED, Verdict, is_right, judge
 from .mutant import Mutant, MutantError
 
+# What each rung imports in its processes.
+PACKAGES = {"emulated": ("numpy", "torch"), "protocol": ("sentryward",)}
 Verdicts = dict[tuple[str, str], Verdict]
 
 
@@ -36,10 +45,10 @@ Verdicts = dict[tuple[str, str], Verdict]
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
 @click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="The folder of built kernels. Default: artifacts/ of this checkout.",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder of built kernels and their PTX. Default: artifacts/ of this checkout.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one for each CPU.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def mutants_command(
     rungs: tuple[str, ...],
@@ -53,19 +62,33 @@ def mutants_command(
     A mutant said to do no harm is put to the emulated rung, and must be accepted.
     """
     started = time.monotonic()
-    chosen = [m for m in faults.MUTANTS if not only or any(part in m.name for part in only)]
+    chosen = choose(only)
     asked = [(mutant, rung) for mutant in chosen for rung in rungs or own_rungs(mutant)]
+    require_packages({rung for _, rung in asked})
     processes = jobs or len(os.sched_getaffinity(0))
     verdicts: Verdicts = {}
+
+    def on_verdict(verdict: Verdict) -> None:
+        verdicts[verdict.mutant, verdict.rung] = verdict
+        why = f": {verdict.reason}" if verdict.word == UNDECIDED else ""
+        done = f"[{len(verdicts)}/{len(asked)}]"
+        say(f"{done} {verdict.word} by {verdict.rung}: {verdict.mutant}{why}")
+
+    stop_like_interrupt()
+    interrupted = False
     try:
         folder = artifacts or find_artifacts()
-        for verdict in judge_all(folder, asked, jobs=processes):
-            verdicts[verdict.mutant, verdict.rung] = verdict
-            done = f"[{len(verdicts)}/{len(asked)}]"
-            print(f"{done} {verdict.word} by {verdict.rung}: {verdict.mutant}", file=sys.stderr)
+        open_artifacts(folder)
+        if not carries_ptx(folder):
+            raise ArtifactReadError(f"{folder}: {NO_PTX}")
+        judge_all(folder, asked, jobs=processes, on_verdict=on_verdict)
     except (ArtifactReadError, RouterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(1)
+    except KeyboardInterrupt:
+        interrupted = True
+        asked = [(mutant, rung) for mutant, rung in asked if (mutant.name, rung) in verdicts]
+        chosen = [mutant for mutant in chosen if any(mutant.name == name for name, _ in verdicts)]
     if as_json:
         print(json.dumps([row(mutant, verdicts) for mutant in chosen], indent=1))
     else:
@@ -74,9 +97,37 @@ def mutants_command(
         print(f"\n{summary(chosen, verdicts)}; {seconds} s in {processes} processes")
     wrong = [(m.name, rung) for m, rung in asked if not is_right(m, verdicts[m.name, rung])]
     for name, rung in wrong:
-        print(f"not as it must be, by {rung}: {name}", file=sys.stderr)
+        say(f"not as it must be, by {rung}: {name}")
+    if interrupted:
+        say(f"interrupted; these are the {len(verdicts)} verdicts until then")
+        sys.exit(130)
     if wrong:
         sys.exit(1)
+
+
+def choose(only: Sequence[str]) -> list[Mutant]:
+    """Give the mutants whose name contains one of `only`, all if it is empty.
+
+    UsageError if one of `only` is in no name: a typing error must not pass as "0 of 0 rejected".
+    """
+    names = [mutant.name for mutant in faults.MUTANTS]
+    for part in only:
+        if not any(part in name for name in names):
+            near = difflib.get_close_matches(part, names, n=5, cutoff=0.3)
+            listed = "".join(f"\n  {name}" for name in near or names)
+            raise click.UsageError(
+                f"--only {part!r}: no mutant's name contains it; the nearest are:{listed}"
+            )
+    return [m for m in faults.MUTANTS if not only or any(part in m.name for part in only)]
+
+
+def require_packages(rungs: Collection[str]) -> None:
+    """Exit with the extra that is missing for these rungs, before any process is started."""
+    for rung in rungs:
+        for package in PACKAGES[rung]:
+            if (problem := why_missing(package)) is not None:
+                say(f"error: the {rung} rung: {problem}")
+                sys.exit(1)
 
 
 def own_rungs(mutant: Mutant) -> tuple[str, ...]:
@@ -84,17 +135,21 @@ def own_rungs(mutant: Mutant) -> tuple[str, ...]:
     return mutant.rejected_by or ("emulated",)
 
 
-def judge_all(folder: Path, asked: Sequence[tuple[Mutant, str]], *, jobs: int) -> Iterator[Verdict]:
-    """Each verdict as it comes. Proofs are started first: they are the long ones."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
-        in_order = sorted(asked, key=lambda pair: pair[1] != "protocol")
-        futures = [pool.submit(judge_one, folder, mutant.name, rung) for mutant, rung in in_order]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def judge_all(
+    folder: Path,
+    asked: Sequence[tuple[Mutant, str]],
+    *,
+    jobs: int,
+    on_verdict: Callable[[Verdict], None],
+) -> None:
+    """Call `on_verdict` with each verdict as it comes. Proofs start first: they take longest."""
+    in_order = sorted(asked, key=lambda pair: pair[1] != "protocol")
+    calls = {(mutant.name, rung): (folder, mutant.name, rung) for mutant, rung in in_order}
+    with run_tasks(judge_one, calls, jobs=jobs) as verdicts:
+        for (name, rung), verdict in verdicts:
+            if isinstance(verdict, WorkerDiedError):
+                verdict = Verdict(mutant=name, rung=rung, word=UNDECIDED, reason=str(verdict))
+            on_verdict(verdict)
 
 
 def judge_one(folder: Path, name: str, rung: str) -> Verdict:

@@ -648,6 +648,16 @@ def _of_topk() -> Iterator[Mutant]:
         case=replace(_TOPK_CASE, kind="ties"),
         complaint=_WRONG_IDS,
     )
+    yield _topk(
+        "top-k: one column too many is stored",
+        "store beside the outputs",
+        EMULATED,
+        Edit(
+            pattern=r"(add\.s32 \t(%r\d+), %r\d+, %r\d+;\s+)setp\.ge\.s32( \t%p\d+, %r\d+, \2;)",
+            replacement=r"\1setp.gt.s32\3",
+        ),
+        complaint="beside the outputs",
+    )
     name = "top-k: logits read before the grid dependency"
     wait = _deleted(r"griddepcontrol\.wait;")
     yield _topk(name, "missing grid dependency", EMULATED, wait)

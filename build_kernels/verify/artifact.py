@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.errors import repair_command
+from dsv4_router_runtime.files import MAX_CODE_BYTES, read_file
 from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.tensor_map import EncodeArguments, encode_arguments
 
@@ -26,6 +28,10 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _BITS = re.compile(r"\d+")
 
 
+NO_PTX = (
+    "the set carries no PTX, as a wheel's does not; `build-kernels build --artifacts FOLDER` makes "
+    "the same bytes with their PTX, for `build-kernels verify --artifacts FOLDER`"
+)
 # The options of a call as the rungs leave them: off, their pointers null.
 OPTIONS_OFF: Mapping[str, int | float] = {
     **dict.fromkeys(("bias_vl", "image_mask", "padding_mask", "num_valid_tokens"), 0),
@@ -49,7 +55,7 @@ class PtxParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A manifest entry, its cubin and its PTX."""
+    """A manifest entry, its cubin and its PTX; `ptx` is empty if the set carries none."""
 
     kernel: Kernel
     cubin_path: Path
@@ -57,37 +63,53 @@ class Artifact:
     ptx: str
 
     @property
+    def has_ptx(self) -> bool:
+        return bool(self.ptx)
+
+    @property
     def cubin_sha256(self) -> str:
-        return hashlib.sha256(self.cubin).hexdigest()
+        return _sha256(self.cubin)
 
     @property
     def ptx_sha256(self) -> str:
-        return hashlib.sha256(self.ptx.encode()).hexdigest()
+        return _sha256(self.ptx.encode())
 
 
 def load_artifact(folder: Path, key: str) -> Artifact:
-    """The artifact called `key` (name.arch) in `folder`.
+    """Read the artifact called `key` (name.arch) in `folder`.
 
     ArtifactReadError if a file is missing or is not the one that the manifest's hashes are of: what
-    is found out about other bytes would be stored as evidence about these.
+    is found out about other bytes would be stored as evidence about these. A set that carries no
+    PTX at all, as a wheel's, gives an artifact without it.
     """
     kernels = {kernel.key: kernel for kernel in open_artifacts(folder).manifest.kernels}
     if key not in kernels:
         raise ArtifactReadError(f"no kernel {key} in {folder}; known: {', '.join(sorted(kernels))}")
     kernel = kernels[key]
-    cubin_path = folder / kernel.file
+    cubin_path, ptx_path = folder / kernel.file, folder / f"{key}.ptx"
+    repair = f"make it with `{repair_command(str(cubin_path))}`"
     try:
-        cubin, ptx = cubin_path.read_bytes(), (folder / f"{key}.ptx").read_bytes()
+        cubin = read_file(cubin_path, most_bytes=MAX_CODE_BYTES)
+        ptx = None
+        if carries_ptx(folder):
+            ptx = read_file(ptx_path, most_bytes=MAX_CODE_BYTES)
     except OSError as error:
-        raise ArtifactReadError(f"{error}; make it with `build-kernels build`") from error
-    artifact = Artifact(kernel=kernel, cubin_path=cubin_path, cubin=cubin, ptx=ptx.decode())
-    found = (artifact.cubin_sha256, artifact.ptx_sha256)
+        raise ArtifactReadError(f"{error}; {repair}") from error
+    found = (_sha256(cubin), kernel.ptx_sha256 if ptx is None else _sha256(ptx))
     if found != (kernel.cubin_sha256, kernel.ptx_sha256):
         raise ArtifactReadError(
-            f"{key}: cubin or PTX in {folder} is not the one that the manifest records; "
-            "make it with `build-kernels build`"
+            f"{key}: cubin or PTX in {folder} is not the one that the manifest records; {repair}"
         )
-    return artifact
+    return Artifact(kernel=kernel, cubin_path=cubin_path, cubin=cubin, ptx=(ptx or b"").decode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def carries_ptx(folder: Path) -> bool:
+    """Does the set carry PTX? A build's does, a wheel's does not."""
+    return any(folder.glob("*.ptx"))
 
 
 def is_decode(kernel: Kernel) -> bool:

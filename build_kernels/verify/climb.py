@@ -9,25 +9,22 @@ one climb serves both.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import importlib
-import multiprocessing
-import os
 import re
-import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.dispatch import runs_on
+from dsv4_router_runtime.errors import WHEEL_FOLDER
 from dsv4_router_runtime.manifest import Kernel
 
-from .artifact import Artifact, load_artifact
+from .artifact import NO_PTX, Artifact, ArtifactReadError, load_artifact
 from .checkers import present
 from .evidence import (
     FAILED,
@@ -38,6 +35,7 @@ from .evidence import (
     EvidenceError,
     Result,
     not_run,
+    read_evidence,
     update_evidence,
 )
 from .hardware import Record, result_of
@@ -46,6 +44,11 @@ from .hardware import Record, result_of
 _START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
 # Rungs whose answer is settled by the PTX's text and the launch.
 _TEXT_RUNGS = ("emulated", "protocol")
+# Where an installed wheel has its artifacts.
+INSTALLED = ("dsv4_router_runtime", WHEEL_FOLDER)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Rung, kernel name, and what the kernels that one climb serves have in common.
+_Task = tuple[str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ def verify(
     records: Sequence[Record] = (),
     jobs: int = 1,
     on_done: Callable[[Outcome], None] = lambda outcome: None,
+    on_unkept: Callable[[str], None] = lambda reason: None,
 ) -> list[Outcome]:
     """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
 
@@ -75,56 +79,135 @@ def verify(
     artifacts'. Before anything is climbed, ArtifactReadError for a file that is missing or is not
     the manifest's. Returns one outcome for every rung of every chosen artifact, in the manifest's
     order: rungs that were not asked for are read from the stored evidence. `on_done` is called with
-    each climbed outcome as it comes.
+    each climbed outcome as it comes, `on_unkept` with the reason if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
-    chosen = [
-        kernel
-        for kernel in listed
-        if (not archs or kernel.arch in archs) and (not kernels or kernel.name in kernels)
-    ]
-    texts = {k.key: text_and_launch(load_artifact(artifacts_dir, k.key)) for k in chosen}
-    asked = tuple(rung for rung in RUNGS if not rungs or rung in rungs)
-    path = artifacts_dir / EVIDENCE_NAME
+    chosen = _choose(artifacts_dir, listed, archs, kernels)
+    loaded = [load_artifact(artifacts_dir, kernel.key) for kernel in chosen]
     _refuse_strangers(records, listed)
-
-    def recorded(evidence: Evidence) -> Evidence:
-        evidence = evidence.only(listed)
-        for kernel in listed:
-            result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
-            if result is not None:
-                evidence = evidence.with_result(kernel, "hardware", result)
-        return evidence
-
-    evidence = update_evidence(path, recorded)
-    tasks: dict[tuple[str, str, str], list[Kernel]] = {}
-    for rung in _START_ORDER:
-        for kernel in chosen if rung in asked else ():
-            if not (rung == "hardware" and rung in evidence.of(kernel)):
-                same = texts[kernel.key] if rung in _TEXT_RUNGS else kernel.key
-                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
+    kept = _open_evidence(artifacts_dir, lambda known: _with_records(known, listed, records))
+    if kept.problem is not None:
+        if records:
+            raise EvidenceError(f"the records cannot be merged: {kept.problem}")
+        on_unkept(kept.problem)
+    tasks = _tasks(loaded, rungs, kept.evidence)
+    calls = {
+        task: (artifacts_dir, first.key, _bytes_of(first), task[0], quick)
+        for task, (first, *_) in tasks.items()
+    }
     found: dict[tuple[str, str], Result] = {}
-    groups = [(rung, tuple(kernels)) for (rung, _, _), kernels in tasks.items()]
-    for rung, (first, *twins), result in _climb_all(artifacts_dir, groups, quick=quick, jobs=jobs):
-        note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
-        of_twins = replace(result, assumptions=(*result.assumptions, note))
-        for kernel in (first, *twins):
-            shown = result if kernel is first else of_twins
-            found[kernel.key, rung] = shown
-            add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
-            # After each, so that an interrupted run keeps what it found.
-            evidence = update_evidence(path, add)
-            on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
+    with run_tasks(climb_one, calls, jobs=jobs) as climbed:
+        for task, result in climbed:
+            for kernel, shown in _shared(tasks[task], result):
+                rung = task[0]
+                found[kernel.key, rung] = shown
+                add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
+                # After each, so that an interrupted run keeps what it found.
+                kept.change(add)
+                on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     return [
         Outcome(
             artifact=kernel.key,
             rung=rung,
-            result=_standing(evidence, kernel, rung, found.get((kernel.key, rung))),
+            result=_standing(kept.evidence, kernel, rung, found.get((kernel.key, rung))),
             climbed=(kernel.key, rung) in found,
         )
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _choose(
+    folder: Path, listed: Sequence[Kernel], archs: Sequence[str], names: Sequence[str]
+) -> list[Kernel]:
+    """Give the listed kernels that were asked for; ArtifactReadError if there are none."""
+    chosen = [
+        kernel
+        for kernel in listed
+        if (not archs or kernel.arch in archs) and (not names or kernel.name in names)
+    ]
+    if not chosen:
+        raise ArtifactReadError(
+            f"{folder} has none of the kernels asked for; it has "
+            f"{', '.join(kernel.key for kernel in listed) or 'none at all'}"
+        )
+    return chosen
+
+
+def _with_records(
+    evidence: Evidence, listed: Sequence[Kernel], records: Sequence[Record]
+) -> Evidence:
+    """Merge GPU test records, and drop the evidence of bytes that are no longer listed."""
+    evidence = evidence.only(listed)
+    for kernel in listed:
+        result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
+        if result is not None:
+            evidence = evidence.with_result(kernel, "hardware", result)
+    return evidence
+
+
+@dataclass
+class _Evidence:
+    """The evidence of one run, on disk as well unless `problem` says why it cannot be."""
+
+    path: Path
+    evidence: Evidence
+    problem: str | None = None
+
+    def change(self, change: Callable[[Evidence], Evidence]) -> None:
+        if self.problem is None:
+            self.evidence = update_evidence(self.path, change)
+        else:
+            self.evidence = change(self.evidence)
+
+
+def _open_evidence(folder: Path, change: Callable[[Evidence], Evidence]) -> _Evidence:
+    """Read a folder's evidence and make the first change, on disk if that may be written to."""
+    path = folder / EVIDENCE_NAME
+    if folder.resolve().parts[-2:] == INSTALLED:
+        problem = "the set is part of an installed package, whose files stay as they were installed"
+    else:
+        try:
+            return _Evidence(path=path, evidence=update_evidence(path, change))
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            problem = f"{folder} cannot be written to ({error.strerror})"
+    return _Evidence(path=path, evidence=change(read_evidence(path)), problem=problem)
+
+
+def _tasks(
+    loaded: Sequence[Artifact], named: Sequence[str], evidence: Evidence
+) -> dict[_Task, list[Kernel]]:
+    """Group the kernels that one climb of a rung serves, the longest rungs first.
+
+    named: the rungs that were asked for by name, all if empty. What cannot be climbed here and has
+    evidence is left out, for the evidence to stand: a GPU's tests, and a rung that reads the PTX of
+    a set without it, unless it was asked for by name.
+    """
+    tasks: dict[_Task, list[Kernel]] = {}
+    for rung in _START_ORDER:
+        for artifact in loaded if not named or rung in named else ():
+            kernel = artifact.kernel
+            reads_ptx = rung in _TEXT_RUNGS
+            beyond = rung == "hardware" or (reads_ptx and not artifact.has_ptx and not named)
+            if not (beyond and rung in evidence.of(kernel)):
+                shares = reads_ptx and artifact.has_ptx
+                same = text_and_launch(artifact) if shares else kernel.key
+                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
+    return tasks
+
+
+def _shared(
+    kernels: Sequence[Kernel], found: Result | WorkerDiedError
+) -> Iterator[tuple[Kernel, Result]]:
+    """Give each kernel of a group the result that was found on the first of them."""
+    first, *twins = kernels
+    result = not_run(str(found)) if isinstance(found, WorkerDiedError) else found
+    yield first, result
+    note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
+    for twin in twins:
+        yield twin, replace(result, assumptions=(*result.assumptions, note))
 
 
 def _standing(evidence: Evidence, kernel: Kernel, rung: str, found: Result | None) -> Result:
@@ -185,50 +268,6 @@ def without_target(ptx: str) -> str:
     return re.sub(r"^(\.target\s+)\w+", r"\1", ptx, count=1, flags=re.M)
 
 
-def _climb_all(
-    folder: Path, tasks: Sequence[tuple[str, tuple[Kernel, ...]]], *, quick: bool, jobs: int
-) -> Iterator[tuple[str, tuple[Kernel, ...], Result]]:
-    """Each task's result as it comes, found on the first of its kernels."""
-    if not tasks:
-        return
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs, len(tasks)),
-        # spawn: the DSL's and torch's state must not be shared between processes.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_lead_a_group,
-    )
-    try:
-        futures = {
-            pool.submit(climb_one, folder, kernels[0].key, _bytes_of(kernels[0]), rung, quick): (
-                rung,
-                kernels,
-            )
-            for rung, kernels in tasks
-        }
-        for future in as_completed(futures):
-            rung, kernels = futures[future]
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                result = not_run("the process died; was it out of memory?")
-            yield rung, kernels, result
-    except BaseException:
-        # Ctrl-C must not wait for minutes of proofs; what the workers started goes with them.
-        for process in multiprocessing.active_children():
-            if process.pid is not None:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _lead_a_group() -> None:
-    """Give a worker and the programs it starts a process group, which Ctrl-C does not reach."""
-    os.setpgid(0, 0)
-
-
 def _bytes_of(kernel: Kernel) -> tuple[str, str]:
     return kernel.cubin_sha256, kernel.ptx_sha256
 
@@ -244,6 +283,8 @@ def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quic
         artifact = load_artifact(folder, key)
         if _bytes_of(artifact.kernel) != expected:
             return not_run("the artifact was built anew while it was being verified")
+        if rung in _TEXT_RUNGS and not artifact.has_ptx:
+            return not_run(NO_PTX)
         result = module.climb(artifact, quick=quick)
     except Exception as error:
         traceback.print_exc()

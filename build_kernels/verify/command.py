@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from build_kernels.console import fits, results, say, stop_like_interrupt
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts import find_artifacts
 from dsv4_router_runtime.errors import RouterError
@@ -37,8 +38,6 @@ NOT_PROVEN = (
     "hardware does, rounding order, speed."
 )
 _STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
-
-talk = Console(stderr=True, highlight=False)
 
 
 @click.command("verify")
@@ -73,10 +72,10 @@ talk = Console(stderr=True, highlight=False)
 )
 @click.option(
     "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="The folder to work on. Default: artifacts/ of this checkout.",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one for each CPU.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def verify_command(
     archs: tuple[str, ...],
@@ -89,8 +88,13 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Show, rung by rung, that the artifacts are right, and keep the evidence beside them."""
-    # A stop asked for by the system ends like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    unkept: list[str] = []
+
+    def on_unkept(reason: str) -> None:
+        unkept.append(reason)
+        say(f"the evidence is printed and not kept: {reason}")
+
+    stop_like_interrupt()
     try:
         outcomes = verify(
             artifacts or find_artifacts(),
@@ -101,34 +105,33 @@ def verify_command(
             records=[record for path in record_files for record in read_records(path)],
             jobs=jobs or len(os.sched_getaffinity(0)),
             on_done=_say,
+            on_unkept=on_unkept,
         )
     except (ArtifactReadError, EvidenceError, RouterError, OSError) as error:
-        talk.print(f"error: {error}", markup=False, soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        talk.print("interrupted; what was found so far is kept")
+        say(f"interrupted; what was found so far is {'not ' if unkept else ''}kept")
         sys.exit(130)
     if as_json:
         print(json.dumps([_row(outcome) for outcome in outcomes], indent=1, sort_keys=True))
     else:
-        width = None if sys.stdout.isatty() else 160
-        console = Console(width=width, highlight=False)
-        console.print(evidence_table(outcomes))
+        console = results(width=200)
+        print_evidence(console, outcomes)
         for line in explanations(outcomes):
             console.print(line, markup=False, soft_wrap=True)
         console.print(NOT_PROVEN, markup=False, soft_wrap=True)
     failures = [outcome for outcome in outcomes if is_failure(outcome, rungs)]
     if failures:
         names = ", ".join(f"{outcome.artifact} {outcome.rung}" for outcome in failures)
-        talk.print(f"{len(failures)} not shown: {names}", markup=False, soft_wrap=True)
+        say(f"{len(failures)} not shown: {names}")
         sys.exit(1)
 
 
 def _say(outcome: Outcome) -> None:
     result = outcome.result
     reason = f": {result.reason.splitlines()[-1]}" if result.reason else ""
-    line = f"{outcome.artifact} {outcome.rung}: {result.status}{reason}"
-    talk.print(line, markup=False, soft_wrap=True)
+    say(f"{outcome.artifact} {outcome.rung}: {result.status}{reason}")
 
 
 def _row(outcome: Outcome) -> dict:
@@ -136,21 +139,26 @@ def _row(outcome: Outcome) -> dict:
     return row | result_json(outcome.result)
 
 
-def evidence_table(outcomes: Sequence[Outcome]) -> Table:
-    """One row for each artifact, one column for each rung."""
-    table = Table()
-    table.add_column("artifact", no_wrap=True)
-    for rung in RUNGS:
-        table.add_column(rung)
-    cells: dict[str, dict[str, str]] = {}
+def print_evidence(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Print one row per artifact and one column per rung, or a line per rung if that is too wide.
+
+    Cells are quoted: what evidence and records say of a GPU is no markup.
+    """
+    rows: dict[str, dict[str, str]] = {}
     for outcome in outcomes:
         style = _STYLES[outcome.result.status]
-        cells.setdefault(outcome.artifact, {})[outcome.rung] = (
-            f"[{style}]{cell(outcome.rung, outcome.result)}[/]"
-        )
-    for artifact, row in cells.items():
-        table.add_row(artifact, *(row[rung] for rung in RUNGS))
-    return table
+        text = escape(cell(outcome.rung, outcome.result))
+        rows.setdefault(outcome.artifact, {})[outcome.rung] = f"[{style}]{text}[/]"
+    table = Table("artifact", *RUNGS)
+    for artifact, cells in rows.items():
+        table.add_row(artifact, *(cells[rung] for rung in RUNGS))
+    if fits(console, table):
+        console.print(table)
+        return
+    for artifact, cells in rows.items():
+        console.print(artifact)
+        for rung in RUNGS:
+            console.print(f"  {rung:<10} {cells[rung]}")
 
 
 def cell(rung: str, result: Result) -> str:
@@ -161,8 +169,9 @@ def cell(rung: str, result: Result) -> str:
     if result.status == PASSED and result.scope == QUICK:
         details.append("quick")
     if rung == "structure" and "registers" in figures:
-        paired = sum(figures["paired_instructions"].values())
-        details.append(f"{figures['registers']} regs, {paired} pairs")
+        details.append(f"{figures['registers']} regs")
+        if paired := sum(figures["paired_instructions"].values()):
+            details[-1] += f", {paired} pairs"
     if rung == "lint" and "diagnostics" in figures:
         details.append(f"{figures['explained']} of {figures['diagnostics']} explained")
     if rung == "protocol" and "race_free" in figures:

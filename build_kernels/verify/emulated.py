@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from build_kernels.extras import why_missing
 from build_kernels.specs import KERNELS
 from dsv4_router_runtime.launch import grid_of
 from dsv4_router_runtime.manifest import Kernel
@@ -59,9 +59,9 @@ QUICK_SCHEDULES = (("latest", 0, False), ("random", 1, True))
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Run each case under each schedule; the first that is not right ends the climb."""
-    for package, extra in (("numpy", "verify"), ("torch", "torch")):
-        if find_spec(package) is None:
-            return not_run(f"{package} is not installed: it is in this project's extra `{extra}`")
+    for package in ("numpy", "torch"):
+        if (problem := why_missing(package)) is not None:
+            return not_run(problem)
     from build_kernels.emulator import EmulatorError, Schedule
 
     kernel, scope = artifact.kernel, QUICK if quick else FULL

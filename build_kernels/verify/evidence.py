@@ -163,14 +163,14 @@ def _parse(text: bytes, path: Path) -> Evidence:
 
 def update_evidence(path: Path, change: Callable[[Evidence], Evidence]) -> Evidence:
     """Read, change and write, one process at a time, so that none loses what another found."""
-    with _locked(path):
+    with evidence_lock(path):
         evidence = change(read_evidence(path))
         write_evidence(path, evidence)
     return evidence
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def evidence_lock(path: Path) -> Iterator[None]:
     """Hold a lock of the folder's, waiting for it. The kernel's: it goes with the process.
 
     Beside the folder, since a build exchanges the folder for a new one.

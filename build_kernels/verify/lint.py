@@ -80,7 +80,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         return not_run(f"{error}; install this project's extra `build`")
     except LintError as error:
         return Result(status=FAILED, reason=str(error))
-    if ptx_sha256 != artifact.ptx_sha256:
+    if ptx_sha256 != artifact.kernel.ptx_sha256:
         return Result(
             status=FAILED,
             reason="the sources at hand do not compile to the artifact's PTX, so their "

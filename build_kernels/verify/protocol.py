@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from build_kernels.extras import why_missing
 from dsv4_router_runtime.launch import grid_of
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
 
 from .artifact import (
     OPTIONS_OFF,
@@ -234,10 +235,10 @@ def prove(
     if "wgmma." in artifact.ptx:
         reason = "SentryWard has no semantics for wgmma, the tensor instruction of sm_90a"
         return not_run(reason, applies=False)
-    try:
-        import sentryward
-    except ImportError as error:
-        return not_run(f"{error}: pip install sentryward")
+    if (problem := why_missing("sentryward")) is not None:
+        return not_run(problem)
+    import sentryward
+
     assumptions = dict.fromkeys(ALWAYS_ASSUMED)
     proven: list[str] = []
     for case in cases:
@@ -329,29 +330,8 @@ def kernel_input(
     for index, parameter in enumerate(kernel.parameters):
         place = {"parameter": index, "offset": 0}
         if parameter.tensor_map is not None:
-            recipe = parameter.tensor_map
-            # Packed rows, in multiples of 16 bytes.
-            row = 8 * -(-(case.num_experts if recipe.dims[0] == "E" else case.k) // 8)
-            encoded = encoded_map(
-                recipe,
-                num_tokens=case.num_tokens,
-                num_experts=case.num_experts,
-                k=case.k,
-                row=row,
-            )
-            encoded = replace(encoded, **tensor_map_changes.get(parameter.name, {}))
-            descriptor = {
-                "object": recipe.tensor,
-                "element_type": _ELEMENT_TYPES[encoded.element_type],
-                "rank": len(encoded.dims),
-                "global_shape": list(encoded.dims),
-                "global_strides_bytes": list(encoded.strides),
-                "element_strides": list(encoded.element_strides),
-                "box_shape": list(encoded.box),
-                "swizzle": encoded.swizzle,
-                "interleave": encoded.interleave,
-                "oob_fill": _OOB_FILLS[encoded.oob_fill],
-            }
+            changes = tensor_map_changes.get(parameter.name, {})
+            descriptor = _tma_descriptor(parameter.tensor_map, case, changes)
             descriptors.append(place | descriptor)
         elif parameter.kind == "int32":
             if parameter.name not in integers:
@@ -369,6 +349,29 @@ def kernel_input(
         },
         "arguments": arguments,
         "tma_descriptors": descriptors,
+    }
+
+
+def _tma_descriptor(
+    recipe: TensorMapRecipe, case: Case, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give a tensor map of packed rows, in multiples of 16 bytes, in SentryWard's words."""
+    row = 8 * -(-(case.num_experts if recipe.dims[0] == "E" else case.k) // 8)
+    encoded = encoded_map(
+        recipe, num_tokens=case.num_tokens, num_experts=case.num_experts, k=case.k, row=row
+    )
+    encoded = replace(encoded, **changes)
+    return {
+        "object": recipe.tensor,
+        "element_type": _ELEMENT_TYPES[encoded.element_type],
+        "rank": len(encoded.dims),
+        "global_shape": list(encoded.dims),
+        "global_strides_bytes": list(encoded.strides),
+        "element_strides": list(encoded.element_strides),
+        "box_shape": list(encoded.box),
+        "swizzle": encoded.swizzle,
+        "interleave": encoded.interleave,
+        "oob_fill": _OOB_FILLS[encoded.oob_fill],
     }
 
 

@@ -11,10 +11,11 @@ import re
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from build_kernels import cubin
 from dsv4_router_runtime.manifest import compute_capability
@@ -27,10 +28,14 @@ from .artifact import (
     ptx_opcodes,
     ptx_target,
 )
-from .evidence import FAILED, PASSED, Result, not_run
+from .evidence import FAILED, PASSED, QUICK, Result, not_run
 
 # It takes a tenth of a second.
 TIMEOUT_SECONDS = 60
+NO_PTX = (
+    "the set carries no PTX: the cubin was compared with the manifest, not the PTX's instructions "
+    "with the cubin's"
+)
 _ELF_FLAGS_OFFSET = 48
 _SASS = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
@@ -78,21 +83,34 @@ PAIRINGS = (
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
-    """Compare manifest, cubin, PTX and SASS; quick and full are the same."""
+    """Compare manifest, cubin, PTX and SASS; quick and full are the same.
+
+    A set without PTX is compared with its manifest alone: a pass of less, and called quick.
+    """
+    try:
+        nvdisasm = cubin.nvdisasm()
+    except cubin.CubinError as error:
+        return not_run(str(error))
     try:
         facts = cubin.read_cubin(artifact.cubin)
-        sass = sass_opcodes(cubin.nvdisasm(), artifact.cubin_path)
-        problems = [*_against_manifest(artifact, facts, sass), *_against_ptx(artifact, sass)]
+        sass = sass_opcodes(nvdisasm, artifact.cubin_path)
+        problems = [*_against_manifest(artifact, facts, sass)]
+        if artifact.has_ptx:
+            problems += [*_between_manifest_and_ptx(artifact), *_against_ptx(artifact, sass)]
     except subprocess.TimeoutExpired:
         return not_run(f"nvdisasm took more than {TIMEOUT_SECONDS} s")
+    except OSError as error:
+        return not_run(f"{error}; install this project's extra `build` again")
     except (cubin.CubinError, ArtifactReadError) as error:
-        if "is missing: it comes with" in str(error):
-            return not_run(str(error))
-        problems = [str(error)]
-        facts = None
-    if problems or facts is None:
+        return Result(status=FAILED, reason=str(error))
+    if problems:
         return Result(status=FAILED, reason="; ".join(problems))
-    figures = {
+    result = Result(status=PASSED, figures=_figures(artifact, facts, sass))
+    return result if artifact.has_ptx else replace(result, scope=QUICK, assumptions=(NO_PTX,))
+
+
+def _figures(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> dict[str, Any]:
+    return {
         "registers": facts.registers,
         "stack_bytes": facts.stack_bytes,
         "local_memory_instructions": sass["LDL"] + sass["STL"],
@@ -102,25 +120,19 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         "parameters": len(facts.parameters),
         "paired_instructions": dict(_paired_counts(ptx_opcodes(artifact.ptx))),
     }
-    return Result(status=PASSED, figures=figures)
 
 
 def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> Iterator[str]:
     kernel, launch = artifact.kernel, artifact.kernel.launch
-    symbol, ptx_parameters = ptx_entry(artifact.ptx)
     listed = [(parameter.offset, parameter.size) for parameter in kernel.parameters]
     families: Counter[str] = Counter()
     for name, count in sass.items():
         families[name.partition(".")[0]] += count
     compared = (
         ("cubin sha256", artifact.cubin_sha256, kernel.cubin_sha256),
-        ("PTX sha256", artifact.ptx_sha256, kernel.ptx_sha256),
-        ("PTX .target", ptx_target(artifact.ptx), kernel.arch),
         ("ELF compute capability", facts.compute_capability, compute_capability(kernel.arch)),
         ("cubin symbol", facts.symbol, kernel.symbol),
-        ("PTX symbol", symbol, kernel.symbol),
         ("parameters in .nv.info", [(p.offset, p.size) for p in facts.parameters], listed),
-        ("parameter sizes in the PTX", [p.size for p in ptx_parameters], [s for _, s in listed]),
         ("registers", facts.registers, kernel.resources.registers),
         ("stack bytes", facts.stack_bytes, 0),
         ("stack bytes in the manifest", kernel.resources.stack_bytes, 0),
@@ -131,11 +143,29 @@ def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]
         ("required cluster", facts.cluster or launch.cluster, launch.cluster),
         ("opcode counts", cubin.watched(families), dict(kernel.resources.opcodes)),
     )
+    yield from _differences(compared)
+    if prod(launch.block) > prod(facts.max_block or launch.block):
+        yield f"block {launch.block} is over the cubin's limit {facts.max_block}"
+
+
+def _between_manifest_and_ptx(artifact: Artifact) -> Iterator[str]:
+    kernel = artifact.kernel
+    symbol, parameters = ptx_entry(artifact.ptx)
+    sizes = [parameter.size for parameter in kernel.parameters]
+    yield from _differences(
+        (
+            ("PTX sha256", artifact.ptx_sha256, kernel.ptx_sha256),
+            ("PTX .target", ptx_target(artifact.ptx), kernel.arch),
+            ("PTX symbol", symbol, kernel.symbol),
+            ("parameter sizes in the PTX", [p.size for p in parameters], sizes),
+        )
+    )
+
+
+def _differences(compared: Iterable[tuple[str, object, object]]) -> Iterator[str]:
     for what, got, expected in compared:
         if got != expected:
             yield f"{what}: {got}, expected {expected}"
-    if prod(launch.block) > prod(facts.max_block or launch.block):
-        yield f"block {launch.block} is over the cubin's limit {facts.max_block}"
 
 
 def _against_ptx(artifact: Artifact, sass: Counter[str]) -> Iterator[str]:

@@ -1,0 +1,184 @@
+"""Which files of a folder a build made, and which are somebody else's.
+
+A build replaces and removes files of the set only: manifest.json, evidence.json, the cubins and the
+PTX that this version's specs name, and those that the manifest in the folder vouches for, name and
+hash. Names that start with a dot belong to editors, notebooks and desktops: they are not looked at.
+Everything else is a stranger, and a folder with a stranger in it is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+
+from .entry import sha256
+
+_SHOWN_STRANGERS = 5
+# Far above what a build makes (0.14 MB of manifest, 0.13 MB of PTX): a larger file is not read.
+_MAX_FILE_BYTES = 16 * 2**20
+# The names that a build has given to cubins and PTX, whatever the manifest's schema was.
+_KERNEL_FILE = re.compile(r"[a-z][a-z0-9_]*\.sm_[0-9]+[af]?\.(cubin|ptx)")
+# In every schema so far, and hardly in another program's manifest.json.
+_OUR_KEY = b'"kernels"'
+
+
+class PlaceError(Exception):
+    """The artifacts cannot be where they are asked for; the message names what is in the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A folder's entries as found, by whose they are.
+
+    made: names that a build gave, each a plain file. dotted: names that start with a dot.
+    strangers: all others, as they are shown. identity: device and inode of the folder, None if
+    there is none. manifest: the bytes of manifest.json, None if there is none.
+    """
+
+    identity: tuple[int, int] | None = None
+    made: frozenset[str] = frozenset()
+    dotted: frozenset[str] = frozenset()
+    strangers: tuple[str, ...] = ()
+    manifest: bytes | None = None
+
+    def surplus(self, wanted: Collection[str]) -> tuple[str, ...]:
+        """The kernels' files here that are not `wanted`, sorted."""
+        return tuple(sorted(self.made - {MANIFEST_NAME, EVIDENCE_NAME} - set(wanted)))
+
+
+def resolve_folder(folder: Path) -> Path:
+    """Return the folder that a path leads to; PlaceError if it cannot be a folder of artifacts.
+
+    A symbolic link is followed, so that it stays one. One that leads nowhere is refused: it may
+    lead to a volume that is not mounted now.
+    """
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            raise PlaceError(
+                f"cannot build {folder}: {link} is a symbolic link to {os.readlink(link)}, which "
+                "is not there; make that folder, or remove the link"
+            )
+    try:
+        path = Path(os.path.realpath(folder))
+    except FileNotFoundError as error:
+        raise PlaceError(f"cannot build {folder}: the current folder is gone") from error
+    if path.exists() and not path.is_dir():
+        raise PlaceError(f"cannot build {folder}: it is not a folder")
+    return path
+
+
+def read_contents(folder: Path, named: Collection[str]) -> Contents:
+    """Sort a folder's entries; `named` are the cubins and PTX of this version's specs."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        info = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Contents()
+    except OSError as error:
+        raise PlaceError(f"cannot build {folder}: it cannot be read ({error.strerror})") from error
+    dotted = {entry.name for entry in found if entry.name.startswith(".")}
+    manifest = read_plain(folder / MANIFEST_NAME)
+    vouched = vouched_files(manifest or b"")
+    made, strangers = set(), []
+    for entry in found:
+        name = entry.name
+        if name in dotted:
+            continue
+        if not entry.is_file(follow_symlinks=False):
+            strangers.append(_shown(entry))
+        elif (
+            name in named
+            or name == EVIDENCE_NAME
+            or (name == MANIFEST_NAME and manifest is not None and _is_ours(manifest))
+            or (name in vouched and file_sha256(folder / name) == vouched[name])
+        ):
+            made.add(name)
+        elif name == MANIFEST_NAME and manifest is None:
+            strangers.append(f"{name} (it cannot be read)")
+        else:
+            strangers.append(_shown(entry))
+    return Contents(
+        identity=(info.st_dev, info.st_ino),
+        made=frozenset(made),
+        dotted=frozenset(dotted),
+        strangers=tuple(strangers),
+        manifest=manifest,
+    )
+
+
+def check_contents(folder: Path, contents: Contents) -> None:
+    """Refuse a folder with strangers: PlaceError names the first few of them."""
+    if not contents.strangers:
+        return
+    shown = ", ".join(contents.strangers[:_SHOWN_STRANGERS])
+    more = len(contents.strangers) - _SHOWN_STRANGERS
+    if more > 0:
+        shown += f" and {more} more"
+    old = any(map(_KERNEL_FILE.fullmatch, contents.strangers))
+    hint = " (cubins and PTX of another version of this tool: delete them)" if old else ""
+    raise PlaceError(
+        f"cannot build {folder}: it holds what no build made: {shown}. A set of artifacts has its "
+        f"folder to itself: move them elsewhere{hint}, or name another folder with "
+        "--artifacts FOLDER"
+    )
+
+
+def vouched_files(manifest: bytes) -> Mapping[str, str]:
+    """Return sha256 by file name for the cubins and PTX that a manifest of any schema lists."""
+    try:
+        kernels = json.loads(manifest)["kernels"]
+        return dict(pair for entry in kernels for pair in _files_of(entry))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _files_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for kind in ("cubin", "ptx"):
+        name = f"{entry['name']}.{entry['arch']}.{kind}"
+        if _KERNEL_FILE.fullmatch(name):
+            yield name, str(entry[f"{kind}_sha256"])
+
+
+def file_sha256(path: Path) -> str | None:
+    """Return a plain file's digest, None if there is none or it cannot be read."""
+    data = read_plain(path)
+    return None if data is None else sha256(data)
+
+
+def is_plain(path: Path) -> bool:
+    """Is it a file, and neither a link to one nor anything else?"""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_plain(path: Path) -> bytes | None:
+    """Return a plain file's bytes, None if it is anything else, too large, or cannot be read."""
+    try:
+        if not is_plain(path) or path.lstat().st_size > _MAX_FILE_BYTES:
+            return None
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _is_ours(manifest: bytes) -> bool:
+    """Is it a manifest of artifacts, of any schema, or what an accident left of one?"""
+    return not manifest.strip() or _OUR_KEY in manifest
+
+
+def _shown(entry: os.DirEntry[str]) -> str:
+    name = entry.name if entry.name.isprintable() else repr(entry.name)[1:-1]
+    if entry.is_symlink():
+        return f"{name} (a symbolic link)"
+    return f"{name}/" if entry.is_dir(follow_symlinks=False) else name

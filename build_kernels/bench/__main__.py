@@ -1,0 +1,18 @@
+"""`python -m build_kernels.bench`, the same as `build-kernels bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from build_kernels.__main__ import run
+
+
+def _load() -> Callable[..., Any]:
+    from .command import bench_command
+
+    return bench_command
+
+
+if __name__ == "__main__":
+    run(_load, "python -m build_kernels.bench")

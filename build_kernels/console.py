@@ -1,0 +1,34 @@
+"""How the commands talk: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+_UNBOUND = 10_000  # columns: a table takes what it needs
+
+talk = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one message on stderr, its brackets as they are."""
+    talk.print(text, markup=False, soft_wrap=True)
+
+
+def stop_like_interrupt() -> None:
+    """Make SIGTERM end the command as Ctrl-C does: by KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def results(*, width: int) -> Console:
+    """Give a console on stdout: as wide as the terminal, or `width` columns if it is none."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def fits(console: Console, table: Table) -> bool:
+    """Is the console wide enough for the table without folding or cutting a cell?"""
+    unbound = console.options.update(width=_UNBOUND)
+    return console.measure(table, options=unbound).maximum <= console.width

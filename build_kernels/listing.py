@@ -1,0 +1,164 @@
+"""What `build-kernels list` shows of a set of artifacts: each kernel's state and its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
+from dsv4_router_runtime.errors import ArtifactError
+from dsv4_router_runtime.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.manifest import Kernel, Manifest, parse_manifest
+
+from . import compilers, plan
+from .console import fits
+from .entry import sha256
+from .specs import ARCHITECTURES, KERNELS, KernelSpec
+from .verify import RUNGS, read_evidence, standing, validated_on
+from .verify.artifact import carries_ptx
+
+Row = dict[str, str]
+
+BUILT = "built"
+# The sources or the tools of this package are not those that made the kernel.
+OUT_OF_DATE = "out of date"
+# A file of the kernel is missing or is not the one that the manifest records.
+DAMAGED = "damaged"
+NOT_BUILT = "not built"
+# Without the compilers nobody can say what they would make of the sources.
+UNKNOWN = "unknown"
+STATES = (BUILT, OUT_OF_DATE, DAMAGED, NOT_BUILT, UNKNOWN)
+
+_WIDE = ("kernel", "arch", "state", "N", "can load on", "validated on", *RUNGS)
+_WIDE_KEYS = ("kernel", "arch", "state", "num_tokens", "loads_on", "validated_on", *RUNGS)
+# Of at most 80 columns in all, with a blank between each two.
+_NARROW = (
+    *(("arch", 9), ("state", 11), ("structure", 9), ("lint", 8)),
+    *(("protocol", 8), ("emulated", 8), ("hardware", 8), ("validated on", 12)),
+)
+
+
+def list_rows(folder: Path, names: Collection[str] = (), archs: Collection[str] = ()) -> list[Row]:
+    """Give a row per kernel and architecture that this package can build.
+
+    `names` and `archs` choose among them; empty, they choose all. Needs no compiler: without one,
+    states are "unknown". Raises ManifestError and EvidenceError for files that cannot be read.
+    """
+    manifest = _read_manifest(folder)
+    evidence = read_evidence(folder / EVIDENCE_NAME)
+    listed = {entry.key: entry for entry in manifest.kernels}
+    state_of = _state_reader(folder, manifest)
+    loads_on = {arch.name: arch.loads_on for arch in ARCHITECTURES}
+    rows = []
+    for spec in KERNELS:
+        for arch in spec.archs:
+            if (names and spec.name not in names) or (archs and arch not in archs):
+                continue
+            entry = listed.get(f"{spec.name}.{arch}")
+            rungs = standing(evidence, entry) if entry else dict.fromkeys(RUNGS, "not run")
+            rows.append(
+                {
+                    "kernel": spec.name,
+                    "arch": arch,
+                    "state": state_of(spec, entry) if entry else NOT_BUILT,
+                    "loads_on": loads_on[arch],
+                    "validated_on": validated_on(evidence, entry) if entry else "nowhere",
+                    "num_tokens": str(spec.problem.num_tokens),
+                    "num_experts": str(spec.problem.num_experts),
+                    "top_k": str(spec.problem.top_k),
+                    **rungs,
+                }
+            )
+    return rows
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    try:
+        return parse_manifest(read_file(path, most_bytes=MAX_JSON_BYTES), source=str(path))
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise ArtifactError(file=str(path), problem="there is no such folder") from error
+        return Manifest(toolchain={}, kernels=())
+    except OSError as error:
+        problem = f"cannot be read ({reason_of(error)})"
+        raise ArtifactError(file=str(path), problem=problem) from error
+
+
+def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Kernel], str]:
+    """Give the function that finds the state of a kernel that the manifest lists."""
+    artifacts = ArtifactSet(folder=folder, manifest=manifest)
+    has_ptx = carries_ptx(folder)
+    try:
+        toolchain = compilers.toolchain_versions()
+    except compilers.CompileError:
+        toolchain = None
+
+    def state_of(spec: KernelSpec, entry: Kernel) -> str:
+        try:
+            artifacts.read(entry)
+            if has_ptx:
+                ptx = read_file(folder / f"{entry.key}.ptx", most_bytes=MAX_CODE_BYTES)
+                if sha256(ptx) != entry.ptx_sha256:
+                    return DAMAGED
+        except (ArtifactError, OSError):
+            return DAMAGED
+        if toolchain is None:
+            return UNKNOWN
+        current = plan.source_digest(spec, entry.arch, toolchain) == entry.source_digest
+        return BUILT if current else OUT_OF_DATE
+
+    return state_of
+
+
+def explain_states(rows: Iterable[Row], folder: Path) -> list[str]:
+    """Say in a line for each state that is not "built" what it means, and the next step."""
+    try:
+        compilers.toolchain_versions()
+        no_toolchain = ""
+    except compilers.CompileError as error:
+        no_toolchain = str(error)
+    manifest = _read_manifest(folder)
+    tools = ", ".join(f"{name} {version}" for name, version in sorted(manifest.toolchain.items()))
+    meanings = {
+        OUT_OF_DATE: "the sources or tools here are not those that made it "
+        f"(the manifest's tools: {tools})",
+        DAMAGED: "a file is missing or not the one that the manifest records",
+        NOT_BUILT: "the manifest does not list it",
+        UNKNOWN: f"not compared with the sources: {no_toolchain}",
+    }
+    counts = {state: sum(row["state"] == state for row in rows) for state in meanings}
+    return [f"{counts[state]} {state}: {meanings[state]}" for state in meanings if counts[state]]
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """Print one table, or if the console is too narrow for it a small one per kernel."""
+    table = Table(*_WIDE)
+    for row in rows:
+        table.add_row(*(escape(row[key]) for key in _WIDE_KEYS))
+    if fits(console, table):
+        console.print(table)
+        return
+    console.print(" ".join(name.ljust(width) for name, width in _NARROW).rstrip(), markup=False)
+    for (name, num_tokens), group in groupby(rows, key=lambda r: (r["kernel"], r["num_tokens"])):
+        console.print(f"{name}, N {num_tokens}", markup=False)
+        console.print(_narrow_table(group))
+    for arch in ARCHITECTURES:
+        if any(row["arch"] == arch.name for row in rows):
+            console.print(f"{arch.name} can load on {arch.loads_on}", markup=False)
+
+
+def _narrow_table(rows: Iterable[Row]) -> Table:
+    """Give a kernel's architectures in columns that are the same for each kernel."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, width in _NARROW:
+        table.add_column(name, width=width, overflow="fold")
+    for row in rows:
+        cells = (row["state"], *(row[rung] for rung in RUNGS), row["validated_on"])
+        table.add_row(f"  {row['arch']}", *map(escape, cells))
+    return table

@@ -1,0 +1,200 @@
+"""Which kernels are up to date, which are compiled, and which a build would lose.
+
+A kernel is up to date when the manifest's entry has the digest that its sources, spec and toolchain
+have now, and the cubin and the PTX on disk have the hashes of that entry. Deciding that reads files
+and package metadata; neither the DSL nor NVRTC is loaded for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts import MANIFEST_NAME
+from dsv4_router_runtime.errors import ManifestError
+from dsv4_router_runtime.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
+
+from . import compilers
+from .artifact_folder import file_sha256, read_plain
+from .entry import sha256
+from .specs import KERNELS, KernelSpec
+
+# What turns a spec and its sources into bytes, and bytes into the manifest's entry.
+_DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
+# The assemblers' version in a manifest's toolchain: read from the cubins, not from a distribution.
+PTXAS = "ptxas"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One kernel to compile for one architecture."""
+
+    spec: KernelSpec
+    arch: str
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.spec.name}.{self.arch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
+
+    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why);
+    `text` is its bytes. `lost` is not empty if this is a build of some kernels and others would go
+    from the set: their keys, each with the reason why it cannot be kept.
+    """
+
+    toolchain: dict[str, str]
+    manifest: Manifest | None
+    text: bytes | None
+    problem: str | None
+    stale: tuple[Task, ...]
+    current: tuple[Kernel, ...]
+    kept: tuple[Kernel, ...]
+    lost: tuple[str, ...]
+
+    @property
+    def kept_files(self) -> tuple[str, ...]:
+        """Return the names of the files that stay as they are."""
+        untouched = (*self.current, *self.kept)
+        return tuple(name for entry in untouched for name in file_names(entry))
+
+
+def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
+    """Decide what is up to date and what is not among kernels `names` for `archs`."""
+    toolchain = compilers.toolchain_versions()
+    text, manifest, problem = read_manifest(artifacts)
+    entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
+    whole = {key for key, entry in entries.items() if files_are_whole(artifacts, entry)}
+    stale: list[Task] = []
+    current: list[Kernel] = []
+    asked: set[str] = set()
+    for spec in KERNELS:
+        for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
+            task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
+            asked.add(task.key)
+            entry = entries.get(task.key)
+            if entry is not None and task.key in whole and entry.source_digest == task.digest:
+                current.append(entry)
+            else:
+                stale.append(task)
+    known = known_keys()
+    lost = _why_lost(artifacts, manifest, toolchain, whole, asked)
+    if text and manifest is None:
+        lost["all that the manifest lists"] = f"{problem}"
+    kept = known - asked - lost.keys()
+    return Plan(
+        toolchain=toolchain,
+        manifest=manifest,
+        text=text,
+        problem=problem,
+        stale=tuple(stale),
+        current=tuple(current),
+        kept=tuple(entry for key, entry in entries.items() if key in kept),
+        lost=() if asked == known else tuple(f"{key} ({lost[key]})" for key in sorted(lost)),
+    )
+
+
+def known_keys() -> set[str]:
+    """Return the key of every kernel that this version builds."""
+    return {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.archs}
+
+
+def known_files() -> set[str]:
+    """Return the names of the cubins and PTX that this version builds."""
+    return {f"{key}.{kind}" for key in known_keys() for kind in ("cubin", "ptx")}
+
+
+def _why_lost(
+    artifacts: Path,
+    manifest: Manifest | None,
+    toolchain: dict[str, str],
+    whole: set[str],
+    asked: set[str],
+) -> dict[str, str]:
+    """Why each kernel that is there, and not asked for, cannot stay in the set."""
+    listed = {entry.key for entry in manifest.kernels} if manifest else set()
+    before = dict(manifest.toolchain) if manifest else {}
+    other_tools = [
+        f"{name} {before.get(name, 'none')}, here {version}"
+        for name, version in toolchain.items()
+        if before.get(name) != version
+    ]
+    lost = {}
+    for key in (listed | known_keys()) - asked:
+        if key not in listed:
+            if any((artifacts / f"{key}.{kind}").exists() for kind in ("cubin", "ptx")):
+                lost[key] = "no manifest lists it"
+        elif key not in known_keys():
+            lost[key] = "no spec names it any more"
+        elif key not in whole:
+            lost[key] = "its files are missing or altered"
+        elif other_tools:
+            lost[key] = "made by other tools: " + "; ".join(other_tools)
+    return lost
+
+
+def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
+    """sha256 over all that decides the kernel's bytes and what its manifest entry says of them."""
+    facts = {
+        "arch": arch,
+        "spec": asdict(spec),
+        "tools": toolchain,
+        "schema": SCHEMA_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    deciding = (Path(__file__).with_name(name) for name in _DECIDING_MODULES)
+    for file in (*compilers.source_files(spec), *deciding):
+        digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
+    return digest.hexdigest()
+
+
+def packaging_problem(manifest: Manifest) -> str | None:
+    """Say why a set may not be shipped with these sources; None if it is theirs, and all of them.
+
+    Needs no compiler: the digests are those of the tools that the manifest records.
+    """
+    tools = {name: made for name, made in manifest.toolchain.items() if name != PTXAS}
+    listed = {entry.key: entry.source_digest for entry in manifest.kernels}
+    wanted = {
+        f"{spec.name}.{arch}": source_digest(spec, arch, tools)
+        for spec in KERNELS
+        for arch in spec.archs
+    }
+    if missing := sorted(wanted.keys() - listed.keys()):
+        return f"{len(missing)} of {len(wanted)} kernels are missing ({missing[0]}, ...)"
+    if surplus := sorted(listed.keys() - wanted.keys()):
+        return f"no spec names {', '.join(surplus)}"
+    old = sorted(key for key in wanted if wanted[key] != listed[key])
+    return f"{len(old)} kernels are older than their sources ({old[0]}, ...)" if old else None
+
+
+def read_manifest(artifacts: Path) -> tuple[bytes | None, Manifest | None, str | None]:
+    """Return the file's bytes, the manifest, and the problem if there is no manifest."""
+    path = artifacts / MANIFEST_NAME
+    text = read_plain(path)
+    if text is None:
+        there = os.path.lexists(path)
+        return None, None, f"{path} {'cannot be read as a file' if there else 'does not exist'}"
+    try:
+        return text, parse_manifest(text, source=str(path)), None
+    except ManifestError as error:
+        return text, None, f"{error.source}: {error.path}: {error.problem}"
+
+
+def file_names(entry: Kernel) -> tuple[str, str]:
+    """Return the names of a kernel's cubin and PTX."""
+    return entry.file, f"{entry.key}.ptx"
+
+
+def files_are_whole(artifacts: Path, entry: Kernel) -> bool:
+    """Are cubin and PTX in the folder those of the manifest's entry?"""
+    wanted = (entry.cubin_sha256, entry.ptx_sha256)
+    return wanted == tuple(file_sha256(artifacts / name) for name in file_names(entry))

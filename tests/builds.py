@@ -1,0 +1,70 @@
+"""Small builds for the tests of the builder: router_topk takes a fraction of a second."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from build_kernels.build import Report, make_plan, run_build
+from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
+from dsv4_router_runtime.artifacts import open_artifacts
+
+ARCHS = tuple(arch.name for arch in ARCHITECTURES)
+TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
+DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
+
+
+def make(
+    artifacts: Path, names: Sequence[str] = (TOPK.name,), archs: Sequence[str] = ARCHS, **options
+) -> Report:
+    return run_build(artifacts, make_plan(artifacts, names, archs), jobs=2, **options)
+
+
+@lru_cache
+def _pristine(archs: tuple[str, ...]) -> Path:
+    home = Path(tempfile.mkdtemp(prefix="dsv4-router-test-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    make(home / "artifacts", archs=archs)
+    return home / "artifacts"
+
+
+def topk_set(folder: Path, archs: Sequence[str] = ARCHS) -> Path:
+    """A set of router_topk for `archs`, as `folder`; the test's own, to spoil."""
+    return Path(shutil.copytree(_pristine(tuple(archs)), folder))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_whole(folder: Path) -> None:
+    """The runtime's own checks: closed set, hashes, architectures."""
+    artifacts = open_artifacts(folder)
+    assert artifacts.manifest.kernels
+    for kernel in artifacts.manifest.kernels:
+        artifacts.read(kernel)
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *options: str, source: Path | None = None) -> Iterator[Path]:
+    """Mount a new file system, or `source` with the option --bind, for real; skip if it cannot."""
+    place.mkdir(exist_ok=True)
+    kind = [] if source else ["-t", "tmpfs"]
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root and mount")
+    command = ["mount", *kind, *options, str(source or "tmpfs"), str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -1,0 +1,87 @@
+"""Start a command whose every descendant can be found again, however it was re-parented."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_MARK = "ROUTER_TEST_FAMILY"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A process and all that it starts: they inherit a mark in their environment."""
+
+    head: subprocess.Popen[str]
+    mark: str
+
+    def members(self) -> dict[int, str]:
+        """Return the command line of each living member by process id, the head's included."""
+        found = {}
+        for process in Path("/proc").iterdir():
+            try:
+                # A zombie has no environment.
+                if self.mark.encode() in (process / "environ").read_bytes():
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(process.name)] = command.decode(errors="replace")
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def wait_for(self, word: str, seconds: float = 60) -> None:
+        """Wait until a member's command line holds `word`."""
+        self._wait(lambda: any(word in command for command in self.members().values()), seconds)
+
+    def signal(self, number: signal.Signals, *, group: bool) -> None:
+        """Send a signal to the head, or to its process group."""
+        (os.killpg if group else os.kill)(self.head.pid, number)
+
+    def survivors(self, seconds: float) -> list[str]:
+        """Return the members that are still alive after `seconds`; sooner if there are none."""
+        try:
+            self._wait(lambda: not self.members(), seconds)
+        except TimeoutError:
+            return sorted(self.members().values())
+        return []
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds} s: {self.members()}")
+            time.sleep(0.05)
+
+
+@contextmanager
+def family(command: Sequence[str], **environment: str) -> Iterator[Family]:
+    """Start `command` in a process group of its own; what is left of it at the end is killed."""
+    mark = f"{_MARK}={uuid.uuid4().hex}"
+    head = subprocess.Popen(
+        command,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **environment,
+            _MARK: mark.partition("=")[2],
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    members = Family(head=head, mark=mark)
+    try:
+        yield members
+    finally:
+        for process in members.members():
+            os.kill(process, signal.SIGKILL)
+        head.communicate(timeout=30)

@@ -1,0 +1,705 @@
+"""A new set takes the place of the old: whole at every moment, and nothing else is lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+pytest.importorskip("elftools", reason="needs the extra `build`")
+
+from builds import ARCHS, TOPK, check_whole, contents, make, mounted, topk_set
+
+from build_kernels import build, publish, staging
+from build_kernels import plan as plan_module
+from build_kernels.artifact_folder import PlaceError
+from build_kernels.build import BuildError, Built, Task, make_plan, run_build
+from build_kernels.entry import sha256
+from build_kernels.verify.evidence import Evidence, update_evidence
+from dsv4_router_runtime.artifacts import open_artifacts
+
+COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
+CUBIN = f"{TOPK.name}.sm_90a.cubin"
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Path:
+    return topk_set(tmp_path / "artifacts")
+
+
+def other_plan(artifacts: Path) -> build.Plan:
+    """A plan that compiles everything again, to another manifest than the one on disk."""
+    plan = make_plan(artifacts, [TOPK.name], ARCHS)
+    spec = dataclasses.replace(TOPK, pdl=False)
+    tasks = tuple(Task(spec=spec, arch=arch, digest="3" * 64) for arch in ARCHS)
+    return dataclasses.replace(plan, stale=tasks, current=())
+
+
+def check_is_other(artifacts: Path) -> None:
+    check_whole(artifacts)
+    assert {kernel.launch.pdl for kernel in open_artifacts(artifacts).manifest.kernels} == {False}
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> tuple[Built, ...]:
+    """What `other_plan` compiles to, made from the files of a set: no compiler is run."""
+    source = topk_set(tmp_path / "source")
+    built = []
+    for kernel in open_artifacts(source).manifest.kernels:
+        launch = dataclasses.replace(kernel.launch, pdl=False)
+        entry = dataclasses.replace(kernel, launch=launch, source_digest="3" * 64)
+        ptx = (source / f"{kernel.key}.ptx").read_text()
+        built.append(Built(entry=entry, cubin=(source / kernel.file).read_bytes(), ptx=ptx))
+    return tuple(built)
+
+
+@pytest.fixture
+def meanwhile(
+    compiled: tuple[Built, ...], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[], object]], None]:
+    """Have something happen while the compilers would run."""
+
+    def set_up(happens: Callable[[], object] = lambda: None) -> None:
+        def compile_all(*_args: object) -> list[Built]:
+            happens()
+            return list(compiled)
+
+        monkeypatch.setattr(build, "_compile_all", compile_all)
+
+    set_up()
+    return set_up
+
+
+def build_other(artifacts: Path) -> build.Report:
+    return run_build(artifacts, other_plan(artifacts), jobs=1)
+
+
+def fail(*_args: object, **_options: object) -> NoReturn:
+    raise OSError(errno.EIO, "the test pulled the plug")
+
+
+def no_exchange(code: int) -> Callable[..., NoReturn]:
+    def refuse(*_args: object) -> NoReturn:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def leftovers(artifacts: Path) -> list[str]:
+    """What a build should not leave, in the folder and beside it. The lock may stay."""
+    names = [*os.listdir(artifacts), *os.listdir(artifacts.parent)]
+    return [name for name in names if name.startswith(".") and not name.endswith(".lock")]
+
+
+@pytest.mark.usefixtures("meanwhile")
+class TestACrash:
+    @pytest.mark.parametrize("at", range(2 * len(ARCHS) + 1))
+    def test_while_staging(self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        before = contents(artifacts)
+        written = []
+        write = Path.write_bytes
+
+        def write_some(path: Path, data: bytes) -> int:
+            written.append(path)
+            if len(written) > at:
+                write(path, data[: len(data) // 2])
+                fail()
+            return write(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_some)
+        with pytest.raises(OSError, match="pulled the plug"):
+            build_other(artifacts)
+        assert len(written) == at + 1
+        assert contents(artifacts) == before
+        assert leftovers(artifacts) == []
+
+    def test_before_the_exchange(self, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = contents(artifacts)
+        monkeypatch.setattr(publish, "exchange", fail)
+        with pytest.raises(OSError, match="pulled the plug"):
+            build_other(artifacts)
+        assert contents(artifacts) == before
+        assert leftovers(artifacts) == []
+
+    def test_after_the_exchange(self, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        exchange = publish.exchange
+
+        def exchange_and_fail(one: Path, other: Path) -> None:
+            exchange(one, other)
+            fail()
+
+        monkeypatch.setattr(publish, "exchange", exchange_and_fail)
+        with pytest.raises(OSError, match="pulled the plug"):
+            build_other(artifacts)
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
+    @pytest.mark.parametrize("at", range(2 * len(ARCHS) + 1))
+    def test_while_files_are_replaced_one_by_one(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    ) -> None:
+        """A part of the new set may be there. The next build makes it whole."""
+        (artifacts / ".DS_Store").touch()
+        replaced = []
+        replace = Path.replace
+
+        def replace_some(path: Path, target: Path) -> Path:
+            if target.parent == artifacts:
+                replaced.append(target.name)
+                if len(replaced) > at:
+                    fail()
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace_some)
+        with pytest.raises(PlaceError, match="may hold part of the new set") as caught:
+            build_other(artifacts)
+        assert "the test pulled the plug" in str(caught.value)
+        assert len(replaced) == at + 1
+        assert leftovers(artifacts) == [".DS_Store"]
+        monkeypatch.undo()
+        make(artifacts)
+        (artifacts / ".DS_Store").unlink()
+        assert contents(artifacts) == contents(topk_set(artifacts.parent / "wanted"))
+
+
+class TestAKilledBuild:
+    """SIGKILL leaves its private folders; the next build clears them, whatever it finds to do."""
+
+    def killed(self, artifacts: Path, at: str, *, dots: bool = False) -> None:
+        """Run a build in a process that kills itself where `at` says, then check the set."""
+        if dots:
+            (artifacts / ".DS_Store").touch()
+        code = (
+            "import os, signal\n"
+            "from pathlib import Path\n"
+            "from test_publish import *\n"
+            "def die(*_a, **_o):\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"artifacts = Path({str(artifacts)!r})\n"
+            "plan = other_plan(artifacts)\n"
+            "built = TestAKilledBuild.built(artifacts)\n"
+            "build._compile_all = lambda *_: built\n"
+            f"{at}\n"
+            "run_build(artifacts, plan, jobs=1)\n"
+        )
+        places = [str(Path(__file__).parent), str(Path(build.__file__).parents[1])]
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    @staticmethod
+    def built(artifacts: Path) -> list[Built]:
+        """Other kernels' bytes than those on disk, so that a mixed set shows."""
+        made = []
+        for kernel in open_artifacts(artifacts).manifest.kernels:
+            cubin = (artifacts / kernel.file).read_bytes() + b"other"
+            launch = dataclasses.replace(kernel.launch, pdl=False)
+            digest = sha256(cubin)
+            entry = dataclasses.replace(kernel, launch=launch, cubin_sha256=digest)
+            ptx = (artifacts / f"{kernel.key}.ptx").read_text()
+            made.append(Built(entry=entry, cubin=cubin, ptx=ptx))
+        return made
+
+    def check_cleared(self, artifacts: Path) -> None:
+        make(artifacts)
+        check_whole(artifacts)
+        assert [name for name in leftovers(artifacts) if name != ".DS_Store"] == []
+
+    def test_while_compiling(self, artifacts: Path) -> None:
+        before = contents(artifacts)
+        self.killed(artifacts, "build._compile_all = die")
+        assert leftovers(artifacts) == [".artifacts.build"]
+        assert contents(artifacts) == before
+        self.check_cleared(artifacts)
+
+    def test_before_the_exchange(self, artifacts: Path) -> None:
+        before = contents(artifacts)
+        self.killed(artifacts, "publish.exchange = die")
+        assert len(os.listdir(artifacts.parent / ".artifacts.build" / "set")) == len(before)
+        assert contents(artifacts) == before
+        self.check_cleared(artifacts)
+        assert contents(artifacts) == before
+
+    def test_after_the_exchange(self, artifacts: Path) -> None:
+        self.killed(artifacts, "publish.put_back = die")
+        check_is_other(artifacts)
+        (artifacts.parent / ".artifacts.build" / "set" / "thesis.tex").write_text("precious")
+        with pytest.raises(PlaceError, match=r"it holds what no build made: thesis\.tex"):
+            make(artifacts)
+        assert (artifacts / "thesis.tex").read_text() == "precious"
+        (artifacts / "thesis.tex").unlink()
+        self.check_cleared(artifacts)
+
+    def test_after_the_first_of_the_files(self, artifacts: Path) -> None:
+        at = (
+            "replace = Path.replace\n"
+            "def replace_one(path, target):\n"
+            "    replace(path, target)\n"
+            "    if target.name.endswith('.cubin'): die()\n"
+            "Path.replace = replace_one"
+        )
+        self.killed(artifacts, at, dots=True)
+        assert ".artifacts.publish" in leftovers(artifacts)
+        self.check_cleared(artifacts)
+
+    def test_after_the_manifest_and_before_the_surplus(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The new manifest no longer vouches for them: the mark does."""
+        at = (
+            "plan_module.KERNELS = (dataclasses.replace(TOPK, archs=('sm_100a', 'sm_103a')),)\n"
+            "plan = make_plan(artifacts, [TOPK.name], ARCHS)\n"
+            "built = [b for b in built if b.entry.arch != 'sm_90a']\n"
+            "staging._remove_surplus = die"
+        )
+        self.killed(artifacts, at, dots=True)
+        assert CUBIN not in (artifacts / "manifest.json").read_text()
+        assert (artifacts / CUBIN).exists()
+        two = dataclasses.replace(TOPK, archs=("sm_100a", "sm_103a"))
+        monkeypatch.setattr(plan_module, "KERNELS", (two,))
+        make(artifacts)
+        check_whole(artifacts)
+        assert not (artifacts / CUBIN).exists()
+
+
+@pytest.mark.usefixtures("meanwhile")
+class TestFileByFile:
+    @pytest.mark.parametrize("code", [errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EBUSY])
+    def test_without_the_exchange_the_manifest_comes_last(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        monkeypatch.setattr(plan_module, "KERNELS", (dataclasses.replace(TOPK, archs=ARCHS[1:]),))
+        plan = other_plan(artifacts)
+        built = build._compile_all(plan.stale[1:], artifacts, 1, str)[:2]
+        monkeypatch.setattr(build, "_compile_all", lambda *_: built)
+        gone = {name for name in contents(artifacts) if built[0].entry.arch not in name}
+        gone -= {name for item in built for name in (item.entry.file, f"{item.entry.key}.ptx")}
+        gone.remove("manifest.json")
+        order = []
+        replace, unlink = Path.replace, Path.unlink
+
+        def note(done: Callable) -> Callable:
+            def noted(path: Path, *args: Path, **options: bool) -> None:
+                target = args[0] if args else path
+                if target.parent == artifacts:
+                    order.append(target.name)
+                done(path, *args, **options)
+
+            return noted
+
+        folder = artifacts.stat().st_ino
+        monkeypatch.setattr(publish, "exchange", no_exchange(code))
+        monkeypatch.setattr(Path, "replace", note(replace))
+        monkeypatch.setattr(Path, "unlink", note(unlink))
+        report = run_build(artifacts, plan, jobs=2)
+        assert order[4] == "manifest.json"
+        assert set(order[5:]) == gone == set(report.removed)
+        assert artifacts.stat().st_ino == folder
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
+    def test_on_a_mount_point(self, tmp_path: Path, artifacts: Path) -> None:
+        with mounted(tmp_path / "volume") as volume:
+            for path in artifacts.iterdir():
+                shutil.copy2(path, volume)
+            build_other(volume)
+            open_artifacts(volume)
+            check_is_other(volume)
+            assert set(os.listdir(volume)) - {".volume.lock"} == set(os.listdir(artifacts))
+        assert leftovers(artifacts) == []
+
+    def test_on_an_empty_mount_point(self, tmp_path: Path) -> None:
+        with mounted(tmp_path / "volume") as volume:
+            build_other(volume)
+            check_is_other(volume)
+
+    def test_on_a_bind_mount(self, tmp_path: Path, artifacts: Path) -> None:
+        """On the same file system as what lies beside it, and still no rename crosses it."""
+        with mounted(tmp_path / "volume", "--bind", source=artifacts) as volume:
+            assert volume.stat().st_dev == tmp_path.stat().st_dev
+            build_other(volume)
+            check_is_other(volume)
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
+    def test_where_nothing_can_be_made_beside_it(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A volume in a folder of root's."""
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: path != artifacts.parent and access(path, mode)
+        )
+        build_other(artifacts)
+        check_is_other(artifacts)
+        assert ".artifacts.lock" not in os.listdir(artifacts.parent)
+        assert leftovers(artifacts) == []
+
+    def test_two_builds_of_one_volume(self, tmp_path: Path) -> None:
+        """Two containers share the volume and not what lies beside it."""
+        with mounted(tmp_path / "volume") as volume, staging.build_folder(volume):
+            with pytest.raises(staging.LockedError):
+                make(volume)
+
+    def test_a_folder_whose_owner_cannot_be_given_stays(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = artifacts.stat().st_ino
+        monkeypatch.setattr(os, "chown", no_exchange(errno.EPERM))
+        build_other(artifacts)
+        check_is_other(artifacts)
+        assert artifacts.stat().st_ino == folder
+
+    def test_extended_attributes_stay(self, artifacts: Path) -> None:
+        try:
+            os.setxattr(artifacts, "user.note", b"mine")
+        except OSError:
+            pytest.skip("no extended attributes on this file system")
+        build_other(artifacts)
+        check_is_other(artifacts)
+        assert os.getxattr(artifacts, "user.note") == b"mine"
+
+
+class TestWhatHappensDuringABuild:
+    """Whatever comes into the folder while the compilers run, or just before the exchange."""
+
+    def test_a_stranger_is_refused_and_kept(self, artifacts: Path, meanwhile: Callable) -> None:
+        before = contents(artifacts)
+        meanwhile(lambda: (artifacts / "thesis.tex").write_text("precious"))
+        with pytest.raises(PlaceError, match=r"it holds what no build made: thesis\.tex"):
+            build_other(artifacts)
+        assert contents(artifacts) == before | {"thesis.tex": b"precious"}
+        assert leftovers(artifacts) == []
+
+    def test_strangers_at_the_moment_of_the_exchange_are_put_back(
+        self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        meanwhile()
+        exchange = publish.exchange
+
+        def exchange_late(one: Path, other: Path) -> None:
+            (artifacts / "sub").mkdir()
+            (artifacts / "sub" / "data.csv").write_text("p")
+            (artifacts / "thesis.tex").write_text("precious")
+            (artifacts / ".dot").symlink_to("nowhere")
+            exchange(one, other)
+
+        monkeypatch.setattr(publish, "exchange", exchange_late)
+        with pytest.raises(BuildError, match=r"published, but .*/artifacts/thesis\.tex\."):
+            build_other(artifacts)
+        assert (artifacts / "thesis.tex").read_text() == "precious"
+        assert (artifacts / "sub" / "data.csv").read_text() == "p"
+        assert os.readlink(artifacts / ".dot") == "nowhere"
+        (artifacts / ".dot").unlink()
+        shutil.rmtree(artifacts / "sub")
+        (artifacts / "thesis.tex").unlink()
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
+    def test_a_stranger_whose_name_is_taken_is_kept_aside(
+        self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        meanwhile()
+        exchange = publish.exchange
+
+        def exchange_late(one: Path, other: Path) -> None:
+            (artifacts / CUBIN).unlink()
+            (artifacts / CUBIN).mkdir()
+            (artifacts / CUBIN / "data.csv").write_text("p")
+            exchange(one, other)
+
+        monkeypatch.setattr(publish, "exchange", exchange_late)
+        with pytest.raises(BuildError, match=rf"published, but .*set/{CUBIN}\."):
+            build_other(artifacts)
+        check_is_other(artifacts)
+        aside = artifacts.parent / ".artifacts.build" / "set" / CUBIN
+        assert (aside / "data.csv").read_text() == "p"
+        with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
+            make(artifacts)
+        shutil.rmtree(aside)
+        monkeypatch.undo()
+        assert make(artifacts).built
+        assert leftovers(artifacts) == []
+
+    def test_a_folder_that_is_swapped_is_left_alone(
+        self, artifacts: Path, meanwhile: Callable
+    ) -> None:
+        before = contents(artifacts)
+
+        def swap() -> None:
+            artifacts.rename(artifacts.with_name("old"))
+            shutil.copytree(artifacts.with_name("old"), artifacts)
+
+        meanwhile(swap)
+        with pytest.raises(BuildError, match="was changed while this build ran"):
+            build_other(artifacts)
+        assert contents(artifacts) == contents(artifacts.with_name("old")) == before
+
+    def test_a_folder_that_is_made_meanwhile_is_left_alone(
+        self, tmp_path: Path, meanwhile: Callable
+    ) -> None:
+        folder = tmp_path / "new"
+        meanwhile(folder.mkdir)
+        with pytest.raises(BuildError, match="was changed while this build ran"):
+            build_other(folder)
+        assert list(folder.iterdir()) == []
+
+    def test_another_manifest_is_not_overwritten(
+        self, artifacts: Path, meanwhile: Callable
+    ) -> None:
+        """Another branch was checked out while the old one's sources were compiled."""
+        path = artifacts / "manifest.json"
+        text = path.read_text().replace('"nvrtc"', '"other"')
+        meanwhile(lambda: path.write_text(text))
+        with pytest.raises(BuildError, match="was changed while this build ran"):
+            build_other(artifacts)
+        assert path.read_text() == text
+
+    def test_evidence_that_is_found_meanwhile_is_kept(
+        self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By a writer that knows no lock: git, an editor."""
+        path = artifacts / "evidence.json"
+        path.write_text("old")
+        meanwhile()
+        exchange = publish.exchange
+
+        def exchange_late(one: Path, other: Path) -> None:
+            partial = artifacts.parent / "partial"
+            partial.write_text("new")
+            partial.replace(path)
+            exchange(one, other)
+
+        monkeypatch.setattr(publish, "exchange", exchange_late)
+        build_other(artifacts)
+        assert path.read_text() == "new"
+        check_is_other(artifacts)
+
+    def test_verify_waits_for_the_exchange(
+        self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = artifacts / "evidence.json"
+        update_evidence(path, lambda evidence: evidence)
+        meanwhile()
+        exchange = publish.exchange
+
+        def exchange_late(one: Path, other: Path) -> None:
+            started = subprocess.run([sys.executable, "-c", _TRY_EVIDENCE, str(path)], check=False)
+            assert started.returncode == 3, "verify could write into a folder that goes"
+            exchange(one, other)
+
+        monkeypatch.setattr(publish, "exchange", exchange_late)
+        build_other(artifacts)
+        update_evidence(path, lambda evidence: Evidence())
+
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+    def test_it_is_too_late_to_stop_it(
+        self,
+        artifacts: Path,
+        meanwhile: Callable,
+        monkeypatch: pytest.MonkeyPatch,
+        how: signal.Signals,
+    ) -> None:
+        """Else "interrupted; the artifacts are as they were" would be untrue."""
+        meanwhile()
+        exchange = publish.exchange
+
+        def exchange_and_stop(one: Path, other: Path) -> None:
+            os.kill(os.getpid(), how)
+            exchange(one, other)
+
+        monkeypatch.setattr(publish, "exchange", exchange_and_stop)
+        assert build_other(artifacts).built
+        check_is_other(artifacts)
+        assert leftovers(artifacts) == []
+
+
+_TRY_EVIDENCE = """
+import fcntl, sys
+from pathlib import Path
+from build_kernels.verify import evidence
+def fail(*_): sys.exit(3)
+flock = fcntl.flock
+def flock_now(handle, how):
+    try: flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError: sys.exit(3)
+fcntl.flock = flock_now
+evidence.update_evidence(Path(sys.argv[1]), lambda old: old)
+"""
+
+
+class TestPrivateFolders:
+    @pytest.mark.parametrize("empty", [True, False])
+    def test_a_users_folder_of_that_name_is_never_deleted(
+        self, artifacts: Path, empty: bool
+    ) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        taken = artifacts.parent / ".artifacts.build"
+        taken.mkdir()
+        if not empty:
+            (taken / "thesis.tex").write_text("precious")
+        with pytest.raises(PlaceError, match=r"\.artifacts\.build is in the way, and no mark"):
+            make(artifacts)
+        assert os.listdir(taken) == ([] if empty else ["thesis.tex"])
+
+    @pytest.mark.parametrize("name", [".artifacts.build", ".artifacts.lock"])
+    def test_a_users_file_of_that_name_keeps_its_bytes(self, artifacts: Path, name: str) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        taken = artifacts.parent / name
+        taken.write_text("precious")
+        with contextlib.suppress(PlaceError):
+            make(artifacts)
+        assert taken.read_text() == "precious"
+
+    def test_a_folder_in_the_locks_place_is_named(self, artifacts: Path) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        (artifacts.parent / ".artifacts.lock").mkdir()
+        with pytest.raises(PlaceError, match=r"Is a directory: .*/\.artifacts\.lock"):
+            make(artifacts)
+
+    def test_what_a_user_put_into_it_stays(self, artifacts: Path) -> None:
+        with staging.build_folder(artifacts) as private:
+            (private / "thesis.tex").write_text("precious")
+            (private / "work" / "half.cubin").write_text("a compiler's")
+        assert (private / "thesis.tex").read_text() == "precious"
+        assert not (private / "work").exists()
+
+    @pytest.mark.parametrize(
+        "mark",
+        [
+            {"names": ["../../../thesis.tex"], "surplus": {}},
+            {"names": [], "surplus": {"../thesis.tex": sha256(b"precious")}},
+        ],
+    )
+    def test_a_mark_reaches_no_other_folder(self, artifacts: Path, mark: dict) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        (artifacts.parent / "thesis.tex").write_text("precious")
+        private = artifacts.parent / ".artifacts.build"
+        (private / "set").mkdir(parents=True)
+        (private / "made-by-build-kernels.json").write_text(json.dumps(mark))
+        with pytest.raises(PlaceError, match="is in the way"):
+            make(artifacts)
+        assert (artifacts.parent / "thesis.tex").read_text() == "precious"
+
+    def test_a_link_in_its_place_is_not_followed(self, artifacts: Path) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        elsewhere = artifacts.parent / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "manifest.json").write_text("precious")
+        private = artifacts.parent / ".artifacts.build"
+        private.mkdir()
+        mark = {"names": ["manifest.json"], "surplus": {}}
+        (private / "made-by-build-kernels.json").write_text(json.dumps(mark))
+        (private / "set").symlink_to(elsewhere)
+        with contextlib.suppress(PlaceError):
+            make(artifacts)
+        assert (elsewhere / "manifest.json").read_text() == "precious"
+
+    def test_a_full_disk_leaves_none_behind(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        monkeypatch.setattr(Path, "write_text", no_exchange(errno.ENOSPC))
+        with pytest.raises(PlaceError, match="No space left on device"):
+            make(artifacts)
+        assert leftovers(artifacts) == []
+
+    def test_two_builds_at_once(self, artifacts: Path) -> None:
+        with staging.build_folder(artifacts) as private:
+            (private / "work" / "half.cubin").write_text("of the first build")
+            with pytest.raises(staging.LockedError, match=r"another build of .* is running"):
+                make(artifacts)
+            assert (private / "work" / "half.cubin").exists()
+        make(artifacts)
+
+    def test_a_refused_build_is_not_watched(self, artifacts: Path) -> None:
+        """Else it draws a progress bar of a build that never starts."""
+
+        def watch(total: int) -> NoReturn:
+            raise AssertionError(f"a build of {total} kernels was announced")
+
+        with staging.build_folder(artifacts), pytest.raises(staging.LockedError):
+            make(artifacts, watch=watch)
+
+    def test_nothing_to_do_needs_no_writable_place(self, tmp_path: Path) -> None:
+        with mounted(tmp_path / "volume") as volume:
+            topk_set(volume / "artifacts")
+            # As a killed build leaves it.
+            with staging.build_folder(volume / "artifacts") as private:
+                shutil.copytree(private, volume / "copy")
+            shutil.copytree(volume / "copy", private)
+            subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
+            assert len(make(volume / "artifacts").up_to_date) == len(ARCHS)
+            assert len(make(volume / "artifacts", locked=True).up_to_date) == len(ARCHS)
+
+
+def _heed_interrupts() -> None:
+    """Undo what a test run in the background inherits: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_build_leaves_the_old_set(artifacts: Path, how: signal.Signals) -> None:
+    """Stopped for real while compilers run: the decode kernels are not built yet."""
+    before = contents(artifacts)
+    process = subprocess.Popen(
+        [*COMMAND, "--artifacts", str(artifacts), "--jobs", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that Ctrl-C reaches the compilers, as in a terminal
+        preexec_fn=_heed_interrupts,
+    )
+    private = artifacts.parent / f".{artifacts.name}.build"
+    deadline = time.monotonic() + 60
+    while not any(private.glob("work/*/*.cubin")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "the build ended before it could be interrupted"
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    output, errors = process.communicate(timeout=20)
+    assert contents(artifacts) == before
+    check_whole(artifacts)
+    assert output == ""
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        make(artifacts)  # and the next build is not in its way
+    else:
+        assert process.returncode == 130
+        assert "interrupted; the artifacts are as they were" in errors
+        assert "Traceback" not in errors
+    assert not private.exists()
+    assert not _compilers_of(artifacts)
+
+
+def _compilers_of(artifacts: Path) -> list[str]:
+    """Processes that still have the build's folder in an argument or as an open file."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(artifacts) in command:
+                found.append(command)
+    return found

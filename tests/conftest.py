@@ -41,6 +41,7 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="add to FILE what the gpu tests launched, for build-kernels verify --record",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
 def pytest_configure(config):
@@ -69,7 +70,11 @@ def why_no_gpu() -> str | None:
     return None if kernels else f"the artifacts hold no kernel for this GPU's {arch}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if marked else None
     if reason:

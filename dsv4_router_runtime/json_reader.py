@@ -196,12 +196,13 @@ class JsonNode:
             raise self.expected(what)
         return self.value
 
-    def text(self, what: str, most: int) -> str:
-        """A string in anybody's words, of at most `most` characters."""
+    def text(self, what: str, most: int, *, least: int = 0) -> str:
+        """A string in anybody's words, of `least` to `most` characters."""
         value = self.value
-        if not isinstance(value, str) or len(value) > most or _HALF_PAIR.search(value):
-            raise self.expected(f"{what}, a string of at most {most} characters")
-        return value
+        good = isinstance(value, str) and least <= len(value) <= most
+        if not good or _HALF_PAIR.search(value):
+            raise self.expected(f"{what}, a string of {least} to {most} characters")
+        return str(value)
 
     def int3(self) -> tuple[int, int, int]:
         values = self.value

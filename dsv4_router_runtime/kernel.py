@@ -28,6 +28,12 @@ POINTER_ELEMENT_BYTES = {
 TENSOR_ELEMENT_BYTES = {"bfloat16": 2}
 # The dimensions of each tensor that a tensor map may be made for.
 TENSOR_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("N", "K", "K_in_block", "K_block")}
+# Those that together are the tensor, once: another choice would leave a part of it out, or step
+# along K by less than a tensor map can.
+WHOLE_DIMS = {
+    "W_gate": (("K", "E"),),
+    "hidden_states": (("K", "N"), ("K_in_block", "N", "K_block")),
+}
 # Those that may come first: the ones that a call's checks find to have unit stride.
 UNIT_STRIDE_DIMS = {"W_gate": ("K", "E"), "hidden_states": ("K", "K_in_block")}
 # The bytes within which each swizzle permutes; a box's row must fit.

@@ -39,6 +39,7 @@ from .kernel import (
     TENSOR_DIMS,
     TENSOR_ELEMENT_BYTES,
     UNIT_STRIDE_DIMS,
+    WHOLE_DIMS,
     IntRange,
     Kernel,
     Launch,
@@ -409,6 +410,9 @@ def _recipe(node: JsonNode) -> TensorMapRecipe:
     if not 2 <= len(dims) <= MAX_MAP_DIMS or len(set(dims)) != len(dims):
         raise at["dims"].expected(f"2 to {MAX_MAP_DIMS} distinct dimensions")
     dim_nodes[0].choice(UNIT_STRIDE_DIMS[tensor])
+    if sorted(dims) not in [sorted(whole) for whole in WHOLE_DIMS[tensor]]:
+        choices = " or ".join(", ".join(whole) for whole in WHOLE_DIMS[tensor])
+        raise at["dims"].expected(f"{choices}: the whole {tensor}, once")
     if len(box) != len(dims) or max(box) > MAX_BOX_EXTENT:
         what = f"{len(dims)} ints from 1 to {MAX_BOX_EXTENT}, one for each of dims"
         raise at["box"].expected(what)

@@ -154,6 +154,19 @@ SCALE = [("routed_scaling_factor", "float32", {}), ("gate_temp", "float32", {})]
 TOKEN_IDS = _int32("vocab_size", "input_ids_are_int64")
 IDS = _int32("max_replicas", "num_shared_slots", "ids_are_int64")
 STRIDES = _int32("out_weights_stride", "out_ids_stride")
+FLOAT32, INT32, BFLOAT16, MASK = ("float32",), ("int32",), ("bfloat16",), ("bool",)
+IDS_DTYPES = ("int32", "int64")
+BIAS_DTYPES = {"e_bias": FLOAT32, "bias_vl": FLOAT32, "image_mask": MASK}
+TABLE_DTYPES = {"tid2eid": INT32, "input_ids": IDS_DTYPES}
+GEMM_DTYPES = {"hidden_states": BFLOAT16, "W_gate": BFLOAT16}
+OUTPUT_DTYPES = {
+    "padding_mask": MASK,
+    "num_valid_tokens": INT32,
+    "to_physical": INT32,
+    "logical_count": INT32,
+    "out_weights": FLOAT32,
+    "out_ids": IDS_DTYPES,
+}
 RESOURCES = Resources(
     registers=64, spill_bytes=0, stack_bytes=0, static_shared_bytes=0, opcodes={"LDL": 0}
 )
@@ -186,11 +199,7 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 8) -
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=64,
-            dtypes={
-                "W_gate": ("bfloat16",),
-                "hidden_states": ("bfloat16",),
-                "out_ids": ("int32", "int64"),
-            },
+            dtypes=GEMM_DTYPES | BIAS_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
         ),
         launch=Launch(
             block=(192, 1, 1),
@@ -207,6 +216,7 @@ def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 8) -
             [
                 ("w_map", "tensor_map", _map("W_gate", w_dims, (64, 64), "256B")),
                 ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, tile, 4), "128B")),
+                # Both kinds of scratch, where the real ones have a zeroed workspace alone.
                 _pointer("partials", "float32", Scratch(elements=64 * 512, zeroed=False)),
                 _pointer("counters", "uint32", Scratch(elements=64, zeroed=True)),
                 *BIAS,
@@ -235,7 +245,7 @@ def topk_kernel(arch: str = "sm_90a") -> Kernel:
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=1,
-            dtypes={"logits": ("float32",)},
+            dtypes={"logits": FLOAT32} | BIAS_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
         ),
         launch=Launch(
             block=(128, 1, 1),
@@ -278,14 +288,14 @@ def hash_kernel(arch: str = "sm_90a") -> Kernel:
             num_experts=IntRange(low=1, high=512),
             top_k=IntRange(low=1, high=8),
             k_multiple=64,
-            dtypes={"hidden_states": ("bfloat16",), "out_ids": ("int32", "int64")},
+            dtypes=GEMM_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
         ),
         launch=Launch(
-            block=(192, 1, 1),
+            block=(416, 1, 1),
             cluster=(16, 1, 1),
             grid=("k_splits", "token_tiles", 1),
             k_splits=16,
-            expert_tile=512,
+            expert_tile=64,
             token_tile=8,
             dynamic_shared_bytes=20_000,
             pdl=True,

@@ -67,13 +67,13 @@ def test_a_right_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        (entry_text(checker=7), "rungs.lint.checker: expected a checker, a string of at most 400"),
+        (entry_text(checker=7), "rungs.lint.checker: expected a checker, a string of 0 to 400"),
         (entry_text(checker=None), "rungs.lint.checker: expected a checker"),
         (entry_text(checker="x" * 401), "rungs.lint.checker: expected a checker"),
         (entry_text(applies="no"), "rungs.lint.applies: expected true or false"),
         (entry_text(assumptions="none"), "rungs.lint.assumptions: expected a list of assumptions"),
         (entry_text(assumptions=[3]), "rungs.lint.assumptions[0]: expected an assumption"),
-        (entry_text(reason="\ud800"), "rungs.lint.reason: expected a reason, a string of at most"),
+        (entry_text(reason="\ud800"), "rungs.lint.reason: expected a reason, a string of 0 to"),
         (entry_text(colour="red"), 'rungs.lint: unknown key "colour"'),
         (entry_text(status="failed"), 'rungs.lint: a result that is "failed" gives no reason'),
         (entry_text(figures=[]), "rungs.lint.figures: expected an object"),
@@ -153,6 +153,7 @@ def test_the_same_bytes_twice_are_refused(tmp_path):
         (record_text(cases={"test_a": True}), "records[0].cases.test_a: expected an int"),
         (record_text(cases={"a\x1b": 1}), 'records[0].cases: the key "a\\u001b" is no name'),
         (record_text(cases=["a"]), "records[0].cases: expected an object"),
+        (record_text(failed=[""]), "records[0].failed[0]: expected a test, a string of 1 to 400"),
         (record_text(failed="test_a"), "records[0].failed: expected a list of tests"),
         (record_text(gpu=None), "records[0].gpu: expected a GPU's name"),
         (record_text(gpu="\udfff"), "records[0].gpu: expected a GPU's name"),

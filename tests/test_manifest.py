@@ -259,6 +259,12 @@ TOPK = "kernels/15"
         (f"{RESOURCES}/opcodes", {"x y": 1}, 'resources.opcodes: the key "x y" is no name'),
         (f"{PARAMETER}/2/offset", HUGE, "[2].offset: expected an int from 0 to 32764"),
         (f"{PARAMETER}/26/offset", 32764, "parameters[26]: ends after the 32764 bytes that a lau"),
+        (
+            f"{X_MAP}/dims",
+            ["K_in_block", "N", "K"],
+            "dims: expected K, N or K_in_block, N, K_block",
+        ),
+        (f"{X_MAP}/dims", ["K", "N", "K_block"], "tensor_map.dims: expected K, N or K_in_block, N"),
         (f"{X_MAP}/interleave", "16B", "tensor_map.interleave: expected one of none"),
         ("toolchain", {"a\u001b[2J": "1"}, "toolchain: the key "),
         ("toolchain/nvrtc", "1\n2", "toolchain.nvrtc: expected a version"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import sample_manifest
 
 from build_kernels import specs
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
@@ -114,3 +115,22 @@ def test_importing_loads_no_compiler_and_no_driver(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_samples_of_the_runtimes_tests_are_shaped_like_the_kernels():
+    """All but scratch, and the depth of a read: those differ from tile to tile."""
+
+    def shape(kernel, launch):
+        parameters = [
+            (p.name, p.kind, p.element_type, p.tensor_map and p.tensor_map.dims)
+            for p in kernel.parameters
+            if p.scratch is None
+        ]
+        named = ("cluster", "grid", "k_splits", "expert_tile", "token_tile", "pdl")
+        return parameters, kernel.problem, [getattr(launch, name) for name in named]
+
+    samples = {kernel.name: kernel for kernel in sample_manifest(archs=("sm_90a",)).kernels}
+    assert set(samples) == {spec.name for spec in KERNELS}
+    for spec in KERNELS:
+        sample = samples[spec.name]
+        assert shape(sample, sample.launch) == shape(spec, spec), spec.name

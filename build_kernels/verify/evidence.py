@@ -308,13 +308,13 @@ def _check_run(node: JsonNode) -> None:
     at["cases"].integer(low=1)
     for name in ("gpu", "driver", "date"):
         if name in at:
-            at[name].text("a name", MAX_NAME)
+            at[name].text("a name", MAX_NAME, least=1)
     if "arch" in at:
         at["arch"].string(*ARCH)
     if "tests" in at:
         at["tests"].mapping(lambda count: count.integer(low=1), keys=TEST_NAMES)
     for item in at["failed"].items("a list of tests"):
-        item.text("a test", MAX_NAME)
+        item.text("a test", MAX_NAME, least=1)
 
 
 def _counts(node: JsonNode) -> None:

@@ -101,13 +101,13 @@ def _record(node: JsonNode) -> Record:
         artifact=artifact,
         cubin_sha256=at["cubin_sha256"].string(*SHA256),
         ptx_sha256=at["ptx_sha256"].string(*SHA256),
-        gpu=at["gpu"].text("a GPU's name", MAX_NAME),
+        gpu=at["gpu"].text("a GPU's name", MAX_NAME, least=1),
         arch=at["arch"].string(*ARCH),
-        driver=at["driver"].text("a driver's version", MAX_NAME),
-        date=at["date"].text("a date", MAX_NAME),
+        driver=at["driver"].text("a driver's version", MAX_NAME, least=1),
+        date=at["date"].text("a date", MAX_NAME, least=1),
         cases=dict(cases),
         failed=tuple(
-            item.text("a test", MAX_NAME) for item in at["failed"].items("a list of tests")
+            item.text("a test", MAX_NAME, least=1) for item in at["failed"].items("a list of tests")
         ),
     )
 

@@ -100,6 +100,14 @@ def test_every_extra_that_the_readme_installs_exists():
     assert {extra for each in named for extra in each.split(",")} <= set(EXTRAS)
 
 
+def test_the_readme_names_the_dsl_that_is_pinned():
+    assert re.findall(r"nvidia-cutlass-dsl ([\d.]+\d)", README) == [
+        requirement.removeprefix("nvidia-cutlass-dsl==")
+        for requirement in EXTRAS["build"]
+        if requirement.startswith("nvidia-cutlass-dsl==")
+    ]
+
+
 def test_ci_runs_the_readmes_test_command():
     command = COMMANDS.split("&& ")[-1].splitlines()[0]
     assert command == "python -m pytest -q"

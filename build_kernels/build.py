@@ -29,7 +29,7 @@ _PROBE_BYTES = 2**20
 
 
 class BuildError(Exception):
-    """A build that did not succeed; nothing was published."""
+    """A build that did not succeed; nothing was published, unless the message says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

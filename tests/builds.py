@@ -54,6 +54,12 @@ def check_whole(folder: Path) -> None:
         artifacts.read(kernel)
 
 
+def leftovers(artifacts: Path) -> list[str]:
+    """What a build should not leave, in the folder and beside it. The lock may stay."""
+    names = [*os.listdir(artifacts), *os.listdir(artifacts.parent)]
+    return [name for name in names if name.startswith(".") and not name.endswith(".lock")]
+
+
 @contextlib.contextmanager
 def mounted(place: Path, *options: str, source: Path | None = None) -> Iterator[Path]:
     """Mount a new file system, or `source` with the option --bind, for real; skip if it cannot."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 
 from .entry import sha256
 

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import MANIFEST_NAME
-from dsv4_router_runtime.manifest import Kernel, Manifest, cubin_name, serialise_manifest
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
+from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
 from . import compilers, cubin
 from .artifact_folder import Contents, check_contents, read_contents, resolve_folder

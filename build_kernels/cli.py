@@ -20,15 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dsv4_router_runtime
-from dsv4_router_runtime.artifacts import MANIFEST_NAME, find_artifacts, open_artifacts
-from dsv4_router_runtime.errors import ArtifactError, RouterError
-from dsv4_router_runtime.manifest import (
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, find_artifacts, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import (
     Kernel,
     Manifest,
     Parameter,
     cubin_name,
     serialise_manifest,
 )
+from dsv4_router_runtime.errors import ArtifactError, RouterError
 
 from . import build as builder
 from .artifact_folder import PlaceError

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4_router_runtime.artifacts import ELF_HEADER_BYTES, elf_compute_capability
+from dsv4_router_runtime.artifacts.folder import ELF_HEADER_BYTES, elf_compute_capability
 from dsv4_router_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from dsv4_router_runtime.manifest import (
+from dsv4_router_runtime.artifacts.manifest import (
     KIND_LAYOUT,
     MAX_PORTABLE_CLUSTER_CTAS,
     Kernel,

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
+from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
+from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ArtifactError
-from dsv4_router_runtime.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
-from dsv4_router_runtime.manifest import Kernel, Manifest, parse_manifest
 
 from . import compilers, plan
 from .console import fits

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import MANIFEST_NAME
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
+from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ManifestError
-from dsv4_router_runtime.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
 
 from . import compilers
 from .artifact_folder import file_sha256, read_plain

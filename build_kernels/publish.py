@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, MANIFEST_NAME
+from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 
 from .artifact_folder import Contents, PlaceError, vouched_files
 from .rename import exchange, rename_new

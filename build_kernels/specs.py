@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4_router_runtime.manifest import (
+from dsv4_router_runtime.artifacts.manifest import (
     MAX_EXPERTS,
     MAX_TOP_K,
     IntRange,

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import MANIFEST_NAME
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 
 from .artifact_folder import PlaceError, is_plain, read_plain, vouched_files
 from .entry import sha256

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifacts import ArtifactSet, find_artifacts, open_artifacts
+    from .artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
+    from .artifacts.manifest import Manifest, parse_manifest, serialise_manifest
     from .errors import (
         ArtifactError,
         DriverError,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         NoKernelError,
         RouterError,
     )
-    from .manifest import Manifest, parse_manifest, serialise_manifest
     from .reference import router_reference
     from .router import Router, dense_router_dispatch
 
@@ -47,20 +47,20 @@ __all__ = [
 
 _HOME = {
     "ArtifactError": "errors",
-    "ArtifactSet": "artifacts",
+    "ArtifactSet": "artifacts.folder",
     "DriverError": "errors",
     "DriverMissingError": "errors",
-    "Manifest": "manifest",
+    "Manifest": "artifacts.manifest",
     "ManifestError": "errors",
     "NoKernelError": "errors",
     "Router": "router",
     "RouterError": "errors",
     "dense_router_dispatch": "router",
-    "find_artifacts": "artifacts",
-    "open_artifacts": "artifacts",
-    "parse_manifest": "manifest",
+    "find_artifacts": "artifacts.folder",
+    "open_artifacts": "artifacts.folder",
+    "parse_manifest": "artifacts.manifest",
     "router_reference": "reference",
-    "serialise_manifest": "manifest",
+    "serialise_manifest": "artifacts.manifest",
 }
 
 

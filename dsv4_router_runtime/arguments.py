@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .artifacts.limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
 from .checks import (
     FP32_MAX,
     check_float,
@@ -20,7 +21,6 @@ from .checks import (
     strides_of,
     wrong,
 )
-from .limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
 from .options import PLAIN_LAYER, LayerOptions, check_layer_options
 
 ALIGNMENT_BYTES = 16

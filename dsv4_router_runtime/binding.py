@@ -12,25 +12,25 @@ from typing import Any
 
 import torch
 
-from . import driver
 from .arguments import CallFacts, LayerFacts
-from .artifacts import ArtifactSet
-from .dispatch import Problem, decode_ladder, select_kernel
-from .errors import ArtifactError, NoKernelError, RouterError
-from .kernel import (
+from .artifacts.dispatch import Problem, decode_ladder, select_kernel
+from .artifacts.folder import ArtifactSet
+from .artifacts.kernel import (
     CALL_OPTION_PARAMETERS,
     CALL_PARAMETERS,
     Kernel,
     TensorMapRecipe,
     wrong_parameter,
 )
-from .launch import grid_depends_on_tokens, grid_of
-from .limits import MAX_TOKENS
-from .manifest import Manifest
+from .artifacts.limits import MAX_TOKENS
+from .artifacts.manifest import Manifest
+from .device import driver
+from .device.launch import grid_depends_on_tokens, grid_of
+from .device.tensor_map import encode_arguments, hidden_states_arguments
+from .device.workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
+from .errors import ArtifactError, NoKernelError, RouterError
 from .options import NO_OPTIONS, PLAIN_LAYER, CallOptions, LayerOptions
 from .tables import check_physical_map, copied_hash_table
-from .tensor_map import encode_arguments, hidden_states_arguments
-from .workspace import Slot, stream_identity, wait_for_current_stream, workspace_for
 
 _INTEGERS = ("int32", "int64")
 # Every dtype that a call or a layer may bring; a kernel has to take them all.

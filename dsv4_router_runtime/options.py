@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .artifacts.limits import MAX_SHARED_SLOTS
 from .checks import (
     FP32_LEAST_NORMAL,
     FP32_MAX,
@@ -22,7 +23,6 @@ from .checks import (
     strides_of,
     wrong,
 )
-from .limits import MAX_SHARED_SLOTS
 
 if TYPE_CHECKING:
     from .arguments import CallFacts, LayerFacts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .arguments import check_call, check_layer
-from .artifacts import ArtifactSet, open_artifacts
+from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
 from .options import NO_OPTIONS, LayerOptions, check_call_options
 

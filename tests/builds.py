@@ -16,7 +16,7 @@ import pytest
 
 from build_kernels.build import Report, make_plan, run_build
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_router_runtime.artifacts import find_artifacts, open_artifacts
-from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.manifest import (
+from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import (
     IntRange,
     Kernel,
     Launch,
@@ -25,6 +24,7 @@ from dsv4_router_runtime.manifest import (
     cubin_name,
     serialise_manifest,
 )
+from dsv4_router_runtime.errors import RouterError
 
 # e_flags and ABI version as the toolkits write them; see artifacts.elf_compute_capability.
 ELF_FLAGS = {
@@ -60,7 +60,7 @@ def why_no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA GPU"
     try:
-        from dsv4_router_runtime.driver import arch_of_device
+        from dsv4_router_runtime.device.driver import arch_of_device
 
         arch = arch_of_device(0)
         kernels = open_artifacts(find_artifacts()).manifest.for_arch(arch)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from build_kernels.verify.hardware import Record, append_record
-from dsv4_router_runtime import driver
+from dsv4_router_runtime.device import driver
 
 
 class Tally:

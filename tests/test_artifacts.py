@@ -12,15 +12,15 @@ from dataclasses import replace
 import pytest
 from conftest import cubin_bytes
 
-from dsv4_router_runtime import artifacts as artifacts_module
 from dsv4_router_runtime import errors
-from dsv4_router_runtime.artifacts import (
+from dsv4_router_runtime.artifacts import folder as artifacts_module
+from dsv4_router_runtime.artifacts.folder import (
     elf_compute_capability,
     find_artifacts,
     open_artifacts,
 )
+from dsv4_router_runtime.artifacts.manifest import cubin_name, serialise_manifest
 from dsv4_router_runtime.errors import ArtifactError, ManifestError, RouterError
-from dsv4_router_runtime.manifest import cubin_name, serialise_manifest
 
 BUILD, REINSTALL = "build-kernels build", "pip install --force-reinstall dsv4-router"
 
@@ -188,7 +188,7 @@ def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
     place = package / "_artifacts" if inside else tmp_path / "artifacts"
     package.mkdir()
     place.mkdir()
-    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts.py"))
+    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts" / "folder.py"))
     assert find_artifacts() == place
 
 
@@ -197,7 +197,7 @@ def test_found_nowhere(tmp_path, monkeypatch, checkout):
     if checkout:
         (tmp_path / "pyproject.toml").touch()
     package = tmp_path / "dsv4_router_runtime"
-    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts.py"))
+    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts" / "folder.py"))
     monkeypatch.setattr(errors, "_PACKAGE", package)
     with pytest.raises(ArtifactError, match="no artifacts: neither") as caught:
         find_artifacts()

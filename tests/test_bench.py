@@ -69,9 +69,9 @@ from build_kernels.bench.report import (  # noqa: E402
 )
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
 from build_kernels.bench.table import places  # noqa: E402
-from dsv4_router_runtime import driver  # noqa: E402
-from dsv4_router_runtime.artifacts import ArtifactSet  # noqa: E402
-from dsv4_router_runtime.launch import ParameterBlock  # noqa: E402
+from dsv4_router_runtime.artifacts.folder import ArtifactSet  # noqa: E402
+from dsv4_router_runtime.device import driver  # noqa: E402
+from dsv4_router_runtime.device.launch import ParameterBlock  # noqa: E402
 from dsv4_router_runtime.reference import router_reference, router_scores  # noqa: E402
 
 PROBLEM = Problem(k=256, num_experts=24, top_k=6, routed_scaling_factor=2.5, layers=4)

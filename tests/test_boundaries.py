@@ -160,7 +160,12 @@ def test_import_takes_at_most_100_ms():
 import time
 start = time.process_time()
 import dsv4_router_runtime
-from dsv4_router_runtime import manifest, artifacts, dispatch, launch, tensor_map, driver
+from dsv4_router_runtime.artifacts import manifest
+from dsv4_router_runtime.artifacts import folder as artifacts
+from dsv4_router_runtime.artifacts import dispatch
+from dsv4_router_runtime.device import launch
+from dsv4_router_runtime.device import tensor_map
+from dsv4_router_runtime.device import driver
 print((time.process_time() - start) * 1e3)
 """
     assert min(float(python(code)) for _ in range(5)) <= 100

@@ -29,7 +29,7 @@ from build_kernels.cubin import CubinParameter
 from build_kernels.entry import EntryError
 from build_kernels.plan import source_digest
 from build_kernels.specs import CudaSource, KernelSpec
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
 

@@ -24,7 +24,7 @@ from build_kernels import plan as plan_module
 from build_kernels.listing import list_rows, print_rows
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from build_kernels.staging import build_folder
-from dsv4_router_runtime.manifest import parse_manifest
+from dsv4_router_runtime.artifacts.manifest import parse_manifest
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
 TOPK = "router_topk"

@@ -8,7 +8,7 @@ import pytest
 from conftest import decode_kernel
 from watchdog import ends_within
 
-from dsv4_router_runtime.dispatch import (
+from dsv4_router_runtime.artifacts.dispatch import (
     Accepted,
     Problem,
     Rejected,
@@ -18,10 +18,10 @@ from dsv4_router_runtime.dispatch import (
     runs_on,
     select_kernel,
 )
+from dsv4_router_runtime.artifacts.kernel import IntRange
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
+from dsv4_router_runtime.artifacts.manifest import Manifest
 from dsv4_router_runtime.errors import NoKernelError
-from dsv4_router_runtime.kernel import IntRange
-from dsv4_router_runtime.limits import MAX_TOKENS
-from dsv4_router_runtime.manifest import Manifest
 
 
 @pytest.fixture(params=["ascending", "descending", "mixed"])

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel, topk_kernel
 
-from dsv4_router_runtime import driver
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.folder import open_artifacts
+from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.errors import (
     ArtifactError,
     DriverError,

@@ -18,10 +18,10 @@ from build_kernels.verify.artifact import ArtifactReadError
 from build_kernels.verify.evidence import Evidence, EvidenceError, Result
 from build_kernels.verify.hardware import Record
 from dsv4_router_runtime import errors
-from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
-from dsv4_router_runtime.dispatch import Problem, decode_ladder, resolve
-from dsv4_router_runtime.manifest import parse_manifest, serialise_manifest
-from dsv4_router_runtime.tensor_map import hidden_states_arguments
+from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, resolve
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import parse_manifest, serialise_manifest
+from dsv4_router_runtime.device.tensor_map import hidden_states_arguments
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 WAYS = [

@@ -13,10 +13,10 @@ from watchdog import ends_within
 
 from build_kernels.verify.evidence import Evidence, EvidenceError, read_evidence, update_evidence
 from build_kernels.verify.hardware import read_records
-from dsv4_router_runtime import files
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts import files
+from dsv4_router_runtime.artifacts.files import read_file
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.errors import ArtifactError
-from dsv4_router_runtime.files import read_file
 
 
 def a_fifo(path: Path) -> None:

@@ -22,13 +22,13 @@ from build_kernels.verify import RUNGS, standing, validated_on
 from build_kernels.verify.command import cell
 from build_kernels.verify.evidence import EvidenceError, read_evidence, write_evidence
 from build_kernels.verify.hardware import append_record, read_records, result_of
-from dsv4_router_runtime.dispatch import Problem, decode_ladder, resolve, runs_on
+from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, resolve, runs_on
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.artifacts.limits import MAX_SCRATCH_BYTES, MAX_TOKENS
+from dsv4_router_runtime.artifacts.manifest import Manifest, parse_manifest, serialise_manifest
+from dsv4_router_runtime.device.launch import ParameterBlock, grid_of
+from dsv4_router_runtime.device.tensor_map import encode_arguments, hidden_states_arguments
 from dsv4_router_runtime.errors import NoKernelError, RouterError
-from dsv4_router_runtime.kernel import LAYOUTS
-from dsv4_router_runtime.launch import ParameterBlock, grid_of
-from dsv4_router_runtime.limits import MAX_SCRATCH_BYTES, MAX_TOKENS
-from dsv4_router_runtime.manifest import Manifest, parse_manifest, serialise_manifest
-from dsv4_router_runtime.tensor_map import encode_arguments, hidden_states_arguments
 
 # A case takes a millisecond; the largest file that is read at all, a second.
 SECONDS_PER_CASE = 10

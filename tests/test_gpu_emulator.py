@@ -21,8 +21,8 @@ from build_kernels.verify.artifact import load_artifact  # noqa: E402
 from build_kernels.verify.cases import Case  # noqa: E402
 from build_kernels.verify.inputs import SCALE, Inputs, make_inputs  # noqa: E402
 from dsv4_router_runtime import dense_router_dispatch  # noqa: E402
-from dsv4_router_runtime.artifacts import find_artifacts  # noqa: E402
-from dsv4_router_runtime.driver import arch_of_device  # noqa: E402
+from dsv4_router_runtime.artifacts.folder import find_artifacts  # noqa: E402
+from dsv4_router_runtime.device.driver import arch_of_device  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

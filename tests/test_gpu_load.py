@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv4_router_runtime import driver
-from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import Parameter
+from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.errors import ArtifactError, DriverError, NoKernelError, RouterError
-from dsv4_router_runtime.manifest import Parameter
 
 pytestmark = pytest.mark.gpu
 

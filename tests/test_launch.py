@@ -8,7 +8,12 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel, topk_kernel
 
-from dsv4_router_runtime.launch import ParameterBlock, ceil_div, grid_depends_on_tokens, grid_of
+from dsv4_router_runtime.device.launch import (
+    ParameterBlock,
+    ceil_div,
+    grid_depends_on_tokens,
+    grid_of,
+)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ import json
 import pytest
 from watchdog import ends_within
 
+from dsv4_router_runtime.artifacts.kernel import DTYPE_NAMES, DTYPE_TENSORS, KIND_LAYOUT
+from dsv4_router_runtime.artifacts.limits import MAX_DYNAMIC_SHARED_BYTES
+from dsv4_router_runtime.artifacts.manifest import (
+    SCHEMA_VERSION,
+    parse_manifest,
+    serialise_manifest,
+)
 from dsv4_router_runtime.errors import ManifestError
-from dsv4_router_runtime.kernel import DTYPE_NAMES, DTYPE_TENSORS, KIND_LAYOUT
-from dsv4_router_runtime.limits import MAX_DYNAMIC_SHARED_BYTES
-from dsv4_router_runtime.manifest import SCHEMA_VERSION, parse_manifest, serialise_manifest
 
 
 def altered(manifest, path: str, value):

@@ -25,7 +25,7 @@ from build_kernels.artifact_folder import PlaceError
 from build_kernels.build import BuildError, Built, Task, make_plan, run_build
 from build_kernels.entry import sha256
 from build_kernels.verify.evidence import Evidence, update_evidence
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
 

@@ -21,7 +21,7 @@ from build_kernels import plan as plan_module
 from build_kernels.artifact_folder import PlaceError
 from build_kernels.build import BuildError, Built, make_plan, run_build
 from build_kernels.entry import sha256
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 # What Python reports before it calls the system: see the table of audit events.

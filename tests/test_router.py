@@ -22,13 +22,14 @@ import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, driver, router, workspace
-from dsv4_router_runtime.artifacts import ArtifactSet, open_artifacts
-from dsv4_router_runtime.dispatch import Problem, decode_ladder, select_kernel
+from dsv4_router_runtime import Router, binding, router
+from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, select_kernel
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
+from dsv4_router_runtime.artifacts.kernel import PARAMETERS, IntRange, Scratch
+from dsv4_router_runtime.device import driver, workspace
+from dsv4_router_runtime.device.launch import ParameterBlock
+from dsv4_router_runtime.device.tensor_map import encode_arguments
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
-from dsv4_router_runtime.kernel import PARAMETERS, IntRange, Scratch
-from dsv4_router_runtime.launch import ParameterBlock
-from dsv4_router_runtime.tensor_map import encode_arguments
 
 K, E, TOP_K = 512, 80, 6
 

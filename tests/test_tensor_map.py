@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel
 
-from dsv4_router_runtime.tensor_map import encode_arguments, hidden_states_arguments
+from dsv4_router_runtime.device.tensor_map import encode_arguments, hidden_states_arguments
 
 ADDRESS = 0x7F0000001000
 

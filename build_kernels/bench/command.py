@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from build_kernels.console import results, say, stop_like_interrupt, talk
 from build_kernels.extras import why_missing
+from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS
 from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.limits import K_MULTIPLE, MAX_EXPERTS
 
 from .plot import plot_report
 from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report
@@ -234,8 +234,8 @@ def _measured(
             f"torch {torch.__version__} sees no CUDA GPU; "
             "a stored report is drawn without one by --render FILE"
         )
-    from dsv4_router_runtime.artifacts import open_artifacts
-    from dsv4_router_runtime.driver import arch_of_device
+    from dsv4_router_runtime.artifacts.folder import open_artifacts
+    from dsv4_router_runtime.device.driver import arch_of_device
 
     from .contenders import own_entrants, torch_entrant
     from .inputs import make_inputs

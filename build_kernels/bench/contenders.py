@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dsv4_router_runtime import driver
-from dsv4_router_runtime.artifacts import ArtifactSet
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.binding import current_stream, load_once
-from dsv4_router_runtime.launch import grid_of
+from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.device.launch import grid_of
 from dsv4_router_runtime.router import Router
 
 from .inputs import Call, Inputs, Result

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsv4_router_runtime.artifacts import MANIFEST_NAME, ArtifactSet
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, ArtifactSet
 
 from . import floors
 from .check import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsv4_router_runtime.artifacts import ArtifactSet
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.reference import router_reference
 
 from .contenders import Entrant, router_call

@@ -22,7 +22,7 @@ from build_kernels.verify.artifact import (
     load_artifact,
 )
 from build_kernels.workers import WorkerDiedError, run_tasks
-from dsv4_router_runtime.artifacts import find_artifacts, open_artifacts
+from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from . import faults

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts import open_artifacts
+from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, read_file
+from dsv4_router_runtime.artifacts.folder import open_artifacts
+from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.device.tensor_map import EncodeArguments, encode_arguments
 from dsv4_router_runtime.errors import repair_command
-from dsv4_router_runtime.files import MAX_CODE_BYTES, read_file
-from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
-from dsv4_router_runtime.tensor_map import EncodeArguments, encode_arguments
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
 _PARAMETER = re.compile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.artifacts.manifest import Kernel
 
 from .artifact import is_decode, is_hashed
 

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from build_kernels.workers import WorkerDiedError, run_tasks
-from dsv4_router_runtime.artifacts import EVIDENCE_NAME, open_artifacts
-from dsv4_router_runtime.dispatch import runs_on
+from dsv4_router_runtime.artifacts.dispatch import runs_on
+from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.errors import WHEEL_FOLDER
-from dsv4_router_runtime.manifest import Kernel
 
 from .artifact import NO_PTX, Artifact, ArtifactReadError, load_artifact
 from .checkers import present

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from build_kernels.console import fits, results, say, stop_like_interrupt
 from build_kernels.specs import ARCHITECTURES, KERNELS
-from dsv4_router_runtime.artifacts import find_artifacts
+from dsv4_router_runtime.artifacts.folder import find_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from .artifact import ArtifactReadError

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from build_kernels.extras import why_missing
 from build_kernels.specs import KERNELS
-from dsv4_router_runtime.launch import grid_of
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.artifacts.manifest import Kernel
+from dsv4_router_runtime.device.launch import grid_of
 
 from .artifact import (
     OPTIONS_OFF,

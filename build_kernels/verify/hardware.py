@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
+from dsv4_router_runtime.artifacts.kernel import Kernel
 from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
-from dsv4_router_runtime.files import MAX_JSON_BYTES, read_file, reason_of
-from dsv4_router_runtime.json_reader import JsonNode, read_json
-from dsv4_router_runtime.kernel import Kernel
 
 from .artifact import Artifact
 from .evidence import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4_router_runtime.manifest import Kernel
+from dsv4_router_runtime.artifacts.manifest import Kernel
 
 from .artifact import is_decode, is_hashed
 from .cases import SHARED_SLOTS, VOCABULARY, Case

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.extras import why_missing
-from dsv4_router_runtime.launch import grid_of
-from dsv4_router_runtime.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.device.launch import grid_of
 
 from .artifact import (
     OPTIONS_OFF,

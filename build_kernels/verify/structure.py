@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels import cubin
-from dsv4_router_runtime.manifest import compute_capability
+from dsv4_router_runtime.artifacts.manifest import compute_capability
 
 from .artifact import (
     Artifact,

@@ -10,8 +10,8 @@ import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-from .kernel import Kernel, Launch
-from .limits import MAX_GRID
+from dsv4_router_runtime.artifacts.kernel import Kernel, Launch
+from dsv4_router_runtime.artifacts.limits import MAX_GRID
 
 _CELL_TYPES: dict[str, Any] = {
     "pointer": ctypes.c_uint64,

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .artifacts import ArtifactSet
-from .dispatch import device_arch, runs_on
-from .errors import (
+from dsv4_router_runtime.artifacts.dispatch import device_arch, runs_on
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
+from dsv4_router_runtime.artifacts.kernel import Kernel
+from dsv4_router_runtime.errors import (
     BUILD_COMMAND,
     ArtifactError,
     DriverError,
     DriverMissingError,
     NoKernelError,
 )
-from .kernel import Kernel
+
 from .launch import ParameterBlock
 from .tensor_map import EncodeArguments
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .kernel import SWIZZLE_SPAN_BYTES, TENSOR_ELEMENT_BYTES, TensorMapRecipe
-from .limits import BOX_ROW_ALIGNMENT_BYTES
+from dsv4_router_runtime.artifacts.kernel import (
+    SWIZZLE_SPAN_BYTES,
+    TENSOR_ELEMENT_BYTES,
+    TensorMapRecipe,
+)
+from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES
 
 ALIGNMENT_BYTES = 16
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ArtifactError, RouterError
+from dsv4_router_runtime.errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ArtifactError, RouterError
+
 from .files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from .kernel import Kernel, compute_capability
 from .manifest import Manifest, parse_manifest
@@ -61,7 +62,7 @@ class ArtifactSet:
 
 def find_artifacts() -> Path:
     """The folder inside the installed package or, in a checkout, the one beside the package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed, built = package / WHEEL_FOLDER, package.parent / CHECKOUT_FOLDER
     for place in (installed, built):
         if place.is_dir():

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .errors import BUILD_COMMAND, NoKernelError
+from dsv4_router_runtime.errors import BUILD_COMMAND, NoKernelError
+
 from .kernel import Kernel, compute_capability
 from .limits import MAX_TOKENS
 from .manifest import Manifest

@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from .errors import ManifestError
+from dsv4_router_runtime.errors import ManifestError
+
 from .files import MAX_JSON_BYTES
 
 T = TypeVar("T")

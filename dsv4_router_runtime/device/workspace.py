@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
+
 from . import driver
-from .kernel import POINTER_ELEMENT_BYTES, Kernel
 
 ALIGNMENT_BYTES = 256
 # A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and

@@ -1,0 +1,1 @@
+"""The GPU: driver calls, loading, tensor maps, launch sites and scratch memory."""

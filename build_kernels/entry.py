@@ -47,6 +47,7 @@ def make_entry(
     return Kernel(
         name=spec.name,
         arch=arch,
+        role=spec.role,
         file=cubin_name(spec.name, arch),
         symbol=facts.symbol,
         cubin_sha256=sha256(compiled.cubin),

@@ -95,6 +95,7 @@ class KernelSpec:
     """One kernel, built once for each of `archs`. `grid` is as in the manifest's `Launch`."""
 
     name: str
+    role: str
     archs: tuple[str, ...]
     symbol: str
     source: CudaSource | DslSource
@@ -186,6 +187,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
     w_box = (K_BLOCK, EXPERT_TILE) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
     return KernelSpec(
         name=name,
+        role="decode",
         archs=_ALL_ARCHS,
         symbol=f"{name}_0",  # the DSL appends a counter
         source=DslSource(
@@ -231,6 +233,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
 
 _HASH = KernelSpec(
     name="router_hash",
+    role="hash",
     archs=_ALL_ARCHS,
     symbol="router_hash_0",
     source=DslSource(
@@ -242,7 +245,7 @@ _HASH = KernelSpec(
         stages=1,
     ),
     problem=ProblemRange(
-        layout="kmajor_rows",
+        layout="kmajor",
         num_tokens=IntRange(low=1, high=MAX_HASH_TOKENS),
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),
@@ -272,11 +275,12 @@ _HASH = KernelSpec(
 
 _TOPK = KernelSpec(
     name="router_topk",
+    role="select",
     archs=_ALL_ARCHS,
     symbol="router_topk",
     source=CudaSource(file="kernels/topk.cu", block=(32 * TOPK_WARPS, 1, 1)),
     problem=ProblemRange(
-        layout="logits",
+        layout=None,
         num_tokens=IntRange(low=1, high=None),
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),

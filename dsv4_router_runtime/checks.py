@@ -65,6 +65,12 @@ def check_vector(
         raise wrong(name, "unit stride (call .contiguous())", strides_of(vector))
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool (got {type(value).__name__})")
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int (got {type(value).__name__})")

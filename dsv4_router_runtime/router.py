@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from .arguments import check_call, check_layer
 from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
-from .options import NO_OPTIONS, LayerOptions, check_call_options
+from .call import NO_OPTIONS, check_call, check_call_options
+from .checks import check_bool
+from .layer import LayerOptions, check_layer, complete_options, options_on
 
 # dense_router_dispatch remembers this many layers: a few models of 61.
 MAX_REMEMBERED_LAYERS = 512
@@ -84,26 +85,12 @@ class Router:
         *,
         top_k: int,
         routed_scaling_factor: float,
-        bias_vl: torch.Tensor | None = None,
-        gate_temp: float = 1.0,
-        tid2eid: torch.Tensor | None = None,
-        to_physical: torch.Tensor | None = None,
-        logical_count: torch.Tensor | None = None,
-        num_shared_slots: int = 0,
-        norm_topk_prob: bool = True,
         pdl: bool = False,
         artifacts: str | os.PathLike[str] | ArtifactSet | None = None,
+        **given: Unpack[LayerOptions],
     ) -> None:
-        options = LayerOptions(
-            bias_vl=bias_vl,
-            gate_temp=gate_temp,
-            tid2eid=tid2eid,
-            to_physical=to_physical,
-            logical_count=logical_count,
-            num_shared_slots=num_shared_slots,
-            norm_topk_prob=norm_topk_prob,
-        )
-        facts = check_layer(
+        options = complete_options(given)
+        layer = check_layer(
             W_gate,
             e_bias,
             top_k=top_k,
@@ -115,21 +102,20 @@ class Router:
                 "artifacts: expected a folder (str or os.PathLike), an ArtifactSet or None "
                 f"(got {type(artifacts).__name__})"
             )
-        if not isinstance(pdl, bool):
-            raise TypeError(f"pdl: expected a bool (got {type(pdl).__name__})")
-        require_gpu(facts.device)
+        check_bool("pdl", pdl)
+        require_gpu(layer.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
-        self._facts = facts
-        self._options_on = str(options)
-        self._binding = Binding(W_gate, e_bias, facts, options, artifacts=artifacts)
+        self._layer = layer
+        self._options_on = options_on(options)
+        self._binding = Binding(W_gate, e_bias, layer, options, artifacts=artifacts)
         self._pdl = pdl
         self._version = version_of(W_gate)
         self.W_gate = W_gate
         self.e_bias = e_bias
-        self.bias_vl = bias_vl
-        self.to_physical = to_physical
-        self.logical_count = logical_count
+        self.bias_vl = options["bias_vl"]
+        self.to_physical = options["to_physical"]
+        self.logical_count = options["logical_count"]
 
     def __call__(
         self,
@@ -160,13 +146,13 @@ class Router:
         All four lie on the device and the host never reads them, so that a captured graph may be
         replayed with others in their place.
         """
-        facts = self._facts
-        call = check_call(facts, hidden_states, out_weights, out_ids)
-        if image_mask is padding_mask is num_tokens is input_ids is None and not facts.hashed:
+        layer = self._layer
+        call = check_call(layer, hidden_states, out_weights, out_ids)
+        if image_mask is padding_mask is num_tokens is input_ids is None and not layer.hashed:
             options = NO_OPTIONS
         else:
             options = check_call_options(
-                facts, call, image_mask, padding_mask, num_tokens, input_ids
+                layer, call, image_mask, padding_mask, num_tokens, input_ids
             )
         if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
@@ -212,10 +198,10 @@ class Router:
         )
 
     def __repr__(self) -> str:
-        facts = self._facts
+        layer = self._layer
         return (
-            f"Router(K={facts.k}, num_experts={facts.num_experts}, top_k={facts.top_k}, "
-            f"routed_scaling_factor={facts.scale}, layout={facts.layout}, device={facts.device}, "
+            f"Router(K={layer.k}, num_experts={layer.num_experts}, top_k={layer.top_k}, "
+            f"routed_scaling_factor={layer.scale}, layout={layer.layout}, device={layer.device}, "
             f"options=[{self._options_on}], pdl={self._pdl}, kernels={list(self.kernels)})"
         )
 
@@ -236,7 +222,7 @@ def dense_router_dispatch(
     where W_gate has to be copied (`Router.weights_copied`); modified in place, it is copied again.
     """
     binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
-    call = check_call(binding.facts, hidden_states, out_weights, out_ids)
+    call = check_call(binding.layer, hidden_states, out_weights, out_ids)
     if call[0]:
         binding.run(call, NO_OPTIONS, hidden_states, W_gate, False)
 
@@ -257,11 +243,11 @@ def _remembered_binding(
         if binding is not None and not stale:
             _remembered.move_to_end(key)
             return binding
-        facts = check_layer(
+        layer = check_layer(
             W_gate, e_bias, top_k=top_k, routed_scaling_factor=routed_scaling_factor
         )
-        require_gpu(facts.device)
-        binding = Binding(W_gate, e_bias, facts, artifacts=open_artifacts())
+        require_gpu(layer.device)
+        binding = Binding(W_gate, e_bias, layer, artifacts=open_artifacts())
         copied_from = None if binding.w_copy is None else W_gate
         _remembered[key] = (binding, copied_from, version_of(W_gate))
         while len(_remembered) > MAX_REMEMBERED_LAYERS:

@@ -6,24 +6,24 @@ import hashlib
 import struct
 import zlib
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from build_kernels.specs import KERNELS, ParameterSpec
 from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
-from dsv4_router_runtime.artifacts.manifest import (
-    IntRange,
+from dsv4_router_runtime.artifacts.kernel import (
+    KIND_LAYOUT,
     Kernel,
     Launch,
-    Manifest,
     Parameter,
-    ProblemRange,
     Resources,
     Scratch,
-    TensorMapRecipe,
     cubin_name,
-    serialise_manifest,
 )
+from dsv4_router_runtime.artifacts.limits import MAX_PORTABLE_CLUSTER_CTAS
+from dsv4_router_runtime.artifacts.manifest import Manifest, serialise_manifest
 from dsv4_router_runtime.errors import RouterError
 
 # e_flags and ABI version as the toolkits write them; see artifacts.elf_compute_capability.
@@ -102,234 +102,82 @@ def cubin_bytes(arch: str, payload: bytes = b"") -> bytes:
     return ident + fields + payload
 
 
-def _parameters(kinds: list[tuple]) -> tuple[Parameter, ...]:
-    """Parameters with packed offsets, from (name, kind, keyword arguments)."""
-    layout = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
+RESOURCES = Resources(
+    registers=64, spill_bytes=0, stack_bytes=0, static_shared_bytes=0, opcodes={"LDL": 0}
+)
+# Both kinds of scratch, though the built kernels have a zeroed workspace alone.
+SCRATCH = (
+    ParameterSpec(
+        name="partials",
+        kind="pointer",
+        element_type="float32",
+        scratch=Scratch(elements=64 * 512, zeroed=False),
+    ),
+    ParameterSpec(
+        name="counters",
+        kind="pointer",
+        element_type="uint32",
+        scratch=Scratch(elements=64, zeroed=True),
+    ),
+)
+
+
+def _parameters(specs: tuple[ParameterSpec, ...]) -> tuple[Parameter, ...]:
+    """Return the parameters of `specs` at packed offsets, the workspace as two kinds of scratch."""
+    parts = [part for item in specs for part in (SCRATCH if item.scratch else (item,))]
     parameters, end = [], 0
-    for name, kind, more in kinds:
-        size, alignment = layout[kind]
+    for part in parts:
+        size, alignment = KIND_LAYOUT[part.kind]
         offset = -(-end // alignment) * alignment
-        parameters.append(Parameter(name=name, kind=kind, offset=offset, size=size, **more))
+        parameters.append(Parameter(**vars(part), offset=offset, size=size))
         end = offset + size
     return tuple(parameters)
 
 
-def _pointer(name: str, element_type: str, scratch: Scratch | None = None) -> tuple:
-    return (name, "pointer", {"element_type": element_type, "scratch": scratch})
-
-
-def _map(tensor: str, dims: tuple[str, ...], box: tuple[int, ...], promotion: str) -> dict:
-    recipe = TensorMapRecipe(
-        tensor=tensor,
-        element_type="bfloat16",
-        dims=dims,
-        box=box,
-        swizzle="128B",
-        interleave="none",
-        l2_promotion=promotion,
-        oob_fill="zeros",
-    )
-    return {"tensor_map": recipe}
-
-
-LAYOUTS = ("emajor", "kmajor")
-TILES = (8, 32, 64)
-BLOCKS = ("K_in_block", "N", "K_block")
-BIAS = [
-    _pointer("e_bias", "float32"),
-    _pointer("bias_vl", "float32"),
-    _pointer("image_mask", "uint8"),
-]
-PADDING = [_pointer("padding_mask", "uint8"), _pointer("num_valid_tokens", "int32")]
-TABLE = [_pointer("tid2eid", "int32"), _pointer("input_ids", "int32")]
-PHYSICAL = [_pointer("to_physical", "int32"), _pointer("logical_count", "int32")]
-OUTPUTS = [_pointer("out_weights", "float32"), _pointer("out_ids", "int32")]
-
-
-def _int32(*names: str) -> list[tuple]:
-    return [(name, "int32", {}) for name in names]
-
-
-SCALE = [("routed_scaling_factor", "float32", {}), ("gate_temp", "float32", {})]
-TOKEN_IDS = _int32("vocab_size", "input_ids_are_int64")
-IDS = _int32("max_replicas", "num_shared_slots", "ids_are_int64")
-STRIDES = _int32("out_weights_stride", "out_ids_stride")
-FLOAT32, INT32, BFLOAT16, MASK = ("float32",), ("int32",), ("bfloat16",), ("bool",)
-IDS_DTYPES = ("int32", "int64")
-BIAS_DTYPES = {"e_bias": FLOAT32, "bias_vl": FLOAT32, "image_mask": MASK}
-TABLE_DTYPES = {"tid2eid": INT32, "input_ids": IDS_DTYPES}
-GEMM_DTYPES = {"hidden_states": BFLOAT16, "W_gate": BFLOAT16}
-OUTPUT_DTYPES = {
-    "padding_mask": MASK,
-    "num_valid_tokens": INT32,
-    "to_physical": INT32,
-    "logical_count": INT32,
-    "out_weights": FLOAT32,
-    "out_ids": IDS_DTYPES,
-}
-RESOURCES = Resources(
-    registers=64, spill_bytes=0, stack_bytes=0, static_shared_bytes=0, opcodes={"LDL": 0}
-)
-
-
-def _kernel(name: str, arch: str, **more) -> Kernel:
+def sample_kernel(name: str, arch: str = "sm_90a") -> Kernel:
+    """Return the manifest's entry of the spec `name`, with a cubin that is a header alone."""
+    (spec,) = (spec for spec in KERNELS if spec.name == name)
     payload = f"{name} {arch}".encode()
-    digest = hashlib.sha256(cubin_bytes(arch, payload)).hexdigest()
     return Kernel(
         name=name,
         arch=arch,
+        role=spec.role,
         file=cubin_name(name, arch),
         symbol=name,
-        cubin_sha256=digest,
+        cubin_sha256=hashlib.sha256(cubin_bytes(arch, payload)).hexdigest(),
         ptx_sha256="1" * 64,
         source_digest="2" * 64,
+        problem=spec.problem,
+        launch=Launch(
+            block=(128, 1, 1),
+            cluster=spec.cluster,
+            grid=spec.grid,
+            k_splits=spec.k_splits,
+            expert_tile=spec.expert_tile,
+            token_tile=spec.token_tile,
+            dynamic_shared_bytes=100_000 if spec.role == "decode" else 0,
+            pdl=spec.pdl,
+            nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+        ),
+        parameters=_parameters(spec.parameters),
         resources=RESOURCES,
-        **more,
     )
 
 
 def decode_kernel(arch: str = "sm_90a", layout: str = "kmajor", tile: int = 8) -> Kernel:
-    w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
-    return _kernel(
-        f"router_decode_{layout}_n{tile}",
-        arch,
-        problem=ProblemRange(
-            layout=layout,
-            num_tokens=IntRange(low=1, high=tile),
-            num_experts=IntRange(low=1, high=512),
-            top_k=IntRange(low=1, high=8),
-            k_multiple=64,
-            dtypes=GEMM_DTYPES | BIAS_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
-        ),
-        launch=Launch(
-            block=(192, 1, 1),
-            cluster=(16, 1, 1),
-            grid=("k_splits", "expert_tiles", 1),
-            k_splits=16,
-            expert_tile=64,
-            token_tile=tile,
-            dynamic_shared_bytes=100_000,
-            pdl=True,
-            nonportable_cluster=True,
-        ),
-        parameters=_parameters(
-            [
-                ("w_map", "tensor_map", _map("W_gate", w_dims, (64, 64), "256B")),
-                ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, tile, 4), "128B")),
-                # Both kinds of scratch, where the real ones have a zeroed workspace alone.
-                _pointer("partials", "float32", Scratch(elements=64 * 512, zeroed=False)),
-                _pointer("counters", "uint32", Scratch(elements=64, zeroed=True)),
-                *BIAS,
-                *PADDING,
-                *TABLE,
-                *PHYSICAL,
-                *OUTPUTS,
-                *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
-                *SCALE,
-                *_int32("norm_topk_prob"),
-                *TOKEN_IDS,
-                *IDS,
-                *STRIDES,
-            ]
-        ),
-    )
+    return sample_kernel(f"router_decode_{layout}_n{tile}", arch)
 
 
 def topk_kernel(arch: str = "sm_90a") -> Kernel:
-    return _kernel(
-        "router_topk",
-        arch,
-        problem=ProblemRange(
-            layout="logits",
-            num_tokens=IntRange(low=1, high=None),
-            num_experts=IntRange(low=1, high=512),
-            top_k=IntRange(low=1, high=8),
-            k_multiple=1,
-            dtypes={"logits": FLOAT32} | BIAS_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
-        ),
-        launch=Launch(
-            block=(128, 1, 1),
-            cluster=(1, 1, 1),
-            grid=("token_tiles", 1, 1),
-            k_splits=1,
-            expert_tile=512,
-            token_tile=4,
-            dynamic_shared_bytes=0,
-            pdl=True,
-            nonportable_cluster=False,
-        ),
-        parameters=_parameters(
-            [
-                _pointer("logits", "float32"),
-                *BIAS,
-                *PADDING,
-                *TABLE,
-                *PHYSICAL,
-                *OUTPUTS,
-                *_int32("num_tokens", "num_experts", "top_k"),
-                *SCALE,
-                *_int32("norm_topk_prob"),
-                *TOKEN_IDS,
-                *IDS,
-                *_int32("logits_stride"),
-                *STRIDES,
-            ]
-        ),
-    )
+    return sample_kernel("router_topk", arch)
 
 
 def hash_kernel(arch: str = "sm_90a") -> Kernel:
-    return _kernel(
-        "router_hash",
-        arch,
-        problem=ProblemRange(
-            layout="kmajor_rows",
-            num_tokens=IntRange(low=1, high=56),
-            num_experts=IntRange(low=1, high=512),
-            top_k=IntRange(low=1, high=8),
-            k_multiple=64,
-            dtypes=GEMM_DTYPES | TABLE_DTYPES | OUTPUT_DTYPES,
-        ),
-        launch=Launch(
-            block=(416, 1, 1),
-            cluster=(16, 1, 1),
-            grid=("k_splits", "token_tiles", 1),
-            k_splits=16,
-            expert_tile=64,
-            token_tile=8,
-            dynamic_shared_bytes=20_000,
-            pdl=True,
-            nonportable_cluster=True,
-        ),
-        parameters=_parameters(
-            [
-                ("x_map", "tensor_map", _map("hidden_states", BLOCKS, (64, 8, 4), "128B")),
-                _pointer("w_gate", "bfloat16"),
-                *PADDING,
-                *TABLE,
-                *PHYSICAL,
-                *OUTPUTS,
-                *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k", "w_stride"),
-                *SCALE,
-                *_int32("norm_topk_prob"),
-                *TOKEN_IDS,
-                *IDS,
-                *STRIDES,
-            ]
-        ),
-    )
+    return sample_kernel("router_hash", arch)
 
 
 def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
-    kernels = [
-        kernel
-        for arch in archs
-        for kernel in (
-            *(decode_kernel(arch, layout, tile) for layout in LAYOUTS for tile in TILES),
-            hash_kernel(arch),
-            topk_kernel(arch),
-        )
-    ]
+    kernels = [sample_kernel(spec.name, arch) for arch in archs for spec in KERNELS]
     kernels.sort(key=lambda kernel: (kernel.name, kernel.arch))
     return Manifest(toolchain={"nvrtc": "13.0", "ptxas": "12.9"}, kernels=tuple(kernels))
 

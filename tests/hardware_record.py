@@ -14,6 +14,7 @@ import pytest
 
 from build_kernels.verify.hardware import Record, append_record
 from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.device.launch_site import LaunchSite
 
 
 class Tally:
@@ -58,15 +59,15 @@ class HardwareRecord:
         self.kernels: dict = {}
         self.tally = Tally()
         # The class is changed, not an object: sites are made later, and keep a bound launch.
-        launch = driver.LaunchSite.launch
+        launch = LaunchSite.launch
 
-        def watched(site: driver.LaunchSite) -> None:
+        def watched(site: LaunchSite) -> None:
             kernel = site.block.kernel
             self.kernels[kernel.key] = kernel
             self.tally.launched(kernel.key)
             launch(site)
 
-        driver.LaunchSite.launch = watched
+        LaunchSite.launch = watched
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):

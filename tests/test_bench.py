@@ -1283,7 +1283,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             noted.append(self.facts | values)
 
     def load(artifacts, kernel, device):
-        return driver.LoadedKernel(kernel=kernel, device=device, library=None, function=None)
+        return LoadedKernel(kernel=kernel, device=device, library=None, function=None)
 
     monkeypatch.setattr(driver, "arch_of_device", lambda index: "sm_90a")
     monkeypatch.setattr(driver, "LaunchSite", Site)

@@ -16,16 +16,10 @@ import dsv4_router_runtime
 FOREIGN = ("torch", "numpy", "cutlass", "build_kernels", "cuda", "triton", "click", "rich")
 PURE = (
     "errors",
-    "files",
-    "json_reader",
-    "limits",
-    "kernel",
-    "manifest",
-    "artifacts",
-    "dispatch",
-    "launch",
-    "tensor_map",
-    "driver",
+    "parameters",
+    *(f"artifacts.{name}" for name in ("files", "json_reader", "limits", "kernel", "manifest")),
+    *(f"artifacts.{name}" for name in ("folder", "dispatch")),
+    *(f"device.{name}" for name in ("launch", "tensor_map", "driver")),
 )
 
 
@@ -60,7 +54,7 @@ print([name for name in {FOREIGN} if name in sys.modules])
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("module", ["router", "binding", "workspace", "reference"])
+@pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference"])
 def test_the_rest_brings_in_torch_and_no_builder(module):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     code = f"""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conftest import decode_kernel
+from conftest import decode_kernel, topk_kernel
 from watchdog import ends_within
 
 from dsv4_router_runtime.artifacts.dispatch import (
     Accepted,
+    LayerProblem,
     Problem,
     Rejected,
-    decode_ladder,
     device_arch,
+    plan_layer,
     resolve,
     runs_on,
     select_kernel,
@@ -35,26 +36,26 @@ def manifest(request, manifest):
     return replace(manifest, kernels=tuple(kernels))
 
 
-PROBLEM = Problem(layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=7168)
+PROBLEM = Problem(role="decode", layout="kmajor", num_tokens=1, num_experts=384, top_k=6, k=7168)
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "layout", "name"),
+    ("num_tokens", "role", "layout", "name"),
     [
-        (1, "kmajor", "router_decode_kmajor_n8"),
-        (8, "kmajor", "router_decode_kmajor_n8"),
-        (9, "kmajor", "router_decode_kmajor_n32"),
-        (32, "emajor", "router_decode_emajor_n32"),
-        (33, "kmajor", "router_decode_kmajor_n64"),
-        (64, "emajor", "router_decode_emajor_n64"),
-        (1, "kmajor_rows", "router_hash"),
-        (56, "kmajor_rows", "router_hash"),
-        (65, "logits", "router_topk"),
-        (1, "logits", "router_topk"),
+        (1, "decode", "kmajor", "router_decode_kmajor_n8"),
+        (8, "decode", "kmajor", "router_decode_kmajor_n8"),
+        (9, "decode", "kmajor", "router_decode_kmajor_n32"),
+        (32, "decode", "emajor", "router_decode_emajor_n32"),
+        (33, "decode", "kmajor", "router_decode_kmajor_n64"),
+        (64, "decode", "emajor", "router_decode_emajor_n64"),
+        (1, "hash", "kmajor", "router_hash"),
+        (56, "hash", "kmajor", "router_hash"),
+        (65, "select", None, "router_topk"),
+        (1, "select", None, "router_topk"),
     ],
 )
-def test_smallest_kernel_that_fits(manifest, num_tokens, layout, name):
-    problem = replace(PROBLEM, num_tokens=num_tokens, layout=layout)
+def test_smallest_kernel_that_fits(manifest, num_tokens, role, layout, name):
+    problem = replace(PROBLEM, num_tokens=num_tokens, role=role, layout=layout)
     kernel = select_kernel(manifest, problem, "sm_100a")
     assert kernel.key == f"{name}.sm_100a"
 
@@ -74,7 +75,8 @@ def test_every_kernel_gets_an_answer(manifest):
         ({"num_experts": 513}, "takes num_experts 1..512, got 513"),
         ({"top_k": 9}, "takes top_k 1..8, got 9"),
         ({"k": 7000}, "takes K in multiples of 64, got 7000"),
-        ({"layout": "emajor"}, "reads layout kmajor, this problem is emajor"),
+        ({"layout": "emajor"}, "reads layout kmajor, W_gate is emajor"),
+        ({"role": "select"}, "its role is decode, this step needs select"),
         ({"dtypes": {"out_ids": ("int64", "int8")}}, "takes out_ids in int32 or int64, got int8"),
         ({"dtypes": {"W_gate": ("float16",)}}, "takes W_gate in bfloat16, got float16"),
     ],
@@ -96,7 +98,8 @@ def test_no_kernel_lists_every_candidate(manifest):
     message = str(caught.value)
     for kernel in manifest.kernels:
         assert f"{kernel.key}: built for {kernel.arch}, this GPU is sm_103a" in message
-    assert "num_tokens=1, K=7168, num_experts=384, top_k=6, layout=kmajor on sm_103a" in message
+    assert "role=decode, num_tokens=1, K=7168, num_experts=384" in message
+    assert "top_k=6, layout=kmajor on sm_103a" in message
     assert "`build-kernels build --arch sm_103a`" in message
 
 
@@ -132,16 +135,56 @@ def test_device_arch(capability, arch):
     assert device_arch(*capability) == arch
 
 
-def test_ladder(manifest):
-    ladder = decode_ladder(manifest, PROBLEM, "sm_90a")
-    assert [(most, kernel.key) for most, kernel in ladder] == [
-        (8, "router_decode_kmajor_n8.sm_90a"),
-        (32, "router_decode_kmajor_n32.sm_90a"),
-        (64, "router_decode_kmajor_n64.sm_90a"),
+LAYER = LayerProblem(
+    layout="kmajor", tma_loadable=True, hashed=False, num_experts=384, top_k=6, k=7168
+)
+
+
+def steps(manifest, layer=LAYER, arch="sm_90a"):
+    return [(step.max_tokens, step.kernel.name) for step in plan_layer(manifest, layer, arch).steps]
+
+
+def test_a_plain_layers_steps(manifest):
+    assert steps(manifest) == [
+        (8, "router_decode_kmajor_n8"),
+        (32, "router_decode_kmajor_n32"),
+        (64, "router_decode_kmajor_n64"),
+        (None, "router_topk"),
+    ]
+    plan = plan_layer(manifest, LAYER, "sm_90a")
+    assert [step.is_product_and_select for step in plan.steps] == [False, False, False, True]
+    assert plan.steps[1].reason == "9..32 tokens: computes the whole gate in one launch"
+    assert plan.steps[-1].reason == "65.. tokens: selects from the logits of a matrix product"
+    assert plan.copy_reason is None
+
+
+def test_a_hash_layer_goes_on_with_the_whole_gate(manifest):
+    assert steps(manifest, replace(LAYER, hashed=True)) == [
+        (56, "router_hash"),
+        (64, "router_decode_kmajor_n64"),
+        (None, "router_topk"),
     ]
 
 
-def test_ladder_with_a_gap_stops_before_it(manifest, change):
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        ({"layout": "emajor"}, None),
+        ({"layout": "emajor", "hashed": True}, "a hash layer reads an expert as one row of W_gate"),
+        ({"layout": "emajor", "tma_loadable": False}, "no multiple of 16 bytes"),
+    ],
+)
+def test_a_copy_of_w_gate_has_a_reason(manifest, layer, reason):
+    plan = plan_layer(manifest, replace(LAYER, **layer), "sm_90a")
+    layouts = {step.kernel.problem.layout for step in plan.steps}
+    if reason is None:
+        assert (plan.copy_reason, layouts) == (None, {"emajor", None})
+    else:
+        assert reason in plan.copy_reason
+        assert layouts == {"kmajor", None}
+
+
+def test_a_step_before_a_gap_hands_over_to_the_product(manifest, change):
     for at, kernel in enumerate(manifest.kernels):
         if kernel.name == "router_decode_kmajor_n32":
             late = replace(kernel.problem, num_tokens=IntRange(low=10, high=32))
@@ -149,7 +192,29 @@ def test_ladder_with_a_gap_stops_before_it(manifest, change):
         if kernel.name == "router_decode_kmajor_n64":
             late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
             manifest = change(manifest, at, problem=late)
-    assert [most for most, _ in decode_ladder(manifest, PROBLEM, "sm_90a")] == [8]
+    assert steps(manifest) == [(8, "router_decode_kmajor_n8"), (None, "router_topk")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("decode", "no kernel for role=decode, num_tokens=1"),
+        ("select", "decode kernels end at 64 tokens, and no select kernel goes on"),
+    ],
+)
+def test_a_layer_that_no_kernels_serve_is_refused(manifest, missing, message):
+    kernels = tuple(kernel for kernel in manifest.kernels if kernel.role != missing)
+    with pytest.raises(NoKernelError, match=message):
+        plan_layer(replace(manifest, kernels=kernels), LAYER, "sm_90a")
+
+
+def test_a_product_that_ends_is_refused(manifest, change):
+    for at, kernel in enumerate(manifest.kernels):
+        if kernel.role == "select":
+            short = replace(kernel.problem, num_tokens=IntRange(low=1, high=4096))
+            manifest = change(manifest, at, problem=short)
+    with pytest.raises(NoKernelError, match="no kernel for more than 4096 tokens on sm_90a"):
+        plan_layer(manifest, LAYER, "sm_90a")
 
 
 def taking(*ranges) -> Manifest:
@@ -159,31 +224,31 @@ def taking(*ranges) -> Manifest:
         kernel = decode_kernel()
         problem = replace(kernel.problem, num_tokens=IntRange(low=low, high=high))
         kernels.append(replace(kernel, name=f"decode_{at}", problem=problem))
-    return Manifest(toolchain={}, kernels=tuple(kernels))
+    return Manifest(toolchain={}, kernels=(*kernels, topk_kernel()))
 
 
 @pytest.mark.parametrize(
-    ("ranges", "rungs"),
+    ("ranges", "ends"),
     [
-        ([(1, None)], [MAX_TOKENS]),
-        ([(1, 8), (9, None)], [8, MAX_TOKENS]),
-        ([(1, None), (1, None)], [MAX_TOKENS]),
-        ([(1, 8), (1, 2**40)], [8, MAX_TOKENS]),
-        ([(1, MAX_TOKENS), (1, None), (MAX_TOKENS + 1, 2**62)], [MAX_TOKENS]),
+        ([(1, None)], [None]),
+        ([(1, 8), (9, None)], [8, None]),
+        ([(1, None), (1, None)], [None]),
+        ([(1, 8), (1, 2**40)], [8, None]),
+        ([(1, MAX_TOKENS), (1, None), (MAX_TOKENS + 1, 2**62)], [None]),
         # Overlapping, the same twice, backward, and beyond a gap.
-        ([(1, 8), (4, 16), (4, 16), (2, 12)], [8, 12, 16]),
-        ([(1, 8), (16, 9), (12, 10)], [8]),
-        ([(1, 8), (10, 64)], [8]),
+        ([(1, 8), (4, 16), (4, 16), (2, 12)], [8, 12, 16, None]),
+        ([(1, 8), (16, 9), (12, 10)], [8, None]),
+        ([(1, 8), (10, 64)], [8, None]),
     ],
 )
-def test_a_ladder_ends_whatever_the_ranges_are(ranges, rungs):
+def test_a_plan_ends_whatever_the_ranges_are(ranges, ends):
     with ends_within(5):
-        ladder = decode_ladder(taking(*ranges), PROBLEM, "sm_90a")
-    assert [most for most, _ in ladder] == rungs
+        plan = plan_layer(taking(*ranges), LAYER, "sm_90a")
+    assert [step.max_tokens for step in plan.steps] == ends
 
 
 def test_a_refusal_by_thousands_of_kernels_stays_a_message():
-    with pytest.raises(NoKernelError, match=r"\.\.\. and 4936 more") as caught:
+    with pytest.raises(NoKernelError, match=r"\.\.\. and 4937 more") as caught:
         select_kernel(taking(*[(1, 8)] * 5000), PROBLEM, "sm_100a")
     assert str(caught.value).count("built for sm_90a, this GPU is sm_100a") == 64
     assert len(str(caught.value)) < 8000

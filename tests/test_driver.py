@@ -10,7 +10,8 @@ import pytest
 from conftest import decode_kernel, topk_kernel
 
 from dsv4_router_runtime.artifacts.folder import open_artifacts
-from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.device import driver, load, tensor_map
+from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.errors import (
     ArtifactError,
     DriverError,
@@ -55,9 +56,9 @@ def test_no_bindings(fresh):
 def uninitialised(monkeypatch):
     """The bindings without cuInit: enough for building structures, on any machine."""
     monkeypatch.setattr(driver, "bindings", lambda: bindings)
-    driver._enum.cache_clear()
+    tensor_map._enum.cache_clear()
     yield bindings
-    driver._enum.cache_clear()
+    tensor_map._enum.cache_clear()
 
 
 def test_failures_name_the_purpose_and_the_code(uninitialised, monkeypatch):
@@ -88,15 +89,15 @@ def test_failures_name_the_purpose_and_the_code(uninitialised, monkeypatch):
     ],
 )
 def test_words_of_the_manifest_in_the_driver(uninitialised, type_name, stem, word, value):
-    assert driver._enum(type_name, stem, word) == value
+    assert tensor_map._enum(type_name, stem, word) == value
 
 
 def test_tensor_maps_are_aligned():
-    assert all(driver.TensorMap().address % 64 == 0 for _ in range(32))
+    assert all(tensor_map.TensorMap().address % 64 == 0 for _ in range(32))
 
 
 def site(kernel, pdl=False, grid=(16, 6, 1), exclusive_clusters=0):
-    loaded = driver.LoadedKernel(
+    loaded = load.LoadedKernel(
         kernel=kernel,
         device=0,
         library=None,
@@ -104,7 +105,7 @@ def site(kernel, pdl=False, grid=(16, 6, 1), exclusive_clusters=0):
         exclusive_shared_bytes=116_736,
         exclusive_clusters=exclusive_clusters,
     )
-    return driver.LaunchSite(loaded, stream=0x55, grid=grid, pdl=pdl)
+    return LaunchSite(loaded, stream=0x55, grid=grid, pdl=pdl)
 
 
 class LaunchConfig(ctypes.Structure):
@@ -161,7 +162,7 @@ def test_what_a_decode_launch_is_given(launched):
     assert launched == [
         {
             "grid": (16, 6, 1),
-            "block": (192, 1, 1),
+            "block": (128, 1, 1),
             "shared": 100_000,
             "stream": 0x55,
             "attributes": [(CLUSTER, (16, 1, 1))],
@@ -276,7 +277,7 @@ class LoadingDriver:
         return (self.note(which.name, value),)
 
     def cuOccupancyMaxActiveClusters(self, function, config):
-        assert (config.numAttrs, config.blockDimX) == (1, 192)
+        assert (config.numAttrs, config.blockDimX) == (1, 128)
         return self.note("clusters at once", config.sharedMemBytes), 7
 
 
@@ -285,15 +286,15 @@ def loading(monkeypatch, manifest, write_artifacts):
     """Artifacts on disk, and a driver for a GPU of `capability` that notes what loading asks."""
     artifacts = open_artifacts(write_artifacts(manifest))
 
-    def load(name, arch, capability, **more):
+    def of(name, arch, capability, **more):
         [kernel] = [k for k in artifacts.manifest.kernels if (k.name, k.arch) == (name, arch)]
         fake = LoadingDriver(capability, kernel.parameters)
         monkeypatch.setattr(driver, "bindings", lambda: fake)
         monkeypatch.setattr(driver, "make_context_current", lambda index: fake.note("context"))
-        return fake, lambda: driver.load_kernel(artifacts, replace(kernel, **more), 0)
+        return fake, lambda: load.load_kernel(artifacts, replace(kernel, **more), 0)
 
-    load.folder = artifacts.folder
-    return load
+    of.folder = artifacts.folder
+    return of
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from build_kernels.verify.artifact import ArtifactReadError
 from build_kernels.verify.evidence import Evidence, EvidenceError, Result
 from build_kernels.verify.hardware import Record
 from dsv4_router_runtime import errors
-from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, resolve
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, Problem, plan_layer, resolve
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import parse_manifest, serialise_manifest
 from dsv4_router_runtime.device.tensor_map import hidden_states_arguments
@@ -135,7 +135,11 @@ def test_a_worker_that_failed_goes_on_working():
 @pytest.fixture
 def values(manifest, write_artifacts):
     opened = open_artifacts(write_artifacts(manifest))
+    layer = LayerProblem(
+        layout="kmajor", tma_loadable=True, hashed=False, num_experts=384, top_k=6, k=7168
+    )
     problem = Problem(
+        role="decode",
         layout="kmajor",
         num_tokens=1,
         num_experts=384,
@@ -150,7 +154,7 @@ def values(manifest, write_artifacts):
         opened.manifest.kernels[0],
         problem,
         resolve(opened.manifest, problem, "sm_90a"),
-        decode_ladder(opened.manifest, problem, "sm_90a"),
+        plan_layer(opened.manifest, layer, "sm_90a"),
         hidden_states_arguments(recipe, address=256, num_tokens=3, k=512, row_stride=512),
         Evidence().with_result(manifest.kernels[0], "lint", Result(status="passed")),
         Record(

@@ -22,7 +22,13 @@ from build_kernels.verify import RUNGS, standing, validated_on
 from build_kernels.verify.command import cell
 from build_kernels.verify.evidence import EvidenceError, read_evidence, write_evidence
 from build_kernels.verify.hardware import append_record, read_records, result_of
-from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, resolve, runs_on
+from dsv4_router_runtime.artifacts.dispatch import (
+    LayerProblem,
+    Problem,
+    plan_layer,
+    resolve,
+    runs_on,
+)
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.artifacts.limits import MAX_SCRATCH_BYTES, MAX_TOKENS
 from dsv4_router_runtime.artifacts.manifest import Manifest, parse_manifest, serialise_manifest
@@ -84,12 +90,16 @@ def use_manifest(data: bytes) -> None:
                 sizes = {"K": k, "E": 8}
                 strides = {"K": 1, "E": k} if recipe.dims[0] == "K" else {"K": 8, "E": 1}
                 encode_arguments(recipe, address=256, sizes=sizes, strides=strides)
-        problem = Problem(layout=accepts.layout, num_tokens=1, num_experts=8, top_k=1, k=k)
+        problem = Problem(
+            role=kernel.role, layout=accepts.layout, num_tokens=1, num_experts=8, top_k=1, k=k
+        )
         resolve(manifest, problem, "sm_90a")
-    for layout in LAYOUTS:
-        problem = Problem(layout=layout, num_tokens=1, num_experts=384, top_k=6, k=7168)
+    for layout, hashed in ((layout, hashed) for layout in LAYOUTS for hashed in (False, True)):
+        layer = LayerProblem(
+            layout=layout, tma_loadable=True, hashed=hashed, num_experts=384, top_k=6, k=7168
+        )
         with contextlib.suppress(NoKernelError):
-            assert len(decode_ladder(manifest, problem, "sm_90a")) <= len(manifest.kernels)
+            assert len(plan_layer(manifest, layer, "sm_90a").steps) <= len(manifest.kernels)
 
 
 def use_evidence(path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Parameter
 from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.device.load import load_kernel
 from dsv4_router_runtime.errors import ArtifactError, DriverError, NoKernelError, RouterError
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +44,7 @@ def test_loads_and_agrees_with_the_manifest(here, key):
     kernel = kernel_of(here, key)
     if kernel.arch != here.arch:
         pytest.skip(f"gpu: built for {kernel.arch}, this GPU is {here.arch}")
-    loaded = driver.load_kernel(here.artifacts, kernel, 0)
+    loaded = load_kernel(here.artifacts, kernel, 0)
     function = loaded.function
     cuda = driver.bindings()
     attribute = cuda.CUfunction_attribute
@@ -70,7 +71,7 @@ def test_other_architectures_do_not_reach_the_gpu(here, key, monkeypatch):
     handed = []
     monkeypatch.setattr(driver.bindings(), "cuLibraryLoadData", lambda *given: handed.append(given))
     with pytest.raises(NoKernelError) as caught:
-        driver.load_kernel(here.artifacts, kernel, 0)
+        load_kernel(here.artifacts, kernel, 0)
     assert f"{key}: built for {kernel.arch}, GPU 0 is {here.arch}; " in str(caught.value)
     assert f"`build-kernels build --kernel {kernel.name} --arch {here.arch}`" in str(caught.value)
     assert handed == []
@@ -82,7 +83,7 @@ def test_all_of_one_architecture_load_within_10_ms(here):
     def load_all() -> float:
         start = time.perf_counter()
         for kernel in kernels:
-            driver.load_kernel(here.artifacts, kernel, 0)
+            load_kernel(here.artifacts, kernel, 0)
         return (time.perf_counter() - start) * 1e3
 
     assert min(load_all() for _ in range(3)) <= 10
@@ -118,7 +119,7 @@ def widened(parameters):
 def test_parameters_that_differ_from_the_cubin_are_refused(here, change, message):
     kernel = here.artifacts.manifest.for_arch(here.arch)[0]
     with pytest.raises(ArtifactError) as caught:
-        driver.load_kernel(here.artifacts, replace(kernel, parameters=change(kernel.parameters)), 0)
+        load_kernel(here.artifacts, replace(kernel, parameters=change(kernel.parameters)), 0)
     assert message in str(caught.value)
     assert kernel.file in str(caught.value)
 
@@ -126,7 +127,7 @@ def test_parameters_that_differ_from_the_cubin_are_refused(here, change, message
 def test_a_symbol_that_is_not_there(here):
     kernel = replace(here.artifacts.manifest.for_arch(here.arch)[0], symbol="elsewhere")
     with pytest.raises(DriverError, match=rf"finding elsewhere in {kernel.file}: .*NOT_FOUND"):
-        driver.load_kernel(here.artifacts, kernel, 0)
+        load_kernel(here.artifacts, kernel, 0)
 
 
 def test_no_artifact_for_this_gpu_lists_every_candidate(here):

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router_runtime.arguments import CallFacts, LayerFacts, check_call, check_layer
-from dsv4_router_runtime.options import (
+from dsv4_router_runtime.call import (
     NO_OPTIONS,
+    Call,
     CallOptions,
-    LayerOptions,
+    check_call,
     check_call_options,
 )
+from dsv4_router_runtime.layer import Layer, check_layer, complete_options, options_on
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
 
 K, E, TOP_K, N, VOCAB = 128, 16, 4, 3, 10
@@ -32,13 +33,13 @@ def table(vocab=VOCAB, top_k=TOP_K, dtype=torch.int32):
     return (torch.arange(vocab * top_k).view(vocab, top_k) % E).to(dtype)
 
 
-def layer(e_bias=None, layout="kmajor", **options) -> LayerFacts:
+def layer(e_bias=None, layout="kmajor", **options) -> Layer:
     W = torch.zeros(E, K, dtype=torch.bfloat16).t()
     W = W if layout == "kmajor" else W.contiguous()
     if e_bias is None and options.get("tid2eid") is None:
         e_bias = torch.zeros(E)
     return check_layer(
-        W, e_bias, top_k=TOP_K, routed_scaling_factor=2.5, options=LayerOptions(**options)
+        W, e_bias, top_k=TOP_K, routed_scaling_factor=2.5, options=complete_options(options)
     )
 
 
@@ -197,16 +198,16 @@ def test_a_layer_without_a_bias_is_a_hash_layer():
 def test_rows_of_a_hash_layer_are_stepped_by_an_int32():
     W = torch.zeros(E, K, dtype=torch.bfloat16).t().to("meta")
     W = W.as_strided((K, E), (1, 2**31))
-    options = LayerOptions(tid2eid=table().to("meta"))
+    options = complete_options({"tid2eid": table().to("meta")})
     with pytest.raises(ValueError, match=r"W_gate: expected a stride along E below 2\*\*31"):
         check_layer(W, None, top_k=TOP_K, routed_scaling_factor=1, options=options)
 
 
 def test_options_that_are_on_are_named():
-    assert str(LayerOptions()) == str(LayerOptions(gate_temp=1, num_shared_slots=0)) == ""
+    assert options_on({}) == options_on({"gate_temp": 1, "num_shared_slots": 0}) == ""
     both = {"to_physical": ints(E, 1), "logical_count": ints(E)}
-    on = LayerOptions(gate_temp=1.5, norm_topk_prob=False, num_shared_slots=2, **both)
-    assert str(on) == (
+    on = {"gate_temp": 1.5, "norm_topk_prob": False, "num_shared_slots": 2, **both}
+    assert options_on(on) == (
         "gate_temp=1.5, to_physical, logical_count, num_shared_slots=2, norm_topk_prob=False"
     )
 
@@ -299,7 +300,7 @@ def outputs(n=N, columns=TOP_K, ids_dtype=torch.int32):
     return torch.zeros(n, columns), torch.zeros(n, columns, dtype=ids_dtype)
 
 
-def call_of(facts, out_weights=None, out_ids=None, n=N) -> CallFacts:
+def call_of(facts, out_weights=None, out_ids=None, n=N) -> Call:
     weights, ids = outputs(n, facts.columns)
     weights = weights if out_weights is None else out_weights
     ids = ids if out_ids is None else out_ids

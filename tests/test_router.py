@@ -20,90 +20,25 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
+from gpu_recorder import replace_gpu, sites_of, table_of, w_copy_of, workspace_of
 from watchdog import ends_within
 
 from dsv4_router_runtime import Router, binding, router
-from dsv4_router_runtime.artifacts.dispatch import Problem, decode_ladder, select_kernel
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
-from dsv4_router_runtime.artifacts.kernel import PARAMETERS, IntRange, Scratch
-from dsv4_router_runtime.device import driver, workspace
-from dsv4_router_runtime.device.launch import ParameterBlock
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange, Scratch
+from dsv4_router_runtime.device import streams, tensor_map, workspace
+from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.device.tensor_map import encode_arguments
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
+from dsv4_router_runtime.parameters import ABI, DTYPES
 
 K, E, TOP_K = 512, 80, 6
 
 
-class Gpu:
-    """A recorder in the driver's place."""
-
-    def __init__(self) -> None:
-        self.arch = "sm_90a"
-        self.stream = 0
-        self.capture = 0
-        self.loads: list[str] = []
-        self.maps: list = []
-        self.launches: list[dict] = []
-        self.products: list = []
-        self.pdl: list[bool] = []
-
-    @property
-    def last(self) -> dict:
-        return self.launches[-1]
-
-
-class RecordingSite:
-    """LaunchSite without a driver: a launch notes every parameter's value."""
-
-    def __init__(self, gpu, loaded, *, stream, grid, pdl):
-        self.gpu, self.stream, self.grid = gpu, stream, grid
-        self.block = ParameterBlock(loaded.kernel)
-        gpu.pdl.append(pdl)
-
-    def set_grid(self, grid):
-        self.grid = grid
-
-    def launch(self):
-        values = {name: cell.value for name, cell in self.block.cells.items()}
-        key = self.block.kernel.key
-        self.gpu.launches.append(
-            {"kernel": key, "stream": self.stream, "grid": self.grid, **values}
-        )
-
-
 @pytest.fixture
 def gpu(monkeypatch):
-    recorder = Gpu()
-
-    def encode(arguments):
-        recorder.maps.append(arguments)
-        return driver.TensorMap()
-
-    def load(artifacts, kernel, device):
-        recorder.loads.append(kernel.key)
-        return driver.LoadedKernel(kernel=kernel, device=0, library=None, function=None)
-
-    monkeypatch.setattr(driver, "arch_of_device", lambda index: recorder.arch)
-    monkeypatch.setattr(driver, "load_kernel", load)
-    monkeypatch.setattr(driver, "encode_tensor_map", encode)
-    monkeypatch.setattr(driver, "capture_id", lambda stream: recorder.capture)
-    monkeypatch.setattr(driver, "LaunchSite", lambda *a, **b: RecordingSite(recorder, *a, **b))
-    for name, value in {
-        "current_stream": lambda index: recorder.stream,
-        "is_capturing": lambda: recorder.capture != 0,
-        "multiply": lambda x, w, out: recorder.products.append((x, w, out)),
-        "wait_for_current_stream": lambda device: None,
-        "_loaded": {},
-        "_map_caches": {},
-    }.items():
-        monkeypatch.setattr(binding, name, value)
-    monkeypatch.setattr(workspace, "wait_for_current_stream", lambda device: None)
-    monkeypatch.setattr(workspace, "_workspaces", {})
-    monkeypatch.setattr(router, "require_gpu", lambda device: None)
-    monkeypatch.setattr(router, "_remembered", type(router._remembered)())
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    return recorder
+    return replace_gpu(monkeypatch)
 
 
 @pytest.fixture
@@ -218,7 +153,7 @@ def test_activations_are_told_apart_by_address_and_shape(gpu, artifacts):
 
 
 def test_map_cache_drops_the_oldest(gpu, make, monkeypatch):
-    monkeypatch.setattr(binding, "MAX_CACHED_MAPS", 2)
+    monkeypatch.setattr(tensor_map, "MAX_CACHED_MAPS", 2)
     bound = make()
     x, w, ids = step(8)
     for num_tokens in (1, 2, 3, 3, 2, 1):
@@ -286,7 +221,7 @@ def test_streams_have_their_own_scratch_and_layers_share_it(gpu, make):
 
 def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make):
     bound = make()
-    gpu.stream = workspace.PER_THREAD_STREAM
+    gpu.stream = streams.PER_THREAD_STREAM
     bound(*step(4))
     thread = threading.Thread(target=lambda: bound(*step(4)))
     thread.start()
@@ -308,10 +243,6 @@ def test_captures_have_their_own_counters(gpu, make):
     assert len({eager, one, two, two_forked}) == 4
 
 
-def reserve_of(bound: Router) -> workspace.Workspace:
-    return bound._binding._workspace
-
-
 def with_scratch(kernel, **elements):
     """The kernel with the sizes of some of its scratch parameters changed."""
     parameters = tuple(
@@ -326,7 +257,7 @@ def with_scratch(kernel, **elements):
 @pytest.mark.parametrize("order", [1, -1])
 def test_scratch_of_a_name_is_as_large_as_any_kernel_wants_it(order):
     """Sizes differ from kernel to kernel, and none fills its last 256 bytes."""
-    small = with_scratch(decode_kernel(tile=16), partials=65, counters=3)
+    small = with_scratch(decode_kernel(tile=8), partials=65, counters=3)
     large = with_scratch(decode_kernel(tile=64), partials=129, counters=65)
     layout = workspace.scratch_layout([small, topk_kernel(), large][::order])
     assert (layout.plain, layout.plain_bytes) == ((("partials", 0),), 768)
@@ -369,7 +300,7 @@ def test_reserve_is_kept_and_shared_only_once_zeroed(gpu, make, monkeypatch):
         lambda self, size: events.append("zeroed") or zeros(self, size),
     )
     monkeypatch.setattr(workspace, "wait_for_current_stream", wait)
-    reserve = reserve_of(make())
+    reserve = workspace_of(make())
     assert events == ["zeroed", "waited with 0 shared"]
     [chunk] = reserve._reserve
     start, end = chunk.data_ptr(), chunk.data_ptr() + chunk.numel()
@@ -379,7 +310,7 @@ def test_reserve_is_kept_and_shared_only_once_zeroed(gpu, make, monkeypatch):
 
 def test_reserve_is_topped_up_by_a_new_stream_when_low(gpu, make):
     bound = make()
-    reserve = reserve_of(bound)
+    reserve = workspace_of(bound)
     reserve._free.clear()
     bound(*step(4))
     assert len(reserve._free) == workspace.RESERVE_SLOTS
@@ -419,9 +350,9 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
     """Another layer's prefill on the stream writes the same logits: it must not come between."""
     bound = make()
     bound(*step(100))
-    [slot] = reserve_of(bound)._slots.values()
+    [slot] = workspace_of(bound)._slots.values()
     held = []
-    product, launch = binding.multiply, RecordingSite.launch
+    product, launch = binding.multiply, LaunchSite.launch
     monkeypatch.setattr(
         binding, "multiply", lambda *given: held.append(slot.lock.locked()) or product(*given)
     )
@@ -431,7 +362,7 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
         held.append(slot.lock.locked())
         launch(site)
 
-    monkeypatch.setattr(RecordingSite, "launch", launched)
+    monkeypatch.setattr(LaunchSite, "launch", launched)
     second(*step(100))
     assert gpu.launches[0]["logits"] == gpu.launches[1]["logits"]
     assert held == [True, True]
@@ -440,7 +371,7 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
 
 def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
     bound = make()
-    reserve = reserve_of(bound)
+    reserve = workspace_of(bound)
     assert len(reserve._free) == workspace.RESERVE_SLOTS
     assert all(not chunk.any() for chunk in reserve._reserve)
     seen = set()
@@ -456,7 +387,7 @@ def test_reserve_is_topped_up_by_new_layers_when_low(gpu, make, monkeypatch):
     monkeypatch.setattr(workspace, "RESERVE_SLOTS", 8)
     monkeypatch.setattr(workspace, "RESERVE_LOW", 2)
     bound = make()
-    reserve = reserve_of(bound)
+    reserve = workspace_of(bound)
     for gpu.capture in range(1, 7):
         bound(*step(4))
     gpu.capture = 0
@@ -481,7 +412,7 @@ def test_capture_that_finds_the_reserve_empty_zeroes_memory_of_its_own_once(gpu,
     )
     bound = make()
     bound(*step(4))
-    reserve_of(bound)._free.clear()
+    workspace_of(bound)._free.clear()
     zeroed.clear()
     for gpu.capture in (1, 1, 1, 2, 2):
         bound(*step(4))
@@ -563,7 +494,7 @@ def test_copying_under_capture_is_refused(gpu, make):
 
 def test_unaligned_rows_are_copied_k_contiguous(gpu, make):
     bound = make("emajor", e=132)
-    copy = bound._binding.w_copy
+    copy = w_copy_of(bound)
     assert bound.weights_copied
     assert bound.kernels[0] == "router_decode_kmajor_n8.sm_90a"
     assert copy.stride() == (1, K)
@@ -576,7 +507,7 @@ def test_unaligned_rows_are_copied_k_contiguous(gpu, make):
 def test_copied_weights_hold_the_same_numbers(gpu, artifacts):
     W = torch.arange(K * 132).view(K, 132).bfloat16()
     bound = Router(W, torch.zeros(132), top_k=1, routed_scaling_factor=1, artifacts=artifacts)
-    assert torch.equal(bound._binding.w_copy, W)
+    assert torch.equal(w_copy_of(bound), W)
 
 
 def test_modified_weights_are_refused_only_where_they_were_copied(gpu, make):
@@ -812,7 +743,7 @@ def test_an_interrupted_write_does_not_pass_for_done(gpu, make, monkeypatch):
     bound = make()
     first, second = step(4), step(5)
     bound(*first)
-    site = next(iter(bound._binding._sites.values()))
+    site = sites_of(bound)[0]
 
     class Interrupted:
         def __setattr__(self, name, value):
@@ -856,7 +787,7 @@ def test_options_come_and_go_as_calls_say(gpu, make):
 def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
     """Artifacts of before an option: its parameter is missing, so it would do nothing."""
     for kernel in artifacts.manifest.for_arch("sm_90a"):
-        for name in PARAMETERS[kernel.problem.layout]:
+        for name in (item.name for item in ABI[kernel.role] if item.is_passed_by_name):
             parameters = tuple(p for p in kernel.parameters if p.name != name)
             with pytest.raises(ArtifactError, match=f'none is named "{name}", which this runtime'):
                 binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
@@ -922,7 +853,7 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
     tokens = torch.zeros(num_tokens, dtype=ids_dtype)
     mask = torch.zeros(num_tokens, dtype=torch.bool)
     bound(x, w, ids, input_ids=tokens, padding_mask=mask)
-    last, table = gpu.last, bound._binding.table_copy
+    last, table = gpu.last, table_of(bound)
     assert last["kernel"] == "router_hash.sm_90a"
     assert last["grid"] == (16, -(-num_tokens // 8), 1)
     expected = {
@@ -943,7 +874,7 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
     }
     assert of(last, expected) == expected
     x_map = gpu.maps[-1]
-    assert (x_map.dims, x_map.box) == ((64, num_tokens, K // 64), (64, 8, 4))
+    assert (x_map.dims, x_map.box) == ((64, num_tokens, K // 64), (64, 8, 8))
 
 
 @pytest.mark.parametrize("num_tokens", [57, 64])
@@ -955,7 +886,7 @@ def test_a_hash_layer_of_more_tokens_takes_the_whole_gate(gpu, make, num_tokens)
     expected = OPTION_DEFAULTS | {
         "e_bias": 0,
         "gate_temp": 0.5,
-        "tid2eid": bound._binding.table_copy.data_ptr(),
+        "tid2eid": table_of(bound).data_ptr(),
         "vocab_size": 20,
         "input_ids": tokens.data_ptr(),
         "input_ids_are_int64": 1,
@@ -965,10 +896,10 @@ def test_a_hash_layer_of_more_tokens_takes_the_whole_gate(gpu, make, num_tokens)
     assert gpu.products == []
 
 
-def test_a_hash_layer_without_decode_kernels_says_what_it_wants_them_for(gpu, artifacts, make):
-    kernels = tuple(k for k in artifacts.manifest.kernels if k.problem.layout != "kmajor")
+def test_a_hash_layer_without_decode_kernels_is_refused(gpu, artifacts, make):
+    kernels = tuple(k for k in artifacts.manifest.kernels if k.role != "decode")
     few = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
-    with pytest.raises(NoKernelError, match="a hash layer takes the whole gate for more tokens"):
+    with pytest.raises(NoKernelError, match="hash kernels end at 56 tokens, and no decode kernel goes on"):
         make(tid2eid=hash_table(), artifacts=few)
 
 
@@ -978,7 +909,7 @@ def test_a_hash_layers_prefill_selects_by_the_table(gpu, make):
     bound(*step(100), input_ids=tokens)
     expected = OPTION_DEFAULTS | {
         "e_bias": 0,
-        "tid2eid": bound._binding.table_copy.data_ptr(),
+        "tid2eid": table_of(bound).data_ptr(),
         "vocab_size": 20,
         "input_ids": tokens.data_ptr(),
         "input_ids_are_int64": 1,
@@ -992,13 +923,13 @@ def test_a_hash_layers_table_is_its_own(gpu, make):
     given = hash_table().clone()
     bound = make(tid2eid=given)
     given.fill_(-1)
-    assert torch.equal(bound._binding.table_copy, hash_table().int())
+    assert torch.equal(table_of(bound), hash_table().int())
 
 
 @pytest.mark.parametrize("e", [80, 132])
 def test_an_e_contiguous_gate_of_a_hash_layer_is_copied(gpu, make, e):
     bound = make("emajor", e=e, tid2eid=hash_table())
-    copy = bound._binding.w_copy
+    copy = w_copy_of(bound)
     assert bound.weights_copied
     assert copy.stride() == (1, K)
     tokens = torch.zeros(100, dtype=torch.int32)
@@ -1159,21 +1090,18 @@ def test_the_artifacts_built_here_can_be_bound():
         artifacts.read(kernel)
         binding.check_parameter_names(artifacts, kernel)
     for arch in {kernel.arch for kernel in artifacts.manifest.kernels}:
-        for layout in ("kmajor", "emajor"):
-            problem = Problem(
+        for layout, hashed in ((layout, hashed) for layout in LAYOUTS for hashed in (False, True)):
+            layer = LayerProblem(
                 layout=layout,
-                num_tokens=1,
+                tma_loadable=True,
+                hashed=hashed,
                 num_experts=384,
                 top_k=6,
                 k=7168,
-                dtypes=binding.DTYPES,
+                dtypes=DTYPES,
             )
-            rows = replace(problem, layout="kmajor_rows")
-            assert decode_ladder(artifacts.manifest, rows, arch)[-1][0] == 56
-            assert decode_ladder(artifacts.manifest, problem, arch)[-1][0] == 64
-            assert select_kernel(
-                artifacts.manifest, replace(problem, layout="logits", num_tokens=65), arch
-            )
+            ends = [step.max_tokens for step in plan_layer(artifacts.manifest, layer, arch).steps]
+            assert ends == [56, 64, None] if hashed else [8, 32, 64, None]
 
 
 class Step(torch.nn.Module):

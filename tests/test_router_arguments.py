@@ -15,14 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_router_runtime import Router, dense_router_dispatch
-from dsv4_router_runtime.arguments import (
-    _check_call_slowly,
-    _plainly_right,
-    check_call,
-    check_layer,
-    layout_of,
-)
-from dsv4_router_runtime.options import LayerOptions
+from dsv4_router_runtime.call import _check_call_slowly, _plainly_right, check_call
+from dsv4_router_runtime.layer import check_layer, complete_options, layout_of
 
 K, E, TOP_K, N = 128, 16, 4, 3
 
@@ -40,7 +34,7 @@ def layer(**more):
         given["e_bias"],
         top_k=given["top_k"],
         routed_scaling_factor=more.get("routed_scaling_factor", 2.5),
-        options=more.get("options", LayerOptions()),
+        options=complete_options(more.get("options", {})),
     )
 
 
@@ -68,7 +62,7 @@ def bf16(*shape):
 def test_right_arguments():
     facts = layer(routed_scaling_factor=2)
     assert (facts.k, facts.num_experts, facts.top_k, facts.scale) == (K, E, TOP_K, 2.0)
-    assert (facts.layout, facts.loadable) == ("kmajor", True)
+    assert (facts.layout, facts.tma_loadable) == ("kmajor", True)
     assert call() == N
 
 
@@ -89,7 +83,7 @@ def test_right_arguments():
 )
 def test_layouts(W_gate, layout, loadable):
     facts = layer(W_gate=W_gate, e_bias=torch.zeros(W_gate.shape[1]), top_k=1)
-    assert (facts.layout, facts.loadable) == (layout, loadable)
+    assert (facts.layout, facts.tma_loadable) == (layout, loadable)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +293,7 @@ def test_the_quick_check_never_passes_what_the_rules_refuse(
     rows, columns, padding, start, shared, ids_dtype, slots
 ):
     """Views of one buffer or of three, of any shape, stride, start and overlap."""
-    facts = layer(options=LayerOptions(num_shared_slots=slots))
+    facts = layer(options={"num_shared_slots": slots})
     dtypes = (torch.bfloat16, torch.float32, ids_dtype)
     buffer = torch.zeros(4096, dtype=torch.int32)
     tensors = [

@@ -43,13 +43,13 @@ def test_decode_covers_1_to_64_tokens_in_both_layouts(layout: str) -> None:
 
 def test_the_hash_kernel_covers_the_tokens_of_seven_clusters() -> None:
     """As many clusters of 16 CTAs as an H200 holds at once; beyond, the whole gate takes over."""
-    (spec,) = (spec for spec in KERNELS if spec.problem.layout == "kmajor_rows")
+    (spec,) = (spec for spec in KERNELS if spec.role == "hash")
     assert all(n in spec.problem.num_tokens for n in range(1, 7 * spec.token_tile + 1))
     assert 7 * spec.token_tile + 1 not in spec.problem.num_tokens
 
 
 def test_topk_covers_every_number_of_tokens() -> None:
-    (spec,) = (spec for spec in KERNELS if spec.problem.layout == "logits")
+    (spec,) = (spec for spec in KERNELS if spec.role == "select")
     assert all(n in spec.problem.num_tokens for n in (1, 64, 65, 1 << 20))
 
 

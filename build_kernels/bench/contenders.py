@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
-from dsv4_router_runtime.binding import current_stream, load_once
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.device.launch import grid_of
+from dsv4_router_runtime.device.launch_site import LaunchSite
+from dsv4_router_runtime.device.load import load_once
+from dsv4_router_runtime.device.streams import current_stream
 from dsv4_router_runtime.router import Router
 
 from .inputs import Call, Inputs, Result
@@ -124,13 +126,13 @@ class TopkLauncher:
     def __init__(self, inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> None:
         device = inputs.bias.device.index or 0
         arch = driver.arch_of_device(device)
-        kernels = [k for k in artifacts.manifest.for_arch(arch) if k.problem.layout == "logits"]
+        kernels = [k for k in artifacts.manifest.for_arch(arch) if k.role == "select"]
         if not kernels:
             raise Unavailable(f"the artifacts hold no router_topk for {arch}")
         self._device = device
         self._loaded = load_once(artifacts, kernels[0], device)
         self._pdl = pdl
-        self._sites: dict[int, driver.LaunchSite] = {}
+        self._sites: dict[int, LaunchSite] = {}
         self._grid = grid_of(
             kernels[0].launch,
             num_tokens=inputs.num_tokens,
@@ -159,10 +161,10 @@ class TopkLauncher:
         cells["out_ids_stride"].value = ids.stride(0)
         site.launch()
 
-    def _site(self, stream: int) -> driver.LaunchSite:
+    def _site(self, stream: int) -> LaunchSite:
         site = self._sites.get(stream)
         if site is None:
-            site = driver.LaunchSite(self._loaded, stream=stream, grid=self._grid, pdl=self._pdl)
+            site = LaunchSite(self._loaded, stream=stream, grid=self._grid, pdl=self._pdl)
             site.block.set(self._constants)
             self._sites[stream] = site
         return site

@@ -119,7 +119,7 @@ def is_decode(kernel: Kernel) -> bool:
 
 def is_hashed(kernel: Kernel) -> bool:
     """Does the kernel take a token's experts from a table, and read their rows of W_gate only?"""
-    return kernel.problem.layout == "kmajor_rows"
+    return kernel.role == "hash"
 
 
 def null_pointers(kernel: Kernel) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Which kernel runs a problem: a pure function of the manifest, the problem and the device.
+"""The kernels that serve a layer: a pure function of the manifest, the layer and the architecture.
 
 Every kernel of the manifest is a candidate and gets an answer, Accepted or Rejected with a reason,
-so that "nothing fits" can say why each one does not.
+so that "no kernel fits" can list why each one does not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ MAX_LISTED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One routing problem. `layout` is one of the manifest's LAYOUTS.
+    """One routing problem for a kernel of one role.
 
-    `dtypes` names every dtype that each tensor may come in, e.g. {"out_ids": ("int32", "int64")}: a
-    kernel has to take them all. A tensor that a kernel does not mention, or that is not given here,
-    is not compared.
+    role: one of the manifest's ROLES. layout: W_gate's, one of LAYOUTS; None for a kernel that
+    reads logits. dtypes: every dtype that each tensor may come in, e.g.
+    {"out_ids": ("int32", "int64")}; a kernel has to take them all. A tensor that the kernel or the
+    problem leaves out is not compared.
     """
 
-    layout: str
+    role: str
+    layout: str | None
     num_tokens: int
     num_experts: int
     top_k: int
@@ -37,8 +39,8 @@ class Problem:
 
     def __str__(self) -> str:
         return (
-            f"num_tokens={self.num_tokens}, K={self.k}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, layout={self.layout}"
+            f"role={self.role}, num_tokens={self.num_tokens}, K={self.k}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, layout={self.layout}"
         )
 
 
@@ -86,8 +88,10 @@ def _reason_against(kernel: Kernel, problem: Problem, device: str) -> str | None
     accepts = kernel.problem
     if not runs_on(kernel.arch, device):
         return f"built for {kernel.arch}, this GPU is {device}"
+    if kernel.role != problem.role:
+        return f"its role is {kernel.role}, this step needs {problem.role}"
     if accepts.layout != problem.layout:
-        return f"reads layout {accepts.layout}, this problem is {problem.layout}"
+        return f"reads layout {accepts.layout}, W_gate is {problem.layout}"
     for name, value, allowed in (
         ("num_tokens", problem.num_tokens, accepts.num_tokens),
         ("num_experts", problem.num_experts, accepts.num_experts),
@@ -104,38 +108,141 @@ def _reason_against(kernel: Kernel, problem: Problem, device: str) -> str | None
     return None
 
 
-def select_kernel(manifest: Manifest, problem: Problem, device: str) -> Kernel:
-    """The accepted kernel made for the fewest tokens; NoKernelError lists every refusal."""
-    candidates = resolve(manifest, problem, device)
-    accepted = [item.kernel for item in candidates if isinstance(item, Accepted)]
-    if not accepted:
-        raise NoKernelError(_no_kernel_message(candidates, problem, device))
-    return min(accepted, key=_most_tokens)
+@dataclass(frozen=True, kw_only=True)
+class LayerProblem:
+    """The properties of a layer that choose its kernels.
 
-
-def decode_ladder(
-    manifest: Manifest, problem: Problem, device: str
-) -> tuple[tuple[int, Kernel], ...]:
-    """The decode kernels of a bound layer, as ((most tokens, kernel), ...), ascending.
-
-    Starting at one token, each rung takes over where the rung before ends. The ladder ends where no
-    kernel accepts the next number of tokens, or no call can bring it. NoKernelError if not even one
-    token can be routed.
+    layout: kmajor or emajor, as W_gate was given. tma_loadable: TMA can step by W_gate's rows.
+    hashed: the ids come from a table. dtypes: as in `Problem`.
     """
-    kernel = select_kernel(manifest, replace(problem, num_tokens=1), device)
-    ladder = [(_most_tokens(kernel), kernel)]
-    # A kernel that accepts the next number ends above it: each rung ascends, up to MAX_TOKENS.
-    while ladder[-1][0] < MAX_TOKENS:
-        beyond = replace(problem, num_tokens=ladder[-1][0] + 1)
-        taken = [c.kernel for c in resolve(manifest, beyond, device) if isinstance(c, Accepted)]
-        if not taken:
+
+    layout: str
+    tma_loadable: bool
+    hashed: bool
+    num_experts: int
+    top_k: int
+    k: int
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One kernel of a layer, and the number of tokens up to which it serves; None is no end.
+
+    A kernel of role "select" reads logits: the step is a matrix product and that kernel.
+    """
+
+    max_tokens: int | None
+    kernel: Kernel
+    reason: str
+
+    @property
+    def is_product_and_select(self) -> bool:
+        return self.kernel.role == "select"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """The steps of a layer by ascending number of tokens; the last one has no end.
+
+    copy_reason: why W_gate has to be bound as a K-contiguous copy, or None if it is read in place.
+    """
+
+    steps: tuple[Step, ...]
+    copy_reason: str | None
+
+
+# The roles that serve a layer, in order: each goes on where the one before it ends.
+_ROLES = {False: ("decode", "select"), True: ("hash", "decode", "select")}
+_PURPOSE = {
+    "hash": "reads the rows of the chosen experts only",
+    "decode": "computes the whole gate in one launch",
+    "select": "selects from the logits of a matrix product",
+}
+
+
+def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
+    """Choose the steps of a layer on a GPU of `arch`; NoKernelError if a role has no kernel.
+
+    Within a role, the kernel made for the fewest tokens serves them. A role is left where none of
+    its kernels accepts the next number of tokens.
+    """
+    copy_reason = _copy_reason(layer)
+    problem = Problem(
+        role="decode",
+        layout=layer.layout if copy_reason is None else "kmajor",
+        num_tokens=1,
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        k=layer.k,
+        dtypes=layer.dtypes,
+    )
+    steps: list[Step] = []
+    for role in _ROLES[layer.hashed]:
+        layout = None if role == "select" else problem.layout
+        try:
+            steps += _steps_of_role(manifest, replace(problem, role=role, layout=layout), arch)
+        except NoKernelError as error:
+            if not steps:
+                raise
+            raise NoKernelError(
+                f"the layer's {steps[-1].kernel.role} kernels end at {steps[-1].max_tokens} "
+                f"tokens, and no {role} kernel goes on: {error}"
+            ) from error
+        end = steps[-1].max_tokens
+        if end is None:
             break
-        kernel = min(taken, key=_most_tokens)
-        ladder.append((_most_tokens(kernel), kernel))
-    return tuple(ladder)
+        problem = replace(problem, num_tokens=end + 1)
+    if steps[-1].max_tokens is not None:
+        raise NoKernelError(
+            f"no kernel for more than {steps[-1].max_tokens} tokens on {arch}; "
+            f"build them all with `{BUILD_COMMAND}`"
+        )
+    return LayerPlan(steps=tuple(steps), copy_reason=copy_reason)
 
 
-def _most_tokens(kernel: Kernel) -> int:
+def _copy_reason(layer: LayerProblem) -> str | None:
+    if not layer.tma_loadable:
+        return "TMA cannot step by W_gate's rows, which are no multiple of 16 bytes"
+    if layer.hashed and layer.layout != "kmajor":
+        return "a hash layer reads an expert as one row of W_gate"
+    return None
+
+
+def _steps_of_role(manifest: Manifest, problem: Problem, arch: str) -> list[Step]:
+    """Steps of one role from `problem.num_tokens` on; at least one, or NoKernelError."""
+    kernel = select_kernel(manifest, problem, arch)
+    steps: list[Step] = []
+    while True:
+        high = kernel.problem.num_tokens.high
+        if high is not None and high >= MAX_TOKENS:
+            high = None
+        reason = f"{problem.num_tokens}..{high or ''} tokens: {_PURPOSE[problem.role]}"
+        steps.append(Step(max_tokens=high, kernel=kernel, reason=reason))
+        if high is None:
+            return steps
+        # An accepted kernel takes `num_tokens`, so `high` is not below it: this ends.
+        problem = replace(problem, num_tokens=high + 1)
+        taken = _accepted(resolve(manifest, problem, arch))
+        if not taken:
+            return steps
+        kernel = min(taken, key=_max_tokens)
+
+
+def select_kernel(manifest: Manifest, problem: Problem, arch: str) -> Kernel:
+    """Return the accepted kernel made for the fewest tokens; NoKernelError lists every refusal."""
+    candidates = resolve(manifest, problem, arch)
+    accepted = _accepted(candidates)
+    if not accepted:
+        raise NoKernelError(_no_kernel_message(candidates, problem, arch))
+    return min(accepted, key=_max_tokens)
+
+
+def _accepted(candidates: tuple[Accepted | Rejected, ...]) -> list[Kernel]:
+    return [item.kernel for item in candidates if isinstance(item, Accepted)]
+
+
+def _max_tokens(kernel: Kernel) -> int:
     high = kernel.problem.num_tokens.high
     return MAX_TOKENS if high is None else min(high, MAX_TOKENS)
 

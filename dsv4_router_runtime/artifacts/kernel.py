@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Layouts of the operand that a kernel reads. kmajor: W_gate with unit stride along K. emajor: with
-# unit stride along E. kmajor_rows: as kmajor, but only the chosen experts' rows are read. logits:
+from dsv4_router_runtime.parameters import ABI, NAMES_PASSED
+
+# The step of a layer that a kernel takes: see `dispatch.plan_layer`. decode: the whole gate for few
+# tokens. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
 # FP32 logits [N, E], already multiplied out.
-LAYOUTS = ("kmajor", "emajor", "kmajor_rows", "logits")
+ROLES = tuple(ABI)
+# W_gate with unit stride along K, or along E.
+LAYOUTS = ("kmajor", "emajor")
 PARAMETER_KINDS = ("tensor_map", "pointer", "int32", "float32")
 # (bytes, alignment in the parameter block) of each kind; a CUtensorMap is 128 bytes aligned to 64.
 KIND_LAYOUT = {"tensor_map": (128, 64), "pointer": (8, 8), "int32": (4, 4), "float32": (4, 4)}
@@ -44,85 +48,6 @@ L2_PROMOTIONS = ("none", "64B", "128B", "256B")
 OOB_FILLS = ("zeros", "nan_request_zero_fma")
 # What an axis of the grid may be, besides an int: see `Launch.grid`.
 GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
-# Whose dtypes a problem may name, and which.
-DTYPE_TENSORS = (
-    "W_gate",
-    "hidden_states",
-    "logits",
-    "e_bias",
-    "bias_vl",
-    "image_mask",
-    "padding_mask",
-    "num_valid_tokens",
-    "tid2eid",
-    "input_ids",
-    "to_physical",
-    "logical_count",
-    "out_weights",
-    "out_ids",
-)
-DTYPE_NAMES = ("bfloat16", "float32", "int32", "int64", "bool")
-
-# What a call writes if it is not the call before's, in the order of `arguments.CallFacts`.
-CALL_PARAMETERS = (
-    "num_tokens",
-    "out_weights",
-    "out_weights_stride",
-    "out_ids",
-    "out_ids_stride",
-    "ids_are_int64",
-)
-# What a call may bring, in the order of `options.CallOptions`. No kernel has all of them.
-CALL_OPTION_PARAMETERS = (
-    "image_mask",
-    "padding_mask",
-    "num_valid_tokens",
-    "input_ids",
-    "input_ids_are_int64",
-)
-# Everything else is written when a launch site is made.
-_BOUND = (
-    "num_experts",
-    "top_k",
-    "routed_scaling_factor",
-    "gate_temp",
-    "norm_topk_prob",
-    "num_shared_slots",
-    "to_physical",
-    "logical_count",
-    "max_replicas",
-)
-_EVERY_KERNEL = (*CALL_PARAMETERS, *_BOUND, "padding_mask", "num_valid_tokens")
-_WITH_BIAS = ("e_bias", "bias_vl", "image_mask")
-_WITH_TABLE = ("tid2eid", "vocab_size", "input_ids", "input_ids_are_int64")
-# What a kernel of each layout has to take: without one of these, an option would do nothing.
-PARAMETERS = {
-    "kmajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
-    "emajor": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "num_k_blocks"),
-    "kmajor_rows": (*_EVERY_KERNEL, *_WITH_TABLE, "num_k_blocks", "w_gate", "w_stride"),
-    "logits": (*_EVERY_KERNEL, *_WITH_BIAS, *_WITH_TABLE, "logits", "logits_stride"),
-}
-_ALL_PASSED = frozenset(name for names in PARAMETERS.values() for name in names)
-_POINTERS = (
-    *("out_weights", "out_ids", "to_physical", "logical_count", "padding_mask"),
-    *("num_valid_tokens", "e_bias", "bias_vl", "image_mask", "tid2eid", "input_ids"),
-    *("w_gate", "logits"),
-)
-_FLOATS = ("routed_scaling_factor", "gate_temp")
-# The tensors that the kernels of a layout read through tensor maps.
-MAPPED_TENSORS = {
-    "kmajor": ("W_gate", "hidden_states"),
-    "emajor": ("W_gate", "hidden_states"),
-    "kmajor_rows": ("hidden_states",),
-    "logits": (),
-}
-
-
-def parameter_kind(name: str) -> str:
-    """The kind of a parameter that is passed by name: a pointer, a float32, or else an int32."""
-    if name in _POINTERS:
-        return "pointer"
-    return "float32" if name in _FLOATS else "int32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +66,12 @@ class IntRange:
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemRange:
-    """The problems a kernel accepts. `k_multiple` is 1 for kernels that read no K (logits)."""
+    """The problems a kernel accepts.
 
-    layout: str
+    layout: W_gate's; None for a kernel that reads logits, whose `k_multiple` is 1.
+    """
+
+    layout: str | None
     num_tokens: IntRange
     num_experts: IntRange
     top_k: IntRange
@@ -244,6 +172,7 @@ class Kernel:
 
     name: str
     arch: str
+    role: str
     file: str
     symbol: str
     cubin_sha256: str
@@ -269,12 +198,12 @@ def compute_capability(arch: str) -> int:
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 
-def wrong_parameter(layout: str, parameters: tuple[Parameter, ...]) -> tuple[str, str] | None:
+def wrong_parameter(role: str, parameters: tuple[Parameter, ...]) -> tuple[str, str] | None:
     """Find a parameter that this runtime would not fill, or not as the kernel reads it.
 
-    Returns the place (`parameters`, `parameters[3].name`) and the problem; None if all is right.
+    Returns the place (`parameters`, `parameters[3].name`) and the problem; None if all are right.
     """
-    passed = PARAMETERS[layout]
+    passed = {item.name: item.kind for item in ABI[role] if item.is_passed_by_name}
     names = [parameter.name for parameter in parameters]
     for name in passed:
         if name not in names:
@@ -282,22 +211,22 @@ def wrong_parameter(layout: str, parameters: tuple[Parameter, ...]) -> tuple[str
     for index, parameter in enumerate(parameters):
         name, kind = parameter.name, parameter.kind
         own = kind == "tensor_map" or parameter.scratch is not None
-        if name in passed and (own or kind != parameter_kind(name)):
-            problem = f'"{name}" is passed as a {parameter_kind(name)} of the call or the layer'
+        if name in passed and (own or kind != passed[name]):
+            problem = f'"{name}" is passed as a {passed[name]} of the call or the layer'
             return f"parameters[{index}]", problem
-        # A name of another layout's: scratch under it would take that one's place.
-        if name not in passed and (not own or name in _ALL_PASSED):
+        # A name of another role's: scratch under it would take that one's place.
+        if name not in passed and (not own or name in NAMES_PASSED):
             return f"parameters[{index}].name", f'nothing to pass as "{name}"'
-    return _wrong_maps(layout, parameters)
+    return _wrong_maps(role, parameters)
 
 
-def _wrong_maps(layout: str, parameters: tuple[Parameter, ...]) -> tuple[str, str] | None:
+def _wrong_maps(role: str, parameters: tuple[Parameter, ...]) -> tuple[str, str] | None:
     mapped = [item.tensor_map.tensor for item in parameters if item.tensor_map is not None]
     for tensor in TENSOR_DIMS:
-        wanted = tensor in MAPPED_TENSORS[layout]
+        wanted = any(item.tensor == tensor and item.kind == "tensor_map" for item in ABI[role])
         # A second map of hidden_states would stay null: a call encodes one.
         most = 1 if tensor == "hidden_states" else len(mapped)
         if not wanted <= mapped.count(tensor) <= (most if wanted else 0):
             number = "one" if wanted else "no"
-            return "parameters", f"layout {layout} takes {number} tensor map of {tensor}"
+            return "parameters", f"role {role} takes {number} tensor map of {tensor}"
     return None

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
+from dsv4_router_runtime.parameters import DTYPES
+
 from .json_reader import JsonNode, read_json
 from .kernel import (
-    DTYPE_NAMES,
-    DTYPE_TENSORS,
     GRID_TERMS,
     INTERLEAVES,
     KIND_LAYOUT,
@@ -35,6 +35,7 @@ from .kernel import (
     OOB_FILLS,
     PARAMETER_KINDS,
     POINTER_ELEMENT_BYTES,
+    ROLES,
     SWIZZLE_SPAN_BYTES,
     TENSOR_DIMS,
     TENSOR_ELEMENT_BYTES,
@@ -78,10 +79,11 @@ from .limits import (
     THREADS_PER_WARP,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
 MAX_COUNT = 2**31 - 1
+_DTYPE_NAMES = tuple(sorted({name for dtypes in DTYPES.values() for name in dtypes}))
 _NAME = r"[a-z][a-z0-9_]{0,63}"
 _DISTRIBUTION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[A-Za-z0-9][A-Za-z0-9.+!_ -]{0,127}"
@@ -164,6 +166,7 @@ def _kernel(node: JsonNode) -> Kernel:
     at = node.members(*(item.name for item in fields(Kernel)))
     name = at["name"].string(_NAME, "a kernel name (a-z, 0-9, _; at most 64)")
     arch = _architecture(at["arch"])
+    role = at["role"].choice(ROLES)
     file = cubin_name(name, arch)
     if at["file"].value != file:
         raise at["file"].expected(f'"{file}"')
@@ -171,19 +174,20 @@ def _kernel(node: JsonNode) -> Kernel:
     kernel = Kernel(
         name=name,
         arch=arch,
+        role=role,
         file=file,
         symbol=at["symbol"].string(r"[A-Za-z_$][A-Za-z0-9_$]{0,255}", "a symbol name"),
         cubin_sha256=at["cubin_sha256"].string(*sha256),
         ptx_sha256=at["ptx_sha256"].string(*sha256),
         source_digest=at["source_digest"].string(*sha256),
-        problem=_problem(at["problem"]),
+        problem=_problem(at["problem"], role),
         launch=_launch(at["launch"]),
         parameters=_parameters(at["parameters"]),
         resources=_resources(at["resources"]),
     )
     _check_parameters(node, kernel)
     _check_maps(at["parameters"], kernel.parameters, kernel.problem)
-    _check_grid(at["launch"], kernel.launch, kernel.problem)
+    _check_grid(at["launch"], kernel)
     _check_fits(node, kernel.launch, kernel.resources)
     return kernel
 
@@ -198,7 +202,7 @@ def _architecture(node: JsonNode) -> str:
 
 def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
     """Parameters that this runtime fills, each as the kernel reads it, and scratch with an end."""
-    wrong = wrong_parameter(kernel.problem.layout, kernel.parameters)
+    wrong = wrong_parameter(kernel.role, kernel.parameters)
     if wrong is not None:
         place, problem = wrong
         raise JsonNode(None, f"{node.path}.{place}", node.source).error(problem)
@@ -212,8 +216,9 @@ def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
         raise JsonNode(None, f"{node.path}.parameters", node.source).error(problem)
 
 
-def _check_grid(node: JsonNode, launch: Launch, problem: ProblemRange) -> None:
+def _check_grid(node: JsonNode, kernel: Kernel) -> None:
     """A CTA for every token and expert that is accepted, on axes as long as the driver's."""
+    launch, problem = kernel.launch, kernel.problem
     most_tokens = MAX_TOKENS if problem.num_tokens.high is None else problem.num_tokens.high
     if "token_tiles" not in launch.grid and most_tokens > launch.token_tile:
         path = f"{node.path}.token_tile"
@@ -222,7 +227,7 @@ def _check_grid(node: JsonNode, launch: Launch, problem: ProblemRange) -> None:
         )
     # A CTA of a kernel that reads chosen rows takes slots, whatever expert each is.
     most_experts = problem.num_experts.high or MAX_EXPERTS
-    reads_all = problem.layout != "kmajor_rows"
+    reads_all = kernel.role != "hash"
     if reads_all and "expert_tiles" not in launch.grid and most_experts > launch.expert_tile:
         path = f"{node.path}.expert_tile"
         raise JsonNode(launch.expert_tile, path, node.source).expected(
@@ -255,7 +260,7 @@ def _check_fits(node: JsonNode, launch: Launch, resources: Resources) -> None:
 
 def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: ProblemRange) -> None:
     """Maps fit the problem: W_gate's the layout, hidden_states' blocks every K that is accepted."""
-    fastest = {"kmajor": "K", "emajor": "E"}.get(problem.layout)
+    fastest = "E" if problem.layout == "emajor" else "K"
     for index, parameter in enumerate(parameters):
         recipe = parameter.tensor_map
         if recipe is None:
@@ -271,21 +276,24 @@ def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: Prob
             )
 
 
-def _problem(node: JsonNode) -> ProblemRange:
-    at = node.members(*(item.name for item in fields(ProblemRange)))
+def _problem(node: JsonNode, role: str) -> ProblemRange:
+    names = {item.name for item in fields(ProblemRange)}
+    # The layout is W_gate's, which a kernel that selects from logits does not read.
+    names -= {"layout"} if role == "select" else set()
+    at = node.members(*names)
     return ProblemRange(
-        layout=at["layout"].choice(LAYOUTS),
+        layout=at["layout"].choice(LAYOUTS) if "layout" in at else None,
         num_tokens=_int_range(at["num_tokens"], MAX_TOKENS, endless=True),
         num_experts=_int_range(at["num_experts"], MAX_EXPERTS),
         top_k=_int_range(at["top_k"], MAX_TOP_K),
         k_multiple=at["k_multiple"].integer(low=1, high=MAX_K_BLOCKS),
-        dtypes=at["dtypes"].mapping(_dtype_names, keys=DTYPE_TENSORS),
+        dtypes=at["dtypes"].mapping(_dtype_names, keys=tuple(DTYPES)),
     )
 
 
 def _dtype_names(node: JsonNode) -> tuple[str, ...]:
     what = "a list of distinct dtype names"
-    names = tuple(item.choice(DTYPE_NAMES) for item in node.items(what))
+    names = tuple(item.choice(_DTYPE_NAMES) for item in node.items(what))
     if not names or len(set(names)) != len(names):
         raise node.expected(what)
     return names

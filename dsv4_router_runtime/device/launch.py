@@ -1,7 +1,7 @@
-"""Launch arithmetic: the grid, and the parameter values laid out as cuLaunchKernelEx reads them.
+"""One launch as cuLaunchKernelEx takes it: grid, configuration, and parameters by address.
 
-Pure: no driver, no torch. The driver takes an array of pointers, one for each parameter, and copies
-what they point to during the launch call.
+The driver takes an array of pointers, one per parameter, and copies what they point to during the
+call. The grid and the parameters are computed without it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import Kernel, Launch
 from dsv4_router_runtime.artifacts.limits import MAX_GRID
+
+from . import driver
 
 _CELL_TYPES: dict[str, Any] = {
     "pointer": ctypes.c_uint64,
@@ -47,6 +49,11 @@ def grid_depends_on_tokens(launch: Launch) -> bool:
     return "token_tiles" in launch.grid
 
 
+def has_clusters(launch: Launch) -> bool:
+    """Return whether CTAs are launched in clusters of more than one."""
+    return launch.cluster != (1, 1, 1)
+
+
 class ParameterBlock:
     """Storage for one kernel's parameters, written by name and read by the driver.
 
@@ -74,3 +81,42 @@ class ParameterBlock:
             if name not in self.cells:
                 raise KeyError(f"{self.kernel.key} has no parameter named {name}")
             self.cells[name].value = value
+
+
+def launch_config(
+    kernel: Kernel, *, grid: tuple[int, int, int], shared_bytes: int, stream: int, pdl: bool
+) -> Any:
+    """Make the driver's launch configuration; `pdl` adds the attribute if the kernel allows it."""
+    cuda = driver.bindings()
+    config = cuda.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.launch.block
+    config.sharedMemBytes = shared_bytes
+    config.hStream = cuda.CUstream(stream)
+    attributes = _attributes(kernel, pdl=pdl)
+    config.numAttrs = len(attributes)
+    config.attrs = attributes
+    return config
+
+
+def _attributes(kernel: Kernel, *, pdl: bool) -> list[Any]:
+    cuda = driver.bindings()
+    identifier = cuda.CUlaunchAttributeID
+    attributes = []
+    if has_clusters(kernel.launch):
+        cluster = cuda.CUlaunchAttribute()
+        cluster.id = identifier.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = cluster.value.clusterDim
+        dimension.x, dimension.y, dimension.z = kernel.launch.cluster
+        attributes.append(cluster)
+    if pdl and kernel.launch.pdl:
+        dependent = cuda.CUlaunchAttribute()
+        dependent.id = identifier.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        dependent.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(dependent)
+    return attributes
+
+
+def launch_kernel(config: Any, function: Any, parameters: int) -> tuple[Any]:
+    """Launch, and return the driver's result: the only call of cuLaunchKernelEx."""
+    return driver.bindings().cuLaunchKernelEx(config, function, parameters, 0)

@@ -1,13 +1,17 @@
-"""From a recipe and a tensor to the arguments of cuTensorMapEncodeTiled.
+"""Tensor maps: a recipe and a tensor become the 128 bytes that TMA reads.
 
-Pure: nothing is encoded here. The rules checked are those that the CUDA driver API's reference
-gives for that call.
+The arguments of cuTensorMapEncodeTiled are computed without the driver, by the rules of the driver
+API's reference; `encode_tensor_map` calls it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import (
     SWIZZLE_SPAN_BYTES,
@@ -16,7 +20,12 @@ from dsv4_router_runtime.artifacts.kernel import (
 )
 from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES
 
+from . import driver
+
 ALIGNMENT_BYTES = 16
+TENSOR_MAP_BYTES = 128
+TENSOR_MAP_ALIGNMENT = 64
+MAX_CACHED_MAPS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +120,118 @@ def encode_arguments(
         l2_promotion=recipe.l2_promotion,
         oob_fill=recipe.oob_fill,
     )
+
+
+def weight_arguments(
+    recipe: TensorMapRecipe, *, address: int, k: int, num_experts: int, strides: tuple[int, ...]
+) -> EncodeArguments:
+    """Return the arguments for W_gate [k, num_experts] with `strides` in elements."""
+    along_k, along_e = strides
+    return encode_arguments(
+        recipe,
+        address=address,
+        sizes={"K": k, "E": num_experts},
+        strides={"K": along_k, "E": 1 if num_experts == 1 else along_e},
+    )
+
+
+class TensorMap:
+    """128 encoded bytes at an aligned `address`, alive as long as this object is."""
+
+    __slots__ = ("_storage", "address")
+
+    def __init__(self) -> None:
+        self._storage = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+        start = ctypes.addressof(self._storage)
+        self.address = -(-start // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+
+
+def encode_tensor_map(arguments: EncodeArguments) -> TensorMap:
+    """Encode a tensor map on the host.
+
+    The entry point comes from the bindings but is called through ctypes: the driver asks for
+    64-byte alignment, and the bindings' own CUtensorMap lies wherever Python's allocator put it
+    (seen at 48 modulo 64 with cuda-bindings 13.4; NVIDIA/cuda-python#1692).
+    """
+    tensor_map = TensorMap()
+    rank = len(arguments.dims)
+    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    code = _encode_function()(
+        tensor_map.address,
+        _enum("CUtensorMapDataType", "DATA_TYPE", arguments.element_type),
+        rank,
+        arguments.address,
+        (u64 * rank)(*arguments.dims),
+        (u64 * (rank - 1))(*arguments.strides),
+        (u32 * rank)(*arguments.box),
+        (u32 * rank)(*arguments.element_strides),
+        _enum("CUtensorMapInterleave", "INTERLEAVE", arguments.interleave),
+        _enum("CUtensorMapSwizzle", "SWIZZLE", arguments.swizzle),
+        _enum("CUtensorMapL2promotion", "L2_PROMOTION", arguments.l2_promotion),
+        _enum("CUtensorMapFloatOOBfill", "FLOAT_OOB_FILL", arguments.oob_fill),
+    )
+    driver.checked(f"encoding the tensor map {arguments}", (driver.bindings().CUresult(code),))
+    return tensor_map
+
+
+@cache
+def _encode_function() -> Any:
+    cuda = driver.bindings()
+    found = cuda.cuGetProcAddress(b"cuTensorMapEncodeTiled", 12000, 0)
+    address, _ = driver.checked("finding cuTensorMapEncodeTiled, which CUDA 12.0 brought", found)
+    pointer, integer = ctypes.c_void_p, ctypes.c_uint32
+    return ctypes.CFUNCTYPE(
+        ctypes.c_int, pointer, integer, integer, *[pointer] * 5, *[integer] * 4
+    )(int(address))
+
+
+# How the driver's enumerations spell the manifest's words.
+_ENUM_WORDS = {
+    "zeros": "NONE",
+    "nan_request_zero_fma": "NAN_REQUEST_ZERO_FMA",
+    "64B_l2": "L2_64B",
+    "128B_l2": "L2_128B",
+    "256B_l2": "L2_256B",
+}
+
+
+@cache
+def _enum(type_name: str, stem: str, word: str) -> int:
+    spelling = _ENUM_WORDS.get(f"{word}_l2" if stem == "L2_PROMOTION" else word, word.upper())
+    return int(getattr(getattr(driver.bindings(), type_name), f"CU_TENSOR_MAP_{stem}_{spelling}"))
+
+
+class MapCache:
+    """Encoded maps of hidden_states for one recipe, by address, shape and row stride.
+
+    Encoding takes 2 us, and a server repeats few addresses: torch's allocator returns them. The
+    oldest map is dropped when the cache is full.
+    """
+
+    def __init__(self, recipe: TensorMapRecipe) -> None:
+        self._recipe = recipe
+        self._maps: dict[tuple[int, int, int, int], TensorMap] = {}
+        self._lock = threading.Lock()
+
+    def get(self, address: int, num_tokens: int, k: int, row_stride: int) -> TensorMap:
+        """Return the map of hidden_states [num_tokens, k] at `address`, encoded at most once."""
+        key = (address, num_tokens, k, row_stride)
+        found = self._maps.get(key)
+        if found is None:
+            arguments = hidden_states_arguments(
+                self._recipe, address=address, num_tokens=num_tokens, k=k, row_stride=row_stride
+            )
+            found = encode_tensor_map(arguments)
+            with self._lock:
+                while len(self._maps) >= MAX_CACHED_MAPS:
+                    del self._maps[next(iter(self._maps))]
+                self._maps[key] = found
+        return found
+
+
+_map_caches: dict[TensorMapRecipe, MapCache] = {}
+
+
+def map_cache(recipe: TensorMapRecipe) -> MapCache:
+    """Return the cache that all layers share for maps made by `recipe`."""
+    return _map_caches.setdefault(recipe, MapCache(recipe))

@@ -29,15 +29,13 @@ import torch
 
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
 
-from . import driver
+from .streams import capture_id, stream_identity, wait_for_current_stream
 
 ALIGNMENT_BYTES = 256
 # A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and
 # a server captures each batch size once.
 RESERVE_SLOTS = 128
 RESERVE_LOW = 32
-# CU_STREAM_PER_THREAD: one handle that is a different stream in each thread.
-PER_THREAD_STREAM = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,7 @@ class Workspace:
         """A slot for one launch that `stream`, the current one, records into a graph."""
         plain = self._empty_plain()
         with self._lock:
-            zeroed = self._captured_zeroed(stream, driver.capture_id(stream))
+            zeroed = self._captured_zeroed(stream, capture_id(stream))
         return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=[plain])
 
     def _captured_zeroed(self, stream: int, capture: int) -> int:
@@ -175,16 +173,6 @@ class Workspace:
     def _zeros(self, size: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
-
-
-def wait_for_current_stream(device: torch.device) -> None:
-    """Return once the current stream's work is done: so that other streams may use its results."""
-    torch.cuda.current_stream(device).synchronize()
-
-
-def stream_identity(stream: int) -> int:
-    """A key that two streams never share: the handle, but for the one that each thread has."""
-    return stream if stream != PER_THREAD_STREAM else -threading.get_ident()
 
 
 _workspaces: dict[tuple[torch.device, ScratchLayout], Workspace] = {}

@@ -1,0 +1,149 @@
+"""A launch site: one loaded kernel on one stream, ready to launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
+from dsv4_router_runtime.call import NO_OPTIONS, Call, CallOptions
+
+from . import driver
+from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launch_kernel
+from .load import LoadedKernel
+from .tensor_map import TensorMap, map_cache
+from .workspace import Slot
+
+# The parameters that a call writes by name: its tensors but for hidden_states, read through a map.
+_CALL_PARAMETERS = tuple(
+    name for name in Call._fields if name not in ("hidden_states", "hidden_states_stride")
+)
+
+
+class LaunchSite:
+    """The launch configuration and the parameters of one kernel on one stream, made once.
+
+    A launch writes only what changed: cells of `block`, and the grid if it depends on the number of
+    tokens. One caller at a time.
+    """
+
+    def __init__(
+        self, loaded: LoadedKernel, *, stream: int, grid: tuple[int, int, int], pdl: bool
+    ) -> None:
+        self.block = ParameterBlock(loaded.kernel)
+        self._loaded = loaded
+        self._config = launch_config(
+            loaded.kernel,
+            grid=grid,
+            shared_bytes=loaded.shared_bytes(grid),
+            stream=stream,
+            pdl=pdl,
+        )
+
+    def set_grid(self, grid: tuple[int, int, int]) -> None:
+        """Launch with another grid from now on."""
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
+        self._config.sharedMemBytes = self._loaded.shared_bytes(grid)
+
+    def launch(self) -> None:
+        """Launch with the present values of `block`; the driver has copied them on return."""
+        (code,) = launch_kernel(self._config, self._loaded.function, self.block.address)
+        if code != 0:
+            self._launch_in_new_thread(code)
+
+    def _launch_in_new_thread(self, code: Any) -> None:
+        """Make the context current in a thread that never used CUDA, and launch again."""
+        if code == driver.bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            driver.make_context_current(self._loaded.device)
+            (code,) = launch_kernel(self._config, self._loaded.function, self.block.address)
+        driver.checked(f"launching {self._loaded.kernel.key}", (code,))
+
+
+class LayerLaunchSite(LaunchSite):
+    """The launch site of a layer's step: the layer's parameters are written once, a call's by call.
+
+    slot: the scratch memory that belongs to the stream or the capture.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedKernel,
+        *,
+        num_experts: int,
+        k: int,
+        stream: int,
+        slot: Slot,
+        pdl: bool,
+    ) -> None:
+        kernel = loaded.kernel
+        self._kernel_launch = kernel.launch
+        self._num_experts = num_experts
+        self._k = k
+        grid = grid_of(kernel.launch, num_tokens=1, num_experts=num_experts)
+        super().__init__(loaded, stream=stream, grid=grid, pdl=pdl)
+        self.slot = slot
+        self._grid_follows_tokens = grid_depends_on_tokens(kernel.launch)
+        self._grid_tokens = 1
+        cells = self.block.cells
+        self._x_map = next(
+            (
+                (cells[parameter.name], map_cache(parameter.tensor_map))
+                for parameter in kernel.parameters
+                if parameter.tensor_map is not None
+                and parameter.tensor_map.tensor == "hidden_states"
+            ),
+            None,
+        )
+        self._call_cells = tuple(cells[name] for name in _CALL_PARAMETERS)
+        self._call: Call | None = None
+        self._option_cells = tuple(
+            (at, cells[name]) for at, name in enumerate(CallOptions._fields) if name in cells
+        )
+        self._options: CallOptions | None = NO_OPTIONS
+        # Keeps alive the maps that the cells point to.
+        self._maps: dict[str, TensorMap] = {}
+
+    def write_layer(
+        self, values: Mapping[str, int | float], w_maps: Mapping[TensorMapRecipe, TensorMap]
+    ) -> None:
+        """Write the parameters that no call changes; values of other kernels are left out."""
+        block = self.block
+        block.set({name: value for name, value in values.items() if name in block.cells})
+        for parameter in block.kernel.parameters:
+            if parameter.tensor_map is not None and parameter.tensor_map in w_maps:
+                self._maps[parameter.name] = w_maps[parameter.tensor_map]
+                block.set({parameter.name: w_maps[parameter.tensor_map].address})
+
+    def write_call(self, call: Call, options: CallOptions) -> None:
+        """Write the parameters that changed since the last call; a step's tensors often did not."""
+        # Forgotten before it is written: an interrupt in between may not pass for a whole write.
+        if call != self._call:
+            self._call = None
+            self._write_tensors(call)
+            self._call = call
+        # The same object on every call without options.
+        if options is not self._options:
+            self._options = None
+            for at, cell in self._option_cells:
+                cell.value = options[at]
+            self._options = options
+
+    def _write_tensors(self, call: Call) -> None:
+        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
+        if self._x_map is not None:
+            cell, cache = self._x_map
+            x_map = cache.get(x_at, num_tokens, self._k, x_stride)
+            self._maps["hidden_states"] = x_map
+            cell.value = x_map.address
+        tokens, weights, weights_stride, ids, ids_stride, int64 = self._call_cells
+        tokens.value = num_tokens
+        weights.value = w_at
+        weights_stride.value = w_stride
+        ids.value = i_at
+        ids_stride.value = i_stride
+        int64.value = ids_are_int64
+        if self._grid_follows_tokens and num_tokens != self._grid_tokens:
+            self.set_grid(
+                grid_of(self._kernel_launch, num_tokens=num_tokens, num_experts=self._num_experts)
+            )
+            self._grid_tokens = num_tokens

@@ -1,0 +1,102 @@
+"""A recorder in the GPU's place, and the one way from a test into a Router's private parts."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import torch
+
+from dsv4_router_runtime import Router, binding, router
+from dsv4_router_runtime.device import (
+    driver,
+    launch_site,
+    load,
+    streams,
+    tensor_map,
+    workspace,
+)
+from dsv4_router_runtime.device.launch_site import LaunchSite
+
+
+class Gpu:
+    """What a process asked the GPU for, in order; tensors lie in host memory."""
+
+    def __init__(self) -> None:
+        self.arch = "sm_90a"
+        self.stream = 0
+        self.capture = 0
+        self.loads: list[str] = []
+        self.maps: list = []
+        self.launches: list[dict] = []
+        self.products: list = []
+        self.pdl: list[bool] = []
+
+    @property
+    def last(self) -> dict:
+        return self.launches[-1]
+
+    def load(self, artifacts, kernel, device):
+        self.loads.append(kernel.key)
+        return load.LoadedKernel(kernel=kernel, device=0, library=None, function=None)
+
+    def encode(self, arguments):
+        self.maps.append(arguments)
+        return tensor_map.TensorMap()
+
+    def launch_config(self, kernel, *, grid, shared_bytes, stream, pdl):
+        self.pdl.append(pdl)
+        x, y, z = grid
+        return SimpleNamespace(gridDimX=x, gridDimY=y, gridDimZ=z, stream=stream)
+
+    def note(self, site: LaunchSite) -> None:
+        config = site._config
+        values = {name: cell.value for name, cell in site.block.cells.items()}
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        key = site.block.kernel.key
+        self.launches.append({"kernel": key, "stream": config.stream, "grid": grid, **values})
+
+
+def replace_gpu(monkeypatch) -> Gpu:
+    """Put a recorder in the place of the driver, of streams and of the matrix product."""
+    gpu = Gpu()
+    monkeypatch.setattr(driver, "arch_of_device", lambda index: gpu.arch)
+    monkeypatch.setattr(load, "load_kernel", gpu.load)
+    monkeypatch.setattr(load, "_loaded", {})
+    monkeypatch.setattr(streams, "is_capturing", lambda: gpu.capture != 0)
+    monkeypatch.setattr(tensor_map, "encode_tensor_map", gpu.encode)
+    monkeypatch.setattr(tensor_map, "_map_caches", {})
+    monkeypatch.setattr(launch_site, "launch_config", gpu.launch_config)
+    monkeypatch.setattr(LaunchSite, "launch", lambda site: gpu.note(site))
+    for name, value in {
+        "current_stream": lambda index: gpu.stream,
+        "is_capturing": lambda: gpu.capture != 0,
+        "encode_tensor_map": gpu.encode,
+        "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
+        "wait_for_current_stream": lambda device: None,
+    }.items():
+        monkeypatch.setattr(binding, name, value)
+    monkeypatch.setattr(workspace, "capture_id", lambda stream: gpu.capture)
+    monkeypatch.setattr(workspace, "wait_for_current_stream", lambda device: None)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(router, "require_gpu", lambda device: None)
+    monkeypatch.setattr(router, "_remembered", type(router._remembered)())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    return gpu
+
+
+def workspace_of(bound: Router) -> workspace.Workspace:
+    return bound._binding._workspace
+
+
+def w_copy_of(bound: Router) -> torch.Tensor | None:
+    return bound._binding.w_copy
+
+
+def table_of(bound: Router) -> torch.Tensor | None:
+    return bound._binding.table_copy
+
+
+def sites_of(bound: Router) -> list[launch_site.LayerLaunchSite]:
+    return list(bound._binding._sites.values())

@@ -70,7 +70,7 @@ from build_kernels.bench.report import (  # noqa: E402
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
 from build_kernels.bench.table import places  # noqa: E402
 from dsv4_router_runtime.artifacts.folder import ArtifactSet  # noqa: E402
-from dsv4_router_runtime.device import driver  # noqa: E402
+from dsv4_router_runtime.device import driver, load  # noqa: E402
 from dsv4_router_runtime.device.launch import ParameterBlock  # noqa: E402
 from dsv4_router_runtime.reference import router_reference, router_scores  # noqa: E402
 
@@ -1282,12 +1282,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             values = {name: cell.value for name, cell in self.block.cells.items()}
             noted.append(self.facts | values)
 
-    def load(artifacts, kernel, device):
-        return LoadedKernel(kernel=kernel, device=device, library=None, function=None)
+    def loaded(artifacts, kernel, device):
+        return load.LoadedKernel(kernel=kernel, device=device, library=None, function=None)
 
     monkeypatch.setattr(driver, "arch_of_device", lambda index: "sm_90a")
-    monkeypatch.setattr(driver, "LaunchSite", Site)
-    monkeypatch.setattr(contenders, "load_once", load)
+    monkeypatch.setattr(contenders, "LaunchSite", Site)
+    monkeypatch.setattr(contenders, "load_once", loaded)
     monkeypatch.setattr(contenders, "current_stream", lambda index: 7)
     return noted
 

@@ -86,7 +86,7 @@ def _missing(distribution: str) -> CompileError:
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
     module = importlib.import_module(source.module)
     config = {
-        "kernel": source.kernel,
+        "role": spec.role,
         "arch": arch,
         "layout": source.layout,
         "token_tile": source.token_tile,

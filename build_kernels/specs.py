@@ -8,6 +8,7 @@ Adding an architecture of a known generation is one line in `ARCHITECTURES`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv4_router_runtime.manifest import (
@@ -18,6 +19,7 @@ from dsv4_router_runtime.manifest import (
     Scratch,
     TensorMapRecipe,
 )
+from dsv4_router_runtime.parameters import ABI, WORKSPACE, tensor_dtypes
 
 # router_decode: an MMA tile of 64 experts by `token_tile` tokens, K read in blocks of 64 and split
 # over the 16 CTAs of a cluster. router_hash: 8 slots of each of 8 tokens by those tokens, K split
@@ -72,7 +74,6 @@ class DslSource:
     """A CuTeDSL module with `compile_kernel` and `launch_facts`, and what they are called with."""
 
     module: str
-    kernel: str
     layout: str
     token_tile: int
     chunk: int
@@ -95,6 +96,7 @@ class KernelSpec:
     """One kernel, built once for each of `archs`. `grid` is as in the manifest's `Launch`."""
 
     name: str
+    role: str
     archs: tuple[str, ...]
     symbol: str
     source: CudaSource | DslSource
@@ -109,18 +111,27 @@ class KernelSpec:
     scratch_bytes: int
 
 
-def _pointer(name: str, element_type: str, scratch: Scratch | None = None) -> ParameterSpec:
-    return ParameterSpec(name=name, kind="pointer", element_type=element_type, scratch=scratch)
-
-
-def _int32(*names: str) -> tuple[ParameterSpec, ...]:
-    return tuple(ParameterSpec(name=name, kind="int32") for name in names)
+def _parameters(
+    role: str, maps: Mapping[str, TensorMapRecipe] | None = None, scratch_bytes: int = 0
+) -> tuple[ParameterSpec, ...]:
+    """Return a role's parameters in ABI order, with the recipes of its tensor maps, by name."""
+    scratch = Scratch(elements=scratch_bytes // 4, zeroed=True) if scratch_bytes else None
+    return tuple(
+        ParameterSpec(
+            name=item.name,
+            kind=item.kind,
+            element_type=item.element_type,
+            scratch=scratch if item is WORKSPACE else None,
+            tensor_map=(maps or {})[item.name] if item.kind == "tensor_map" else None,
+        )
+        for item in ABI[role]
+    )
 
 
 def _bfloat16_map(
-    name: str, tensor: str, dims: tuple[str, ...], box: tuple[int, ...], l2_promotion: str
-) -> ParameterSpec:
-    recipe = TensorMapRecipe(
+    tensor: str, dims: tuple[str, ...], box: tuple[int, ...], l2_promotion: str
+) -> TensorMapRecipe:
+    return TensorMapRecipe(
         tensor=tensor,
         element_type="bfloat16",
         dims=dims,
@@ -130,53 +141,14 @@ def _bfloat16_map(
         l2_promotion=l2_promotion,
         oob_fill="zeros",
     )
-    return ParameterSpec(name=name, kind="tensor_map", tensor_map=recipe)
 
 
-def _float32(*names: str) -> tuple[ParameterSpec, ...]:
-    return tuple(ParameterSpec(name=name, kind="float32") for name in names)
-
-
-# Every option is a parameter, a pointer that may be null or a number; none is an axis of artifacts.
-_BIASES = (
-    _pointer("e_bias", "float32"),
-    _pointer("bias_vl", "float32"),
-    _pointer("image_mask", "uint8"),
-)
-_PADDING = (_pointer("padding_mask", "uint8"), _pointer("num_valid_tokens", "int32"))
-# input_ids holds int64 where input_ids_are_int64.
-_TABLE = (_pointer("tid2eid", "int32"), _pointer("input_ids", "int32"))
-_TABLE_FACTS = _int32("vocab_size", "input_ids_are_int64")
-# out_ids holds int64 where ids_are_int64.
-_OUTPUTS = (
-    _pointer("to_physical", "int32"),
-    _pointer("logical_count", "int32"),
-    _pointer("out_weights", "float32"),
-    _pointer("out_ids", "int32"),
-)
-_WEIGHING = (*_float32("routed_scaling_factor", "gate_temp"), *_int32("norm_topk_prob"))
-_OUTPUT_FACTS = _int32("max_replicas", "num_shared_slots", "ids_are_int64")
-_OUTPUT_STRIDES = _int32("out_weights_stride", "out_ids_stride")
-
-_FLOAT32, _INT32, _BFLOAT16, _MASK = ("float32",), ("int32",), ("bfloat16",), ("bool",)
-_IDS = ("int32", "int64")
-_BIAS_DTYPES = {"e_bias": _FLOAT32, "bias_vl": _FLOAT32, "image_mask": _MASK}
-_TABLE_DTYPES = {"tid2eid": _INT32, "input_ids": _IDS}
-_OUTPUT_DTYPES = {
-    "padding_mask": _MASK,
-    "num_valid_tokens": _INT32,
-    "to_physical": _INT32,
-    "logical_count": _INT32,
-    "out_weights": _FLOAT32,
-    "out_ids": _IDS,
-}
-_GEMM_DTYPES = {"hidden_states": _BFLOAT16, "W_gate": _BFLOAT16}
 _ALL_ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 
 
-def _x_map(token_tile: int, chunk: int) -> ParameterSpec:
+def _x_map(token_tile: int, chunk: int) -> TensorMapRecipe:
     dims = ("K_in_block", "N", "K_block")
-    return _bfloat16_map("x_map", "hidden_states", dims, (K_BLOCK, token_tile, chunk), "128B")
+    return _bfloat16_map("hidden_states", dims, (K_BLOCK, token_tile, chunk), "128B")
 
 
 def _decode(layout: str, token_tile: int) -> KernelSpec:
@@ -186,11 +158,11 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
     w_box = (K_BLOCK, EXPERT_TILE) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
     return KernelSpec(
         name=name,
+        role="decode",
         archs=_ALL_ARCHS,
         symbol=f"{name}_0",  # the DSL appends a counter
         source=DslSource(
             module="build_kernels.kernels.compile",
-            kernel="decode",
             layout=layout,
             token_tile=token_tile,
             chunk=chunk,
@@ -202,22 +174,16 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
             num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
-            dtypes=_GEMM_DTYPES | _BIAS_DTYPES | _TABLE_DTYPES | _OUTPUT_DTYPES,
+            dtypes=tensor_dtypes("decode"),
         ),
-        parameters=(
-            # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
-            _bfloat16_map("w_map", "W_gate", w_dims, w_box, "256B"),
-            _x_map(token_tile, chunk),
-            _pointer("workspace", "uint32", Scratch(elements=WORKSPACE_BYTES // 4, zeroed=True)),
-            *_BIASES,
-            *_PADDING,
-            *_TABLE,
-            *_OUTPUTS,
-            *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k"),
-            *_WEIGHING,
-            *_TABLE_FACTS,
-            *_OUTPUT_FACTS,
-            *_OUTPUT_STRIDES,
+        parameters=_parameters(
+            "decode",
+            {
+                # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
+                "w_map": _bfloat16_map("W_gate", w_dims, w_box, "256B"),
+                "x_map": _x_map(token_tile, chunk),
+            },
+            WORKSPACE_BYTES,
         ),
         cluster=(K_SPLITS, 1, 1),
         grid=("k_splits", "expert_tiles", 1),
@@ -231,11 +197,11 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
 
 _HASH = KernelSpec(
     name="router_hash",
+    role="hash",
     archs=_ALL_ARCHS,
     symbol="router_hash_0",
     source=DslSource(
         module="build_kernels.kernels.compile",
-        kernel="hash_layer",
         layout="kmajor",
         token_tile=HASH_TOKEN_TILE,
         chunk=HASH_CHUNK,
@@ -247,20 +213,9 @@ _HASH = KernelSpec(
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),
         k_multiple=K_BLOCK,
-        dtypes=_GEMM_DTYPES | _TABLE_DTYPES | _OUTPUT_DTYPES,
+        dtypes=tensor_dtypes("hash"),
     ),
-    parameters=(
-        _x_map(HASH_TOKEN_TILE, HASH_CHUNK),
-        _pointer("w_gate", "bfloat16"),
-        *_PADDING,
-        *_TABLE,
-        *_OUTPUTS,
-        *_int32("num_tokens", "num_experts", "num_k_blocks", "top_k", "w_stride"),
-        *_WEIGHING,
-        *_TABLE_FACTS,
-        *_OUTPUT_FACTS,
-        *_OUTPUT_STRIDES,
-    ),
+    parameters=_parameters("hash", {"x_map": _x_map(HASH_TOKEN_TILE, HASH_CHUNK)}),
     cluster=(K_SPLITS, 1, 1),
     grid=("k_splits", "token_tiles", 1),
     k_splits=K_SPLITS,
@@ -272,6 +227,7 @@ _HASH = KernelSpec(
 
 _TOPK = KernelSpec(
     name="router_topk",
+    role="select",
     archs=_ALL_ARCHS,
     symbol="router_topk",
     source=CudaSource(file="kernels/topk.cu", block=(32 * TOPK_WARPS, 1, 1)),
@@ -281,21 +237,9 @@ _TOPK = KernelSpec(
         num_experts=IntRange(low=1, high=MAX_EXPERTS),
         top_k=IntRange(low=1, high=MAX_TOP_K),
         k_multiple=1,
-        dtypes={"logits": _FLOAT32} | _BIAS_DTYPES | _TABLE_DTYPES | _OUTPUT_DTYPES,
+        dtypes=tensor_dtypes("select"),
     ),
-    parameters=(
-        _pointer("logits", "float32"),
-        *_BIASES,
-        *_PADDING,
-        *_TABLE,
-        *_OUTPUTS,
-        *_int32("num_tokens", "num_experts", "top_k"),
-        *_WEIGHING,
-        *_TABLE_FACTS,
-        *_OUTPUT_FACTS,
-        *_int32("logits_stride"),
-        *_OUTPUT_STRIDES,
-    ),
+    parameters=_parameters("select"),
     cluster=(1, 1, 1),
     grid=("token_tiles", 1, 1),
     k_splits=1,

@@ -14,6 +14,7 @@ import dsv4_router_runtime
 FOREIGN = ("torch", "numpy", "cutlass", "build_kernels", "cuda", "triton", "click", "rich")
 PURE = (
     "errors",
+    "parameters",
     "json_reader",
     "manifest",
     "artifacts",

@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 from cutlass.cute.nvgpu import cpasync
 
+from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.entries import MAX_EXPERTS, draw_ticket, entry_of, merge
 from build_kernels.kernels.gemm import (
     EPILOGUE_WARPS,
@@ -36,9 +37,8 @@ from build_kernels.kernels.gemm import (
     TileGemm,
     k_slice,
 )
-from build_kernels.kernels.hash_table import HashTable, lookup
+from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.outputs import (
-    Outputs,
     Row,
     is_padded,
     read_counts,
@@ -84,6 +84,9 @@ def max_owned(token_tile: int) -> int:
     return 2 * max_pairs(token_tile)
 
 
+Arguments = arguments_of("decode")
+
+
 class RouterDecode:
     """The whole gate: every expert's score, and of each token the top_k.
 
@@ -125,32 +128,7 @@ class RouterDecode:
         self,
         w_gate: cute.Pointer,
         hidden_states: cute.Pointer,
-        workspace: cute.Pointer,
-        e_bias: cute.Pointer,
-        bias_vl: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
+        args: Arguments,
     ):
         if cutlass.const_expr(self.layout == "kmajor"):
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
@@ -168,34 +146,9 @@ class RouterDecode:
             w_tensor,
             x_atom,
             x_tensor,
-            workspace,
-            e_bias,
-            bias_vl,
-            image_mask,
-            padding_mask,
-            num_valid_tokens,
-            tid2eid,
-            input_ids,
-            to_physical,
-            logical_count,
-            out_weights,
-            out_ids,
-            num_tokens,
-            num_experts,
-            num_k_blocks,
-            top_k,
-            routed_scaling_factor,
-            gate_temp,
-            norm_topk_prob,
-            vocab_size,
-            input_ids_are_int64,
-            max_replicas,
-            num_shared_slots,
-            ids_are_int64,
-            out_weights_stride,
-            out_ids_stride,
+            args,
         ).launch(
-            grid=(NUM_SPLITS, (num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
+            grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
         )
@@ -207,57 +160,17 @@ class RouterDecode:
         mW: cute.Tensor,
         x_atom: cute.CopyAtom,
         mX: cute.Tensor,
-        workspace: cute.Pointer,
-        e_bias: cute.Pointer,
-        bias_vl: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
+        args: Arguments,
     ):
         # ---------------------------------------------------------------- prepare
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         split, tile, _ = cute.arch.block_idx()
         _, num_tiles, _ = cute.arch.grid_dim()
         storage = cutlass.utils.SmemAllocator().allocate(self.gemm.shared_storage())
-        outputs = Outputs(
-            out_weights=out_weights,
-            out_ids=out_ids,
-            out_weights_stride=out_weights_stride,
-            out_ids_stride=out_ids_stride,
-            ids_are_int64=ids_are_int64,
-            to_physical=to_physical,
-            logical_count=logical_count,
-            max_replicas=max_replicas,
-            num_shared_slots=num_shared_slots,
-            num_experts=num_experts,
-            top_k=top_k,
-            routed_scaling_factor=routed_scaling_factor,
-            norm_topk_prob=norm_topk_prob,
-        )
 
-        first_block, num_blocks = k_slice(split, num_k_blocks)
+        first_block, num_blocks = k_slice(split, args.num_k_blocks)
         # token pairs split, split + S, ... are this CTA's to sum
-        num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
+        num_pairs = ((args.num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
 
         if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(w_atom)
@@ -270,12 +183,9 @@ class RouterDecode:
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
             self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks)
-            self.publish_facts(
-                *(storage, workspace, image_mask, padding_mask, num_valid_tokens),
-                *(split, num_tokens, num_tiles),
-            )
-        if warp == self.names_warp and to_physical.toint() != 0:
-            self.publish_names(storage, outputs, split, num_tokens)
+            self.publish_facts(storage, args, split, num_tiles)
+        if warp == self.names_warp and args.to_physical.toint() != 0:
+            self.publish_names(storage, args, split)
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
@@ -283,22 +193,14 @@ class RouterDecode:
             # Warp w sums token w mod 2 of the CTA's pair w / 2.
             pair, column = warp // 2, warp % 2
             token = owned_token(split, warp)
-            entries = self.own_entries(workspace, token, tile, num_tiles)
-            row = row_of(outputs, token)
-            biases = self.read_biases(e_bias, bias_vl, tile, num_experts)
-            inverse_temp = reciprocal(gate_temp)
-            table = HashTable(
-                tid2eid=tid2eid,
-                input_ids=input_ids,
-                input_ids_are_int64=input_ids_are_int64,
-                vocab_size=vocab_size,
-                num_tokens=num_tokens,
-                top_k=top_k,
-            )
-            ranks, unknown = self.read_ranks(table, token, tile)
-            self.send(storage, num_blocks, num_tokens)
+            entries = self.own_entries(args.workspace, token, tile, num_tiles)
+            row = row_of(args, token)
+            biases = self.read_biases(args, tile)
+            inverse_temp = reciprocal(args.gate_temp)
+            ranks, unknown = self.read_ranks(args, token, tile)
+            self.send(storage, num_blocks, args.num_tokens)
             self.gemm.free_accumulator(storage, warp)
-            if token < num_tokens:
+            if token < args.num_tokens:
                 # Outputs and workspace may be in use until the grid before has ended.
                 cute.arch.griddepcontrol_wait()
                 cute.arch.mbarrier_wait(storage.facts_full.data_ptr(), 0)
@@ -308,26 +210,26 @@ class RouterDecode:
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 if unknown == 0 and facts & IS_PADDED == 0:
                     keys, scores = self.score(
-                        *(storage, pair, column, tile, biases, is_image, table, ranks),
-                        *(gate_temp, inverse_temp, num_experts),
+                        *(storage, args, pair, column, tile),
+                        *(biases, is_image, ranks, inverse_temp),
                     )
                     if num_tiles == 1:
-                        entry = self.select_alone(keys, scores, top_k, row.shared_id)
-                        self.store(storage, outputs, row, warp, entry)
+                        entry = self.select_alone(keys, scores, args.top_k, row.shared_id)
+                        self.store(storage, args, row, warp, entry)
                     else:
                         for i in cutlass.range_constexpr(2):
                             word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
                             cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
                         if facts & MAX_TICKET == num_tiles - 1:
                             # E up to 256, to 384 and to 512: as few registers as hold them.
-                            merged = (workspace, token, num_tiles, top_k, row.shared_id)
+                            merged = (args.workspace, token, num_tiles, args.top_k, row.shared_id)
                             if num_tiles <= 4:
-                                self.store(storage, outputs, row, warp, merge(4, *merged))
+                                self.store(storage, args, row, warp, merge(4, *merged))
                             elif num_tiles <= 6:
-                                self.store(storage, outputs, row, warp, merge(6, *merged))
+                                self.store(storage, args, row, warp, merge(6, *merged))
                             else:
                                 entry = merge(MAX_TILES, *merged)
-                                self.store(storage, outputs, row, warp, entry)
+                                self.store(storage, args, row, warp, entry)
                 elif tile == 0:
                     store_padding(row)
 
@@ -413,41 +315,37 @@ class RouterDecode:
     def publish_facts(
         self,
         storage,
-        workspace: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
+        args: Arguments,
         split: Int32,
-        num_tokens: Int32,
         num_tiles: Int32,
     ):
         """The producer warp, when all is loaded: for each of the CTA's tokens draw a ticket and
         read the masks, which are in the making until the grid before has ended."""
         lane = cute.arch.lane_idx()
         token = owned_token(split, lane)
-        if lane < self.max_owned and token < num_tokens:
-            ticket = draw_ticket(workspace, token, num_tiles)
-            is_image = read_mask(image_mask, token, num_tokens)
-            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
+        if lane < self.max_owned and token < args.num_tokens:
+            ticket = draw_ticket(args.workspace, token, num_tiles)
+            is_image = read_mask(args.image_mask, token, args.num_tokens)
+            padded = is_padded(args, token)
             facts = self.facts(storage)
             facts[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padded, IS_PADDED)
         cute.arch.mbarrier_arrive(storage.facts_full.data_ptr())
 
     @cute.jit
-    def publish_names(self, storage, outputs: Outputs, split: Int32, num_tokens: Int32):
+    def publish_names(self, storage, args: Arguments, split: Int32):
         """The names warp: physical ids of every expert for the CTA's tokens.
 
         A name takes two reads of HBM in a row: here they are on nobody's path.
         """
-        if owned_token(split, 0) < num_tokens:
+        if owned_token(split, 0) < args.num_tokens:
             experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
             for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
                 experts[i] = 32 * i + cute.arch.lane_idx()
-            counts = read_counts(outputs, experts)
+            counts = read_counts(args, experts)
             names = self.names(storage)
             for warp in cutlass.range_constexpr(self.max_owned):
                 token = owned_token(split, warp)
-                row = read_names(outputs, experts, counts, token)
+                row = read_names(args, experts, counts, token)
                 for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
                     names[experts[i], warp] = row[i]
             cute.arch.mbarrier_arrive(storage.names_full.data_ptr())
@@ -494,31 +392,29 @@ class RouterDecode:
                 )
 
     @cute.jit
-    def read_biases(
-        self, e_bias: cute.Pointer, bias_vl: cute.Pointer, tile: Int32, num_experts: Int32
-    ):
+    def read_biases(self, args: Arguments, tile: Int32):
         """(2, 2) FP32: for a lane's two experts of the tile, the bias of text and of images."""
         biases = cute.make_rmem_tensor((2, 2), Float32)
         biases.fill(0.0)
-        text = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
-        image = cute.make_tensor(bias_vl, cute.make_layout(MAX_EXPERTS))
+        text = cute.make_tensor(args.e_bias, cute.make_layout(MAX_EXPERTS))
+        image = cute.make_tensor(args.bias_vl, cute.make_layout(MAX_EXPERTS))
         for i in cutlass.range_constexpr(2):
             expert = EXPERT_TILE * tile + self.lane_expert(i)
-            if expert < num_experts and e_bias.toint() != 0:
+            if expert < args.num_experts and args.e_bias.toint() != 0:
                 biases[i, 0] = text[expert]
-            if expert < num_experts and bias_vl.toint() != 0:
+            if expert < args.num_experts and args.bias_vl.toint() != 0:
                 biases[i, 1] = image[expert]
         return biases
 
     @cute.jit
-    def read_ranks(self, table: HashTable, token: Int32, tile: Int32):
+    def read_ranks(self, args: Arguments, token: Int32, tile: Int32):
         """(ranks, unknown): of a lane's two experts of the tile the place in the token's row of the
         table, MAX_TOP_K for none; whether the token has no row. Without a table nothing is read."""
         ranks = cute.make_rmem_tensor((2,), Int32)
         ranks.fill(MAX_TOP_K)
         unknown = Int32(0)
-        if table.tid2eid.toint() != 0:
-            chosen = lookup(table, token, cute.arch.lane_idx())
+        if args.tid2eid.toint() != 0:
+            chosen = lookup(args, token, cute.arch.lane_idx())
             for i in cutlass.range_constexpr(2):
                 for rank in cutlass.range_constexpr(MAX_TOP_K):
                     matches = cute.arch.shuffle_sync(
@@ -529,12 +425,12 @@ class RouterDecode:
         return ranks, unknown
 
     @cute.jit
-    def store(self, storage, outputs: Outputs, row: Row, warp: Int32, entry: tuple):
+    def store(self, storage, args: Arguments, row: Row, warp: Int32, entry: tuple):
         """Name the chosen experts and store the token's row."""
         expert, score, total = entry
-        if outputs.to_physical.toint() != 0:
+        if args.to_physical.toint() != 0:
             cute.arch.mbarrier_wait(storage.names_full.data_ptr(), 0)
-            if cute.arch.lane_idx() < outputs.top_k:
+            if cute.arch.lane_idx() < args.top_k:
                 expert = self.names(storage)[expert, warp]
         store(row, expert, score, total)
 
@@ -542,16 +438,14 @@ class RouterDecode:
     def score(
         self,
         storage,
+        args: Arguments,
         pair: Int32,
         column: Int32,
         tile: Int32,
         biases: cute.Tensor,
         is_image: Int32,
-        table: HashTable,
         ranks: cute.Tensor,
-        gate_temp: Float32,
         inverse_temp: Float32,
-        num_experts: Int32,
     ):
         """Keys (uint32) and scores (FP32) of a lane's two experts, the sums in source order."""
         lane = cute.arch.lane_idx()
@@ -566,11 +460,11 @@ class RouterDecode:
             logit = parts[i, 0]
             for source in cutlass.range_constexpr(1, NUM_SPLITS):
                 logit = logit + parts[i, source]
-            score = router_score(tempered(logit, gate_temp, inverse_temp))
+            score = router_score(tempered(logit, args.gate_temp, inverse_temp))
             key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
-            if table.tid2eid.toint() != 0:
+            if args.tid2eid.toint() != 0:
                 key = ranked_key(ranks[i])
-            if EXPERT_TILE * tile + self.lane_expert(i) >= num_experts:
+            if EXPERT_TILE * tile + self.lane_expert(i) >= args.num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
             if score != score:
                 score = Float32(0.0)

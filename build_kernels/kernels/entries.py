@@ -75,10 +75,12 @@ def merge(
 @cute.jit
 def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32):
     """Pointer to the entry that `lane` merges in `register`; a warp's 16-byte loads coalesce."""
-    return workspace + (token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2)
+    return cute.recast_ptr(workspace, dtype=Uint64) + (
+        token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2
+    )
 
 
 @cute.jit
 def ticket_of(workspace: cute.Pointer, token: Int32):
     """Pointer to a token's ticket counter."""
-    return cute.recast_ptr(workspace + MAX_TOKENS * MAX_EXPERTS, dtype=Int32) + token
+    return cute.recast_ptr(workspace, dtype=Int32) + 2 * MAX_TOKENS * MAX_EXPERTS + token

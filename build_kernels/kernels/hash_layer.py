@@ -16,6 +16,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
+from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import (
     EPILOGUE_WARPS,
     K_BLOCK,
@@ -25,9 +26,8 @@ from build_kernels.kernels.gemm import (
     TileGemm,
     k_slice,
 )
-from build_kernels.kernels.hash_table import HashTable, lookup
+from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.outputs import (
-    Outputs,
     is_padded,
     read_counts,
     read_names,
@@ -52,6 +52,9 @@ SUMS_BYTES = NUM_SPLITS * SLOTS * 4
 VECTOR = 8  # BF16 elements in 16 bytes
 VECTORS = K_BLOCK // VECTOR
 ROWS_AT_ONCE = 32 * LOAD_WARPS // VECTORS
+
+
+Arguments = arguments_of("hash")
 
 
 class RouterHash:
@@ -86,61 +89,15 @@ class RouterHash:
     def __call__(
         self,
         hidden_states: cute.Pointer,
-        w_gate: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        w_stride: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
+        args: Arguments,
     ):
         x_atom, x_tensor = self.gemm.x_atom(hidden_states)
         self.kernel(
             x_atom,
             x_tensor,
-            w_gate,
-            padding_mask,
-            num_valid_tokens,
-            tid2eid,
-            input_ids,
-            to_physical,
-            logical_count,
-            out_weights,
-            out_ids,
-            num_tokens,
-            num_experts,
-            num_k_blocks,
-            top_k,
-            w_stride,
-            routed_scaling_factor,
-            gate_temp,
-            norm_topk_prob,
-            vocab_size,
-            input_ids_are_int64,
-            max_replicas,
-            num_shared_slots,
-            ids_are_int64,
-            out_weights_stride,
-            out_ids_stride,
+            args,
         ).launch(
-            grid=(NUM_SPLITS, (num_tokens + TOKEN_TILE - 1) // TOKEN_TILE, 1),
+            grid=(NUM_SPLITS, (args.num_tokens + TOKEN_TILE - 1) // TOKEN_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
         )
@@ -150,64 +107,18 @@ class RouterHash:
         self,
         x_atom: cute.CopyAtom,
         mX: cute.Tensor,
-        w_gate: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        w_stride: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
+        args: Arguments,
     ):
         # ---------------------------------------------------------------- prepare
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         split, tile, _ = cute.arch.block_idx()
         storage = cutlass.utils.SmemAllocator().allocate(self.gemm.shared_storage())
-        table = HashTable(
-            tid2eid=tid2eid,
-            input_ids=input_ids,
-            input_ids_are_int64=input_ids_are_int64,
-            vocab_size=vocab_size,
-            num_tokens=num_tokens,
-            top_k=top_k,
-        )
-        outputs = Outputs(
-            out_weights=out_weights,
-            out_ids=out_ids,
-            out_weights_stride=out_weights_stride,
-            out_ids_stride=out_ids_stride,
-            ids_are_int64=ids_are_int64,
-            to_physical=to_physical,
-            logical_count=logical_count,
-            max_replicas=max_replicas,
-            num_shared_slots=num_shared_slots,
-            num_experts=num_experts,
-            top_k=top_k,
-            routed_scaling_factor=routed_scaling_factor,
-            norm_topk_prob=norm_topk_prob,
-        )
 
-        first_block, num_blocks = k_slice(split, num_k_blocks)
+        first_block, num_blocks = k_slice(split, args.num_k_blocks)
         first_token = tile * TOKEN_TILE
         # CTA i < TOKEN_TILE of the cluster owns token i of the tile.
         token = first_token + split
-        is_owner = split < TOKEN_TILE and token < num_tokens
+        is_owner = split < TOKEN_TILE and token < args.num_tokens
 
         if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(x_atom)
@@ -222,34 +133,34 @@ class RouterHash:
         if warp == self.gemm.producer_warp:
             self.load_x(storage, x_atom, mX, tile, first_block, num_blocks)
         if warp >= self.first_load_warp:
-            self.load_w(storage, table, w_gate, w_stride, first_token, first_block, num_blocks)
+            self.load_w(storage, args, first_token, first_block, num_blocks)
             cute.arch.cluster_wait()
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and store
         if warp < EPILOGUE_WARPS:
             lane = cute.arch.lane_idx()
-            inverse_temp = reciprocal(gate_temp)
-            expert = lookup(table, token, lane)
+            inverse_temp = reciprocal(args.gate_temp)
+            expert = lookup(args, token, lane)
             # An unknown token's experts are -1.
-            unknown = cute.arch.vote_ballot_sync(lane < top_k and expert < 0)
+            unknown = cute.arch.vote_ballot_sync(lane < args.top_k and expert < 0)
             ids = cute.make_rmem_tensor((1,), Int32)
-            ids[0] = choose(lane < top_k, cutlass.max(expert, 0), Int32(0))
-            if outputs.to_physical.toint() != 0:
+            ids[0] = choose(lane < args.top_k, cutlass.max(expert, 0), Int32(0))
+            if args.to_physical.toint() != 0:
                 row_index = choose(is_owner, token, Int32(0))
-                ids[0] = read_names(outputs, ids, read_counts(outputs, ids), row_index)[0]
-            row = row_of(outputs, token)
+                ids[0] = read_names(args, ids, read_counts(args, ids), row_index)[0]
+            row = row_of(args, token)
             # Outputs may be in use, and masks in the making, until the grid before has ended.
             cute.arch.griddepcontrol_wait()
-            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
-            self.send(storage, num_blocks, num_tokens - first_token)
+            padded = is_padded(args, token)
+            self.send(storage, num_blocks, args.num_tokens - first_token)
             self.gemm.free_accumulator(storage, warp)
             if warp == 0 and is_owner:
                 # Of padding too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 if padded == 0 and unknown == 0:
-                    score, total = self.score(storage, gate_temp, inverse_temp, top_k)
-                    store(row, choose(lane < top_k, ids[0], row.shared_id), score, total)
+                    score, total = self.score(storage, args, inverse_temp)
+                    store(row, choose(lane < args.top_k, ids[0], row.shared_id), score, total)
                 else:
                     store_padding(row)
 
@@ -279,9 +190,7 @@ class RouterHash:
     def load_w(
         self,
         storage,
-        table,
-        w_gate: cute.Pointer,
-        w_stride: Int32,
+        args: Arguments,
         first_token: Int32,
         first_block: Int32,
         num_blocks: Int32,
@@ -299,7 +208,7 @@ class RouterHash:
         for i in cutlass.range_constexpr(num_rows):
             row = thread // VECTORS + i * ROWS_AT_ONCE
             rows.append(row)
-            sources.append(lookup(table, first_token + row // SLOTS, row % SLOTS))
+            sources.append(lookup(args, first_token + row // SLOTS, row % SLOTS))
         num_chunks = (num_blocks + self.gemm.chunk - 1) // self.gemm.chunk
         for chunk in cutlass.range(num_chunks, unroll=1):
             stage = chunk % self.gemm.stages
@@ -308,12 +217,12 @@ class RouterHash:
             words.fill(0)
             for i in cutlass.range_constexpr(num_rows):
                 if sources[i] >= 0:
-                    first = Int64(sources[i]) * w_stride + (
+                    first = Int64(sources[i]) * args.w_stride + (
                         (first_block + chunk * self.gemm.chunk) * K_BLOCK + vector * VECTOR
                     )
                     for block in cutlass.range_constexpr(self.gemm.chunk):
                         if block < blocks:
-                            source = cute.recast_ptr(w_gate + first, dtype=Int32)
+                            source = cute.recast_ptr(args.w_gate + first, dtype=Int32)
                             source = (source + block * (K_BLOCK // 2)).align(16)
                             cute.autovec_copy(
                                 cute.make_tensor(source, cute.make_layout(4)),
@@ -355,15 +264,15 @@ class RouterHash:
                 )
 
     @cute.jit
-    def score(self, storage, gate_temp: Float32, inverse_temp: Float32, top_k: Int32):
+    def score(self, storage, args: Arguments, inverse_temp: Float32):
         """(score, total): of lane r < top_k slot r's score, 0 of others; the sum in rank order."""
         slot = cute.arch.lane_idx() % SLOTS
         sums = cute.make_tensor(storage.sums.data_ptr(), cute.make_layout(NUM_SPLITS * SLOTS))
         logit = sums[slot]
         for source in cutlass.range_constexpr(1, NUM_SPLITS):
             logit = logit + sums[source * SLOTS + slot]
-        score = router_score(tempered(logit, gate_temp, inverse_temp))
-        if score != score or cute.arch.lane_idx() >= top_k:
+        score = router_score(tempered(logit, args.gate_temp, inverse_temp))
+        if score != score or cute.arch.lane_idx() >= args.top_k:
             score = Float32(0.0)
         total = Float32(0.0)
         for rank in cutlass.range_constexpr(SLOTS):

@@ -19,59 +19,32 @@ def read_mask(mask: cute.Pointer, token: Int32, num_tokens: Int32) -> Int32:
 
 
 @cute.jit
-def is_padded(
-    token: Int32, num_tokens: Int32, padding_mask: cute.Pointer, num_valid_tokens: cute.Pointer
-) -> Int32:
+def is_padded(args, token: Int32) -> Int32:
     """Not 0 for a row that the caller calls padding: padding_mask [num_tokens] uint8 says so, or
     num_valid_tokens, one int32. Of either pointer null says nothing."""
-    padded = read_mask(padding_mask, token, num_tokens)
-    if num_valid_tokens.toint() != 0:
-        if token >= cute.make_tensor(num_valid_tokens, cute.make_layout(1))[0]:
+    padded = read_mask(args.padding_mask, token, args.num_tokens)
+    if args.num_valid_tokens.toint() != 0:
+        if token >= cute.make_tensor(args.num_valid_tokens, cute.make_layout(1))[0]:
             padded = Int32(1)
     return padded
 
 
-class Outputs(NamedTuple):
-    """Where ids and weights go, and as what: a kernel's parameters of these names.
-
-    out_weights FP32 and out_ids int32 (int64 where ids_are_int64), rows `*_stride` elements apart,
-    top_k + num_shared_slots columns. to_physical [num_experts, max_replicas] and logical_count
-    [num_experts], int32, rename the experts unless to_physical is null.
-    """
-
-    out_weights: cute.Pointer
-    out_ids: cute.Pointer
-    out_weights_stride: Int32
-    out_ids_stride: Int32
-    ids_are_int64: Int32
-    to_physical: cute.Pointer
-    logical_count: cute.Pointer
-    max_replicas: Int32
-    num_shared_slots: Int32
-    num_experts: Int32
-    top_k: Int32
-    routed_scaling_factor: Float32
-    norm_topk_prob: Int32
-
-
 @cute.jit
-def read_counts(outputs: Outputs, experts: cute.Tensor) -> cute.Tensor:
+def read_counts(args, experts: cute.Tensor) -> cute.Tensor:
     """logical_count of a lane's experts, both int32 registers; there is a map.
 
     An index beyond the experts is taken as the last one. All counts are read before the first is
     used: the reads overlap.
     """
     counts = cute.make_rmem_tensor(experts.shape, Int32)
-    table = cute.make_tensor(outputs.logical_count, cute.make_layout(outputs.num_experts))
+    table = cute.make_tensor(args.logical_count, cute.make_layout(args.num_experts))
     for i in cutlass.range_constexpr(cute.size(experts)):
-        counts[i] = table[cutlass.min(experts[i], outputs.num_experts - 1)]
+        counts[i] = table[cutlass.min(experts[i], args.num_experts - 1)]
     return counts
 
 
 @cute.jit
-def read_names(
-    outputs: Outputs, experts: cute.Tensor, counts: cute.Tensor, token: Int32
-) -> cute.Tensor:
+def read_names(args, experts: cute.Tensor, counts: cute.Tensor, token: Int32) -> cute.Tensor:
     """Physical ids of a lane's experts for a row, the same for all lanes: replica token mod count
     of each. int32 registers; there is a map; token is below 64.
 
@@ -79,18 +52,18 @@ def read_names(
     the nearest that is in it: the tables are the caller's, and may be rewritten at any time.
     """
     names = cute.make_rmem_tensor(experts.shape, Int32)
-    size = outputs.num_experts * outputs.max_replicas
-    table = cute.make_tensor(outputs.to_physical, cute.make_layout(size))
+    size = args.num_experts * args.max_replicas
+    table = cute.make_tensor(args.to_physical, cute.make_layout(size))
     # A remainder a lane instead of one an expert: lane c - 1 has that of count c. A count from 33
     # on goes into a token at most once.
     remainder = token % (cute.arch.lane_idx() + 1)
     for i in cutlass.range_constexpr(cute.size(experts)):
-        count = cutlass.max(cutlass.min(counts[i], outputs.max_replicas), 1)
+        count = cutlass.max(cutlass.min(counts[i], args.max_replicas), 1)
         replica = cute.arch.shuffle_sync(remainder, cutlass.min(count, 32) - 1)
         beyond = choose(token >= count, token - count, token)
         replica = choose(count > 32, beyond, replica)
-        expert = cutlass.min(experts[i], outputs.num_experts - 1)
-        names[i] = table[expert * outputs.max_replicas + replica]
+        expert = cutlass.min(experts[i], args.num_experts - 1)
+        names[i] = table[expert * args.max_replicas + replica]
     return names
 
 
@@ -113,21 +86,21 @@ class Row(NamedTuple):
 
 
 @cute.jit
-def row_of(outputs: Outputs, token: Int32) -> Row:
+def row_of(args, token: Int32) -> Row:
     """Lane r < top_k has rank r, the next lanes the shared experts, the rest nothing."""
     lane = cute.arch.lane_idx()
-    words = choose(outputs.ids_are_int64 != 0, Int32(2), Int32(1))
-    norms = outputs.norm_topk_prob != 0
+    words = choose(args.ids_are_int64 != 0, Int32(2), Int32(1))
+    norms = args.norm_topk_prob != 0
     return Row(
-        weight=outputs.out_weights + (Int64(token) * outputs.out_weights_stride + lane),
-        id=outputs.out_ids + (Int64(token) * outputs.out_ids_stride + lane) * words,
-        is_wide=outputs.ids_are_int64,
-        is_stored=lane < outputs.top_k + outputs.num_shared_slots,
-        shared_id=outputs.num_experts + lane - outputs.top_k,
+        weight=args.out_weights + (Int64(token) * args.out_weights_stride + lane),
+        id=args.out_ids + (Int64(token) * args.out_ids_stride + lane) * words,
+        is_wide=args.ids_are_int64,
+        is_stored=lane < args.top_k + args.num_shared_slots,
+        shared_id=args.num_experts + lane - args.top_k,
         norm=choose(norms, Float32(1.0), Float32(0.0)),
         otherwise=choose(norms, Float32(1e-20), Float32(1.0)),
-        scale=outputs.routed_scaling_factor,
-        added=choose(lane < outputs.top_k, Float32(0.0), Float32(1.0)),
+        scale=args.routed_scaling_factor,
+        added=choose(lane < args.top_k, Float32(0.0), Float32(1.0)),
     )
 
 

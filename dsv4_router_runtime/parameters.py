@@ -1,0 +1,178 @@
+"""The launch parameters of every kernel: ABI order, types, and where their values come from.
+
+Each parameter is described once, in the group that kernels share. The kernel specs, the kernels'
+`Arguments` and the tables of the runtime and of the evidence are derived from here. Pure data.
+
+Every option is a parameter: a pointer that may be null, or a number. None is an axis of artifacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# `LaunchParameter.given`: with a layer's weights, by a call, or by the runtime for one launch.
+BOUND, BROUGHT, LAUNCH = "bound", "brought", "launch"
+
+_BFLOAT16, _FLOAT32, _INT32, _MASK = ("bfloat16",), ("float32",), ("int32",), ("bool",)
+_INTEGERS = ("int32", "int64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchParameter:
+    """One launch parameter. `kind` is one of the manifest's PARAMETER_KINDS.
+
+    given        BOUND, BROUGHT or LAUNCH
+    element_type the element that a kernel reads through a pointer
+    argument     the caller's keyword for it, if that differs from `name`
+    tensor       the caller's tensor behind a pointer or a tensor map; None for scratch
+    dtypes       torch dtypes that `tensor` may have
+    shape        sizes of `tensor`, slowest first
+    off          value that disables the option; None for a parameter that every launch sets
+    after_wait   accessed only after griddepcontrol.wait: the kernel before may still use it
+    """
+
+    name: str
+    kind: str
+    given: str
+    element_type: str | None = None
+    argument: str | None = None
+    tensor: str | None = None
+    dtypes: tuple[str, ...] = ()
+    shape: tuple[str, ...] = ()
+    off: int | float | None = None
+    after_wait: bool = False
+
+
+def _map(name: str, tensor: str, *shape: str, given: str, after_wait: bool) -> LaunchParameter:
+    return LaunchParameter(
+        name=name,
+        kind="tensor_map",
+        given=given,
+        tensor=tensor,
+        dtypes=_BFLOAT16,
+        shape=shape,
+        after_wait=after_wait,
+    )
+
+
+def _pointer(
+    name: str,
+    element_type: str,
+    dtypes: tuple[str, ...],
+    *shape: str,
+    given: str,
+    tensor: str | None = None,
+    argument: str | None = None,
+    off: int | None = None,
+    after_wait: bool = False,
+) -> LaunchParameter:
+    return LaunchParameter(
+        name=name,
+        kind="pointer",
+        given=given,
+        element_type=element_type,
+        tensor=tensor or name,
+        argument=argument,
+        dtypes=dtypes,
+        shape=shape,
+        off=off,
+        after_wait=after_wait,
+    )
+
+
+def _int32(name: str, given: str, off: int | None = None) -> LaunchParameter:
+    return LaunchParameter(name=name, kind="int32", given=given, off=off)
+
+
+def _float32(name: str, given: str, off: float | None = None) -> LaunchParameter:
+    return LaunchParameter(name=name, kind="float32", given=given, off=off)
+
+
+W_MAP = _map("w_map", "W_gate", "K", "E", given=BOUND, after_wait=False)
+X_MAP = _map("x_map", "hidden_states", "N", "K", given=BROUGHT, after_wait=True)
+W_GATE = _pointer("w_gate", "bfloat16", _BFLOAT16, "K", "E", given=BOUND, tensor="W_gate")
+LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_wait=True)
+# Scratch that is zero between launches; its size is the builder's to say.
+WORKSPACE = LaunchParameter(
+    name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
+)
+BIASES = (
+    # Null in a hash layer.
+    _pointer("e_bias", "float32", _FLOAT32, "E", given=BOUND),
+    _pointer("bias_vl", "float32", _FLOAT32, "E", given=BOUND, off=0),
+    _pointer("image_mask", "uint8", _MASK, "N", given=BROUGHT, off=0, after_wait=True),
+)
+PADDING = (
+    _pointer("padding_mask", "uint8", _MASK, "N", given=BROUGHT, off=0, after_wait=True),
+    _pointer(
+        "num_valid_tokens",
+        "int32",
+        _INT32,
+        "1",
+        given=BROUGHT,
+        argument="num_tokens",
+        off=0,
+        after_wait=True,
+    ),
+)
+TABLE = (
+    _pointer("tid2eid", "int32", _INT32, "vocab_size", "top_k", given=BOUND, off=0),
+    # Holds int64 if input_ids_are_int64.
+    _pointer("input_ids", "int32", _INTEGERS, "N", given=BROUGHT, off=0),
+)
+OUTPUTS = (
+    _pointer("to_physical", "int32", _INT32, "E", "max_replicas", given=BOUND, off=0),
+    _pointer("logical_count", "int32", _INT32, "E", given=BOUND, off=0),
+    _pointer("out_weights", "float32", _FLOAT32, "N", "columns", given=BROUGHT, after_wait=True),
+    # Holds int64 if ids_are_int64.
+    _pointer("out_ids", "int32", _INTEGERS, "N", "columns", given=BROUGHT, after_wait=True),
+)
+NUM_TOKENS = _int32("num_tokens", BROUGHT)
+NUM_EXPERTS = _int32("num_experts", BOUND)
+NUM_K_BLOCKS = _int32("num_k_blocks", BOUND)
+TOP_K = _int32("top_k", BOUND)
+# Elements between two experts' rows of W_gate.
+W_STRIDE = _int32("w_stride", BOUND)
+LOGITS_STRIDE = _int32("logits_stride", LAUNCH)
+WEIGHING = (
+    _float32("routed_scaling_factor", BOUND),
+    _float32("gate_temp", BOUND, off=1.0),
+    _int32("norm_topk_prob", BOUND, off=1),
+)
+# How the tensors of the groups above are to be read and written.
+FORMATS = (
+    _int32("vocab_size", BOUND, off=0),
+    _int32("input_ids_are_int64", BROUGHT, off=0),
+    _int32("max_replicas", BOUND, off=0),
+    _int32("num_shared_slots", BOUND, off=0),
+    _int32("ids_are_int64", BROUGHT, off=0),
+)
+OUTPUT_STRIDES = (_int32("out_weights_stride", BROUGHT), _int32("out_ids_stride", BROUGHT))
+
+# Role of a kernel -> its parameters in ABI order.
+ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
+    "decode": (
+        *(W_MAP, X_MAP, WORKSPACE),
+        *(*BIASES, *PADDING, *TABLE, *OUTPUTS),
+        *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K),
+        *(*WEIGHING, *FORMATS, *OUTPUT_STRIDES),
+    ),
+    "hash": (
+        *(X_MAP, W_GATE),
+        *(*PADDING, *TABLE, *OUTPUTS),
+        *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K, W_STRIDE),
+        *(*WEIGHING, *FORMATS, *OUTPUT_STRIDES),
+    ),
+    "select": (
+        LOGITS,
+        *(*BIASES, *PADDING, *TABLE, *OUTPUTS),
+        *(NUM_TOKENS, NUM_EXPERTS, TOP_K),
+        *(*WEIGHING, *FORMATS, LOGITS_STRIDE, *OUTPUT_STRIDES),
+    ),
+}
+
+
+def tensor_dtypes(role: str) -> dict[str, tuple[str, ...]]:
+    """Return the torch dtypes that each of a kernel's tensors may have, by tensor."""
+    return {item.tensor: item.dtypes for item in ABI[role] if item.tensor is not None}

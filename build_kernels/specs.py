@@ -9,26 +9,23 @@ Adding an architecture of a known generation is one line in `ARCHITECTURES`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dsv4_router_runtime.manifest import (
-    MAX_EXPERTS,
-    MAX_TOP_K,
-    IntRange,
-    ProblemRange,
-    Scratch,
-    TensorMapRecipe,
-)
+from dsv4_router_runtime.manifest import IntRange, ProblemRange, Scratch, TensorMapRecipe
 from dsv4_router_runtime.parameters import ABI, WORKSPACE, tensor_dtypes
 
-# router_decode: an MMA tile of 64 experts by `token_tile` tokens, K read in blocks of 64 and split
-# over the 16 CTAs of a cluster. router_hash: 8 slots of each of 8 tokens by those tokens, K split
-# alike. The kernels' own constants; the build fails where they differ.
-EXPERT_TILE = 64
-HASH_TOKEN_TILE = 8
-K_BLOCK = 64
-K_SPLITS = 16
-MAX_DECODE_TOKENS = 64
+from .kernels.shapes import (
+    EXPERT_TILE,
+    HASH_TOKEN_TILE,
+    K_BLOCK,
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    NUM_SPLITS,
+    TOPK_DEFINES,
+    TOPK_WARPS,
+    WORKSPACE_BYTES,
+)
+
 # Tuning of the decode kernels by tokens a tile: K blocks a chunk, chunks in the shared-memory ring.
 # A ring of 8 blocks holds a CTA's slice of K up to 8192. Measured on one H200 at 7168x384 with PDL,
 # weights cold, us: N = 1, tiles of 8 3.30, of 16 3.37; N = 16, tiles of 32 3.96 (of 16 3.71, for
@@ -40,10 +37,6 @@ DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 # took 5.17, 3.88, 7.02 and 5.77.
 HASH_CHUNK = 8
 MAX_HASH_TOKENS = 56
-# An 8-byte entry for each token and expert, and a 4-byte counter for each token.
-WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * 8 + 4)
-# router_topk: a warp a token, 4 warps a block. Also in topk.cu; the build checks the block.
-TOPK_WARPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +56,11 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CudaSource:
-    """A CUDA C++ file beside this module, for NVRTC, and the block it is written for."""
+    """A CUDA C++ file beside this module, for NVRTC: the block it is written for, its macros."""
 
     file: str
     block: tuple[int, int, int]
+    defines: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +102,6 @@ class KernelSpec:
     expert_tile: int
     token_tile: int
     pdl: bool
-    scratch_bytes: int
 
 
 def _parameters(
@@ -185,13 +178,12 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
             },
             WORKSPACE_BYTES,
         ),
-        cluster=(K_SPLITS, 1, 1),
+        cluster=(NUM_SPLITS, 1, 1),
         grid=("k_splits", "expert_tiles", 1),
-        k_splits=K_SPLITS,
+        k_splits=NUM_SPLITS,
         expert_tile=EXPERT_TILE,
         token_tile=token_tile,
         pdl=True,
-        scratch_bytes=WORKSPACE_BYTES,
     )
 
 
@@ -216,13 +208,12 @@ _HASH = KernelSpec(
         dtypes=tensor_dtypes("hash"),
     ),
     parameters=_parameters("hash", {"x_map": _x_map(HASH_TOKEN_TILE, HASH_CHUNK)}),
-    cluster=(K_SPLITS, 1, 1),
+    cluster=(NUM_SPLITS, 1, 1),
     grid=("k_splits", "token_tiles", 1),
-    k_splits=K_SPLITS,
+    k_splits=NUM_SPLITS,
     expert_tile=EXPERT_TILE,
     token_tile=HASH_TOKEN_TILE,
     pdl=True,
-    scratch_bytes=0,
 )
 
 _TOPK = KernelSpec(
@@ -230,7 +221,7 @@ _TOPK = KernelSpec(
     role="select",
     archs=_ALL_ARCHS,
     symbol="router_topk",
-    source=CudaSource(file="kernels/topk.cu", block=(32 * TOPK_WARPS, 1, 1)),
+    source=CudaSource(file="kernels/topk.cu", block=(32 * TOPK_WARPS, 1, 1), defines=TOPK_DEFINES),
     problem=ProblemRange(
         layout="logits",
         num_tokens=IntRange(low=1, high=None),
@@ -246,7 +237,6 @@ _TOPK = KernelSpec(
     expert_tile=MAX_EXPERTS,
     token_tile=TOPK_WARPS,
     pdl=True,
-    scratch_bytes=0,
 )
 
 KERNELS = (

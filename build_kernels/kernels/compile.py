@@ -5,11 +5,13 @@ No GPU is needed: a kernel is traced with pointers to nothing, for an architectu
 
 import cutlass.cute as cute
 
-from build_kernels.kernels import decode, entries, hash_layer
+from build_kernels.kernels import decode, hash_layer
 from build_kernels.kernels.arguments import trace_arguments
-from build_kernels.kernels.gemm import NUM_SPLITS, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm import TileGemm
 from build_kernels.kernels.gemm_sm90 import TileGemmSm90
 from build_kernels.kernels.gemm_sm100 import TileGemmSm100
+from build_kernels.kernels.shapes import MAX_EXPERTS
+from dsv4_router_runtime.parameters import ABI
 
 
 def make_kernel(*, role: str, arch: str, token_tile: int, **config):
@@ -26,20 +28,18 @@ def make_kernel(*, role: str, arch: str, token_tile: int, **config):
         make_gemm(
             sums_bytes=decode.sums_bytes(token_tile),
             num_facts=decode.max_owned(token_tile),
-            num_names=decode.max_owned(token_tile) * entries.MAX_EXPERTS,
+            num_names=decode.max_owned(token_tile) * MAX_EXPERTS,
         )
     )
 
 
 def launch_facts(*, role: str, **config) -> dict:
-    """What a launch needs besides its arguments, and the workspace's size in bytes."""
+    """Return the names of a kernel's parameters, and the part of its launch that it decides."""
     made = make_kernel(role=role, **config)
     return {
-        "block": [made.num_threads, 1, 1],
-        "cluster": [NUM_SPLITS, 1, 1],
+        "parameters": tuple(parameter.name for parameter in ABI[role]),
+        "block": (made.num_threads, 1, 1),
         "dynamic_shared_bytes": made.gemm.shared_bytes,
-        "expert_tile": TILE_ROWS,
-        "workspace_bytes": entries.WORKSPACE_BYTES if role == "decode" else 0,
     }
 
 

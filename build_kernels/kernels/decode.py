@@ -26,13 +26,10 @@ from cutlass import Float32, Int32, Uint32, Uint64
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.entries import MAX_EXPERTS, draw_ticket, entry_of, merge
+from build_kernels.kernels.entries import draw_ticket, entry_of, merge
 from build_kernels.kernels.gemm import (
     EPILOGUE_WARPS,
-    K_BLOCK,
     MAX_K,
-    NUM_SPLITS,
-    TILE_ROWS,
     W_BLOCK_BYTES,
     TileGemm,
     k_slice,
@@ -49,7 +46,6 @@ from build_kernels.kernels.outputs import (
     store_padding,
 )
 from build_kernels.kernels.select import (
-    MAX_TOP_K,
     NOT_A_CANDIDATE,
     bits_of,
     choose,
@@ -60,8 +56,14 @@ from build_kernels.kernels.select import (
     take_top_k,
     tempered,
 )
+from build_kernels.kernels.shapes import (
+    EXPERT_TILE,
+    K_BLOCK,
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    NUM_SPLITS,
+)
 
-EXPERT_TILE = TILE_ROWS
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
 # A token's facts in one word: its ticket, then flags.
 MAX_TICKET = MAX_TILES - 1

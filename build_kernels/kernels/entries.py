@@ -7,12 +7,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
-from build_kernels.kernels.gemm import MAX_TOKENS
 from build_kernels.kernels.select import NOT_A_CANDIDATE, float_of, take_top_k
-
-MAX_EXPERTS = 512
-# workspace: entries [token][expert], 8 B each, then a 4 B ticket counter a token
-WORKSPACE_BYTES = MAX_TOKENS * (MAX_EXPERTS * 8 + 4)
+from build_kernels.kernels.shapes import MAX_DECODE_TOKENS, MAX_EXPERTS
 
 
 @cute.jit
@@ -83,4 +79,4 @@ def entry_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32
 @cute.jit
 def ticket_of(workspace: cute.Pointer, token: Int32):
     """Pointer to a token's ticket counter."""
-    return cute.recast_ptr(workspace, dtype=Int32) + 2 * MAX_TOKENS * MAX_EXPERTS + token
+    return cute.recast_ptr(workspace, dtype=Int32) + 2 * MAX_DECODE_TOKENS * MAX_EXPERTS + token

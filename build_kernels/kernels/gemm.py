@@ -10,14 +10,12 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-TILE_ROWS = 64
-K_BLOCK = 64
-NUM_SPLITS = 16
+from build_kernels.kernels.shapes import K_BLOCK, MAX_DECODE_TOKENS, NUM_SPLITS, TILE_M
+
 EPILOGUE_WARPS = 4
 # Bounds of coordinates only: the real extents are in the tensor maps.
-MAX_TOKENS = 64
 MAX_K = 1 << 20
-W_BLOCK_BYTES = TILE_ROWS * K_BLOCK * 2
+W_BLOCK_BYTES = TILE_M * K_BLOCK * 2
 
 
 def k_slice(split: Int32, num_k_blocks: Int32) -> tuple:
@@ -82,7 +80,7 @@ class TileGemm:
         kmajor = self.layout == "kmajor"
         kind = warpgroup.SmemLayoutAtomKind
         atom = warpgroup.make_smem_layout_atom(kind.K_SW128 if kmajor else kind.MN_SW128, BFloat16)
-        shape = (TILE_ROWS, K_BLOCK, self.ring_blocks)
+        shape = (TILE_M, K_BLOCK, self.ring_blocks)
         return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
 
     def x_smem_layout(self, *ring: int) -> cute.ComposedLayout:
@@ -130,7 +128,7 @@ class TileGemm:
     def x_atom(self, hidden_states: cute.Pointer):
         """The TMA of a chunk of hidden_states: its atom, and the tensor of its coordinates."""
         layout = cute.make_layout(
-            (MAX_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
+            (MAX_DECODE_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
         )
         return cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),

@@ -6,7 +6,8 @@ import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
-from build_kernels.kernels.gemm import EPILOGUE_WARPS, K_BLOCK, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm import EPILOGUE_WARPS, TileGemm
+from build_kernels.kernels.shapes import K_BLOCK, TILE_M
 
 MIN_TMEM_COLUMNS = 32  # tcgen05.alloc takes a power of two, at least 32
 
@@ -37,7 +38,7 @@ class TileGemmSm100(TileGemm):
             tcgen05.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (TILE_ROWS, self.token_tile, 16),
+                (TILE_M, self.token_tile, 16),
                 tcgen05.CtaGroup.ONE,
                 tcgen05.OperandSource.SMEM,
                 w_major,
@@ -49,7 +50,7 @@ class TileGemmSm100(TileGemm):
         """(MMA, 1, 1) FP32 in tensor memory: row 16 w + r in lane 32 w + r, token in the
         column."""
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
-        shape = tiled_mma.partition_shape_C((TILE_ROWS, self.token_tile))
+        shape = tiled_mma.partition_shape_C((TILE_M, self.token_tile))
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
 
     @property
@@ -77,7 +78,7 @@ class TileGemmSm100(TileGemm):
         """The MMA warp: every K block in order, into one accumulator."""
         if warp == self.mma_warp:
             tiled_mma = self.make_tiled_mma()
-            mma_tiler = (TILE_ROWS, self.token_tile, K_BLOCK)
+            mma_tiler = (TILE_M, self.token_tile, K_BLOCK)
             w_layout = sm100_utils.make_smem_layout_a(
                 tiled_mma, mma_tiler, BFloat16, self.ring_blocks
             )
@@ -127,7 +128,7 @@ class TileGemmSm100(TileGemm):
         )
         thr_copy = tiled_copy.get_slice(thread)
         tTR_tAcc = thr_copy.partition_S(tCtAcc[((None, None), 0, 0)])
-        coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
+        coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
         accumulators.fill(0.0)
         cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr(), 0)

@@ -5,7 +5,8 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.gemm import K_BLOCK, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm import TileGemm
+from build_kernels.kernels.shapes import K_BLOCK, TILE_M
 
 
 class TileGemmSm90(TileGemm):
@@ -39,7 +40,7 @@ class TileGemmSm90(TileGemm):
             warpgroup.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (TILE_ROWS, self.token_tile, 16),
+                (TILE_M, self.token_tile, 16),
                 warpgroup.OperandSource.SMEM,
                 w_major,
                 OperandMajorMode.K,
@@ -54,7 +55,7 @@ class TileGemmSm90(TileGemm):
         tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
         # (MMA, MMA_M, MMA_N): registers and the (row, token) of each
-        coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
+        coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
         accumulators.fill(0.0)
 

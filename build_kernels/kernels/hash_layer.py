@@ -19,9 +19,6 @@ from cutlass.cute.nvgpu import cpasync
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import (
     EPILOGUE_WARPS,
-    K_BLOCK,
-    NUM_SPLITS,
-    TILE_ROWS,
     W_BLOCK_BYTES,
     TileGemm,
     k_slice,
@@ -36,16 +33,15 @@ from build_kernels.kernels.outputs import (
     store_padding,
 )
 from build_kernels.kernels.select import (
-    MAX_TOP_K,
     bits_of,
     choose,
     reciprocal,
     router_score,
     tempered,
 )
+from build_kernels.kernels.shapes import HASH_TOKEN_TILE, K_BLOCK, MAX_TOP_K, NUM_SPLITS, TILE_M
 
 SLOTS = MAX_TOP_K
-TOKEN_TILE = TILE_ROWS // SLOTS
 LOAD_WARPS = 8
 # Shared memory for one token's partial sums: FP32 of each slot from every source.
 SUMS_BYTES = NUM_SPLITS * SLOTS * 4
@@ -97,7 +93,7 @@ class RouterHash:
             x_tensor,
             args,
         ).launch(
-            grid=(NUM_SPLITS, (args.num_tokens + TOKEN_TILE - 1) // TOKEN_TILE, 1),
+            grid=(NUM_SPLITS, (args.num_tokens + HASH_TOKEN_TILE - 1) // HASH_TOKEN_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
         )
@@ -115,10 +111,10 @@ class RouterHash:
         storage = cutlass.utils.SmemAllocator().allocate(self.gemm.shared_storage())
 
         first_block, num_blocks = k_slice(split, args.num_k_blocks)
-        first_token = tile * TOKEN_TILE
-        # CTA i < TOKEN_TILE of the cluster owns token i of the tile.
+        first_token = tile * HASH_TOKEN_TILE
+        # CTA i < HASH_TOKEN_TILE of the cluster owns token i of the tile.
         token = first_token + split
-        is_owner = split < TOKEN_TILE and token < args.num_tokens
+        is_owner = split < HASH_TOKEN_TILE and token < args.num_tokens
 
         if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(x_atom)
@@ -203,7 +199,7 @@ class RouterHash:
         thread, _, _ = cute.arch.thread_idx()
         thread = thread - 32 * self.first_load_warp
         vector = thread % VECTORS
-        num_rows = TILE_ROWS // ROWS_AT_ONCE
+        num_rows = TILE_M // ROWS_AT_ONCE
         rows, sources = [], []
         for i in cutlass.range_constexpr(num_rows):
             row = thread // VECTORS + i * ROWS_AT_ONCE

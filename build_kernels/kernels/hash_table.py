@@ -3,7 +3,7 @@
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from build_kernels.kernels.select import MAX_TOP_K
+from build_kernels.kernels.shapes import MAX_TOP_K
 
 
 @cute.jit

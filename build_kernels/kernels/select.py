@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-MAX_TOP_K = 8
+from build_kernels.kernels.shapes import MAX_TOP_K
+
 FLOAT32_MAX = 3.4028234663852886e38
 # 2^f on [-1/2, 1/2], minimax: relative error 1.6e-8; then log1p(u) / u on [0, 1]: 8.2e-8. Highest
 # power first. The score has the same steps, constants and bits as in topk.cu; a test holds them

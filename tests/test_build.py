@@ -177,7 +177,7 @@ class TestPlan:
 
     def test_decode_sources_are_all_python_kernels(self) -> None:
         names = {path.name for path in compilers.source_files(DECODE)}
-        assert {"decode.py", "select.py"} <= names
+        assert {"decode.py", "top_k.py"} <= names
         assert [path.name for path in compilers.source_files(TOPK)] == ["topk.cu"]
 
     def test_architectures_built_one_after_another_add_up(

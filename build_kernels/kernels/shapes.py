@@ -9,6 +9,7 @@ from dsv4_router_runtime.manifest import MAX_EXPERTS, MAX_TOP_K
 # smallest M of tcgen05.mma; 64 BF16 along K are the 128 bytes that the swizzle spans.
 TILE_M = 64
 K_BLOCK = 64
+MMA_K = 16
 # Split-K: each CTA of a cluster takes one slice of K. 16 is the largest cluster there is.
 NUM_SPLITS = 16
 MAX_DECODE_TOKENS = 64

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .cubin import INSTALL, wheel_file
 from .specs import CudaSource, DslSource, KernelSpec
@@ -26,6 +28,7 @@ DSL_DISTRIBUTION = "nvidia-cutlass-dsl"
 # and additions are fused only where the source says so: see topk.cu.
 NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
 
+NO_DEFINES: Mapping[str, int] = {}
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -35,15 +38,16 @@ class CompileError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A kernel as compiled, with the part of its launch that its source decides."""
+    """A compiled kernel, and the part of its launch that its source decides.
+
+    parameters: their names, in the order of the source.
+    """
 
     cubin: bytes
     ptx: str
+    parameters: tuple[str, ...]
     block: tuple[int, int, int]
-    cluster: tuple[int, int, int]
-    expert_tile: int
     dynamic_shared_bytes: int
-    scratch_bytes: int
 
 
 def toolchain_versions() -> dict[str, str]:
@@ -86,14 +90,14 @@ def _missing(distribution: str) -> CompileError:
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:
     module = importlib.import_module(source.module)
     config = {
-        "kernel": source.kernel,
+        "role": spec.role,
         "arch": arch,
         "layout": source.layout,
         "token_tile": source.token_tile,
         "chunk": source.chunk,
         "stages": source.stages,
     }
-    facts: Mapping = module.launch_facts(**config)
+    facts: Mapping[str, Any] = module.launch_facts(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)
     if not isinstance(cubin, bytes):
         # The DSL looks for its own file under the name of the architecture that it takes this one
@@ -107,29 +111,33 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
     return Compiled(
         cubin=cubin,
         ptx=ptx.rstrip("\0"),
-        block=tuple(facts["block"]),
-        cluster=tuple(facts["cluster"]),
-        expert_tile=facts["expert_tile"],
+        parameters=facts["parameters"],
+        block=facts["block"],
         dynamic_shared_bytes=facts["dynamic_shared_bytes"],
-        scratch_bytes=facts["workspace_bytes"],
     )
 
 
 def _compile_cuda(spec: KernelSpec, source: CudaSource, arch: str) -> Compiled:
     text = (_PACKAGE / source.file).read_text()
-    cubin, ptx = nvrtc_compile(text, name=Path(source.file).name, arch=arch)
+    cubin, ptx = nvrtc_compile(text, name=Path(source.file).name, arch=arch, defines=source.defines)
     return Compiled(
         cubin=cubin,
         ptx=ptx,
+        parameters=_declared_parameters(text, spec.symbol),
         block=source.block,
-        cluster=spec.cluster,
-        expert_tile=spec.expert_tile,
         dynamic_shared_bytes=0,
-        scratch_bytes=0,
     )
 
 
-def nvrtc_compile(text: str, *, name: str, arch: str) -> tuple[bytes, str]:
+def _declared_parameters(text: str, symbol: str) -> tuple[str, ...]:
+    """Return the names in the parameter list of a CUDA C++ function; none without the function."""
+    found = re.search(rf"\b{re.escape(symbol)}\(([^)]*)\)", text)
+    return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1])) if found else ()
+
+
+def nvrtc_compile(
+    text: str, *, name: str, arch: str, defines: Mapping[str, int] = NO_DEFINES
+) -> tuple[bytes, str]:
     """Compile CUDA C++ to (cubin, PTX), both of one compilation; CompileError holds NVRTC's log."""
     nvrtc = ctypes.CDLL(str(wheel_file(NVRTC_DISTRIBUTION, NVRTC_LIBRARY)))
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -152,7 +160,8 @@ def nvrtc_compile(text: str, *, name: str, arch: str) -> tuple[bytes, str]:
     )
     check(created, "create the program")
     try:
-        options = [f"--gpu-architecture={arch}", *NVRTC_OPTIONS]
+        macros = (f"--define-macro={macro}={value}" for macro, value in defines.items())
+        options = [f"--gpu-architecture={arch}", *NVRTC_OPTIONS, *macros]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array) != 0:
             log = output("ProgramLog").rstrip(b"\0").decode(errors="replace").strip()

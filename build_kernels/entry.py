@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from math import prod
 
 from dsv4_router_runtime.artifacts.manifest import (
@@ -39,11 +41,9 @@ def make_entry(
     _check("symbol", facts.symbol, spec.symbol)
     _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
     _check("block that the cubin is bounded to", facts.max_block or compiled.block, compiled.block)
-    _check("cluster", compiled.cluster, spec.cluster)
     _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
-    _check("expert tile", compiled.expert_tile, spec.expert_tile)
-    _check("scratch bytes", compiled.scratch_bytes, spec.scratch_bytes)
     _check_no_local_memory(facts, opcodes)
+    _check_parameter_names(spec, compiled)
     return Kernel(
         name=spec.name,
         arch=arch,
@@ -56,14 +56,14 @@ def make_entry(
         problem=spec.problem,
         launch=Launch(
             block=compiled.block,
-            cluster=compiled.cluster,
+            cluster=spec.cluster,
             grid=spec.grid,
             k_splits=spec.k_splits,
             expert_tile=spec.expert_tile,
             token_tile=spec.token_tile,
             dynamic_shared_bytes=compiled.dynamic_shared_bytes,
             pdl=spec.pdl,
-            nonportable_cluster=prod(compiled.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+            nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
         ),
         parameters=make_parameters(spec, facts.parameters),
         resources=Resources(
@@ -103,6 +103,20 @@ def make_parameters(spec: KernelSpec, found: Sequence[CubinParameter]) -> tuple[
             )
         )
     return tuple(parameters)
+
+
+def _check_parameter_names(spec: KernelSpec, compiled: Compiled) -> None:
+    """EntryError unless the source declares the spec's parameters in order and reads each one."""
+    pairs = zip_longest(compiled.parameters, (item.name for item in spec.parameters))
+    for index, (declared, wanted) in enumerate(pairs):
+        if declared != wanted:
+            raise EntryError(
+                f"parameter {index}: the source declares {declared}, the spec {wanted}; "
+                "the ABI's order is in dsv4_router_runtime/parameters.py"
+            )
+        # One mention is the declaration.
+        if len(re.findall(rf"\b{re.escape(spec.symbol)}_param_{index}\b", compiled.ptx)) < 2:
+            raise EntryError(f"parameter {wanted}: the kernel takes it and never reads it")
 
 
 def _check(what: str, got: object, expected: object) -> None:

@@ -169,7 +169,7 @@ class TestPlan:
 
     def test_decode_sources_are_all_python_kernels(self) -> None:
         names = {path.name for path in compilers.source_files(DECODE)}
-        assert {"decode.py", "select.py"} <= names
+        assert {"decode.py", "top_k.py"} <= names
         assert [path.name for path in compilers.source_files(TOPK)] == ["topk.cu"]
 
     def test_architectures_built_one_after_another_add_up(
@@ -369,11 +369,8 @@ class TestRefusals:
         assert "Traceback" not in outcome
 
     def test_block(self, tmp_path: Path) -> None:
-        source = CudaSource(file="kernels/topk.cu", block=(64, 1, 1))
+        source = dataclasses.replace(TOPK.source, block=(64, 1, 1))
         assert "block that the cubin is bounded to" in self.outcome(tmp_path, source=source)
-
-    def test_scratch(self, tmp_path: Path) -> None:
-        assert "scratch bytes" in self.outcome(tmp_path, scratch_bytes=64)
 
     def test_symbol(self, tmp_path: Path) -> None:
         assert "symbol: the compiled kernel has router_topk, the spec says other" in self.outcome(
@@ -388,8 +385,27 @@ class TestRefusals:
 
     def test_too_few_parameters(self, tmp_path: Path) -> None:
         outcome = self.outcome(tmp_path, parameters=TOPK.parameters[:-1])
-        count = len(TOPK.parameters)
-        assert f"parameters: the cubin has {count}, the spec {count - 1}" in outcome
+        assert "parameter 25: the source declares out_ids_stride, the spec None" in outcome
+
+    def test_parameters_of_one_size_in_another_order(self, tmp_path: Path) -> None:
+        """Neither sizes nor offsets tell e_bias from bias_vl: their names have to."""
+        logits, e_bias, bias_vl, *rest = TOPK.parameters
+        outcome = self.outcome(tmp_path, parameters=(logits, bias_vl, e_bias, *rest))
+        assert "parameter 1: the source declares e_bias, the spec bias_vl" in outcome
+
+    def test_a_parameter_that_the_kernel_never_reads(self, tmp_path: Path) -> None:
+        """An option that is passed and ignored would look like one that works."""
+        assert isinstance(TOPK.source, CudaSource)
+        text = (Path(build.__file__).parent / TOPK.source.file).read_text()
+        source = tmp_path / "deaf.cu"
+        source.write_text(text.replace("lane < top_k + num_shared_slots", "lane < top_k"))
+        changed = dataclasses.replace(TOPK.source, file=str(source))
+        outcome = self.outcome(tmp_path, source=changed)
+        assert "parameter num_shared_slots: the kernel takes it and never reads it" in outcome
+
+    def test_a_cubin_with_too_few_parameters(self) -> None:
+        with pytest.raises(EntryError, match="parameters: the cubin has 0, the spec 28"):
+            entry.make_parameters(DECODE, ())
 
     @pytest.mark.parametrize(
         ("index", "change", "message"),

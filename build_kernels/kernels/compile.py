@@ -1,90 +1,47 @@
-"""From a spec's configuration to a kernel's cubin and PTX: what the builder calls.
+"""Compile a kernel from a spec's configuration to its cubin and PTX. Needs no GPU.
 
-No GPU is needed: a kernel is traced with pointers to nothing, for an architecture that is named.
+The kernel is traced with null pointers for an architecture that is named: without a GPU the DSL
+would otherwise pick one in silence.
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Uint8, Uint64
-from cutlass.cute.runtime import make_ptr
 
-from build_kernels.kernels import decode, entries, hash_layer
-from build_kernels.kernels.gemm import NUM_SPLITS, TILE_ROWS, TileGemm
+from build_kernels.kernels.arguments import trace_arguments
+from build_kernels.kernels.decode import RouterDecode
+from build_kernels.kernels.gemm import shared_bytes
 from build_kernels.kernels.gemm_sm90 import TileGemmSm90
 from build_kernels.kernels.gemm_sm100 import TileGemmSm100
+from build_kernels.kernels.hash import RouterHash
+from dsv4_router_runtime.parameters import ABI
 
-_POINTERS = {
-    "bfloat16": (BFloat16, 16),
-    "float32": (Float32, 4),
-    "int32": (Int32, 4),
-    "uint8": (Uint8, 1),
-    "uint64": (Uint64, 16),
-}
-# What `__call__` of each kernel takes, in its order: pointers' element types and scalars.
-_FLOAT, _INT = Float32(1.0), Int32(1)
-_ARGUMENTS = {
-    "decode": (
-        *("bfloat16", "bfloat16", "uint64"),
-        *("float32", "float32", "uint8", "uint8", "int32", "int32", "int32"),
-        *("int32", "int32", "float32", "int32"),
-        *(_INT, _INT, _INT, _INT, _FLOAT, _FLOAT),
-        *(_INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT),
-    ),
-    "hash_layer": (
-        *("bfloat16", "bfloat16"),
-        *("uint8", "int32", "int32", "int32", "int32", "int32", "float32", "int32"),
-        *(_INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT),
-        *(_INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT),
-    ),
-}
+KERNELS = {"decode": RouterDecode, "hash": RouterHash}
 
 
-def make_kernel(*, kernel: str, arch: str, token_tile: int, **config):
-    """A kernel for an architecture, sm_90* or sm_10*; `config`: layout, chunk and stages of its
-    TileGemm."""
+def make_kernel(*, role: str, arch: str, **config):
+    """Make the kernel of a role for sm_90* or sm_10*; `config` is that of its TileGemm."""
     gemm = TileGemmSm90 if arch.startswith("sm_90") else TileGemmSm100
-
-    def make_gemm(**shared) -> TileGemm:
-        return gemm(token_tile=token_tile, **shared, **config)
-
-    if kernel == "hash_layer":
-        return hash_layer.RouterHash(make_gemm(sums_bytes=hash_layer.SUMS_BYTES))
-    return decode.RouterDecode(
-        make_gemm(
-            sums_bytes=decode.sums_bytes(token_tile),
-            num_facts=decode.max_owned(token_tile),
-            num_names=decode.max_owned(token_tile) * entries.MAX_EXPERTS,
-        )
-    )
+    return KERNELS[role](gemm(**config))
 
 
-def launch_facts(*, kernel: str, **config) -> dict:
-    """What a launch needs besides its arguments, and the workspace's size in bytes."""
-    made = make_kernel(kernel=kernel, **config)
+def launch_facts(*, role: str, **config) -> dict:
+    """Return the names of a kernel's parameters, and the part of its launch that it decides."""
+    kernel = make_kernel(role=role, **config)
     return {
-        "block": [made.num_threads, 1, 1],
-        "cluster": [NUM_SPLITS, 1, 1],
-        "dynamic_shared_bytes": made.gemm.shared_bytes,
-        "expert_tile": TILE_ROWS,
-        "workspace_bytes": entries.WORKSPACE_BYTES if kernel == "decode" else 0,
+        "parameters": tuple(parameter.name for parameter in ABI[role]),
+        "block": (kernel.num_threads, 1, 1),
+        "dynamic_shared_bytes": shared_bytes(kernel.shared_storage()),
     }
 
 
 def compile_kernel(
-    *, kernel: str, symbol: str, arch: str, dump_dir: str, **config
+    *, role: str, symbol: str, arch: str, dump_dir: str, **config
 ) -> tuple[bytes, str]:
-    """Compile one kernel for `arch`, with no GPU: (cubin, ptx). Its entry is symbol_0."""
-    made = make_kernel(kernel=kernel, arch=arch, **config)
-    type(made).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
-
-    def argument(value):
-        if not isinstance(value, str):
-            return value
-        dtype, align = _POINTERS[value]
-        return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)
-
+    """Compile one kernel for `arch`: return (cubin, ptx). Its entry is `symbol`_0."""
+    kernel = make_kernel(role=role, arch=arch, **config)
+    type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     compiled = cute.compile(
-        made,
-        *map(argument, _ARGUMENTS[kernel]),
+        kernel,
+        *trace_arguments(role),
         options=f"--gpu-arch {arch} --keep-cubin --keep-ptx --dump-dir {dump_dir}",
     )
     ptx = compiled.__ptx__

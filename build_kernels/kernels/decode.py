@@ -1,201 +1,131 @@
 """router_decode: hidden_states and W_gate to weights and ids for N <= 64 tokens, in one launch.
 
 Decomposition, the same on every architecture
-    The experts are the MMA's M side in tiles of 64, the tokens its N side. Grid (S, T): S =
-    NUM_SPLITS K-splits by T = ceil(E / 64) expert tiles; the S CTAs of one tile form a cluster. CTA
-    (s, t) multiplies its slice of W_gate by its slice of hidden_states and sends each token's 64
-    partial sums to the CTA of the cluster that owns the token (pairs of tokens go round the S
-    ranks). The owner adds the S partials in rank order and applies the activation. One of a token's
-    T owners merges the tiles and selects. The order of every sum depends on K alone: a token's bits
-    do not depend on N or on its row.
+    Experts are the M of the MMA tiler, in tiles of 64; tokens are its N. Grid (S, T): S =
+    NUM_SPLITS splits of K by T = ceil(E / 64) expert tiles. The S CTAs of one expert tile form a
+    cluster. CTA (s, t) multiplies its slice of W_gate by its slice of hidden_states. It sends each
+    token's 64 partial sums to the CTA of its cluster that owns the token; pairs of tokens go round
+    the S ranks. The owner adds the S partial sums in rank order and computes the scores. One of a
+    token's T owners merges the tiles and selects. The order of every sum depends on K alone: a
+    token's bits depend neither on N nor on its row.
 
 Exchanges
     partial sums   st.async into the owner's shared memory, completing on its `sums_full` mbarrier
-    entries        (key, score) of every expert through the global `workspace`, all zero between
-                   launches. Each of a token's T owners draws a ticket while it multiplies; the
-                   last to draw merges. The others have started by then and wait for nobody
-                   outside their cluster, so the merger's wait ends in any schedule and on any
-                   number of streams. An entry is one 8-byte relaxed store, never of zero: a word
-                   that is not zero is complete, without fence or flag. The merger puts the zeros
-                   back; a dependent launch draws after it has ended.
+    candidates     (key, score) of every expert, through the global `workspace`, which is zero
+                   between launches. Each of a token's T owners draws a ticket while it multiplies;
+                   the last one to draw merges. The other owners have started by then and wait only
+                   within their own cluster, so the merging warp's wait ends in any schedule and on
+                   any number of streams. A candidate is one 8-byte relaxed store and never zero: a
+                   nonzero word is complete, without a fence or a flag. The merging warp stores the
+                   zeros back; a dependent launch draws its tickets after that.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, Uint64
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync
 
-from build_kernels.kernels.entries import MAX_EXPERTS, draw_ticket, entry_of, merge
-from build_kernels.kernels.gemm import (
-    EPILOGUE_WARPS,
-    K_BLOCK,
-    MAX_K,
-    NUM_SPLITS,
-    TILE_ROWS,
-    W_BLOCK_BYTES,
-    TileGemm,
-    k_slice,
-)
-from build_kernels.kernels.hash_table import HashTable, lookup
-from build_kernels.kernels.outputs import (
-    Outputs,
-    Row,
-    is_padded,
-    read_counts,
-    read_mask,
-    read_names,
-    row_of,
-    store,
-    store_padding,
-)
-from build_kernels.kernels.select import (
-    MAX_TOP_K,
-    NOT_A_CANDIDATE,
-    bits_of,
-    choose,
-    ranked_key,
-    reciprocal,
-    router_score,
-    selection_key,
-    take_top_k,
-    tempered,
-)
+from build_kernels.kernels.arguments import arguments_of
+from build_kernels.kernels.candidates import draw_ticket, merge, own_candidates, publish
+from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
+from build_kernels.kernels.hash_table import read_ranks
+from build_kernels.kernels.masks import is_padding, read_mask
+from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_padding
+from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
+from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
+from build_kernels.kernels.score import choose, reciprocal, router_score, tempered
+from build_kernels.kernels.shapes import EXPERT_TILE, K_BLOCK, MAX_EXPERTS, NUM_SPLITS
+from build_kernels.kernels.top_k import NOT_A_CANDIDATE, ranked_key, selection_key, take_top_k
 
-EXPERT_TILE = TILE_ROWS
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
-# A token's facts in one word: its ticket, then flags.
+# The row flags of a token in one word: the ticket in the low bits, then two flags.
 MAX_TICKET = MAX_TILES - 1
 IS_IMAGE = MAX_TILES
-IS_PADDED = 2 * MAX_TILES
+IS_PADDING = 2 * MAX_TILES
 
-
-def max_pairs(token_tile: int) -> int:
-    """How many pairs of tokens one CTA of a cluster sums at most."""
-    return max(1, token_tile // (2 * NUM_SPLITS))
-
-
-def sums_bytes(token_tile: int) -> int:
-    """Shared memory for the partial sums of those pairs: FP32 from every source."""
-    return max_pairs(token_tile) * NUM_SPLITS * 2 * EXPERT_TILE * 4
-
-
-def max_owned(token_tile: int) -> int:
-    """How many tokens one CTA of a cluster sums at most, one an epilogue warp."""
-    return 2 * max_pairs(token_tile)
+# The launch parameters after the tensor maps, as dsv4_router_runtime/parameters.py orders them.
+Arguments = arguments_of("decode")
 
 
 class RouterDecode:
-    """The whole gate: every expert's score, and of each token the top_k.
+    """Compute the whole gate: the score of every expert, and each token's top_k.
 
     Warp roles (see TileGemm)
-        0-3             epilogue: read the accumulators, send, sum, select, store
-        mma_warp        issues the MMAs where one thread does that (sm_100)
-        producer_warp   loads W_gate and hidden_states by TMA, then gathers the tokens' facts
-        names_warp      reads what the experts are called, where there is a physical map
+        0-3                   epilogue: read the accumulators, send, sum, select, store
+        mma_warp              issues the MMAs on sm_100, where one thread does that
+        producer_warp         loads W_gate and hidden_states by TMA, then reads the row flags
+        physical_ids_warp     reads the physical ids of all experts, if there is a physical map
 
-    Pipelines (see TileGemm)
-        full, empty   1 arrival and the chunk's bytes of W_gate (a TMA each block) and of
-                      hidden_states (one TMA: few reads wait for the grid before) / mma_arrivals
-        sums_full     1 + 512 B a source and token pair; once
-        facts_full    producer -> epilogue: 32 lanes; once. A token's ticket and masks.
-        names_full    names warp -> epilogue: 32 lanes; once. The names of a token's experts.
-    Masks and names are read by warps that have nothing else to wait for: in the epilogue, which
-    multiplies on sm_90, one mask cost 0.4 us at N = 64 and a map 0.4 us without PDL.
+    Pipelines (producer -> consumer: arrivals to fill / to empty)
+        full, empty           producer -> MMA: 1 and the bytes of a chunk, one TMA per block of
+                              W_gate and one for hidden_states, so that few reads follow the wait
+                              for the grid before / mma_arrivals
+        sums_full             cluster's epilogue -> owner's: 1 + 512 B per source and token pair;
+                              used once
+        accumulator_full      see TileGemm
+        row_flags_full        producer -> epilogue: 32 lanes; used once
+        physical_ids_full     physical-ids warp -> epilogue: 32 lanes; used once
+    Two warps that wait for nothing else read the flags and the map. Read in the epilogue, which
+    multiplies on sm_90, one mask cost 0.4 us at N = 64, and a map 0.4 us without PDL.
 
-    Shared memory: 84, 108 and 152 KB for tiles of 8, 32 and 64 tokens; 8 KB of it a token pair
-    owned for sums, and 2 KB a token for names.
+    Shared memory: 84, 108 and 152 KB for tiles of 8, 32 and 64 tokens. 8 KB of it per owned token
+    pair are for partial sums, 2 KB per owned token for physical ids.
+    TMEM, on sm_100: see TileGemmSm100.
 
     Timeline
-        barriers | fill the ring with W_gate, cluster sync, wait for the grid before
+        init barriers | fill the ring with W_gate, cluster sync, wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, publish
         | merge, select, store
     """
 
     def __init__(self, gemm: TileGemm):
         self.gemm = gemm
-        self.layout = self.gemm.layout
-        self.token_tile = self.gemm.token_tile
-        self.max_pairs = max_pairs(self.gemm.token_tile)
-        self.max_owned = max_owned(self.gemm.token_tile)
-        self.names_warp = self.gemm.producer_warp + 1
-        self.num_threads = 32 * (self.names_warp + 1)
+        self.exchange = PairExchange(gemm)
+        # Maximum tokens owned by one CTA (one per epilogue warp).
+        self.max_owned = 2 * self.exchange.max_pairs
+        self.physical_ids_warp = gemm.producer_warp + 1
+        self.num_threads = 32 * (self.physical_ids_warp + 1)
+
+    def shared_storage(self) -> type:
+        """Return the members of shared memory; see TileGemm for the ones that it uses."""
+        gemm = self.gemm
+        sums_bytes = self.exchange.max_pairs * self.exchange.pair_bytes
+
+        class SharedStorage:
+            w: gemm.w_ring
+            x: gemm.x_ring
+            # (expert, column, source, pair): see PairExchange.sums
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, sums_bytes // 4], 1024]
+            # (expert, epilogue warp)
+            physical_ids: cute.struct.MemRange[Int32, MAX_EXPERTS * self.max_owned]
+            # (epilogue warp,)
+            row_flags: cute.struct.MemRange[Int32, self.max_owned]
+            full: gemm.ring_barriers
+            empty: gemm.ring_barriers
+            sums_full: gemm.barrier
+            accumulator_full: gemm.barrier
+            row_flags_full: cute.struct.MemRange[Int64, 1]
+            physical_ids_full: cute.struct.MemRange[Int64, 1]
+            tmem_address: gemm.tmem_address
+
+        return SharedStorage
 
     @cute.jit
-    def __call__(
-        self,
-        w_gate: cute.Pointer,
-        hidden_states: cute.Pointer,
-        workspace: cute.Pointer,
-        e_bias: cute.Pointer,
-        bias_vl: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
-    ):
-        if cutlass.const_expr(self.layout == "kmajor"):
+    def __call__(self, w_gate: cute.Pointer, hidden_states: cute.Pointer, args: Arguments):
+        # [experts, K] with the contiguous mode of W_gate; the strides only bound coordinates
+        if cutlass.const_expr(self.gemm.layout == "kmajor"):
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
         else:
             w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(1, MAX_EXPERTS))
-        w_atom, w_tensor = cpasync.make_tiled_tma_atom(
+        tma_atom_w, mW = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(w_gate, w_layout),
             cute.select(self.gemm.w_smem_layout(), mode=[0, 1]),
             (EXPERT_TILE, K_BLOCK),
         )
-        x_atom, x_tensor = self.gemm.x_atom(hidden_states)
-        self.kernel(
-            w_atom,
-            w_tensor,
-            x_atom,
-            x_tensor,
-            workspace,
-            e_bias,
-            bias_vl,
-            image_mask,
-            padding_mask,
-            num_valid_tokens,
-            tid2eid,
-            input_ids,
-            to_physical,
-            logical_count,
-            out_weights,
-            out_ids,
-            num_tokens,
-            num_experts,
-            num_k_blocks,
-            top_k,
-            routed_scaling_factor,
-            gate_temp,
-            norm_topk_prob,
-            vocab_size,
-            input_ids_are_int64,
-            max_replicas,
-            num_shared_slots,
-            ids_are_int64,
-            out_weights_stride,
-            out_ids_stride,
-        ).launch(
-            grid=(NUM_SPLITS, (num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
+        tma_atom_x, mX = self.gemm.x_tma(hidden_states)
+        self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
+            grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
         )
@@ -203,170 +133,136 @@ class RouterDecode:
     @cute.kernel
     def kernel(
         self,
-        w_atom: cute.CopyAtom,
+        tma_atom_w: cute.CopyAtom,
         mW: cute.Tensor,
-        x_atom: cute.CopyAtom,
+        tma_atom_x: cute.CopyAtom,
         mX: cute.Tensor,
-        workspace: cute.Pointer,
-        e_bias: cute.Pointer,
-        bias_vl: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        tid2eid: cute.Pointer,
-        input_ids: cute.Pointer,
-        to_physical: cute.Pointer,
-        logical_count: cute.Pointer,
-        out_weights: cute.Pointer,
-        out_ids: cute.Pointer,
-        num_tokens: Int32,
-        num_experts: Int32,
-        num_k_blocks: Int32,
-        top_k: Int32,
-        routed_scaling_factor: Float32,
-        gate_temp: Float32,
-        norm_topk_prob: Int32,
-        vocab_size: Int32,
-        input_ids_are_int64: Int32,
-        max_replicas: Int32,
-        num_shared_slots: Int32,
-        ids_are_int64: Int32,
-        out_weights_stride: Int32,
-        out_ids_stride: Int32,
+        args: Arguments,
     ):
         # ---------------------------------------------------------------- prepare
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         split, tile, _ = cute.arch.block_idx()
         _, num_tiles, _ = cute.arch.grid_dim()
-        storage = cutlass.utils.SmemAllocator().allocate(self.gemm.shared_storage())
-        outputs = Outputs(
-            out_weights=out_weights,
-            out_ids=out_ids,
-            out_weights_stride=out_weights_stride,
-            out_ids_stride=out_ids_stride,
-            ids_are_int64=ids_are_int64,
-            to_physical=to_physical,
-            logical_count=logical_count,
-            max_replicas=max_replicas,
-            num_shared_slots=num_shared_slots,
-            num_experts=num_experts,
-            top_k=top_k,
-            routed_scaling_factor=routed_scaling_factor,
-            norm_topk_prob=norm_topk_prob,
-        )
+        storage = cutlass.utils.SmemAllocator().allocate(cute.struct(self.shared_storage()))
 
-        first_block, num_blocks = k_slice(split, num_k_blocks)
-        # token pairs split, split + S, ... are this CTA's to sum
-        num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
+        first_block, num_blocks = k_slice(split, args.num_k_blocks)
+        # Token pairs split, split + S, ... are this CTA's to sum.
+        num_pairs = ((args.num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
 
         if warp == self.gemm.producer_warp:
-            cpasync.prefetch_descriptor(w_atom)
-            cpasync.prefetch_descriptor(x_atom)
-        self.gemm.prepare(storage, warp, 1, num_pairs * (NUM_SPLITS * EXPERT_TILE * 2 * 4))
+            cpasync.prefetch_descriptor(tma_atom_w)
+            cpasync.prefetch_descriptor(tma_atom_x)
+        self.gemm.prepare(
+            storage,
+            warp,
+            1,
+            num_pairs * self.exchange.pair_bytes,
+            ("row_flags_full", "physical_ids_full"),
+        )
+        # Dependents may start now; they wait before they touch what this grid writes:
+        # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
         cute.arch.griddepcontrol_launch_dependents()
         if warp != self.gemm.producer_warp:
             cute.arch.cluster_wait()
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
-            self.load(storage, w_atom, mW, x_atom, mX, tile, first_block, num_blocks)
-            self.publish_facts(
-                *(storage, workspace, image_mask, padding_mask, num_valid_tokens),
-                *(split, num_tokens, num_tiles),
-            )
-        if warp == self.names_warp and to_physical.toint() != 0:
-            self.publish_names(storage, outputs, split, num_tokens)
+            self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, first_block, num_blocks)
+            self.publish_row_flags(storage, args, split, num_tiles)
+        if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
+            self.publish_physical_ids(storage, args, split)
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < EPILOGUE_WARPS:
-            # Warp w sums token w mod 2 of the CTA's pair w / 2.
             pair, column = warp // 2, warp % 2
             token = owned_token(split, warp)
-            entries = self.own_entries(workspace, token, tile, num_tiles)
-            row = row_of(outputs, token)
-            biases = self.read_biases(e_bias, bias_vl, tile, num_experts)
-            inverse_temp = reciprocal(gate_temp)
-            table = HashTable(
-                tid2eid=tid2eid,
-                input_ids=input_ids,
-                input_ids_are_int64=input_ids_are_int64,
-                vocab_size=vocab_size,
-                num_tokens=num_tokens,
-                top_k=top_k,
-            )
-            ranks, unknown = self.read_ranks(table, token, tile)
-            self.send(storage, num_blocks, num_tokens)
+            # All that needs no sum is computed before the multiply, off the path that others wait
+            # for.
+            candidates = own_candidates(args.workspace, token, tile, num_tiles)
+            experts = tuple(EXPERT_TILE * tile + lane_expert(half) for half in (0, 1))
+            output = output_column(args, token)
+            biases = self.read_biases(args, experts)
+            inverse_temp = reciprocal(args.gate_temp)
+            ranks, unknown = read_ranks(args, token, experts)
+            self.exchange.send(storage, num_blocks, args.num_tokens)
             self.gemm.free_accumulator(storage, warp)
-            if token < num_tokens:
+            if token < args.num_tokens:
                 # Outputs and workspace may be in use until the grid before has ended.
                 cute.arch.griddepcontrol_wait()
-                cute.arch.mbarrier_wait(storage.facts_full.data_ptr(), 0)
-                facts = self.facts(storage)[warp]
-                is_image = facts & IS_IMAGE
-                # Of padding too: a peer may not send to a CTA that has ended.
+                cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
+                row_flags = self.row_flags(storage)[warp]
+                is_image = row_flags & IS_IMAGE
+                # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                if unknown == 0 and facts & IS_PADDED == 0:
+                if unknown == 0 and row_flags & IS_PADDING == 0:
                     keys, scores = self.score(
-                        *(storage, pair, column, tile, biases, is_image, table, ranks),
-                        *(gate_temp, inverse_temp, num_experts),
+                        *(storage, args, pair, column, experts),
+                        *(biases, is_image, ranks, inverse_temp),
                     )
                     if num_tiles == 1:
-                        entry = self.select_alone(keys, scores, top_k, row.shared_id)
-                        self.store(storage, outputs, row, warp, entry)
+                        best = self.select_alone(keys, scores, args.top_k, output.shared_id)
+                        self.store(storage, args, output, warp, best)
                     else:
                         for i in cutlass.range_constexpr(2):
-                            word = (Uint64(keys[i]) << 32) | Uint64(bits_of(scores[i]))
-                            cute.arch.store(entries[i], word, sem="relaxed", scope="gpu")
-                        if facts & MAX_TICKET == num_tiles - 1:
-                            # E up to 256, to 384 and to 512: as few registers as hold them.
-                            merged = (workspace, token, num_tiles, top_k, row.shared_id)
+                            publish(candidates[i], keys[i], scores[i])
+                        if row_flags & MAX_TICKET == num_tiles - 1:
+                            # E up to 256, 384 and 512: as few registers as hold the candidates.
+                            merged = (args.workspace, token, num_tiles, args.top_k)
                             if num_tiles <= 4:
-                                self.store(storage, outputs, row, warp, merge(4, *merged))
+                                best = merge(4, *merged, output.shared_id)
+                                self.store(storage, args, output, warp, best)
                             elif num_tiles <= 6:
-                                self.store(storage, outputs, row, warp, merge(6, *merged))
+                                best = merge(6, *merged, output.shared_id)
+                                self.store(storage, args, output, warp, best)
                             else:
-                                entry = merge(MAX_TILES, *merged)
-                                self.store(storage, outputs, row, warp, entry)
+                                best = merge(MAX_TILES, *merged, output.shared_id)
+                                self.store(storage, args, output, warp, best)
                 elif tile == 0:
-                    store_padding(row)
+                    store_padding(output)
 
     @cute.jit
     def load(
         self,
         storage,
-        w_atom: cute.CopyAtom,
+        tma_atom_w: cute.CopyAtom,
         mW: cute.Tensor,
-        x_atom: cute.CopyAtom,
+        tma_atom_x: cute.CopyAtom,
         mX: cute.Tensor,
         tile: Int32,
         first_block: Int32,
         num_blocks: Int32,
     ):
-        """The producer warp: W_gate up to the ring's depth, the grid dependency, then the rest."""
+        """Fill the ring with W_gate, wait for the grid before, then load the rest."""
         w_layout = self.gemm.w_smem_layout()
+        # (EXPERT_TILE, K_BLOCK, ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
-        # (64, 64, k_block)
+        # (EXPERT_TILE, K_BLOCK, K blocks)
         gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile, None))
-        # ((box), ring block), ((box), k_block)
+        # ((TMA box), ring_blocks), ((TMA box), K blocks)
         tWsW, tWgW = cpasync.tma_partition(
-            w_atom, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(gW, 0, 2)
+            tma_atom_w,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(sW, 0, 2),
+            cute.group_modes(gW, 0, 2),
         )
-        tXsX, tXgX = self.gemm.partition_x(storage, x_atom, mX, 0, first_block)
+        # ((TMA box), stages), ((TMA box), num_chunks)
+        tXsX, tXgX = self.gemm.partition_x(storage, tma_atom_x, mX, 0, first_block)
         num_chunks = (num_blocks + self.gemm.chunk - 1) // self.gemm.chunk
         num_prefetched = cutlass.min(num_chunks, self.gemm.stages)
 
         for chunk in cutlass.range(num_prefetched, unroll=1):
-            self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
+            self.load_w(storage, tma_atom_w, tWgW, tWsW, first_block, num_blocks, chunk)
         cute.arch.cluster_wait()
         cute.arch.griddepcontrol_wait()
         for chunk in cutlass.range(num_chunks, unroll=1):
             stage = chunk % self.gemm.stages
             if chunk >= self.gemm.stages:
                 self.gemm.wait_until_empty(storage, chunk)
-                self.load_w(storage, w_atom, tWgW, tWsW, first_block, num_blocks, chunk)
+                self.load_w(storage, tma_atom_w, tWgW, tWsW, first_block, num_blocks, chunk)
             cute.copy(
-                x_atom,
+                tma_atom_x,
                 tXgX[(None, chunk)],
                 tXsX[(None, stage)],
                 tma_bar_ptr=storage.full.data_ptr() + stage,
@@ -376,14 +272,14 @@ class RouterDecode:
     def load_w(
         self,
         storage,
-        w_atom: cute.CopyAtom,
+        tma_atom_w: cute.CopyAtom,
         tWgW: cute.Tensor,
         tWsW: cute.Tensor,
         first_block: Int32,
         num_blocks: Int32,
         chunk: Int32,
     ):
-        """Announce a chunk's bytes, hidden_states' too, and read its blocks of W_gate."""
+        """Announce the bytes of a chunk, with those of hidden_states, and load its W_gate."""
         stage = chunk % self.gemm.stages
         blocks = cutlass.min(num_blocks - chunk * self.gemm.chunk, self.gemm.chunk)
         full = storage.full.data_ptr() + stage
@@ -393,185 +289,101 @@ class RouterDecode:
             )
         for block in cutlass.range(blocks, unroll=1):
             cute.copy(
-                w_atom,
+                tma_atom_w,
                 tWgW[(None, first_block + chunk * self.gemm.chunk + block)],
                 tWsW[(None, stage * self.gemm.chunk + block)],
                 tma_bar_ptr=full,
             )
 
-    def facts(self, storage) -> cute.Tensor:
-        """(epilogue warp,) int32: its token's ticket and flags."""
-        return cute.make_tensor(storage.facts.data_ptr(), cute.make_layout(self.max_owned))
+    def row_flags(self, storage) -> cute.Tensor:
+        """Return (epilogue warp,) int32: the ticket and the flags of each owned token."""
+        return cute.make_tensor(storage.row_flags.data_ptr(), cute.make_layout(self.max_owned))
 
-    def names(self, storage) -> cute.Tensor:
-        """(expert, epilogue warp) int32: what each of its token's experts is called."""
+    def physical_ids(self, storage) -> cute.Tensor:
+        """Return (expert, epilogue warp) int32: the physical ids for each owned token."""
         return cute.make_tensor(
-            storage.names.data_ptr(), cute.make_layout((MAX_EXPERTS, self.max_owned))
+            storage.physical_ids.data_ptr(), cute.make_layout((MAX_EXPERTS, self.max_owned))
         )
 
     @cute.jit
-    def publish_facts(
-        self,
-        storage,
-        workspace: cute.Pointer,
-        image_mask: cute.Pointer,
-        padding_mask: cute.Pointer,
-        num_valid_tokens: cute.Pointer,
-        split: Int32,
-        num_tokens: Int32,
-        num_tiles: Int32,
-    ):
-        """The producer warp, when all is loaded: for each of the CTA's tokens draw a ticket and
-        read the masks, which are in the making until the grid before has ended."""
+    def publish_row_flags(self, storage, args: Arguments, split: Int32, num_tiles: Int32):
+        """Draw a ticket and read the masks for each of the CTA's tokens, by the producer warp.
+
+        After the loads: the masks may be in the making until the grid before has ended.
+        """
         lane = cute.arch.lane_idx()
         token = owned_token(split, lane)
-        if lane < self.max_owned and token < num_tokens:
-            ticket = draw_ticket(workspace, token, num_tiles)
-            is_image = read_mask(image_mask, token, num_tokens)
-            padded = is_padded(token, num_tokens, padding_mask, num_valid_tokens)
-            facts = self.facts(storage)
-            facts[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padded, IS_PADDED)
-        cute.arch.mbarrier_arrive(storage.facts_full.data_ptr())
+        if lane < self.max_owned and token < args.num_tokens:
+            ticket = draw_ticket(args.workspace, token, num_tiles)
+            is_image = read_mask(args.image_mask, token, args.num_tokens)
+            padding = is_padding(args, token)
+            row_flags = self.row_flags(storage)
+            row_flags[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padding, IS_PADDING)
+        cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
 
     @cute.jit
-    def publish_names(self, storage, outputs: Outputs, split: Int32, num_tokens: Int32):
-        """The names warp: physical ids of every expert for the CTA's tokens.
+    def publish_physical_ids(self, storage, args: Arguments, split: Int32):
+        """Read the physical ids of every expert for the CTA's tokens.
 
-        A name takes two reads of HBM in a row: here they are on nobody's path.
+        A physical id takes two dependent reads of HBM, which this warp overlaps with the multiply.
         """
-        if owned_token(split, 0) < num_tokens:
+        if owned_token(split, 0) < args.num_tokens:
+            # (MAX_EXPERTS / 32,): experts lane, lane + 32, ...
             experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
             for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
                 experts[i] = 32 * i + cute.arch.lane_idx()
-            counts = read_counts(outputs, experts)
-            names = self.names(storage)
+            counts = read_counts(args, experts)
+            physical_ids = self.physical_ids(storage)
             for warp in cutlass.range_constexpr(self.max_owned):
                 token = owned_token(split, warp)
-                row = read_names(outputs, experts, counts, token)
+                row = read_physical_ids(args, experts, counts, token)
                 for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
-                    names[experts[i], warp] = row[i]
-            cute.arch.mbarrier_arrive(storage.names_full.data_ptr())
-
-    def sums(self, storage) -> cute.Tensor:
-        """(expert, column, source, pair) FP32: partial sums as a sender holds them.
-
-        The accumulator fragment of wgmma and of tcgen05.ld 16x256b gives a thread experts r and r +
-        8 of two neighbouring tokens: these four are neighbours here, so they travel as one 16-byte
-        store. As ((lane mod 8, half, lane / 8), ...) the first mode is also how the owner's lanes
-        read them.
-        """
-        return cute.make_tensor(
-            storage.sums.data_ptr(),
-            cute.make_layout(
-                ((8, 2, 4), 2, NUM_SPLITS, self.max_pairs),
-                stride=((4, 1, 32), 2, 2 * EXPERT_TILE, 2 * EXPERT_TILE * NUM_SPLITS),
-            ),
-        )
+                    physical_ids[experts[i], warp] = row[i]
+            cute.arch.mbarrier_arrive(storage.physical_ids_full.data_ptr())
 
     @cute.jit
-    def lane_expert(self, half: cutlass.Constexpr[int]) -> Int32:
-        """A lane's lower (half 0) or upper (half 1) expert of the tile: 8 apart, as in `sums`."""
-        lane = cute.arch.lane_idx()
-        return lane // 8 * 16 + lane % 8 + 8 * half
-
-    @cute.jit
-    def send(self, storage, num_blocks: Int32, num_tokens: Int32):
-        """Send every partial sum to the CTA that owns its token."""
-        source = cute.arch.block_idx_in_cluster()
-        accumulators, coordinates = self.gemm.accumulators(storage, num_blocks)
-        sums = self.sums(storage)
-        for i in cutlass.range_constexpr(0, cute.size(accumulators), 4):
-            expert, token = coordinates[i]
-            pair = token // 2
-            if token < num_tokens:
-                cute.arch.store_async_dsmem(
-                    cute.domain_offset(
-                        (expert, 0, source, pair // NUM_SPLITS), sums
-                    ).iterator.align(16),
-                    tuple(Int32(bits_of(accumulators[i + j])) for j in (0, 2, 1, 3)),
-                    storage.sums_full.data_ptr(),
-                    pair % NUM_SPLITS,
-                )
-
-    @cute.jit
-    def read_biases(
-        self, e_bias: cute.Pointer, bias_vl: cute.Pointer, tile: Int32, num_experts: Int32
-    ):
-        """(2, 2) FP32: for a lane's two experts of the tile, the bias of text and of images."""
+    def read_biases(self, args: Arguments, experts: tuple):
+        """Read (half, text or image) FP32 registers: both biases of a lane's two experts."""
         biases = cute.make_rmem_tensor((2, 2), Float32)
         biases.fill(0.0)
-        text = cute.make_tensor(e_bias, cute.make_layout(MAX_EXPERTS))
-        image = cute.make_tensor(bias_vl, cute.make_layout(MAX_EXPERTS))
+        # [num_experts]
+        text = cute.make_tensor(args.e_bias, cute.make_layout(MAX_EXPERTS))
+        image = cute.make_tensor(args.bias_vl, cute.make_layout(MAX_EXPERTS))
         for i in cutlass.range_constexpr(2):
-            expert = EXPERT_TILE * tile + self.lane_expert(i)
-            if expert < num_experts and e_bias.toint() != 0:
+            expert = experts[i]
+            if expert < args.num_experts and args.e_bias.toint() != 0:
                 biases[i, 0] = text[expert]
-            if expert < num_experts and bias_vl.toint() != 0:
+            if expert < args.num_experts and args.bias_vl.toint() != 0:
                 biases[i, 1] = image[expert]
         return biases
-
-    @cute.jit
-    def read_ranks(self, table: HashTable, token: Int32, tile: Int32):
-        """(ranks, unknown): of a lane's two experts of the tile the place in the token's row of the
-        table, MAX_TOP_K for none; whether the token has no row. Without a table nothing is read."""
-        ranks = cute.make_rmem_tensor((2,), Int32)
-        ranks.fill(MAX_TOP_K)
-        unknown = Int32(0)
-        if table.tid2eid.toint() != 0:
-            chosen = lookup(table, token, cute.arch.lane_idx())
-            for i in cutlass.range_constexpr(2):
-                for rank in cutlass.range_constexpr(MAX_TOP_K):
-                    matches = cute.arch.shuffle_sync(
-                        chosen, rank
-                    ) == EXPERT_TILE * tile + self.lane_expert(i)
-                    ranks[i] = choose(matches, Int32(rank), ranks[i])
-            unknown = choose(cute.arch.shuffle_sync(chosen, 0) < 0, Int32(1), Int32(0))
-        return ranks, unknown
-
-    @cute.jit
-    def store(self, storage, outputs: Outputs, row: Row, warp: Int32, entry: tuple):
-        """Name the chosen experts and store the token's row."""
-        expert, score, total = entry
-        if outputs.to_physical.toint() != 0:
-            cute.arch.mbarrier_wait(storage.names_full.data_ptr(), 0)
-            if cute.arch.lane_idx() < outputs.top_k:
-                expert = self.names(storage)[expert, warp]
-        store(row, expert, score, total)
 
     @cute.jit
     def score(
         self,
         storage,
+        args: Arguments,
         pair: Int32,
         column: Int32,
-        tile: Int32,
+        experts: tuple,
         biases: cute.Tensor,
         is_image: Int32,
-        table: HashTable,
         ranks: cute.Tensor,
-        gate_temp: Float32,
         inverse_temp: Float32,
-        num_experts: Int32,
     ):
-        """Keys (uint32) and scores (FP32) of a lane's two experts, the sums in source order."""
-        lane = cute.arch.lane_idx()
-        sums = self.sums(storage)
-        parts = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
-        for source in cutlass.range_constexpr(NUM_SPLITS):
-            pair_of_experts = sums[((lane % 8, None, lane // 8), column, source, pair)]
-            cute.autovec_copy(pair_of_experts, parts[(None, source)])
+        """Return (half,) keys (uint32) and scores (FP32) of a lane's two experts."""
+        # (half, source)
+        parts = self.exchange.read(storage, pair, column)
         keys = cute.make_rmem_tensor((2,), Uint32)
         scores = cute.make_rmem_tensor((2,), Float32)
         for i in cutlass.range_constexpr(2):
-            logit = parts[i, 0]
-            for source in cutlass.range_constexpr(1, NUM_SPLITS):
-                logit = logit + parts[i, source]
-            score = router_score(tempered(logit, gate_temp, inverse_temp))
+            logit = add_splits(parts[(i, None)])
+            score = router_score(tempered(logit, args.gate_temp, inverse_temp))
             key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
-            if table.tid2eid.toint() != 0:
+            if args.tid2eid.toint() != 0:
                 key = ranked_key(ranks[i])
-            if EXPERT_TILE * tile + self.lane_expert(i) >= num_experts:
+            if experts[i] >= args.num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
+            # A NaN counts as 0 in the sum of the weights.
             if score != score:
                 score = Float32(0.0)
             keys[i], scores[i] = key, score
@@ -579,10 +391,14 @@ class RouterDecode:
 
     @cute.jit
     def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32):
-        """The top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take."""
+        """Take the top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take.
+
+        take_top_k needs runs of consecutive experts, while `lane_expert` leaves 8 between two.
+        """
         expert = 2 * cute.arch.lane_idx()
         source = expert // 16 * 8 + expert % 8
         is_upper = expert % 16 >= 8
+        # (2,): experts 2 l and 2 l + 1
         ordered_keys = cute.make_rmem_tensor((2,), Uint32)
         ordered_scores = cute.make_rmem_tensor((2,), Float32)
         for i in cutlass.range_constexpr(2):
@@ -599,24 +415,16 @@ class RouterDecode:
         return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise)
 
     @cute.jit
-    def own_entries(self, workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32):
-        """Pointers to a lane's two entries, where the merging lane will look for them.
-
-        The division is why they are made before the multiply, off the path that others wait for.
-        """
-        pointers = []
-        for half in cutlass.range_constexpr(2):
-            expert = EXPERT_TILE * tile + self.lane_expert(half)
-            run = 2 * num_tiles
-            pointers.append(entry_of(workspace, token, expert // run, expert % run))
-        return pointers
-
-
-def owned_token(split: Int32, warp: Int32) -> Int32:
-    """The token that an epilogue warp of a cluster's CTA `split` sums and selects for."""
-    return 2 * (warp // 2 * NUM_SPLITS + split) + warp % 2
+    def store(self, storage, args: Arguments, output: OutputColumn, warp: Int32, best: tuple):
+        """Store the token's row of (expert, score, total), by physical id if there is a map."""
+        expert, score, total = best
+        if args.to_physical.toint() != 0:
+            cute.arch.mbarrier_wait(storage.physical_ids_full.data_ptr(), 0)
+            if cute.arch.lane_idx() < args.top_k:
+                expert = self.physical_ids(storage)[expert, warp]
+        store(output, expert, score, total)
 
 
 def flag(value: Int32, bit: int) -> Int32:
-    """`bit` where value is not 0."""
+    """Return `bit` if the value is nonzero, else 0."""
     return choose(value != 0, Int32(bit), Int32(0))

@@ -1,136 +1,111 @@
-"""The GEMM of every decode kernel: 64 rows of W_gate by a few tokens, over one slice of K.
+"""The GEMM of the decode kernels: 64 rows of W_gate by one tile of tokens, over one slice of K.
 
-A kernel holds a `TileGemm` of its architecture and says what the rows are. The sums of a slice are
-taken in the order of K, whatever the rows are and however many tokens there are: two kernels that
-split K alike get the same bits for the same row and token.
+A kernel holds the `TileGemm` of its architecture and decides what the rows are: experts, or the
+slots of tokens. The sum over a slice is taken in K order for every row and every number of tokens,
+so two kernels that split K alike compute the same bits for the same row and token.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-TILE_ROWS = 64
-K_BLOCK = 64
-NUM_SPLITS = 16
+from build_kernels.kernels.shapes import K_BLOCK, MAX_DECODE_TOKENS, NUM_SPLITS, TILE_M
+
+# The accumulators of an M = 64 tile: one wgmma warpgroup, or the four warps that can read TMEM.
 EPILOGUE_WARPS = 4
-# Bounds of coordinates only: the real extents are in the tensor maps.
-MAX_TOKENS = 64
+# Bounds for coordinates only: the real extents are in the tensor maps.
 MAX_K = 1 << 20
-W_BLOCK_BYTES = TILE_ROWS * K_BLOCK * 2
+W_BLOCK_BYTES = TILE_M * K_BLOCK * 2
+# The 128-byte swizzle repeats every 8 rows of 128 bytes.
+# https://docs.nvidia.com/cuda/parallel-thread-execution/#tensor-swizzling-modes
+SWIZZLE_REPEAT_BYTES = 1024
 
 
 def k_slice(split: Int32, num_k_blocks: Int32) -> tuple:
-    """(first block, number of blocks) of a CTA's slice of K; no two CTAs' numbers differ by more
-    than one."""
+    """Return (first block, number of blocks) of a CTA's slice of K; lengths differ by at most 1."""
     first = split * num_k_blocks // NUM_SPLITS
     return first, (split + 1) * num_k_blocks // NUM_SPLITS - first
 
 
+def shared_bytes(storage: type) -> int:
+    """Return the bytes of a kernel's shared memory up to its last member, in words of 8.
+
+    The struct's own size is padded to its alignment of 1024. Members leave no gaps.
+    """
+    members = storage.__annotations__.values()
+    size = sum(getattr(member, "dtype", member).size_in_bytes for member in members)
+    return (size + 7) // 8 * 8
+
+
 class TileGemm:
-    """Shared memory, barriers and the loading of hidden_states; a subclass multiplies.
+    """Load hidden_states and keep the ring's barriers; a subclass multiplies.
 
     Warp roles
-        0-3             epilogue: take the accumulators; on sm_90 they are the warpgroup that
-                        multiplies
-        mma_warp        issues the MMAs where one thread does that (sm_100)
-        producer_warp   loads hidden_states by TMA; warps from here on are the kernel's
+        0-3             epilogue: take the accumulators; on sm_90 these warps also multiply
+        mma_warp        issues the MMAs on sm_100, where one thread does that
+        producer_warp   loads hidden_states by TMA; the warps after it belong to the kernel
 
-    Pipelines (producer -> consumer: arrivals that fill / that empty)
-        full, empty   loads -> MMA, a ring of `stages` chunks of `chunk` K blocks: the kernel's
-                      arrivals and bytes / mma_arrivals
-        sums_full     cluster's epilogue warps -> owner's: 1 + the bytes the kernel announces; once
-        facts_full, names_full   the kernel's, if it uses them: the 32 lanes of a warp; once
+    Pipelines (producer -> consumer: arrivals to fill / to empty)
+        full, empty        loads -> MMA, a ring of `stages` chunks of `chunk` K blocks:
+                           the kernel's arrivals and bytes / mma_arrivals
+        sums_full          epilogue warps of the cluster -> owner's epilogue: 1 + the bytes that the
+                           kernel announces / used once
+        accumulator_full   MMA -> epilogue on sm_100: 1 commit / used once
 
-    Shared memory: stages * chunk * (8 KB + 128 B token_tile) + sums_bytes + the kernel's own words
-    (num_facts, num_names) + barriers.
+    Shared memory: the kernel defines it. These members are required:
+        w                  w_ring: stages * chunk * 8 KB
+        x                  x_ring: stages * chunk * 128 B per token of the tile
+        full, empty        ring_barriers
+        sums_full, accumulator_full   barrier
+        tmem_address       tmem_address, used on sm_100
 
     A subclass supplies the constants below and
         allocate_accumulator, free_accumulator   before the cluster sync, after the last read
         issue_mma                                the MMA warp's loop
-        accumulators                             the epilogue warps' sums: FP32 registers and the
-                                                 (row, token) of each, as an identity tensor
+        accumulators                             FP32 registers, and the (row, token) of each one
     """
 
     mma_warp = None
     producer_warp = 4
     mma_arrivals = 1
 
-    def __init__(
-        self,
-        *,
-        layout: str,
-        token_tile: int,
-        chunk: int,
-        stages: int,
-        sums_bytes: int,
-        num_facts: int = 0,
-        num_names: int = 0,
-    ):
+    barrier = cute.struct.MemRange[Int64, 1]
+    tmem_address = cute.struct.MemRange[Int32, 1]
+
+    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
-        self.sums_bytes = sums_bytes
-        self.num_facts = num_facts
-        self.num_names = num_names
         self.ring_blocks = chunk * stages
-        self.x_chunk_bytes = self.chunk * token_tile * K_BLOCK * 2
+        self.x_chunk_bytes = chunk * token_tile * K_BLOCK * 2
+        self.w_ring = _ring(self.ring_blocks * W_BLOCK_BYTES)
+        self.x_ring = _ring(stages * self.x_chunk_bytes)
+        self.ring_barriers = cute.struct.MemRange[Int64, stages]
 
     def w_smem_layout(self) -> cute.ComposedLayout:
-        """(64 rows, 64 k, ring_blocks) BF16, 128-byte swizzle, contiguous as W_gate is."""
+        """Return (TILE_M, K_BLOCK, ring_blocks) BF16, the layout of `w`: major as W_gate is."""
         kmajor = self.layout == "kmajor"
         kind = warpgroup.SmemLayoutAtomKind
         atom = warpgroup.make_smem_layout_atom(kind.K_SW128 if kmajor else kind.MN_SW128, BFloat16)
-        shape = (TILE_ROWS, K_BLOCK, self.ring_blocks)
+        shape = (TILE_M, K_BLOCK, self.ring_blocks)
         return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
 
     def x_smem_layout(self, *ring: int) -> cute.ComposedLayout:
-        """(token_tile, 64 k, *ring) BF16, 128-byte swizzle, K contiguous.
+        """Return (token_tile, K_BLOCK, *ring) BF16, a layout of `x`: K contiguous.
 
-        `ring` is (ring_blocks,) as the MMA reads it or (chunk, stages) as TMA writes it.
+        `ring` is (ring_blocks,) as the MMA reads it, or (chunk, stages) as TMA writes it.
         """
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         shape = (self.token_tile, K_BLOCK, *ring)
         return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
-    def shared_storage(self):
-        """The shared-memory struct; rings on 1024 bytes, where the 128-byte swizzle repeats."""
-
-        @cute.struct
-        class SharedStorage:
-            w: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.ring_blocks * W_BLOCK_BYTES // 2], 1024
-            ]
-            x: cute.struct.Align[
-                cute.struct.MemRange[BFloat16, self.stages * self.x_chunk_bytes // 2], 1024
-            ]
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.sums_bytes // 4], 1024]
-            names: cute.struct.MemRange[Int32, self.num_names]
-            facts: cute.struct.MemRange[Int32, self.num_facts]
-            full: cute.struct.MemRange[Int64, self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
-            sums_full: cute.struct.MemRange[Int64, 1]
-            accumulator_full: cute.struct.MemRange[Int64, 1]
-            facts_full: cute.struct.MemRange[Int64, 1]
-            names_full: cute.struct.MemRange[Int64, 1]
-            tmem_address: cute.struct.MemRange[Int32, 1]
-
-        return SharedStorage
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes up to the end of shared_storage's last member, in whole words of 8 (its own size is
-        padded to 1024)."""
-        rings = self.ring_blocks * W_BLOCK_BYTES + self.stages * self.x_chunk_bytes
-        num_barriers = 2 * self.stages + 4
-        words = self.num_names + self.num_facts + 1
-        return rings + self.sums_bytes + 4 * words + 8 * num_barriers + 4
-
-    def x_atom(self, hidden_states: cute.Pointer):
-        """The TMA of a chunk of hidden_states: its atom, and the tensor of its coordinates."""
+    def x_tma(self, hidden_states: cute.Pointer) -> tuple:
+        """Make (atom, coordinate tensor) of the TMA that loads one chunk of hidden_states."""
+        # [tokens, K_BLOCK, K blocks]: K as blocks, so that one box holds a chunk of them.
         layout = cute.make_layout(
-            (MAX_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
+            (MAX_DECODE_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
         )
         return cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
@@ -141,14 +116,20 @@ class TileGemm:
 
     @cute.jit
     def prepare(
-        self, storage, warp: Int32, full_arrivals: cutlass.Constexpr[int], sums_bytes: Int32
+        self,
+        storage,
+        warp: Int32,
+        full_arrivals: cutlass.Constexpr[int],
+        sums_bytes: Int32,
+        barriers: cutlass.Constexpr[tuple[str, ...]],
     ):
-        """Make the barriers and the accumulator. The caller waits for the cluster before anything
-        is sent: a peer's barrier has to exist.
+        """Initialise the barriers and the accumulator.
 
-        sums_bytes: what this CTA's `sums_full` waits for. The relaxed arrival publishes the
-        barriers only (by their fence); sync_threads is for the TMEM address, and for those who
-        load before the cluster is there.
+        sums_bytes: the bytes that this CTA's `sums_full` waits for. barriers: names of the kernel's
+        own, of 32 arrivals each. The caller waits for the cluster before it sends: a peer's barrier
+        has to exist. The relaxed arrival publishes the barriers, by their fence, and nothing else.
+        sync_threads publishes the TMEM address, and the barriers to warps that load before the
+        cluster has met.
         """
         if warp == self.producer_warp:
             with cute.arch.elect_one():
@@ -157,8 +138,8 @@ class TileGemm:
                     cute.arch.mbarrier_init(storage.empty.data_ptr() + stage, self.mma_arrivals)
                 cute.arch.mbarrier_init(storage.sums_full.data_ptr(), 1)
                 cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
-                cute.arch.mbarrier_init(storage.facts_full.data_ptr(), 32)
-                cute.arch.mbarrier_init(storage.names_full.data_ptr(), 32)
+                for barrier in barriers:
+                    cute.arch.mbarrier_init(getattr(storage, barrier).data_ptr(), 32)
                 cute.arch.mbarrier_init_fence()
                 cute.arch.mbarrier_arrive_and_expect_tx(storage.sums_full.data_ptr(), sums_bytes)
         self.allocate_accumulator(storage, warp)
@@ -167,7 +148,7 @@ class TileGemm:
 
     @cute.jit
     def wait_until_empty(self, storage, chunk: Int32):
-        """Wait for the ring's place for `chunk`, from the ring's second turn on.
+        """Wait for the stage of `chunk`, from the ring's second turn on.
 
         Phase p of `empty` ends when the chunk that used the stage p + 1 turns ago is multiplied.
         """
@@ -176,16 +157,21 @@ class TileGemm:
                 storage.empty.data_ptr() + chunk % self.stages, (chunk // self.stages + 1) & 1
             )
 
-    def partition_x(self, storage, x_atom: cute.CopyAtom, mX: cute.Tensor, tokens, first_block):
-        """The TMA's two sides for a CTA's slice: ((box), stage) and ((box), chunk).
-
-        tokens: which tile of token_tile tokens.
-        """
+    def partition_x(self, storage, x_atom: cute.CopyAtom, mX: cute.Tensor, tile, first_block):
+        """Partition a token tile of hidden_states, over one slice of K, and the ring for TMA."""
         layout = self.x_smem_layout(self.chunk, self.stages)
+        # (token_tile, K_BLOCK, chunk, stages)
         sX = storage.x.get_tensor(layout.outer, swizzle=layout.inner)
-        # (token_tile, 64, k_block), then (token_tile, 64, chunk, chunks)
+        # (tokens, K_BLOCK, K blocks from the slice's first on)
         gX = cute.domain_offset((0, 0, first_block), mX)
-        gX = cute.local_tile(gX, (self.token_tile, K_BLOCK, self.chunk), (tokens, 0, None))
+        # (token_tile, K_BLOCK, chunk, num_chunks)
+        gX = cute.local_tile(gX, (self.token_tile, K_BLOCK, self.chunk), (tile, 0, None))
+        # ((TMA box), stages), ((TMA box), num_chunks)
         return cpasync.tma_partition(
             x_atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
         )
+
+
+def _ring(size: int) -> type:
+    """Return the type of a ring of BF16 operands, aligned to the swizzle's repeat."""
+    return cute.struct.Align[cute.struct.MemRange[BFloat16, size // 2], SWIZZLE_REPEAT_BYTES]

@@ -1,4 +1,4 @@
-"""The GEMM on Blackwell: one warp issues tcgen05.mma, accumulators in tensor memory."""
+"""The GEMM on Blackwell: one warp issues tcgen05.mma, accumulators in tensor memory (TMEM)."""
 
 import cutlass
 import cutlass.cute as cute
@@ -6,25 +6,27 @@ import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
-from build_kernels.kernels.gemm import EPILOGUE_WARPS, K_BLOCK, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm import EPILOGUE_WARPS, TileGemm
+from build_kernels.kernels.shapes import K_BLOCK, MMA_K, TILE_M
 
-MIN_TMEM_COLUMNS = 32  # tcgen05.alloc takes a power of two, at least 32
+# tcgen05.alloc takes a power of two from 32 on:
+# https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-memory-alloc-manage-instructions
+MIN_TMEM_COLUMNS = 32
 
 
 class TileGemmSm100(TileGemm):
-    """See TileGemm. One CTA's tcgen05.mma kind::f16, M = 64 rows, N = token_tile, both from
-    shared memory.
+    """Multiply with tcgen05.mma kind::f16, M = 64 and N = token_tile, one CTA. See TileGemm.
+
+    Both operands are in shared memory.
 
     Warp roles
-        0-3   epilogue: tcgen05.ld 16x256b (warp w holds rows 16 w .. 16 w + 15); warp 0 owns the
-              TMEM
-        4     MMA: for each K block four tcgen05.mma, after each chunk a commit to its empty
-              barrier, after the last a commit to `accumulator_full`
-        5     producer
+        0-3             epilogue: tcgen05.ld 16x256b, warp w rows 16 w .. 16 w + 15;
+                        warp 0 allocates and frees the TMEM
+        mma_warp        4: four tcgen05.mma per K block; after each chunk a commit to the stage's
+                        `empty`, after the last one a commit to `accumulator_full`
+        producer_warp   5
 
-    Pipelines of its own: accumulator_full, MMA -> epilogue: 1 commit / never refilled.
-    TMEM: max(32, token_tile) columns, allocated before the cluster sync, freed after the last
-    tcgen05.ld.
+    TMEM: max(32, token_tile) columns, from before the cluster sync to after the last tcgen05.ld.
     """
 
     mma_warp = 4
@@ -32,12 +34,14 @@ class TileGemmSm100(TileGemm):
     mma_arrivals = 1  # one tcgen05.commit
 
     def make_tiled_mma(self) -> cute.TiledMma:
+        """Return the MMA. Made inside the kernel: as a parameter it would be 32 opaque bytes."""
         w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
+        # https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-mma-instructions-mma
         return cute.make_tiled_mma(
             tcgen05.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (TILE_ROWS, self.token_tile, 16),
+                (TILE_M, self.token_tile, MMA_K),
                 tcgen05.CtaGroup.ONE,
                 tcgen05.OperandSource.SMEM,
                 w_major,
@@ -46,26 +50,27 @@ class TileGemmSm100(TileGemm):
         )
 
     def accumulator(self, storage, tiled_mma: cute.TiledMma) -> cute.Tensor:
-        """(MMA, 1, 1) FP32 in tensor memory: row 16 w + r in lane 32 w + r, token in the
-        column."""
+        """Return the accumulator in TMEM: row 16 w + r in lane 32 w + r, a token per column."""
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
-        shape = tiled_mma.partition_shape_C((TILE_ROWS, self.token_tile))
+        shape = tiled_mma.partition_shape_C((TILE_M, self.token_tile))
+        # (MMA, MMA_M = 1, MMA_N = 1)
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
 
     @property
     def tmem_columns(self) -> int:
+        """Return the number of TMEM columns to allocate; every token_tile is a power of two."""
         return max(MIN_TMEM_COLUMNS, self.token_tile)
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
-        """Warp 0 allocates; the sync_threads that follows publishes the address."""
+        """Allocate TMEM by warp 0; the sync_threads that follows publishes the address."""
         if warp == 0:
             cute.arch.alloc_tmem(self.tmem_columns, storage.tmem_address.data_ptr())
             cute.arch.relinquish_tmem_alloc_permit()
 
     @cute.jit
     def free_accumulator(self, storage, warp: Int32):
-        """Warp 0 frees once all epilogue warps have read."""
+        """Free TMEM by warp 0, after all epilogue warps have read."""
         if warp < EPILOGUE_WARPS:
             cute.arch.barrier(barrier_id=1, number_of_threads=32 * EPILOGUE_WARPS)
         if warp == 0:
@@ -74,19 +79,20 @@ class TileGemmSm100(TileGemm):
 
     @cute.jit
     def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
-        """The MMA warp: every K block in order, into one accumulator."""
+        """Multiply every K block in order into one accumulator, by the MMA warp."""
         if warp == self.mma_warp:
             tiled_mma = self.make_tiled_mma()
-            mma_tiler = (TILE_ROWS, self.token_tile, K_BLOCK)
+            mma_tiler = (TILE_M, self.token_tile, K_BLOCK)
             w_layout = sm100_utils.make_smem_layout_a(
                 tiled_mma, mma_tiler, BFloat16, self.ring_blocks
             )
             x_layout = sm100_utils.make_smem_layout_b(
                 tiled_mma, mma_tiler, BFloat16, self.ring_blocks
             )
+            # (MMA, MMA_M, MMA_K, ring_blocks), (MMA, MMA_N, MMA_K, ring_blocks)
             sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
             sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-            # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
+            # (1, MMA_M, MMA_K, ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one descriptor per MMA
             tCrW = tiled_mma.make_fragment_A(sW)
             tCrX = tiled_mma.make_fragment_B(sX)
             tCtAcc = self.accumulator(storage, tiled_mma)
@@ -97,7 +103,8 @@ class TileGemmSm100(TileGemm):
                 cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
                 for block in cutlass.range_constexpr(self.chunk):
                     if chunk * self.chunk + block < num_blocks:
-                        for k in cutlass.range_constexpr(K_BLOCK // 16):
+                        for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
+                            # The first MMA of a slice overwrites: TMEM is not cleared.
                             tiled_mma.set(
                                 tcgen05.Field.ACCUMULATE, chunk > 0 if block + k == 0 else True
                             )
@@ -115,10 +122,11 @@ class TileGemmSm100(TileGemm):
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """This CTA's sums from tensor memory: FP32 registers and their (row, token)."""
+        """Read this CTA's sums out of TMEM; return FP32 registers and their (row, token)."""
         tiled_mma = self.make_tiled_mma()
         tCtAcc = self.accumulator(storage, tiled_mma)
         thread, _, _ = cute.arch.thread_idx()
+        # https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-matrix-fragments-shape-16256b
         tiled_copy = tcgen05.make_tmem_copy(
             cute.make_copy_atom(
                 tcgen05.Ld16x256bOp(tcgen05.Repetition(self.token_tile // 8)), Float32
@@ -126,11 +134,14 @@ class TileGemmSm100(TileGemm):
             tCtAcc[((None, None), 0, 0)],
         )
         thr_copy = tiled_copy.get_slice(thread)
+        # (copy atom, MMA_M = 1, MMA_N = 1): this thread's part of TMEM, and each one's (row, token)
         tTR_tAcc = thr_copy.partition_S(tCtAcc[((None, None), 0, 0)])
-        coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
+        coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
+        # Zeros for a CTA whose slice of K is empty: no MMA has written its TMEM.
         accumulators.fill(0.0)
         cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr(), 0)
+        # The commit's arrival alone does not order tcgen05.ld after the MMAs.
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         if num_blocks > 0:
             cute.copy(tiled_copy, tTR_tAcc, accumulators)

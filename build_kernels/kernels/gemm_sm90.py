@@ -5,15 +5,18 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.gemm import K_BLOCK, TILE_ROWS, TileGemm
+from build_kernels.kernels.gemm import TileGemm
+from build_kernels.kernels.shapes import K_BLOCK, MMA_K, TILE_M
 
 
 class TileGemmSm90(TileGemm):
-    """See TileGemm. Warps 0-3 are one warpgroup: wgmma m64 n`token_tile` k16, A and B from
-    shared memory.
+    """Multiply with wgmma m64 n`token_tile` k16, both operands in shared memory. See TileGemm.
 
-    Timeline of warps 0-3: for each chunk of the ring, wait for both operands, four wgmmas a K
-    block, commit; when all have retired, the ring is released if it is used again.
+    Warps 0-3 are one warpgroup. Their timeline: for each chunk of the ring wait for both operands,
+    issue four wgmmas per K block, commit. When all have retired, release the ring if it has another
+    turn.
+
+    Registers: token_tile / 2 accumulators per thread.
     """
 
     producer_warp = 4
@@ -21,41 +24,44 @@ class TileGemmSm90(TileGemm):
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
-        """Registers: nothing to allocate."""
+        """Do nothing: the accumulators are registers."""
 
     @cute.jit
     def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
-        """The epilogue warps multiply in `accumulators`."""
+        """Do nothing: the epilogue warps multiply in `accumulators`."""
 
     @cute.jit
     def free_accumulator(self, storage, warp: Int32):
-        """Registers: nothing to free."""
+        """Do nothing: the accumulators are registers."""
 
     @cute.jit
     def accumulators(self, storage, num_blocks: Int32):
-        """Multiply this CTA's slice: FP32 registers and their (row, token) coordinates."""
+        """Multiply this CTA's slice of K; return FP32 registers and their (row, token)."""
         w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
+        # https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
         tiled_mma = cute.make_tiled_mma(
             warpgroup.MmaF16BF16Op(
                 BFloat16,
                 Float32,
-                (TILE_ROWS, self.token_tile, 16),
+                (TILE_M, self.token_tile, MMA_K),
                 warpgroup.OperandSource.SMEM,
                 w_major,
                 OperandMajorMode.K,
             )
         )
         w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout(self.ring_blocks)
+        # (TILE_M, K_BLOCK, ring_blocks), (token_tile, K_BLOCK, ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         thread, _, _ = cute.arch.thread_idx()
         thr_mma = tiled_mma.get_slice(thread)
-        # (MMA, MMA_M, MMA_K, stage), (MMA, MMA_N, MMA_K, stage)
+        # (1, MMA_M, MMA_K, ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one descriptor per MMA
         tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
-        # (MMA, MMA_M, MMA_N): registers and the (row, token) of each
-        coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_ROWS, self.token_tile)))
+        # (MMA, MMA_M = 1, MMA_N = 1): the (row, token) of each accumulator, and the accumulators
+        coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
+        # Zeros also for a CTA whose slice of K is empty.
         accumulators.fill(0.0)
 
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
@@ -68,7 +74,7 @@ class TileGemmSm90(TileGemm):
                     warpgroup.fence()
                     for i in cutlass.range_constexpr(self.chunk):
                         if stage * self.chunk + i < blocks:
-                            for k in cutlass.range_constexpr(K_BLOCK // 16):
+                            for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
                                 cute.gemm(
                                     tiled_mma,
                                     accumulators,
@@ -77,6 +83,7 @@ class TileGemmSm90(TileGemm):
                                     accumulators,
                                 )
                     warpgroup.commit_group()
+            # One wait per turn: the ring usually holds the whole slice, so there is one turn.
             warpgroup.wait_group(0)
             if blocks > self.ring_blocks:
                 with cute.arch.elect_one():

@@ -1,37 +1,53 @@
-"""The table of a hash layer: which experts a token id has."""
+"""The table of a hash layer: the experts of a token id."""
 
-from typing import NamedTuple
-
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from build_kernels.kernels.select import MAX_TOP_K
-
-
-class HashTable(NamedTuple):
-    """tid2eid [vocab_size, top_k] int32 and input_ids [num_tokens] int32 or int64, in a kernel."""
-
-    tid2eid: cute.Pointer
-    input_ids: cute.Pointer
-    input_ids_are_int64: Int32
-    vocab_size: Int32
-    num_tokens: Int32
-    top_k: Int32
+from build_kernels.kernels.score import choose
+from build_kernels.kernels.shapes import MAX_TOP_K
 
 
 @cute.jit
-def lookup(table: HashTable, token: Int32, slot: Int32) -> Int32:
-    """The expert in a token's slot; -1 for no such token or slot, or an id not in the table."""
+def lookup(args, token: Int32, slot: Int32) -> Int32:
+    """Return the expert in a token's slot of tid2eid, or -1.
+
+    -1 if there is no such token or slot, or if the token id is not in the table.
+    """
     expert = Int32(-1)
-    if token < table.num_tokens and slot < table.top_k:
-        layout = cute.make_layout(table.num_tokens)
-        word = Int64(0)
-        if table.input_ids_are_int64 != 0:
-            wide = cute.recast_ptr(table.input_ids.align(8), dtype=Int64)
-            word = cute.make_tensor(wide, layout)[token]
+    if token < args.num_tokens and slot < args.top_k:
+        # [num_tokens] int32 or int64
+        layout = cute.make_layout(args.num_tokens)
+        token_id = Int64(0)
+        if args.input_ids_are_int64 != 0:
+            wide = cute.recast_ptr(args.input_ids.align(8), dtype=Int64)
+            token_id = cute.make_tensor(wide, layout)[token]
         else:
-            word = Int64(cute.make_tensor(table.input_ids, layout)[token])
-        if word >= 0 and word < table.vocab_size:
-            row = cute.make_tensor(table.tid2eid + word * table.top_k, cute.make_layout(MAX_TOP_K))
+            token_id = Int64(cute.make_tensor(args.input_ids, layout)[token])
+        if token_id >= 0 and token_id < args.vocab_size:
+            # [top_k] of tid2eid [vocab_size, top_k]; the layout only bounds the coordinate
+            row = cute.make_tensor(
+                args.tid2eid + token_id * args.top_k, cute.make_layout(MAX_TOP_K)
+            )
             expert = row[slot]
     return expert
+
+
+@cute.jit
+def read_ranks(args, token: Int32, experts: tuple):
+    """Return (ranks, unknown): the places of a lane's experts in the token's row of the table.
+
+    MAX_TOP_K for an expert that is not in the row; unknown is 1 if the token has no row. Without a
+    table nothing is read.
+    """
+    ranks = cute.make_rmem_tensor((len(experts),), Int32)
+    ranks.fill(MAX_TOP_K)
+    unknown = Int32(0)
+    if args.tid2eid.toint() != 0:
+        chosen = lookup(args, token, cute.arch.lane_idx())
+        for i in cutlass.range_constexpr(len(experts)):
+            for rank in cutlass.range_constexpr(MAX_TOP_K):
+                matches = cute.arch.shuffle_sync(chosen, rank) == experts[i]
+                ranks[i] = choose(matches, Int32(rank), ranks[i])
+        unknown = choose(cute.arch.shuffle_sync(chosen, 0) < 0, Int32(1), Int32(0))
+    return ranks, unknown

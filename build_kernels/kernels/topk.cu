@@ -35,10 +35,10 @@ namespace {
 
 // Enumerators, since NVRTC puts namespace-scope constants into global memory.
 enum : int {
-  kWarpsPerBlock = 4,  // one token each: the manifest's token_tile
+  kWarpsPerBlock = WARPS,  // one token each: the manifest's token_tile
   kBlocksPerSm = 8,
   kGroupSlots = 4,     // num_experts is rounded up to 32 * kGroupSlots in the registers
-  kMaxSlots = 512 / 32,
+  kMaxSlots = MAX_EXPERTS / 32,
   // A row of 32 keys is padded by one word: a lane's column of slots is read back by as many lanes
   // as it has slots, each then from a bank of its own.
   kKeyRow = 33,
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     }
     float sum = 0.0f;
 #pragma unroll
-    for (int rank = 0; rank < 8; ++rank) {
+    for (int rank = 0; rank < MAX_TOP_K; ++rank) {
       sum += __shfl_sync(kAllLanes, score, rank);  // adds 0 from top_k on
     }
     if (lane < top_k) {

@@ -1,0 +1,28 @@
+"""The sizes that the kernels, their specs and topk.cu share. Pure: imports no compiler.
+
+MAX_EXPERTS and MAX_TOP_K are the runtime's, which refuses larger problems.
+"""
+
+from dsv4_router_runtime.artifacts.limits import MAX_EXPERTS, MAX_TOP_K
+
+# The MMA tiler of the decode kernels is (TILE_M, token tile, K_BLOCK). 64 is the M of wgmma and the
+# smallest M of tcgen05.mma; 64 BF16 along K are the 128 bytes that the swizzle spans.
+TILE_M = 64
+K_BLOCK = 64
+MMA_K = 16
+# Split-K: each CTA of a cluster takes one slice of K. 16 is the largest cluster there is.
+NUM_SPLITS = 16
+MAX_DECODE_TOKENS = 64
+
+# M is an expert in router_decode, and a (token, slot) in router_hash.
+EXPERT_TILE = TILE_M
+HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
+
+# router_decode: an 8-byte candidate per token and expert, then a 4-byte ticket counter per token.
+CANDIDATE_BYTES = 8
+WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * CANDIDATE_BYTES + 4)
+
+# router_topk: one warp per token.
+TOPK_WARPS = 4
+# The constants of topk.cu, passed to NVRTC as macros.
+TOPK_DEFINES = {"MAX_EXPERTS": MAX_EXPERTS, "MAX_TOP_K": MAX_TOP_K, "WARPS": TOPK_WARPS}

@@ -1,0 +1,61 @@
+"""The table of launch parameters: one description per name, and what every kernel has to take."""
+
+from __future__ import annotations
+
+import pytest
+from dsv4_router_runtime.manifest import PARAMETER_KINDS, POINTER_ELEMENTS
+
+from dsv4_router_runtime.parameters import ABI, BIASES, BOUND, BROUGHT, LAUNCH, tensor_dtypes
+
+ALL = {item.name: item for abi in ABI.values() for item in abi}
+
+
+@pytest.mark.parametrize("role", ABI)
+def test_a_name_is_described_once(role: str) -> None:
+    names = [item.name for item in ABI[role]]
+    assert len(set(names)) == len(names)
+    assert all(item is ALL[item.name] for item in ABI[role])
+
+
+@pytest.mark.parametrize("role", ABI)
+def test_tensor_maps_come_first(role: str) -> None:
+    """A kernel takes them one by one, and all that follows as one NamedTuple."""
+    are_maps = [item.kind == "tensor_map" for item in ABI[role]]
+    assert are_maps == sorted(are_maps, reverse=True)
+
+
+@pytest.mark.parametrize("role", ABI)
+def test_every_kernel_takes_every_option(role: str) -> None:
+    """An option that a kernel did not take would do nothing there. A hash layer has no bias."""
+    options = {item.name for item in ALL.values() if item.off is not None}
+    if role == "hash":
+        options -= {item.name for item in BIASES}
+    assert options <= {item.name for item in ABI[role]}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_words_are_those_of_the_manifest(name: str) -> None:
+    item = ALL[name]
+    assert item.kind in PARAMETER_KINDS
+    assert item.given in (BOUND, BROUGHT, LAUNCH)
+    assert (item.element_type in POINTER_ELEMENTS) == (item.kind == "pointer")
+    assert bool(item.dtypes) == bool(item.shape) == (item.tensor is not None)
+
+
+def test_a_pointer_is_off_when_it_is_null() -> None:
+    pointers = [item for item in ALL.values() if item.kind == "pointer"]
+    assert {item.off for item in pointers} == {None, 0}
+
+
+def test_a_dependent_launch_reads_early_only_what_a_layer_binds_and_token_ids() -> None:
+    """The list that Router's `pdl` promises: these must not be the work of the kernel before."""
+    early = {item.tensor for item in ALL.values() if item.tensor and not item.after_wait}
+    assert early == {
+        *("W_gate", "e_bias", "bias_vl", "tid2eid", "to_physical", "logical_count", "input_ids"),
+    }
+
+
+def test_a_tensor_has_the_same_dtypes_in_every_kernel() -> None:
+    for role in ABI:
+        for tensor, dtypes in tensor_dtypes(role).items():
+            assert all(tensor_dtypes(other).get(tensor, dtypes) == dtypes for other in ABI)

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .extras import EXTRAS, how_to_install
+from .cli.extras import EXTRAS, how_to_install
 
 
 def main() -> None:
     """Run the command `build-kernels`."""
 
     def load() -> Callable[..., Any]:
-        from .cli import main as command
+        from .cli.commands import main as command
 
         return command
 

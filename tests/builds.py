@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.build import Report, make_plan, run_build
+from build_kernels.building.build import Report, run_build
+from build_kernels.building.plan import make_plan
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 

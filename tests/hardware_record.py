@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.verify.hardware import Record, append_record
+from build_kernels.evidence.rungs.hardware import Record, append_record
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.device.launch_site import LaunchSite
 

@@ -15,9 +15,10 @@ pytest.importorskip("click", reason="needs the extra `build`")
 from builds import ARCHS, TOPK, check_whole, contents, topk_set
 from click.testing import CliRunner, Result
 
-from build_kernels import build, cli
-from build_kernels import plan as plan_module
-from build_kernels.entry import sha256
+from build_kernels.building import build
+from build_kernels.building import plan as plan_module
+from build_kernels.building.entry import sha256
+from build_kernels.cli import commands as cli
 
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
 FILES = {f"{TOPK.name}.{arch}.{kind}" for arch in ARCHS for kind in ("cubin", "ptx")}

@@ -26,7 +26,6 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import build_kernels  # noqa: E402
-from build_kernels import cli  # noqa: E402
 from build_kernels.bench import (  # noqa: E402
     command,
     contenders,
@@ -69,6 +68,7 @@ from build_kernels.bench.report import (  # noqa: E402
 )
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
 from build_kernels.bench.table import places  # noqa: E402
+from build_kernels.cli import commands as cli  # noqa: E402
 from dsv4_router_runtime.artifacts.folder import ArtifactSet  # noqa: E402
 from dsv4_router_runtime.device import driver, load  # noqa: E402
 from dsv4_router_runtime.device.launch import ParameterBlock  # noqa: E402

@@ -22,12 +22,14 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, topk_set
 
-from build_kernels import build, compilers, cubin, entry, workers
-from build_kernels import plan as plan_module
-from build_kernels.build import BuildError, Task, make_plan, run_build
-from build_kernels.cubin import CubinParameter
-from build_kernels.entry import EntryError
-from build_kernels.plan import source_digest
+from build_kernels import workers
+from build_kernels.binaries import cubin
+from build_kernels.binaries.cubin import CubinParameter
+from build_kernels.building import build, compilers, entry
+from build_kernels.building import plan as plan_module
+from build_kernels.building.build import BuildError, run_build
+from build_kernels.building.entry import EntryError
+from build_kernels.building.plan import Task, make_plan, source_digest
 from build_kernels.specs import CudaSource, KernelSpec
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
@@ -261,7 +263,7 @@ class TestAPartOfABuild:
         self.check_refused(artifacts, "router_topk.sm_100a (no manifest lists it)")
 
     def test_many_are_counted(self, tmp_path: Path) -> None:
-        tracked = Path(build.__file__).parents[1] / "artifacts" / "manifest.json"
+        tracked = Path(build.__file__).parents[2] / "artifacts" / "manifest.json"
         shutil.copy(tracked, tmp_path)
         self.check_refused(tmp_path, "and 20 more")
 

@@ -18,12 +18,13 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from watchdog import ends_within
 
-from build_kernels import build as builder
-from build_kernels import cli, compilers
-from build_kernels import plan as plan_module
-from build_kernels.listing import list_rows, print_rows
+from build_kernels.building import build as builder
+from build_kernels.building import compilers
+from build_kernels.building import plan as plan_module
+from build_kernels.building.staging import build_folder
+from build_kernels.cli import commands as cli
+from build_kernels.cli.listing import list_rows, print_rows
 from build_kernels.specs import ARCHITECTURES, KERNELS
-from build_kernels.staging import build_folder
 from dsv4_router_runtime.artifacts.manifest import parse_manifest
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
@@ -143,7 +144,7 @@ def test_a_refused_second_build_draws_no_progress(tmp_path: Path) -> None:
 
 
 def test_outside_a_checkout_the_folder_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "__file__", "/usr/lib/python3/build_kernels/build.py")
+    monkeypatch.setattr(builder, "__file__", "/usr/lib/python3/build_kernels/building/build.py")
     result = call("build")
     assert result.exit_code == 1
     assert "this is not a checkout; say where to build with --artifacts" in result.stderr

@@ -16,8 +16,9 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from elftools.elf.elffile import ELFFile
 
-from build_kernels import compilers, cubin
-from build_kernels.cubin import CubinError, CubinParameter, read_cubin
+from build_kernels.binaries import cubin
+from build_kernels.binaries.cubin import CubinError, CubinParameter, read_cubin
+from build_kernels.building import compilers
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 
 ARCHS = [arch.name for arch in ARCHITECTURES]

@@ -14,9 +14,9 @@ import pytest
 from watchdog import ends_within
 
 import dsv4_router_runtime
-from build_kernels.verify.artifact import ArtifactReadError
-from build_kernels.verify.evidence import Evidence, EvidenceError, Result
-from build_kernels.verify.hardware import Record
+from build_kernels.evidence.artifact import ArtifactReadError
+from build_kernels.evidence.rungs.hardware import Record
+from build_kernels.evidence.store import Evidence, EvidenceError, Result
 from dsv4_router_runtime import errors
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, Problem, plan_layer, resolve
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts

@@ -10,16 +10,16 @@ from click.testing import CliRunner
 from conftest import topk_kernel
 from watchdog import ends_within
 
-from build_kernels.verify import RUNGS, standing, validated_on
-from build_kernels.verify.command import cell
-from build_kernels.verify.evidence import (
+from build_kernels.evidence import RUNGS, standing, validated_on
+from build_kernels.evidence.command import cell
+from build_kernels.evidence.rungs.hardware import append_record, read_records, result_of
+from build_kernels.evidence.store import (
     Evidence,
     EvidenceError,
     Result,
     read_evidence,
     write_evidence,
 )
-from build_kernels.verify.hardware import append_record, read_records, result_of
 
 KERNEL = topk_kernel()
 RUN = {"gpu": "NVIDIA H200", "cases": 3, "failed": []}
@@ -207,7 +207,7 @@ def test_what_was_read_can_be_shown_and_merged(tmp_path, rung, status):
 
 
 def test_a_file_by_other_hands_is_an_error_of_the_command(tmp_path):
-    from build_kernels.cli import main
+    from build_kernels.cli.commands.commands import main
 
     folder = tmp_path / "artifacts"
     folder.mkdir()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from watchdog import ends_within
 
-from build_kernels.verify.evidence import Evidence, EvidenceError, read_evidence, update_evidence
-from build_kernels.verify.hardware import read_records
+from build_kernels.evidence.rungs.hardware import read_records
+from build_kernels.evidence.store import Evidence, EvidenceError, read_evidence, update_evidence
 from dsv4_router_runtime.artifacts import files
 from dsv4_router_runtime.artifacts.files import read_file
 from dsv4_router_runtime.artifacts.folder import open_artifacts

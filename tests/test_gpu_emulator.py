@@ -15,11 +15,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 np = pytest.importorskip("numpy", reason="needs the extra `verify`")
 
 from build_kernels.emulator import Schedule  # noqa: E402
+from build_kernels.evidence.artifact import load_artifact  # noqa: E402
+from build_kernels.evidence.cases import Case  # noqa: E402
+from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs  # noqa: E402
+from build_kernels.evidence.rungs import emulated  # noqa: E402
 from build_kernels.specs import DECODE_TILES  # noqa: E402
-from build_kernels.verify import emulated  # noqa: E402
-from build_kernels.verify.artifact import load_artifact  # noqa: E402
-from build_kernels.verify.cases import Case  # noqa: E402
-from build_kernels.verify.inputs import SCALE, Inputs, make_inputs  # noqa: E402
 from dsv4_router_runtime import dense_router_dispatch  # noqa: E402
 from dsv4_router_runtime.artifacts.folder import find_artifacts  # noqa: E402
 from dsv4_router_runtime.device.driver import arch_of_device  # noqa: E402

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("click", reason="needs the extra `build`")
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels.build import make_plan, run_build
-from build_kernels.verify import verify
+from build_kernels.building.build import run_build
+from build_kernels.building.plan import make_plan
+from build_kernels.evidence import verify
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("build_kernels", "dsv4_router_runtime")
@@ -33,14 +34,14 @@ def _wheel_contents(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin", types.ModuleType("plugin"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hook", ROOT / "build_kernels/wheel_hook.py")
+    spec = importlib.util.spec_from_file_location("hook", ROOT / "build_kernels/building/wheel_hook.py")
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
     build_data: dict = {"force_include": {}}
     # A wheel must carry every kernel; these tests are content with one.
-    monkeypatch.setattr("build_kernels.plan.packaging_problem", lambda manifest: None)
+    monkeypatch.setattr("build_kernels.building.plan.packaging_problem", lambda manifest: None)
     hook.ArtifactsHook(root=str(root), target_name="wheel").initialize("standard", build_data)
     return {place: source for source, place in build_data["force_include"].items()}
 
@@ -128,7 +129,7 @@ def test_stored_evidence_stands_where_the_ptx_is_missing(site: Path, tmp_path: P
     other = shutil.copytree(site, tmp_path / "site")
     path = other / "dsv4_router_runtime" / "_artifacts" / "evidence.json"
     document = json.loads(path.read_bytes())
-    code = "from build_kernels.verify.checkers import present; print(present('emulated'))"
+    code = "from build_kernels.evidence.checkers import present; print(present('emulated'))"
     checker = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     document["evidence"][0]["rungs"]["emulated"] = {
         "status": "passed",

@@ -18,16 +18,17 @@ pytest.importorskip("torch", reason="needs the extra `torch`")
 
 from click.testing import CliRunner
 
-from build_kernels.build import make_plan, run_build
+from build_kernels.building.build import run_build
+from build_kernels.building.plan import make_plan
 from build_kernels.emulator import Schedule
+from build_kernels.evidence.artifact import Artifact, load_artifact
+from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.rungs import emulated
 from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
 from build_kernels.mutants.faults import MUTANTS
 from build_kernels.mutants.judge import RUNGS, Verdict, is_right, judge
 from build_kernels.mutants.mutant import Edit, Mutant, MutantError, mutated
-from build_kernels.verify import emulated
-from build_kernels.verify.artifact import Artifact, load_artifact
-from build_kernels.verify.inputs import make_inputs
 from build_kernels.workers import WorkerDiedError
 
 # The classes that the evidence has to cover, by the names that this suite gives them.

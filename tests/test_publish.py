@@ -19,12 +19,13 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
 
-from build_kernels import build, publish, staging
-from build_kernels import plan as plan_module
-from build_kernels.artifact_folder import PlaceError
-from build_kernels.build import BuildError, Built, Task, make_plan, run_build
-from build_kernels.entry import sha256
-from build_kernels.verify.evidence import Evidence, update_evidence
+from build_kernels.building import build, publish, staging
+from build_kernels.building import plan as plan_module
+from build_kernels.building.artifact_folder import PlaceError
+from build_kernels.building.build import BuildError, Built, run_build
+from build_kernels.building.entry import sha256
+from build_kernels.building.plan import Task, make_plan
+from build_kernels.evidence.store import Evidence, update_evidence
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 CUBIN = f"{TOPK.name}.sm_90a.cubin"

@@ -16,11 +16,12 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from builds import ARCHS, TOPK, check_whole, topk_set
 
-from build_kernels import build
-from build_kernels import plan as plan_module
-from build_kernels.artifact_folder import PlaceError
-from build_kernels.build import BuildError, Built, make_plan, run_build
-from build_kernels.entry import sha256
+from build_kernels.building import build
+from build_kernels.building import plan as plan_module
+from build_kernels.building.artifact_folder import PlaceError
+from build_kernels.building.build import BuildError, Built, run_build
+from build_kernels.building.entry import sha256
+from build_kernels.building.plan import make_plan
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.errors import RouterError
 

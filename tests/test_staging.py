@@ -20,9 +20,9 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
 
-from build_kernels import staging
-from build_kernels.artifact_folder import PlaceError
-from build_kernels.entry import sha256
+from build_kernels.building import staging
+from build_kernels.building.artifact_folder import PlaceError
+from build_kernels.building.entry import sha256
 
 COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
 CUBIN = f"{TOPK.name}.sm_90a.cubin"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from build_kernels import compilers
+from build_kernels.building import compilers
 from build_kernels.emulator import DeviceArray, Launch, Schedule, emulate
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.reference import (

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `build`")
 
-from build_kernels import compilers, cubin
+from build_kernels.binaries import cubin
+from build_kernels.building import compilers
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 
 ARCHS = [arch.name for arch in ARCHITECTURES]

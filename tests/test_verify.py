@@ -24,44 +24,41 @@ from click.testing import CliRunner
 from hardware_record import Tally
 from rich.console import Console
 
-from build_kernels import compilers
-from build_kernels.build import make_plan, run_build
-from build_kernels.specs import KERNELS
-from build_kernels.verify import (
+from build_kernels.building import compilers
+from build_kernels.building.build import run_build
+from build_kernels.building.plan import make_plan
+from build_kernels.evidence import (
     RUNGS,
     Evidence,
     Result,
     checkers,
     climb,
-    emulated,
-    hardware,
-    lint,
-    protocol,
     read_evidence,
     standing,
-    structure,
     validated_on,
     verify,
     verify_command,
 )
-from build_kernels.verify.artifact import (
+from build_kernels.evidence.artifact import (
     Artifact,
     ArtifactReadError,
     load_artifact,
     ptx_entry,
     ptx_opcodes,
 )
-from build_kernels.verify.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
-from build_kernels.verify.climb import (
+from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
+from build_kernels.evidence.climb import (
     Outcome,
     climb_one,
     is_failure,
     text_and_launch,
     without_target,
 )
-from build_kernels.verify.command import cell, print_evidence
-from build_kernels.verify.evidence import EvidenceError, not_run, update_evidence, write_evidence
-from build_kernels.verify.inputs import make_inputs
+from build_kernels.evidence.command import cell, print_evidence
+from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, structure
+from build_kernels.evidence.store import EvidenceError, not_run, update_evidence, write_evidence
+from build_kernels.specs import KERNELS
 
 KERNEL = topk_kernel()
 TOPK_KEY = "router_topk.sm_100a"

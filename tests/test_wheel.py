@@ -16,7 +16,7 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from builds import ARCHS, TOPK, make, topk_set
 
-from build_kernels import plan
+from build_kernels.building import plan
 
 HOOK = Path(plan.__file__).with_name("wheel_hook.py")
 CUBINS = {f"{TOPK.name}.{arch}.cubin" for arch in ARCHS}

@@ -16,7 +16,8 @@ pytest.importorskip("elftools", reason="needs the extra `build`")
 
 from processes import family
 
-from build_kernels.build import make_plan, run_build
+from build_kernels.building.build import run_build
+from build_kernels.building.plan import make_plan
 from build_kernels.workers import WorkerDiedError, run_tasks
 
 WAYS = [

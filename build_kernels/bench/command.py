@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from build_kernels.console import results, say, stop_like_interrupt, talk
-from build_kernels.extras import why_missing
+from build_kernels.cli.console import results, say, stop_like_interrupt, talk
+from build_kernels.cli.extras import why_missing
 from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS
 from dsv4_router_runtime.errors import RouterError
 

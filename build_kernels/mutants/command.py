@@ -13,14 +13,9 @@ from typing import Any
 
 import click
 
-from build_kernels.console import say, stop_like_interrupt
-from build_kernels.extras import why_missing
-from build_kernels.verify.artifact import (
-    NO_PTX,
-    ArtifactReadError,
-    carries_ptx,
-    load_artifact,
-)
+from build_kernels.cli.console import say, stop_like_interrupt
+from build_kernels.cli.extras import why_missing
+from build_kernels.evidence.artifact import NO_PTX, ArtifactReadError, carries_ptx, load_artifact
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import RouterError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from build_kernels.verify.cases import Case
+from build_kernels.evidence.cases import Case
 
 from .mutant import Edit, Mutant
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from build_kernels.verify import emulated, protocol
-from build_kernels.verify.artifact import Artifact
-from build_kernels.verify.evidence import FAILED, NOT_RUN, PASSED
-from build_kernels.verify.inputs import make_inputs
+from build_kernels.evidence.artifact import Artifact
+from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.rungs import emulated, protocol
+from build_kernels.evidence.store import FAILED, NOT_RUN, PASSED
 
 from .mutant import Mutant, mutated
 

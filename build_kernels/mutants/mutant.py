@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from build_kernels.verify.cases import Case
+from build_kernels.evidence.cases import Case
 
 # Adversarial enough for a fault that the happens-before checks see, or that spoils the answer.
 SCHEDULES = (("latest", 0), ("earliest", 0), ("random", 1), ("random", 2))

@@ -26,7 +26,8 @@ from dsv4_router_runtime.errors import WHEEL_FOLDER
 
 from .artifact import NO_PTX, Artifact, ArtifactReadError, load_artifact
 from .checkers import present
-from .evidence import (
+from .rungs.hardware import Record, result_of
+from .store import (
     FAILED,
     NOT_RUN,
     PASSED,
@@ -38,7 +39,6 @@ from .evidence import (
     read_evidence,
     update_evidence,
 )
-from .hardware import Record, result_of
 
 # Longest first, so that the pool does not end on one long task.
 _START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
@@ -279,7 +279,7 @@ def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quic
     evidence, which holds no paths of the machine it was made on.
     """
     try:
-        module = importlib.import_module(f"{__package__}.{rung}")
+        module = importlib.import_module(f"{__package__}.rungs.{rung}")
         artifact = load_artifact(folder, key)
         if _bytes_of(artifact.kernel) != expected:
             return not_run("the artifact was built anew while it was being verified")

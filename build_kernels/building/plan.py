@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from build_kernels.specs import KERNELS, KernelSpec
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ManifestError
@@ -21,10 +22,9 @@ from dsv4_router_runtime.errors import ManifestError
 from . import compilers
 from .artifact_folder import file_sha256, read_plain
 from .entry import sha256
-from .specs import KERNELS, KernelSpec
 
 # What turns a spec and its sources into bytes, and bytes into the manifest's entry.
-_DECIDING_MODULES = ("compilers.py", "cubin.py", "entry.py")
+_DECIDING_MODULES = ("building/compilers.py", "binaries/cubin.py", "building/entry.py")
 # The assemblers' version in a manifest's toolchain: read from the cubins, not from a distribution.
 PTXAS = "ptxas"
 
@@ -150,7 +150,7 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
         "schema": SCHEMA_VERSION,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    deciding = (Path(__file__).with_name(name) for name in _DECIDING_MODULES)
+    deciding = (Path(__file__).parents[1] / name for name in _DECIDING_MODULES)
     for file in (*compilers.source_files(spec), *deciding):
         digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
     return digest.hexdigest()

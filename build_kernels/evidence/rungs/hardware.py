@@ -18,13 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
-from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
-from dsv4_router_runtime.artifacts.kernel import Kernel
-from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
-
-from .artifact import Artifact
-from .evidence import (
+from build_kernels.evidence.artifact import Artifact
+from build_kernels.evidence.store import (
     ARCH,
     ARTIFACT_NAME,
     FAILED,
@@ -38,6 +33,10 @@ from .evidence import (
     check_version,
     not_run,
 )
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
+from dsv4_router_runtime.artifacts.kernel import Kernel
+from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
 
 SCHEMA_VERSION = 2
 

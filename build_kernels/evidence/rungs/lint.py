@@ -18,10 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_kernels.evidence.artifact import Artifact
+from build_kernels.evidence.store import FAILED, PASSED, Result, not_run
 from build_kernels.specs import KERNELS, DslSource, KernelSpec
-
-from .artifact import Artifact
-from .evidence import FAILED, PASSED, Result, not_run
 
 OPTIONS_VARIABLE = "CUTE_DSL_COMPILER_OPT"
 OPTIONS = "warnings remarks"
@@ -126,7 +125,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("CUTE_DSL_")
     }
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (root, environment.get("PYTHONPATH", "")))
     )
@@ -151,7 +150,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
 
 def _worker(name: str, arch: str, folder: str, report: str) -> None:
     """Compile one kernel in this process; the diagnostics go to its standard streams."""
-    from build_kernels import compilers
+    from build_kernels.building import compilers
 
     spec = next(item for item in KERNELS if item.name == name)
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .climb import Outcome, verify
 from .command import verify_command
-from .evidence import RUNGS, Evidence, EvidenceError, Result, read_evidence, standing, validated_on
+from .store import RUNGS, Evidence, EvidenceError, Result, read_evidence, standing, validated_on
 
 __all__ = [
     "RUNGS",

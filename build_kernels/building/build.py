@@ -10,18 +10,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from build_kernels.binaries import cubin
+from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
-from . import compilers, cubin
+from . import compilers
 from .artifact_folder import Contents, check_contents, read_contents, resolve_folder
 from .entry import EntryError, make_entry
 from .plan import PTXAS, Plan, Task, file_names, known_files
-from .plan import make_plan as make_plan
-from .plan import source_digest as source_digest
 from .publish import NewSet, publish
 from .staging import WORK, build_folder, sweep
-from .workers import WorkerDiedError, run_tasks
 
 _SHOWN_LOST = 3
 # More than a compiler writes for one kernel: the cubin, the PTX and a copy of the cubin are 0.3 MB.
@@ -53,7 +52,7 @@ class Report:
 
 def default_artifacts() -> Path:
     """The checkout's artifacts; BuildError where the package is installed without its checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():
         raise BuildError("this is not a checkout; say where to build with --artifacts FOLDER")
     return root / "artifacts"

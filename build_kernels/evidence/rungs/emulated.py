@@ -13,12 +13,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from build_kernels.extras import why_missing
-from build_kernels.specs import KERNELS
-from dsv4_router_runtime.artifacts.manifest import Kernel
-from dsv4_router_runtime.device.launch import grid_of
-
-from .artifact import (
+from build_kernels.cli.extras import why_missing
+from build_kernels.evidence.artifact import (
     OPTIONS_OFF,
     Artifact,
     bounded_block,
@@ -26,9 +22,12 @@ from .artifact import (
     is_decode,
     is_hashed,
 )
-from .cases import Case, cases_of
-from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
-from .inputs import SCALE, Inputs, make_inputs
+from build_kernels.evidence.cases import Case, cases_of
+from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
+from build_kernels.evidence.store import FAILED, FULL, PASSED, QUICK, Result, not_run
+from build_kernels.specs import KERNELS
+from dsv4_router_runtime.artifacts.manifest import Kernel
+from dsv4_router_runtime.device.launch import grid_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,10 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from build_kernels import cubin
-from dsv4_router_runtime.artifacts.manifest import compute_capability
-
-from .artifact import (
+from build_kernels.binaries import cubin
+from build_kernels.evidence.artifact import (
     Artifact,
     ArtifactReadError,
     count_starting,
@@ -28,7 +26,8 @@ from .artifact import (
     ptx_opcodes,
     ptx_target,
 )
-from .evidence import FAILED, PASSED, QUICK, Result, not_run
+from build_kernels.evidence.store import FAILED, PASSED, QUICK, Result, not_run
+from dsv4_router_runtime.artifacts.manifest import compute_capability
 
 # It takes a tenth of a second.
 TIMEOUT_SECONDS = 60

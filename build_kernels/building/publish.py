@@ -165,7 +165,7 @@ def _manifest_last(names: Collection[str]) -> list[str]:
 @contextlib.contextmanager
 def _evidence_held(artifacts: Path) -> Iterator[None]:
     """Keep `build-kernels verify` from writing evidence into a folder that is about to go."""
-    from .verify.evidence import evidence_lock
+    from build_kernels.evidence.store import evidence_lock
 
     if (artifacts / EVIDENCE_NAME).exists():
         with evidence_lock(artifacts / EVIDENCE_NAME):

@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from build_kernels.console import fits, results, say, stop_like_interrupt
+from build_kernels.cli.console import fits, results, say, stop_like_interrupt
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts.folder import find_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from .artifact import ArtifactReadError
 from .climb import Outcome, is_failure, verify
-from .evidence import (
+from .rungs.hardware import read_records
+from .store import (
     DOES_NOT_APPLY,
     FAILED,
     NOT_RUN,
@@ -31,7 +32,6 @@ from .evidence import (
     Result,
     result_json,
 )
-from .hardware import read_records
 
 NOT_PROVEN = (
     "Not proven by any rung but hardware: that ptxas translated rightly, what undocumented "

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from math import prod
 
+from build_kernels.binaries.cubin import LOCAL_OPCODES, Cubin, CubinParameter
+from build_kernels.specs import KernelSpec
 from dsv4_router_runtime.artifacts.manifest import (
     KIND_LAYOUT,
     MAX_PORTABLE_CLUSTER_CTAS,
@@ -20,8 +22,6 @@ from dsv4_router_runtime.artifacts.manifest import (
 )
 
 from .compilers import Compiled
-from .cubin import LOCAL_OPCODES, Cubin, CubinParameter
-from .specs import KernelSpec
 
 
 class EntryError(Exception):

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from build_kernels.building import compilers, plan
+from build_kernels.building.entry import sha256
+from build_kernels.evidence import RUNGS, read_evidence, standing, validated_on
+from build_kernels.evidence.artifact import carries_ptx
+from build_kernels.specs import ARCHITECTURES, KERNELS, KernelSpec
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ArtifactError
 
-from . import compilers, plan
 from .console import fits
-from .entry import sha256
-from .specs import ARCHITECTURES, KERNELS, KernelSpec
-from .verify import RUNGS, read_evidence, standing, validated_on
-from .verify.artifact import carries_ptx
 
 Row = dict[str, str]
 

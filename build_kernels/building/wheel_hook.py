@@ -43,8 +43,9 @@ class UnfitError(Exception):
 
 def _checked_names(folder: Path) -> list[str]:
     """Return the names of the files that an installed runtime and its tools read."""
-    from build_kernels.plan import packaging_problem
     from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
+
+    from build_kernels.building.plan import packaging_problem
 
     artifacts = open_artifacts(folder)
     for kernel in artifacts.manifest.kernels:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cubin import INSTALL, wheel_file
-from .specs import CudaSource, DslSource, KernelSpec
+from build_kernels.binaries.cubin import INSTALL, wheel_file
+from build_kernels.specs import CudaSource, DslSource, KernelSpec
 
 NVRTC_DISTRIBUTION = "nvidia-cuda-nvrtc-cu12"
 NVRTC_LIBRARY = "libnvrtc.so.12"
@@ -29,7 +29,7 @@ DSL_DISTRIBUTION = "nvidia-cutlass-dsl"
 NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
 
 NO_DEFINES: Mapping[str, int] = {}
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class CompileError(Exception):

@@ -20,6 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dsv4_router_runtime
+from build_kernels.bench.command import bench_command
+from build_kernels.building import build as builder
+from build_kernels.building.artifact_folder import PlaceError
+from build_kernels.building.compilers import CompileError, toolchain_versions
+from build_kernels.building.plan import make_plan
+from build_kernels.building.staging import LockedError
+from build_kernels.evidence import EvidenceError, verify_command
+from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, find_artifacts, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import (
     Kernel,
@@ -30,15 +38,8 @@ from dsv4_router_runtime.artifacts.manifest import (
 )
 from dsv4_router_runtime.errors import ArtifactError, RouterError
 
-from . import build as builder
-from .artifact_folder import PlaceError
-from .bench.command import bench_command
-from .compilers import CompileError, toolchain_versions
 from .console import results, say, talk
 from .listing import explain_states, list_rows, print_rows
-from .specs import ARCHITECTURES, KERNELS
-from .staging import LockedError
-from .verify import EvidenceError, verify_command
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
@@ -161,7 +162,7 @@ def build(
         # A stop asked for by the system ends like Ctrl-C: the artifacts stay as they were.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         folder = builder.open_folder(artifacts or builder.default_artifacts())
-        plan = builder.make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
+        plan = make_plan(folder, names or KERNEL_NAMES, archs or ARCH_NAMES)
         if plan.problem and plan.manifest is None:
             talk.print(f"building from scratch: {plan.problem}", markup=False)
         report = builder.run_build(

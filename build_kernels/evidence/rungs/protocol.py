@@ -23,11 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from build_kernels.extras import why_missing
-from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
-from dsv4_router_runtime.device.launch import grid_of
-
-from .artifact import (
+from build_kernels.cli.extras import why_missing
+from build_kernels.evidence.artifact import (
     OPTIONS_OFF,
     Artifact,
     encoded_map,
@@ -36,8 +33,10 @@ from .artifact import (
     null_pointers,
     ptx_entry,
 )
-from .cases import VOCABULARY
-from .evidence import FAILED, FULL, PASSED, QUICK, Result, not_run
+from build_kernels.evidence.cases import VOCABULARY
+from build_kernels.evidence.store import FAILED, FULL, PASSED, QUICK, Result, not_run
+from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.device.launch import grid_of
 
 INPUT_SCHEMA = "spverify.kernel-input/v1"
 TIMEOUT_SECONDS = 900

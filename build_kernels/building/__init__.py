@@ -1,0 +1,1 @@
+"""From specs to a published set of artifacts: plan, compile, describe, publish."""

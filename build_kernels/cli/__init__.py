@@ -1,0 +1,1 @@
+"""The command `build-kernels` and what its subcommands share."""

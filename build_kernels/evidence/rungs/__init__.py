@@ -1,0 +1,1 @@
+"""The rungs of the ladder of evidence, one module each."""

@@ -143,7 +143,7 @@ def test_an_editable_install_needs_no_artifacts(checkout, package) -> None:
 def test_what_the_hook_imports_is_the_standard_library() -> None:
     code = (
         "import sys\n"
-        "from build_kernels.plan import packaging_problem\n"
+        "from build_kernels.building.plan import packaging_problem\n"
         "from dsv4_router_runtime.artifacts.folder import open_artifacts\n"
         "foreign = ('click', 'rich', 'elftools', 'cutlass', 'cuda', 'numpy', 'torch')\n"
         "print([name for name in foreign if name in sys.modules])\n"

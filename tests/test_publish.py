@@ -24,6 +24,7 @@ from build_kernels import plan as plan_module
 from build_kernels.artifact_folder import PlaceError
 from build_kernels.build import BuildError, Built, Task, make_plan, run_build
 from build_kernels.entry import sha256
+from build_kernels.verify import evidence
 from build_kernels.verify.evidence import Evidence, update_evidence
 from dsv4_router_runtime.artifacts import open_artifacts
 
@@ -357,6 +358,17 @@ class TestFileByFile:
         check_is_other(artifacts)
         assert artifacts.stat().st_ino == folder
 
+    def test_a_folder_whose_evidence_cannot_be_held_stays(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The lock file is another user's."""
+        (artifacts / "evidence.json").write_text("{}")
+        folder = artifacts.stat().st_ino
+        monkeypatch.setattr(evidence, "evidence_lock", no_exchange(errno.EACCES))
+        build_other(artifacts)
+        check_is_other(artifacts)
+        assert artifacts.stat().st_ino == folder
+
     def test_extended_attributes_stay(self, artifacts: Path) -> None:
         try:
             os.setxattr(artifacts, "user.note", b"mine")
@@ -423,6 +435,8 @@ class TestWhatHappensDuringABuild:
         assert (aside / "data.csv").read_text() == "p"
         with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
             make(artifacts)
+        with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
+            build.open_folder(artifacts)  # with nothing to do, too
         shutil.rmtree(aside)
         monkeypatch.undo()
         assert make(artifacts).built
@@ -486,7 +500,7 @@ class TestWhatHappensDuringABuild:
         self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = artifacts / "evidence.json"
-        update_evidence(path, lambda evidence: evidence)
+        update_evidence(path, lambda found: found)
         meanwhile()
         exchange = publish.exchange
 

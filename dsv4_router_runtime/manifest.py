@@ -123,6 +123,8 @@ def serialise_manifest(manifest: Manifest) -> str:
 
 def parse_manifest(text: str | bytes, *, source: str = "manifest.json") -> Manifest:
     """Read a manifest; a ManifestError names `source`, the path in the JSON, expected and got."""
+    if not isinstance(text, str | bytes):
+        raise TypeError(f"text: expected str or bytes (got {type(text).__name__})")
     return read_json(text, _manifest, source=source)
 
 

@@ -17,7 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.errors import (
+    MAX_FILE_SHOWN,
+    MAX_PROBLEM_SHOWN,
+    ManifestError,
+    printable,
+)
 from dsv4_router_runtime.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.json_reader import JsonNode, read_json
 from dsv4_router_runtime.kernel import Kernel
@@ -150,15 +155,17 @@ def read_evidence(path: Path) -> Evidence:
     except FileNotFoundError:
         return Evidence()
     except OSError as error:
-        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)}); {_REPAIR}") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: cannot be read ({reason_of(error)}); {_REPAIR}") from error
 
 
 def _parse(text: bytes, path: Path) -> Evidence:
     try:
         return read_json(text, _evidence, source=str(path))
     except ManifestError as error:
+        place = printable(str(path), MAX_FILE_SHOWN)
         problem = printable(error.problem, MAX_PROBLEM_SHOWN)
-        raise EvidenceError(f"{path}: {error.path}: {problem}; {_REPAIR}") from error
+        raise EvidenceError(f"{place}: {error.path}: {problem}; {_REPAIR}") from error
 
 
 def update_evidence(path: Path, change: Callable[[Evidence], Evidence]) -> Evidence:

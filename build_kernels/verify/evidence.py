@@ -249,7 +249,7 @@ def _evidence(node: JsonNode) -> Evidence:
 
 
 def check_version(node: JsonNode, version: int) -> None:
-    """The version first: a newer schema has other keys, and "unknown key" would hide the cause."""
+    """Refuse another schema version, before one of its keys is refused as unknown."""
     if not isinstance(node.value, dict):
         raise node.expected("an object")
     stated = node.member("schema_version")
@@ -295,7 +295,7 @@ def _result(node: JsonNode) -> Result:
 
 
 def _check_figures(node: JsonNode, rung: str, result: Result) -> None:
-    """The figures that a table or a merge reads are of the shape that it reads."""
+    """Refuse figures of another shape than a table or a merge reads."""
     figures = node.member("figures")
     if rung == "hardware":
         # What ran, or failed, on a GPU says on which.
@@ -310,7 +310,7 @@ def _check_figures(node: JsonNode, rung: str, result: Result) -> None:
 
 
 def _check_run(node: JsonNode) -> None:
-    """One run on a GPU: see `hardware`. Older ones have no arch and no counts by test."""
+    """Check one run on a GPU (see `hardware`); older runs have no arch and no counts by test."""
     at = node.members("gpu", "cases", "failed", optional=("arch", "driver", "date", "tests"))
     at["cases"].integer(low=1)
     for name in ("gpu", "driver", "date"):

@@ -102,7 +102,7 @@ def check_layer(
 
 
 def _turned(rows: int, columns: int) -> str:
-    """What to say of a W_gate that would be right the other way round."""
+    """Return a hint if W_gate would be right transposed, and nothing if it would not."""
     if 1 <= rows <= MAX_EXPERTS and columns and columns % K_MULTIPLE == 0:
         return (
             ": an nn.Linear's weight is [E, K] and W_gate [K, E], so pass weight.t(), which copies "

@@ -119,7 +119,7 @@ MAPPED_TENSORS = {
 
 
 def parameter_kind(name: str) -> str:
-    """The kind of a parameter that is passed by name: a pointer, a float32, or else an int32."""
+    """Return the kind of a parameter that is passed by name."""
     if name in _POINTERS:
         return "pointer"
     return "float32" if name in _FLOATS else "int32"

@@ -123,6 +123,8 @@ def serialise_manifest(manifest: Manifest) -> str:
 
 def parse_manifest(text: str | bytes, *, source: str = "manifest.json") -> Manifest:
     """Read a manifest; a ManifestError names `source`, the path in the JSON, expected and got."""
+    if not isinstance(text, str | bytes):
+        raise TypeError(f"text: expected str or bytes (got {type(text).__name__})")
     return read_json(text, _manifest, source=source)
 
 
@@ -197,7 +199,7 @@ def _architecture(node: JsonNode) -> str:
 
 
 def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
-    """Parameters that this runtime fills, each as the kernel reads it, and scratch with an end."""
+    """Refuse parameters that this runtime does not fill as the kernel reads them."""
     wrong = wrong_parameter(kernel.problem.layout, kernel.parameters)
     if wrong is not None:
         place, problem = wrong
@@ -213,7 +215,7 @@ def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
 
 
 def _check_grid(node: JsonNode, launch: Launch, problem: ProblemRange) -> None:
-    """A CTA for every token and expert that is accepted, on axes as long as the driver's."""
+    """Refuse a grid without a CTA for every accepted token and expert, or beyond the driver's."""
     most_tokens = MAX_TOKENS if problem.num_tokens.high is None else problem.num_tokens.high
     if "token_tiles" not in launch.grid and most_tokens > launch.token_tile:
         path = f"{node.path}.token_tile"
@@ -237,7 +239,7 @@ def _check_grid(node: JsonNode, launch: Launch, problem: ProblemRange) -> None:
 
 
 def _check_fits(node: JsonNode, launch: Launch, resources: Resources) -> None:
-    """A CTA that an SM has the registers and the shared memory for."""
+    """Refuse a CTA of more registers or shared memory than an SM has."""
     shared = launch.dynamic_shared_bytes + resources.static_shared_bytes
     if shared > MAX_DYNAMIC_SHARED_BYTES:
         raise node.error(

@@ -18,7 +18,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.errors import (
+    MAX_FILE_SHOWN,
+    MAX_PROBLEM_SHOWN,
+    ManifestError,
+    printable,
+)
 from dsv4_router_runtime.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.json_reader import JsonNode, read_json
 from dsv4_router_runtime.kernel import Kernel
@@ -79,10 +84,12 @@ def read_records(path: Path) -> tuple[Record, ...]:
     try:
         return read_json(read_file(path, most_bytes=MAX_JSON_BYTES), _records, source=str(path))
     except OSError as error:
-        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)})") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: cannot be read ({reason_of(error)})") from error
     except ManifestError as error:
         problem = f"{error.path}: {printable(error.problem, MAX_PROBLEM_SHOWN)}"
-        raise EvidenceError(f"{path}: not a file of GPU test records ({problem})") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: not a file of GPU test records ({problem})") from error
 
 
 def _records(node: JsonNode) -> tuple[Record, ...]:

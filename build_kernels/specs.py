@@ -76,7 +76,7 @@ class DslSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """One kernel parameter; see `dsv4_router_runtime.manifest.Parameter` for the fields."""
+    """One kernel parameter; see `dsv4_router_runtime.artifacts.kernel.Parameter` for the fields."""
 
     name: str
     kind: str

@@ -34,12 +34,12 @@ def check_tensor(
 
 
 def check_memory(name: str, tensor: torch.Tensor) -> None:
-    """A TypeError unless the tensor has an address, which is all that a launch knows of it.
+    """Raise TypeError unless the tensor has an address.
 
-    Without one are the tensors that torch traces with (fake, functional, batched) and those whose
-    storage was freed. As an address, their 0 would be read by the GPU.
+    Tensors that torch traces with (fake, functional, batched) have none, nor has a tensor whose
+    storage was freed. A launch would pass 0, and the GPU would read there.
     """
-    # Asked first: a fake tensor's data_ptr warns, and then returns 0.
+    # First, since a fake tensor's data_ptr warns, and then returns 0.
     fake = getattr(tensor, "fake_mode", None) is not None
     try:
         if not fake and (tensor.data_ptr() or not tensor.numel()):

@@ -179,7 +179,7 @@ class Router:
         return tuple(kernel.key for kernel in self._binding.kernels)
 
     def __copy__(self) -> Router:
-        """The same layer once more: tensors, kernels and launch sites are shared."""
+        """Return a second Router of the same layer, which shares tensors and launch sites."""
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         return twin

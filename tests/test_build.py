@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -328,19 +327,19 @@ class TestDeterminism:
 
     def test_nothing_to_do_takes_two_seconds_and_no_compiler(self, artifacts: Path) -> None:
         code = (
-            "import sys\n"
+            "import sys, time\n"
             "from build_kernels.cli import main\n"
             f"main(['build', '--kernel', {TOPK.name!r}, '--artifacts', {str(artifacts)!r}],"
             " standalone_mode=False)\n"
             "heavy = {'cutlass', 'torch', 'cuda', 'numpy'} & set(sys.modules)\n"
             "libraries = open('/proc/self/maps').read()\n"
             "assert not heavy and 'nvrtc' not in libraries, heavy\n"
+            # CPU time: a busy machine, as with CI's legs side by side, takes longer.
+            "assert time.process_time() <= 2.0, time.process_time()\n"
         )
-        started = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"0 built, {len(ARCHS)} up to date")
-        assert time.monotonic() - started <= 2.0
 
 
 class TestRefusals:

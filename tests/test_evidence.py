@@ -20,6 +20,7 @@ from build_kernels.evidence.store import (
     read_evidence,
     write_evidence,
 )
+from dsv4_router_runtime.artifacts.json_reader import MAX_DEPTH
 
 KERNEL = topk_kernel()
 RUN = {"gpu": "NVIDIA H200", "cases": 3, "failed": []}
@@ -114,10 +115,20 @@ def test_what_does_not_fit_says_where(tmp_path, text, place):
     assert len(str(caught.value)) <= 1024 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize("depth", [20, 200, 900, 5000, 100_000])
+def figures_of_depth(depth: int) -> str:
+    lists = depth - 1
+    return entry_text(figures={"x": "HERE"}).replace('"HERE"', "[" * lists + "]" * lists)
+
+
+def test_figures_may_nest_as_deep_as_any_written_so_far_and_more(tmp_path):
+    evidence = evidence_of(tmp_path, figures_of_depth(MAX_DEPTH))
+    assert evidence.stored(KERNEL)["lint"].figures["x"]
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 200, 900, 5000, 100_000])
 def test_figures_may_not_nest_without_end(tmp_path, depth):
     """What can be parsed but not written again would lose the file at the next result."""
-    deep = entry_text(figures={"x": "HERE"}).replace('"HERE"', "[" * depth + "]" * depth)
+    deep = figures_of_depth(depth)
     with pytest.raises(EvidenceError, match=r"nested (more than 16 deep|too deeply)"):
         evidence_of(tmp_path, deep)
 
@@ -135,6 +146,19 @@ def test_a_key_written_twice_is_refused(tmp_path, key):
     twice = text.replace(f'"{key}":', f'{member}, "{key}":', 1)
     with pytest.raises(EvidenceError, match=f'the key "{key}" is written twice'):
         evidence_of(tmp_path, twice)
+
+
+@pytest.mark.parametrize("read", [read_evidence, read_records])
+def test_the_path_of_a_message_is_as_short_as_the_rest(tmp_path, read):
+    with pytest.raises(EvidenceError, match="cannot be read") as caught:
+        read(Path("/x" * 3000))
+    assert len(str(caught.value)) <= 1024
+    folder = tmp_path.joinpath(*["y" * 200] * 3)
+    folder.mkdir(parents=True)
+    (folder / "file.json").write_text("{")
+    with pytest.raises(EvidenceError, match="not valid JSON") as caught:
+        read(folder / "file.json")
+    assert len(str(caught.value)) <= 1024
 
 
 def test_the_same_bytes_twice_are_refused(tmp_path):

@@ -34,7 +34,8 @@ def _wheel_contents(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin", types.ModuleType("plugin"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hook", ROOT / "build_kernels/building/wheel_hook.py")
+    place = ROOT / "build_kernels/building/wheel_hook.py"
+    spec = importlib.util.spec_from_file_location("hook", place)
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)

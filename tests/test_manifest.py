@@ -474,3 +474,11 @@ def test_kernels_must_be_unique_and_sorted(manifest):
 def test_writing_what_cannot_be_read_is_refused(manifest, change):
     with pytest.raises(ManifestError, match=r"kernels\[3\].symbol: expected a symbol name"):
         serialise_manifest(change(manifest, 3, symbol="no symbol"))
+
+
+@pytest.mark.parametrize("text", [None, 7, ["{}"], bytearray(b"{}")])
+def test_a_text_is_str_or_bytes(text):
+    with pytest.raises(
+        TypeError, match=rf"text: expected str or bytes \(got {type(text).__name__}\)"
+    ):
+        parse_manifest(text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from dsv4_router_runtime.manifest import PARAMETER_KINDS, POINTER_ELEMENTS
 
+from dsv4_router_runtime.artifacts.kernel import PARAMETER_KINDS, POINTER_ELEMENT_BYTES
 from dsv4_router_runtime.parameters import ABI, BIASES, BOUND, BROUGHT, LAUNCH, tensor_dtypes
 
 ALL = {item.name: item for abi in ABI.values() for item in abi}
@@ -38,7 +38,7 @@ def test_words_are_those_of_the_manifest(name: str) -> None:
     item = ALL[name]
     assert item.kind in PARAMETER_KINDS
     assert item.given in (BOUND, BROUGHT, LAUNCH)
-    assert (item.element_type in POINTER_ELEMENTS) == (item.kind == "pointer")
+    assert (item.element_type in POINTER_ELEMENT_BYTES) == (item.kind == "pointer")
     assert bool(item.dtypes) == bool(item.shape) == (item.tensor is not None)
 
 

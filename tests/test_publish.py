@@ -25,6 +25,7 @@ from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError, Built, run_build
 from build_kernels.building.entry import sha256
 from build_kernels.building.plan import Task, make_plan
+from build_kernels.evidence import store as evidence
 from build_kernels.evidence.store import Evidence, update_evidence
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
@@ -358,6 +359,17 @@ class TestFileByFile:
         check_is_other(artifacts)
         assert artifacts.stat().st_ino == folder
 
+    def test_a_folder_whose_evidence_cannot_be_held_stays(
+        self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The lock file is another user's."""
+        (artifacts / "evidence.json").write_text("{}")
+        folder = artifacts.stat().st_ino
+        monkeypatch.setattr(evidence, "evidence_lock", no_exchange(errno.EACCES))
+        build_other(artifacts)
+        check_is_other(artifacts)
+        assert artifacts.stat().st_ino == folder
+
     def test_extended_attributes_stay(self, artifacts: Path) -> None:
         try:
             os.setxattr(artifacts, "user.note", b"mine")
@@ -424,6 +436,8 @@ class TestWhatHappensDuringABuild:
         assert (aside / "data.csv").read_text() == "p"
         with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
             make(artifacts)
+        with pytest.raises(PlaceError, match=rf"\.artifacts\.build holds {CUBIN}, which no build"):
+            build.open_folder(artifacts)  # with nothing to do, too
         shutil.rmtree(aside)
         monkeypatch.undo()
         assert make(artifacts).built
@@ -487,7 +501,7 @@ class TestWhatHappensDuringABuild:
         self, artifacts: Path, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = artifacts / "evidence.json"
-        update_evidence(path, lambda evidence: evidence)
+        update_evidence(path, lambda found: found)
         meanwhile()
         exchange = publish.exchange
 
@@ -525,7 +539,7 @@ class TestWhatHappensDuringABuild:
 _TRY_EVIDENCE = """
 import fcntl, sys
 from pathlib import Path
-from build_kernels.verify import evidence
+from build_kernels.evidence import store as evidence
 def fail(*_): sys.exit(3)
 flock = fcntl.flock
 def flock_now(handle, how):

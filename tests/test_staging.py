@@ -66,6 +66,13 @@ class TestPrivateFolders:
         with pytest.raises(PlaceError, match=r"Is a directory: .*/\.artifacts\.lock"):
             make(artifacts)
 
+    def test_a_link_in_the_locks_place_is_not_followed(self, artifacts: Path) -> None:
+        (artifacts / CUBIN).write_bytes(b"")
+        (artifacts.parent / ".artifacts.lock").symlink_to("elsewhere")
+        with pytest.raises(PlaceError, match=r"/\.artifacts\.lock"):
+            make(artifacts)
+        assert not (artifacts.parent / "elsewhere").exists()
+
     def test_what_a_user_put_into_it_stays(self, artifacts: Path) -> None:
         with staging.build_folder(artifacts) as private:
             (private / "thesis.tex").write_text("precious")

@@ -257,7 +257,7 @@ import sys
 from pathlib import Path
 from conftest import topk_kernel
 from dataclasses import replace
-from build_kernels.verify import Result, evidence
+from build_kernels.evidence import Result, store as evidence
 path, number = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(40):
     kernel = replace(topk_kernel(), cubin_sha256=f"{number * 1000 + step:064d}")
@@ -829,7 +829,7 @@ def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
 def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
     """The full emulated rung of router_topk takes tens of seconds."""
     pytest.importorskip("torch")
-    code = "from build_kernels.verify import verify_command as c; c()"
+    code = "from build_kernels.evidence import verify_command as c; c()"
     options = ["--artifacts", str(artifacts), "--rung", "emulated"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options], stderr=subprocess.PIPE, start_new_session=True
@@ -844,7 +844,7 @@ def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
 def test_importing_the_package_is_cheap() -> None:
     """`list` asks it for the evidence: no torch, no DSL, no emulator."""
     code = (
-        "import sys, build_kernels.verify;"
+        "import sys, build_kernels.evidence;"
         "print([m for m in ('torch', 'cutlass', 'sentryward', 'numpy') if m in sys.modules])"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -64,9 +64,11 @@ def publish(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> 
             rename_new(private / SET, artifacts)
         return ()
     if _may_be_exchanged(artifacts, private, contents):
-        with _evidence_held(artifacts), _uninterrupted():
-            if _exchange_sets(artifacts, private, new, contents):
-                return put_back(private, artifacts)
+        with contextlib.ExitStack() as stack:
+            if _hold_evidence(artifacts, stack):
+                stack.enter_context(_uninterrupted())
+                if _exchange_sets(artifacts, private, new, contents):
+                    return put_back(private, artifacts)
     with _uninterrupted():
         _replace_files(artifacts, new, contents)
     return ()
@@ -162,16 +164,19 @@ def _manifest_last(names: Collection[str]) -> list[str]:
     return sorted(names, key=lambda name: (name == MANIFEST_NAME, name))
 
 
-@contextlib.contextmanager
-def _evidence_held(artifacts: Path) -> Iterator[None]:
-    """Keep `build-kernels verify` from writing evidence into a folder that is about to go."""
+def _hold_evidence(artifacts: Path, stack: contextlib.ExitStack) -> bool:
+    """Keep `build-kernels verify` from writing evidence into a folder that is about to go.
+
+    False if that cannot be done: the lock is another user's.
+    """
     from build_kernels.evidence.store import evidence_lock
 
     if (artifacts / EVIDENCE_NAME).exists():
-        with evidence_lock(artifacts / EVIDENCE_NAME):
-            yield
-    else:
-        yield
+        try:
+            stack.enter_context(evidence_lock(artifacts / EVIDENCE_NAME))
+        except OSError:
+            return False
+    return True
 
 
 @contextlib.contextmanager

@@ -71,10 +71,19 @@ def build_folder(artifacts: Path) -> Iterator[Path]:
 
 
 def sweep(artifacts: Path) -> None:
-    """Clear what a killed build left, unless it is on a file system that takes no changes."""
+    """Clear what a killed build left, if this user can: a build with nothing to do writes nothing.
+
+    LockedError if that build is running, PlaceError if it left files that no build made.
+    """
     folders = _private_folders(artifacts)
-    if any(_read_mark(folder) or os.path.lexists(_unmarked(folder)) for folder in folders):
-        with contextlib.suppress(PlaceError), _held(_place(artifacts), artifacts):
+    if not any(_read_mark(folder) or os.path.lexists(_unmarked(folder)) for folder in folders):
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_held(_place(artifacts), artifacts))
+        except PlaceError:
+            return
+        with contextlib.suppress(OSError):
             _clear_all(artifacts)
 
 
@@ -240,12 +249,13 @@ def _held(place: Path, artifacts: Path) -> Iterator[None]:
 
 
 def _open_lock(lock: Path) -> int:
-    """Open without changing anything: a user may have a file of that name."""
+    """Open without changing anything: a user may have a file of that name, or a FIFO."""
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(lock, os.O_RDWR | os.O_CREAT | careful, 0o666)
     except PermissionError:
         # Another member of a group made it, and only that member may write to it.
-        return os.open(lock, os.O_RDONLY)
+        return os.open(lock, os.O_RDONLY | careful)
 
 
 def _no_place(place: Path, artifacts: Path, error: OSError) -> PlaceError:

@@ -20,7 +20,12 @@ from typing import Any
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
 from dsv4_router_runtime.artifacts.kernel import Kernel
-from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.errors import (
+    MAX_FILE_SHOWN,
+    MAX_PROBLEM_SHOWN,
+    ManifestError,
+    printable,
+)
 
 from .checkers import is_present
 
@@ -150,15 +155,17 @@ def read_evidence(path: Path) -> Evidence:
     except FileNotFoundError:
         return Evidence()
     except OSError as error:
-        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)}); {_REPAIR}") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: cannot be read ({reason_of(error)}); {_REPAIR}") from error
 
 
 def _parse(text: bytes, path: Path) -> Evidence:
     try:
         return read_json(text, _evidence, source=str(path))
     except ManifestError as error:
+        place = printable(str(path), MAX_FILE_SHOWN)
         problem = printable(error.problem, MAX_PROBLEM_SHOWN)
-        raise EvidenceError(f"{path}: {error.path}: {problem}; {_REPAIR}") from error
+        raise EvidenceError(f"{place}: {error.path}: {problem}; {_REPAIR}") from error
 
 
 def update_evidence(path: Path, change: Callable[[Evidence], Evidence]) -> Evidence:
@@ -242,7 +249,7 @@ def _evidence(node: JsonNode) -> Evidence:
 
 
 def check_version(node: JsonNode, version: int) -> None:
-    """The version first: a newer schema has other keys, and "unknown key" would hide the cause."""
+    """Refuse another schema version, before one of its keys is refused as unknown."""
     if not isinstance(node.value, dict):
         raise node.expected("an object")
     stated = node.member("schema_version")
@@ -288,7 +295,7 @@ def _result(node: JsonNode) -> Result:
 
 
 def _check_figures(node: JsonNode, rung: str, result: Result) -> None:
-    """The figures that a table or a merge reads are of the shape that it reads."""
+    """Refuse figures of another shape than a table or a merge reads."""
     figures = node.member("figures")
     if rung == "hardware":
         # What ran, or failed, on a GPU says on which.
@@ -303,7 +310,7 @@ def _check_figures(node: JsonNode, rung: str, result: Result) -> None:
 
 
 def _check_run(node: JsonNode) -> None:
-    """One run on a GPU: see `hardware`. Older ones have no arch and no counts by test."""
+    """Check one run on a GPU (see `hardware`); older runs have no arch and no counts by test."""
     at = node.members("gpu", "cases", "failed", optional=("arch", "driver", "date", "tests"))
     at["cases"].integer(low=1)
     for name in ("gpu", "driver", "date"):

@@ -53,7 +53,7 @@ class ArtifactSet:
         return cubin
 
     def _is_replaced(self) -> bool:
-        """Whether the folder holds another set by now, whole enough to say so."""
+        """Return whether the folder's manifest is a valid one of another set by now."""
         try:
             return _read_manifest(self.folder)[1] != self.manifest
         except RouterError:
@@ -109,7 +109,7 @@ def _default_artifacts() -> ArtifactSet:
 
 
 def _open(folder: Path) -> ArtifactSet:
-    """The set in `folder`; read once more if a build was published meanwhile.
+    """Open the set in `folder`; read it once more if a build was published meanwhile.
 
     The manifest of one set and the file names of another would be an error about neither.
     """
@@ -129,7 +129,7 @@ def _open(folder: Path) -> ArtifactSet:
 
 
 def _has_changed(folder: Path, text: bytes | None) -> bool:
-    """Whether the manifest is no longer `text`; None stands for one that could not be read."""
+    """Return whether the manifest is no longer `text`; None means it could not be read before."""
     try:
         return _read(_path(folder, MANIFEST_NAME), MAX_JSON_BYTES) != text
     except ArtifactError:

@@ -148,7 +148,7 @@ class JsonNode:
             raise self.error(f"the key {shown(twice)} is written twice")
 
     def member(self, key: str) -> JsonNode:
-        """The member `key` of an object, null if it has none."""
+        """Return the member `key` of an object, null if it has none."""
         return JsonNode(self.value.get(key), self._path_of(key), self.source)
 
     def _path_of(self, key: str) -> str:
@@ -198,7 +198,7 @@ class JsonNode:
         return self.value
 
     def text(self, what: str, most: int, *, least: int = 0) -> str:
-        """A string in anybody's words, of `least` to `most` characters."""
+        """Return a free string of `least` to `most` characters."""
         value = self.value
         good = isinstance(value, str) and least <= len(value) <= most
         if not good or _HALF_PAIR.search(value):
@@ -215,7 +215,7 @@ class JsonNode:
     def mapping(
         self, read: Callable[[JsonNode], V], *, keys: tuple[str, ...] | str
     ) -> FrozenMap[V]:
-        """The object's members, each as `read` has it; `keys`: the allowed ones, or a pattern."""
+        """Return the members, each read by `read`; `keys` is the allowed keys or a pattern."""
         self._check_object()
         for key in self.value:
             if isinstance(keys, str):
@@ -226,7 +226,7 @@ class JsonNode:
         return FrozenMap({key: read(self.member(key)) for key in sorted(self.value)})
 
     def plain(self, depth: int = MAX_DEPTH) -> Any:
-        """A copy of any JSON value, checked for what a reader or a terminal could stumble on."""
+        """Return a copy of a value that the schema leaves free: bounded, and fit to be written."""
         value = self.value
         if isinstance(value, dict | list) and depth == 0:
             raise self.error(f"nested more than {MAX_DEPTH} deep")

@@ -125,6 +125,8 @@ def serialise_manifest(manifest: Manifest) -> str:
 
 def parse_manifest(text: str | bytes, *, source: str = "manifest.json") -> Manifest:
     """Read a manifest; a ManifestError names `source`, the path in the JSON, expected and got."""
+    if not isinstance(text, str | bytes):
+        raise TypeError(f"text: expected str or bytes (got {type(text).__name__})")
     return read_json(text, _manifest, source=source)
 
 
@@ -201,7 +203,7 @@ def _architecture(node: JsonNode) -> str:
 
 
 def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
-    """Parameters that this runtime fills, each as the kernel reads it, and scratch with an end."""
+    """Refuse parameters that this runtime does not fill as the kernel reads them."""
     wrong = wrong_parameter(kernel.role, kernel.parameters)
     if wrong is not None:
         place, problem = wrong
@@ -217,7 +219,7 @@ def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
 
 
 def _check_grid(node: JsonNode, kernel: Kernel) -> None:
-    """A CTA for every token and expert that is accepted, on axes as long as the driver's."""
+    """Refuse a grid without a CTA for every accepted token and expert, or beyond the driver's."""
     launch, problem = kernel.launch, kernel.problem
     most_tokens = MAX_TOKENS if problem.num_tokens.high is None else problem.num_tokens.high
     if "token_tiles" not in launch.grid and most_tokens > launch.token_tile:
@@ -242,7 +244,7 @@ def _check_grid(node: JsonNode, kernel: Kernel) -> None:
 
 
 def _check_fits(node: JsonNode, launch: Launch, resources: Resources) -> None:
-    """A CTA that an SM has the registers and the shared memory for."""
+    """Refuse a CTA of more registers or shared memory than an SM has."""
     shared = launch.dynamic_shared_bytes + resources.static_shared_bytes
     if shared > MAX_DYNAMIC_SHARED_BYTES:
         raise node.error(

@@ -36,7 +36,12 @@ from build_kernels.evidence.store import (
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
 from dsv4_router_runtime.artifacts.kernel import Kernel
-from dsv4_router_runtime.errors import MAX_PROBLEM_SHOWN, ManifestError, printable
+from dsv4_router_runtime.errors import (
+    MAX_FILE_SHOWN,
+    MAX_PROBLEM_SHOWN,
+    ManifestError,
+    printable,
+)
 
 SCHEMA_VERSION = 2
 
@@ -78,10 +83,12 @@ def read_records(path: Path) -> tuple[Record, ...]:
     try:
         return read_json(read_file(path, most_bytes=MAX_JSON_BYTES), _records, source=str(path))
     except OSError as error:
-        raise EvidenceError(f"{path}: cannot be read ({reason_of(error)})") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: cannot be read ({reason_of(error)})") from error
     except ManifestError as error:
         problem = f"{error.path}: {printable(error.problem, MAX_PROBLEM_SHOWN)}"
-        raise EvidenceError(f"{path}: not a file of GPU test records ({problem})") from error
+        place = printable(str(path), MAX_FILE_SHOWN)
+        raise EvidenceError(f"{place}: not a file of GPU test records ({problem})") from error
 
 
 def _records(node: JsonNode) -> tuple[Record, ...]:

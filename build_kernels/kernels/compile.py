@@ -1,7 +1,7 @@
 """Compile a kernel from a spec's configuration to its cubin and PTX. Needs no GPU.
 
-The kernel is traced with null pointers for an architecture that is named: without a GPU the DSL
-would otherwise pick one in silence.
+The kernel is traced with dummy arguments, for a named architecture: without a name and without a
+GPU the DSL would pick one in silence.
 """
 
 import cutlass.cute as cute

@@ -81,8 +81,8 @@ class RouterHash:
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
             accumulator_full: gemm.barrier
-            # Initialised and never used: without them every byte of the kernel would be another.
-            # Remove them with the next change of its code.
+            # Two barriers that are initialised and never used. Their removal changes the kernel's
+            # bytes: remove them with its next change.
             unused_0: gemm.barrier
             unused_1: gemm.barrier
             tmem_address: gemm.tmem_address

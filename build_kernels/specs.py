@@ -70,7 +70,7 @@ class CudaSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DslSource:
-    """A CuTeDSL module with `compile_kernel` and `launch_facts`, and their arguments."""
+    """A CuTeDSL module with `compile_kernel` and `launch_properties`, and their arguments."""
 
     module: str
     layout: str

@@ -55,13 +55,10 @@ def _map(name: str, tensor: str, *shape: str, **more: Any) -> LaunchParameter:
 def _pointer(
     name: str, element_type: str, dtypes: tuple[str, ...], *shape: str, **more: Any
 ) -> LaunchParameter:
-    facts: dict[str, Any] = {
-        "tensor": name,
-        "element_type": element_type,
-        "dtypes": dtypes,
-        "shape": shape,
-    }
-    return LaunchParameter(name=name, kind="pointer", **facts | more)
+    more.setdefault("tensor", name)
+    return LaunchParameter(
+        name=name, kind="pointer", element_type=element_type, dtypes=dtypes, shape=shape, **more
+    )
 
 
 def _int32(name: str, given: str, off: int | None = None) -> LaunchParameter:

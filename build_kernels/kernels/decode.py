@@ -159,7 +159,7 @@ class RouterDecode:
             num_pairs * self.exchange.pair_bytes,
             ("row_flags_full", "physical_ids_full"),
         )
-        # Dependents may start now; they wait before they touch what this grid writes:
+        # Dependents may start now; they wait before they touch memory that this grid writes:
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
         cute.arch.griddepcontrol_launch_dependents()
         if warp != self.gemm.producer_warp:

@@ -1,7 +1,7 @@
 """The GEMM of the decode kernels: 64 rows of W_gate by one tile of tokens, over one slice of K.
 
-A kernel holds the `TileGemm` of its architecture and decides what the rows are: experts, or the
-slots of tokens. The sum over a slice is taken in K order for every row and every number of tokens,
+A kernel holds the `TileGemm` of its architecture and decides the meaning of a row: an expert, or a
+slot of a token. The sum over a slice is taken in K order for every row and every number of tokens,
 so two kernels that split K alike compute the same bits for the same row and token.
 """
 

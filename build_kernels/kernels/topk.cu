@@ -63,7 +63,7 @@ __device__ __forceinline__ float router_score(float x) {
   const float shifted = fmaf(magnitude, -0x1.715476p-2f, kRound);
   const float n = shifted - kRound;
   float f = fmaf(magnitude, -0x1.715476p-2f, -n);
-  f = fmaf(magnitude, -0x1.4ae0c0p-28f, f);  // what log2(e) / 4 has beyond its FP32 value
+  f = fmaf(magnitude, -0x1.4ae0c0p-28f, f);  // log2(e) / 4 less its FP32 value
   // 2^f, minimax; relative error of these FP32 coefficients in exact arithmetic: 1.6e-8.
   float q = 1.53458121e-4f;
   q = fmaf(q, f, 1.33999314e-3f);

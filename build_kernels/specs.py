@@ -1,9 +1,10 @@
-"""Which kernels are built, for which architectures: data.
+"""List the kernels to build, their problem ranges and launches, and the architectures. Pure data.
 
-Importing this module compiles nothing and imports no compiler. The offsets and sizes of parameters,
-the registers and the shared memory are not here: they are read out of the cubins.
+Importing this module imports no compiler. Offsets and sizes of parameters, registers and shared
+memory are read out of the cubins instead. The parameters are dsv4_router_runtime/parameters.py's,
+the sizes that the kernels share kernels/shapes.py's.
 
-Adding an architecture of a known generation is one line in `ARCHITECTURES`.
+A new architecture of a known generation is one line in `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,26 @@ from .kernels.shapes import (
     WORKSPACE_BYTES,
 )
 
-# Tuning of the decode kernels by tokens a tile: K blocks a chunk, chunks in the shared-memory ring.
-# A ring of 8 blocks holds a CTA's slice of K up to 8192. Measured on one H200 at 7168x384 with PDL,
-# weights cold, us: N = 1, tiles of 8 3.30, of 16 3.37; N = 16, tiles of 32 3.96 (of 16 3.71, for
-# six artifacts more); N = 32, chunks of 2 4.18, of 4 4.32, of 1 4.40; N = 64, chunks of 1 5.05, of
-# 2 5.26, of 4 5.43.
+# router_decode: token tile -> (K blocks per chunk, stages of the shared-memory ring). A ring of 8
+# blocks holds a CTA's slice of K up to 8192. us on one H200, 7168x384, PDL, weights cold:
+#     N    token tile   chunks of 1 / 2 / 4
+#     1    8: 3.30, 16: 3.37
+#     16   32: 3.96, 16: 3.71 (six more artifacts)
+#     32                4.40 / 4.18 / 4.32
+#     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_hash: all of K up to 8192 in one chunk. An H200 holds 7 of its clusters, so 56 tokens; at
-# 64 it took 5.09 and 4.42 us (7168x384, 4096x256) with PDL, 7.91 and 6.87 without; the whole gate
-# took 5.17, 3.88, 7.02 and 5.77.
+# router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
+# on one H200 at N = 64:
+#                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
+#     router_hash         5.09            4.42            7.91       6.87
+#     the whole gate      5.17            3.88            7.02       5.77
 HASH_CHUNK = 8
 MAX_HASH_TOKENS = 56
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """`loads_on` is where a cubin can run at all; where it was run is in the evidence, not here."""
+    """An architecture, and the GPUs that can load its cubins; the evidence lists where they ran."""
 
     name: str
     loads_on: str
@@ -56,7 +61,7 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CudaSource:
-    """A CUDA C++ file beside this module, for NVRTC: the block it is written for, its macros."""
+    """A CUDA C++ file beside this module, for NVRTC, with its block and its macros."""
 
     file: str
     block: tuple[int, int, int]
@@ -65,7 +70,7 @@ class CudaSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DslSource:
-    """A CuTeDSL module with `compile_kernel` and `launch_facts`, and what they are called with."""
+    """A CuTeDSL module with `compile_kernel` and `launch_properties`, and their arguments."""
 
     module: str
     layout: str
@@ -76,7 +81,7 @@ class DslSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """One kernel parameter; see `dsv4_router_runtime.artifacts.kernel.Parameter` for the fields."""
+    """One parameter of a kernel, with the fields of the manifest's `Parameter`."""
 
     name: str
     kind: str
@@ -87,7 +92,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """One kernel, built once for each of `archs`. `grid` is as in the manifest's `Launch`."""
+    """One kernel, built once per architecture. `grid` is as in the manifest's `Launch`."""
 
     name: str
     role: str

@@ -1,15 +1,17 @@
-"""The launch parameters of every kernel: ABI order, types, and where their values come from.
+"""Describe the launch parameters of every kernel: ABI order, types, origins and off values.
 
-Each parameter is described once, in the group that kernels share. The kernel specs, the kernels'
-`Arguments` and the tables of the runtime and of the evidence are derived from here. Pure data.
+Each parameter is described once, in a group that kernels share. The kernel specs, the kernels'
+`Arguments`, and the tables of the runtime and of the evidence are derived from this table. Pure.
 
-Every option is a parameter: a pointer that may be null, or a number. None is an axis of artifacts.
+Every option is a parameter: a pointer that may be null, or a number. So no option multiplies the
+artifacts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # `LaunchParameter.given`: with a layer's weights, by a call, or by the runtime for one launch.
 BOUND, BROUGHT, LAUNCH = "bound", "brought", "launch"
@@ -23,7 +25,7 @@ class LaunchParameter:
     """One launch parameter. `kind` is one of the manifest's PARAMETER_KINDS.
 
     given        BOUND, BROUGHT or LAUNCH
-    element_type the element that a kernel reads through a pointer
+    element_type the element type that a kernel reads through a pointer
     argument     the caller's keyword for it, if that differs from `name`
     tensor       the caller's tensor behind a pointer or a tensor map; None for scratch
     dtypes       torch dtypes that `tensor` may have
@@ -49,40 +51,18 @@ class LaunchParameter:
         return self.kind != "tensor_map" and (self.kind != "pointer" or self.tensor is not None)
 
 
-def _map(name: str, tensor: str, *shape: str, given: str, after_wait: bool) -> LaunchParameter:
+def _map(name: str, tensor: str, *shape: str, **more: Any) -> LaunchParameter:
     return LaunchParameter(
-        name=name,
-        kind="tensor_map",
-        given=given,
-        tensor=tensor,
-        dtypes=_BFLOAT16,
-        shape=shape,
-        after_wait=after_wait,
+        name=name, kind="tensor_map", tensor=tensor, dtypes=_BFLOAT16, shape=shape, **more
     )
 
 
 def _pointer(
-    name: str,
-    element_type: str,
-    dtypes: tuple[str, ...],
-    *shape: str,
-    given: str,
-    tensor: str | None = None,
-    argument: str | None = None,
-    off: int | None = None,
-    after_wait: bool = False,
+    name: str, element_type: str, dtypes: tuple[str, ...], *shape: str, **more: Any
 ) -> LaunchParameter:
+    more.setdefault("tensor", name)
     return LaunchParameter(
-        name=name,
-        kind="pointer",
-        given=given,
-        element_type=element_type,
-        tensor=tensor or name,
-        argument=argument,
-        dtypes=dtypes,
-        shape=shape,
-        off=off,
-        after_wait=after_wait,
+        name=name, kind="pointer", element_type=element_type, dtypes=dtypes, shape=shape, **more
     )
 
 
@@ -94,11 +74,14 @@ def _float32(name: str, given: str, off: float | None = None) -> LaunchParameter
     return LaunchParameter(name=name, kind="float32", given=given, off=off)
 
 
-W_MAP = _map("w_map", "W_gate", "K", "E", given=BOUND, after_wait=False)
+# An optional tensor of a call that the kernel before may write.
+_PRODUCED: dict[str, Any] = {"given": BROUGHT, "off": 0, "after_wait": True}
+
+W_MAP = _map("w_map", "W_gate", "K", "E", given=BOUND)
 X_MAP = _map("x_map", "hidden_states", "N", "K", given=BROUGHT, after_wait=True)
 W_GATE = _pointer("w_gate", "bfloat16", _BFLOAT16, "K", "E", given=BOUND, tensor="W_gate")
 LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_wait=True)
-# Scratch that is zero between launches; its size is the builder's to say.
+# Scratch, zero between launches. The builder sets its size.
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
@@ -106,20 +89,11 @@ BIASES = (
     # Null in a hash layer.
     _pointer("e_bias", "float32", _FLOAT32, "E", given=BOUND),
     _pointer("bias_vl", "float32", _FLOAT32, "E", given=BOUND, off=0),
-    _pointer("image_mask", "uint8", _MASK, "N", given=BROUGHT, off=0, after_wait=True),
+    _pointer("image_mask", "uint8", _MASK, "N", **_PRODUCED),
 )
 PADDING = (
-    _pointer("padding_mask", "uint8", _MASK, "N", given=BROUGHT, off=0, after_wait=True),
-    _pointer(
-        "num_valid_tokens",
-        "int32",
-        _INT32,
-        "1",
-        given=BROUGHT,
-        argument="num_tokens",
-        off=0,
-        after_wait=True,
-    ),
+    _pointer("padding_mask", "uint8", _MASK, "N", **_PRODUCED),
+    _pointer("num_valid_tokens", "int32", _INT32, "1", argument="num_tokens", **_PRODUCED),
 )
 TABLE = (
     _pointer("tid2eid", "int32", _INT32, "vocab_size", "top_k", given=BOUND, off=0),
@@ -145,7 +119,7 @@ WEIGHING = (
     _float32("gate_temp", BOUND, off=1.0),
     _int32("norm_topk_prob", BOUND, off=1),
 )
-# How the tensors of the groups above are to be read and written.
+# Extents and element widths of the tensors above.
 FORMATS = (
     _int32("vocab_size", BOUND, off=0),
     _int32("input_ids_are_int64", BROUGHT, off=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -71,6 +72,27 @@ def named(sources: set[str]) -> set[str]:
     """Without the arguments that are numbers, whose index only takes part in an address."""
     names = {re.sub(r"\d+", lambda index: NAMES[int(index[0])], source) for source in sources}
     return {name for name in names if name[:1] != "*" or name[1:] in POINTERS | {"shared"}}
+
+
+def test_the_score_has_the_constants_of_the_decode_kernels() -> None:
+    """One token's weight has the same bits in decode and prefill only if they agree to the last."""
+    folder = Path(compilers.__file__).parent / "kernels"
+    source = (folder / "topk.cu").read_text()
+    body = source[source.index("float router_score(float x)") : source.index("largest_finite;")]
+    literal = r"(-?(?:0x[\d.a-f]+p[-+]?\d+|\d+\.\d+(?:e-?\d+)?))f\b"
+    in_topk = re.findall(literal, re.sub(r"//[^\n]*", "", body))
+    assigned = {
+        node.targets[0].id: eval(compile(ast.Expression(node.value), "score.py", "eval"))
+        for node in ast.parse((folder / "score.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    quarter, rest = assigned["LOG2E_QUARTER"], assigned["LOG2E_QUARTER_REST"]
+    in_decode = [
+        *(340.0, assigned["ROUND"], -quarter, -quarter, -rest),
+        *(*assigned["EXP2_TERMS"], *assigned["LOG1P_TERMS"]),
+    ]
+    found = [float.fromhex(text) if "0x" in text else float(text) for text in in_topk]
+    assert found == in_decode
 
 
 def test_control_flow_depends_on_arguments_and_padding(compiled: compilers.Compiled) -> None:

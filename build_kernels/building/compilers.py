@@ -25,7 +25,7 @@ NVRTC_LIBRARY = "libnvrtc.so.12"
 DSL_DISTRIBUTION = "nvidia-cutlass-dsl"
 
 # -lineinfo is left out: it would embed the sources' paths and modification times. Multiplications
-# and additions are fused only where the source says so: see topk.cu.
+# and additions are fused only by fmaf: see topk.cu.
 NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
 
 NO_DEFINES: Mapping[str, int] = {}
@@ -97,7 +97,7 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
         "chunk": source.chunk,
         "stages": source.stages,
     }
-    facts: Mapping[str, Any] = module.launch_facts(**config)
+    launch: Mapping[str, Any] = module.launch_properties(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)
     if not isinstance(cubin, bytes):
         # The DSL looks for its own file under the name of the architecture that it takes this one
@@ -111,9 +111,9 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
     return Compiled(
         cubin=cubin,
         ptx=ptx.rstrip("\0"),
-        parameters=facts["parameters"],
-        block=facts["block"],
-        dynamic_shared_bytes=facts["dynamic_shared_bytes"],
+        parameters=launch["parameters"],
+        block=launch["block"],
+        dynamic_shared_bytes=launch["dynamic_shared_bytes"],
     )
 
 

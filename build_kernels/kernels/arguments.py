@@ -1,4 +1,4 @@
-"""A kernel's launch parameters as one NamedTuple, made from the runtime's table."""
+"""A kernel's launch parameters as one NamedTuple of DSL values, from the runtime's table."""
 
 from functools import cache
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_ptr
 from dsv4_router_runtime.parameters import ABI, LaunchParameter
 
 _NUMBERS = {"int32": Int32, "float32": Float32}
-# DSL type and guaranteed alignment in bytes of what a pointer's elements are.
+# Element type of a pointer -> DSL type, and the alignment in bytes that callers guarantee.
 _ELEMENTS = {
     "bfloat16": (BFloat16, 16),
     "float32": (Float32, 4),
@@ -24,8 +24,8 @@ _ELEMENTS = {
 def arguments_of(role: str) -> type[tuple]:
     """Make the `Arguments` of a kernel: its launch parameters after the tensor maps, in ABI order.
 
-    A kernel takes them as one value and passes them on whole, so a new parameter appears in no
-    signature. Pointers are `cute.Pointer`s to the table's element type.
+    A kernel takes and passes them as one value, so no signature lists a parameter. The names, types
+    and shapes are in dsv4_router_runtime/parameters.py.
     """
     fields = [
         (parameter.name, _NUMBERS.get(parameter.kind, cute.Pointer))
@@ -36,11 +36,11 @@ def arguments_of(role: str) -> type[tuple]:
 
 
 def trace_arguments(role: str) -> tuple:
-    """Make what `__call__` of a kernel is traced with: a pointer per tensor map, then `Arguments`.
+    """Make dummies to trace a kernel's `__call__`: a pointer per tensor map, then `Arguments`.
 
-    The pointers are null: tracing reads their types only, so it needs no GPU.
+    Tracing uses their types only, so it needs no GPU.
     """
-    maps = [_null_pointer("bfloat16") for item in ABI[role] if item.kind == "tensor_map"]
+    maps = [_dummy_pointer("bfloat16") for item in ABI[role] if item.kind == "tensor_map"]
     values = [_trace_value(item) for item in ABI[role] if item.kind != "tensor_map"]
     return (*maps, arguments_of(role)(*values))
 
@@ -48,10 +48,9 @@ def trace_arguments(role: str) -> tuple:
 def _trace_value(parameter: LaunchParameter):
     if parameter.kind in _NUMBERS:
         return _NUMBERS[parameter.kind](1)
-    return _null_pointer(parameter.element_type)
+    return _dummy_pointer(parameter.element_type)
 
 
-def _null_pointer(element_type: str) -> cute.Pointer:
+def _dummy_pointer(element_type: str) -> cute.Pointer:
     dtype, align = _ELEMENTS[element_type]
-    # The value is no address: it is never read.
     return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)

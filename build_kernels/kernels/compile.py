@@ -1,7 +1,7 @@
 """Compile a kernel from a spec's configuration to its cubin and PTX. Needs no GPU.
 
-The kernel is traced with null pointers for an architecture that is named: without a GPU the DSL
-would otherwise pick one in silence.
+The kernel is traced with dummy arguments, for a named architecture: without a name and without a
+GPU the DSL would pick one in silence.
 """
 
 import cutlass.cute as cute
@@ -23,7 +23,7 @@ def make_kernel(*, role: str, arch: str, **config):
     return KERNELS[role](gemm(**config))
 
 
-def launch_facts(*, role: str, **config) -> dict:
+def launch_properties(*, role: str, **config) -> dict:
     """Return the names of a kernel's parameters, and the part of its launch that it decides."""
     kernel = make_kernel(role=role, **config)
     return {
@@ -36,7 +36,7 @@ def launch_facts(*, role: str, **config) -> dict:
 def compile_kernel(
     *, role: str, symbol: str, arch: str, dump_dir: str, **config
 ) -> tuple[bytes, str]:
-    """Compile one kernel for `arch`: return (cubin, ptx). Its entry is `symbol`_0."""
+    """Compile one kernel for `arch`: return (cubin, ptx). The symbol becomes `symbol`_0."""
     kernel = make_kernel(role=role, arch=arch, **config)
     type(kernel).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     compiled = cute.compile(

@@ -22,7 +22,7 @@ Exchanges
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
@@ -65,8 +65,8 @@ class RouterDecode:
         accumulator_full      see TileGemm
         row_flags_full        producer -> epilogue: 32 lanes; used once
         physical_ids_full     physical-ids warp -> epilogue: 32 lanes; used once
-    Two warps that wait for nothing else read the flags and the map. Read in the epilogue, which
-    multiplies on sm_90, one mask cost 0.4 us at N = 64, and a map 0.4 us without PDL.
+    Warps off the epilogue's path read the flags and the map. In the epilogue, which multiplies on
+    sm_90, a mask cost 0.4 us at N = 64, and a map 0.4 us without PDL.
 
     Shared memory: 84, 108 and 152 KB for tiles of 8, 32 and 64 tokens. 8 KB of it per owned token
     pair are for partial sums, 2 KB per owned token for physical ids.
@@ -104,8 +104,8 @@ class RouterDecode:
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
             accumulator_full: gemm.barrier
-            row_flags_full: cute.struct.MemRange[Int64, 1]
-            physical_ids_full: cute.struct.MemRange[Int64, 1]
+            row_flags_full: gemm.barrier
+            physical_ids_full: gemm.barrier
             tmem_address: gemm.tmem_address
 
         return SharedStorage
@@ -159,7 +159,7 @@ class RouterDecode:
             num_pairs * self.exchange.pair_bytes,
             ("row_flags_full", "physical_ids_full"),
         )
-        # Dependents may start now; they wait before they touch what this grid writes:
+        # Dependents may start now; they wait before they touch memory that this grid writes:
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
         cute.arch.griddepcontrol_launch_dependents()
         if warp != self.gemm.producer_warp:

@@ -1,7 +1,7 @@
 """The GEMM of the decode kernels: 64 rows of W_gate by one tile of tokens, over one slice of K.
 
-A kernel holds the `TileGemm` of its architecture and decides what the rows are: experts, or the
-slots of tokens. The sum over a slice is taken in K order for every row and every number of tokens,
+A kernel holds the `TileGemm` of its architecture and decides the meaning of a row: an expert, or a
+slot of a token. The sum over a slice is taken in K order for every row and every number of tokens,
 so two kernels that split K alike compute the same bits for the same row and token.
 """
 
@@ -157,7 +157,7 @@ class TileGemm:
                 storage.empty.data_ptr() + chunk % self.stages, (chunk // self.stages + 1) & 1
             )
 
-    def partition_x(self, storage, x_atom: cute.CopyAtom, mX: cute.Tensor, tile, first_block):
+    def partition_x(self, storage, tma_atom_x: cute.CopyAtom, mX: cute.Tensor, tile, first_block):
         """Partition a token tile of hidden_states, over one slice of K, and the ring for TMA."""
         layout = self.x_smem_layout(self.chunk, self.stages)
         # (token_tile, K_BLOCK, chunk, stages)
@@ -168,7 +168,11 @@ class TileGemm:
         gX = cute.local_tile(gX, (self.token_tile, K_BLOCK, self.chunk), (tile, 0, None))
         # ((TMA box), stages), ((TMA box), num_chunks)
         return cpasync.tma_partition(
-            x_atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 3), cute.group_modes(gX, 0, 3)
+            tma_atom_x,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(sX, 0, 3),
+            cute.group_modes(gX, 0, 3),
         )
 
 

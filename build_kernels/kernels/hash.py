@@ -4,7 +4,7 @@ A hash layer looks its experts up: ids = tid2eid[input_ids]. Only their scores a
 their rows of W_gate are read. An expert has to be one row: W_gate with unit stride along K.
 
 Decomposition
-    The rows of the MMA tile are (token, slot): 8 tokens by 8 slots, of which top_k are used. Grid
+    The rows of the MMA tile are (token, slot): 8 tokens by 8 slots, and top_k slots are used. Grid
     (S, ceil(N / 8)): a cluster of S = NUM_SPLITS CTAs per 8 tokens, with K split over it as in
     router_decode. Of the 64 x 8 sums of a CTA, the 64 whose row and column are the same token are
     needed. Those of token i go to CTA i of the cluster, which adds the S partial sums in rank order
@@ -81,8 +81,8 @@ class RouterHash:
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
             accumulator_full: gemm.barrier
-            # Initialised and never used: without them every byte of the kernel would be another.
-            # Remove them with the next change of its code.
+            # Two barriers that are initialised and never used. Their removal changes the kernel's
+            # bytes: remove them with its next change.
             unused_0: gemm.barrier
             unused_1: gemm.barrier
             tmem_address: gemm.tmem_address

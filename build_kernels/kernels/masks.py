@@ -9,7 +9,7 @@ def read_mask(mask: cute.Pointer, token: Int32, num_tokens: Int32) -> Int32:
     """Return mask[token] of a [num_tokens] uint8 mask; 0 if the mask is null."""
     value = Int32(0)
     if mask.toint() != 0 and token < num_tokens:
-        # [bound for coordinates]: the real extent is num_tokens.
+        # [num_tokens]; the layout only bounds the coordinate
         value = Int32(cute.make_tensor(mask, cute.make_layout(1 << 20))[token])
     return value
 

@@ -10,7 +10,7 @@ from cutlass import Float32, Uint32
 
 FLOAT32_MAX = 3.4028234663852886e38
 # Minimax polynomials, highest power first: 2^f on [-1/2, 1/2] (relative error 1.6e-8), then
-# log1p(u) / u on [0, 1] (8.2e-8). topk.cu has the same steps and constants; a test compares bits.
+# log1p(u) / u on [0, 1] (8.2e-8). topk.cu has the same steps and constants; a test compares them.
 EXP2_TERMS = (
     *(1.53458121e-4, 1.33999314e-3, 9.61848896e-3, 5.55032878e-2),
     *(2.40226469e-1, 6.93147206e-1, 1.0),

@@ -63,7 +63,7 @@ def take_top_k(
     keys    (length,) uint32 registers, overwritten; register i is expert first_expert + i
     scores  (length,) FP32 registers
     first_expert ascends with the lane. Lanes from top_k on get (otherwise, 0, total). The total of
-    the taken scores is summed in rank order, so its bits do not depend on which lane held what.
+    the taken scores is summed in rank order, so its bits do not depend on the lanes.
     """
     lane = cute.arch.lane_idx()
     lower_lanes = cute.arch.lanemask_lt()

@@ -1,46 +1,47 @@
-// router_topk: FP32 logits [num_tokens, num_experts] to the weights and ids of top_k experts.
+// router_topk: select top_k experts from FP32 logits [num_tokens, num_experts], and weigh them.
 //
 //     scores  = sqrt(softplus(logits / gate_temp))
 //     ids     = the top_k largest of (scores + e_bias), descending; equal keys: lower id first
 //     weights = scores[ids] / (sum(scores[ids]) + 1e-20) * routed_scaling_factor
 //
-// One warp routes one token; lane l owns experts l, l + 32, l + 64, ... so that loads are coalesced
-// for every num_experts, row stride and alignment. num_experts is any number from top_k to 512,
-// top_k from 1 to 8.
+// One warp routes one token. Lane l owns experts l, l + 32, l + 64, ... so that loads coalesce for
+// every num_experts, row stride and alignment. num_experts is any number from top_k to MAX_EXPERTS,
+// top_k from 1 to MAX_TOP_K. The build passes these two and WARPS, tokens per block, as macros: see
+// shapes.py.
 //
-// Options are arguments, none of them is compiled in: a null pointer or a neutral number turns one
-// off. With all off, a row of 384 experts takes 914 instructions on sm_90a; it took 884 without any.
+// Options are arguments: a null pointer or a neutral number disables one. With all disabled, a row
+// of 384 experts takes 914 instructions on sm_90a; without any in the source it took 884.
 //     bias_vl, image_mask         rows with the mask set select with bias_vl instead of e_bias
 //     padding_mask,               rows with the mask set, and rows from *num_valid_tokens on, are
-//     num_valid_tokens            padded: id -1 and weight 0 in every column
+//     num_valid_tokens            padding: id -1 and weight 0 in every column
 //     tid2eid, input_ids          ids = tid2eid[input_ids[row]], in the table's order, without a
-//                                 bias; a row whose token id is not in the table is padded
-//     to_physical, logical_count  id e is written as to_physical[e, row % logical_count[e]]
+//                                 bias; a row whose token id is not in the table is padding
+//     to_physical, logical_count  id e is stored as to_physical[e, row % logical_count[e]]
 //     num_shared_slots            columns from top_k on: id num_experts + column - top_k, weight 1
 //     norm_topk_prob              0: weights = scores[ids] * routed_scaling_factor
 //     gate_temp                   1: no logit is divided
 //
 // Guarantees
-//     Every arithmetic step is an IEEE operation rounded to nearest (compiled with -fmad=false, fused
-//     only where fmaf says so), but for the seed of a square root that two fused steps round
-//     correctly. So a score has the same bits in an emulator and on every GPU.
+//     Every arithmetic step is an IEEE operation rounded to nearest, compiled with -fmad=false and
+//     fused only by fmaf. The exception is the seed of a square root, which two fused steps round
+//     correctly. So a score has the same bits in the emulator, in score.py and on every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
-//     Control flow depends on the arguments and on whether a row is padded, never on logits,
-//     biases, tables or maps; weights are summed in rank order.
-//     The logits of a padded row are not read; of a row whose ids are in the table, only theirs.
-//     Nothing is read out of bounds, whatever is in the token ids, the table and the map.
+//     Control flow depends on the arguments and on whether a row is padding, never on logits,
+//     biases, tables or maps. Weights are summed in rank order.
+//     The logits of a padding row are not read; of a row with ids from the table, only theirs.
+//     Nothing is read out of bounds, whatever values the token ids, the table and the map hold.
 
 namespace {
 
 // Enumerators, since NVRTC puts namespace-scope constants into global memory.
 enum : int {
-  kWarpsPerBlock = WARPS,  // one token each: the manifest's token_tile
+  kWarpsPerBlock = WARPS,  // one token per warp: the manifest's token_tile
   kBlocksPerSm = 8,
   kGroupSlots = 4,     // num_experts is rounded up to 32 * kGroupSlots in the registers
   kMaxSlots = MAX_EXPERTS / 32,
-  // A row of 32 keys is padded by one word: a lane's column of slots is read back by as many lanes
-  // as it has slots, each then from a bank of its own.
+  // A row of 32 keys is padded by one word: the slots of one lane are read back by as many lanes,
+  // and the padding puts each slot into another bank.
   kKeyRow = 33,
 };
 // Keys order as the floats they come from. No number maps below 0x007fffff (-inf).
@@ -52,9 +53,9 @@ enum : unsigned {
 
 // sqrt(softplus(x)); NaN gives NaN.
 //
-// q = exp(-|x| / 4), h = q^2, u = h^2 = exp(-|x|), softplus(x) = max(x, 0) + log1p(u). Below 0 the
-// square root is taken as h * sqrt(log1p(u) / u): softplus itself is denormal from -87 on and 0 below
-// -104, its root is not before -174. Splitting q off keeps the exponent's scaling a plain integer add.
+// q = exp(-|x| / 4), h = q^2, u = h^2 = exp(-|x|), softplus(x) = max(x, 0) + log1p(u). For x <= 0
+// the square root is h * sqrt(log1p(u) / u): softplus itself is denormal from -87 on and 0 below
+// -104, its root is not before -174. With q the scaling of the exponent is one integer addition.
 __device__ __forceinline__ float router_score(float x) {
   // 2^n * 2^f = exp(-magnitude / 4) with f in [-1/2, 1/2]; q is 1e-37 at the clamp and h already 0.
   const float magnitude = fminf(fabsf(x), 340.0f);
@@ -62,7 +63,7 @@ __device__ __forceinline__ float router_score(float x) {
   const float shifted = fmaf(magnitude, -0x1.715476p-2f, kRound);
   const float n = shifted - kRound;
   float f = fmaf(magnitude, -0x1.715476p-2f, -n);
-  f = fmaf(magnitude, -0x1.4ae0c0p-28f, f);  // what log2(e) / 4 has beyond its FP32 value
+  f = fmaf(magnitude, -0x1.4ae0c0p-28f, f);  // log2(e) / 4 less its FP32 value
   // 2^f, minimax; relative error of these FP32 coefficients in exact arithmetic: 1.6e-8.
   float q = 1.53458121e-4f;
   q = fmaf(q, f, 1.33999314e-3f);
@@ -87,7 +88,7 @@ __device__ __forceinline__ float router_score(float x) {
 
   float largest_finite;  // min that keeps NaN
   asm("min.NaN.f32 %0, %1, 0f7F7FFFFF;" : "=f"(largest_finite) : "f"(x));
-  const bool negative = x <= 0.0f;  // false for NaN, which so reaches z
+  const bool negative = x <= 0.0f;  // false for NaN, which therefore reaches z
   // In assembly, so that NVVM does not turn the selection below into a branch around it.
   float softplus;
   asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(softplus) : "f"(u), "f"(p), "f"(largest_finite));
@@ -101,6 +102,7 @@ __device__ __forceinline__ float router_score(float x) {
   return negative ? h * root : root;
 }
 
+// An unsigned integer that orders like score + bias; a NaN orders below every number.
 __device__ __forceinline__ unsigned selection_key(float score, float bias) {
   const float biased = score + bias;
   const unsigned bits = __float_as_uint(biased);
@@ -108,7 +110,7 @@ __device__ __forceinline__ unsigned selection_key(float score, float bias) {
   return biased != biased ? unsigned{kNaNKey} : key;
 }
 
-// What one token is routed by; gate_temp and num_experts are the launch's.
+// The inputs of one row. gate_temp and num_experts are the same in every row.
 struct Row {
   const float* logits;
   const float* bias;
@@ -116,13 +118,14 @@ struct Row {
   int num_experts;
 };
 
+// One expert with its key.
 struct Candidate {
   unsigned key;
   unsigned expert;
 };
 
-// Write the keys of a lane's experts to keys[slot * kKeyRow + lane] and return its best one; the
-// lowest expert among equals. kSlots * 32 is num_experts rounded up to a whole number of groups.
+// Write the keys of a lane's experts to keys[slot * kKeyRow + lane] and return its best candidate,
+// the lowest expert among equals. kSlots * 32 is num_experts rounded up to whole groups.
 template <int kSlots>
 __device__ __forceinline__ Candidate score_row(Row row, int lane, unsigned* keys) {
   float logit[kSlots];
@@ -132,7 +135,7 @@ __device__ __forceinline__ Candidate score_row(Row row, int lane, unsigned* keys
     // Only the last group can be ragged.
     const bool whole = slot < kSlots - kGroupSlots;
     const int expert = slot * 32 + lane;
-    // Not 0 for a logit that is not there: division is slow on it.
+    // 1 for a logit beyond num_experts: division is slow on 0.
     logit[slot] = whole || expert < row.num_experts ? row.logits[expert] : 1.0f;
     bias[slot] = whole || expert < row.num_experts ? row.bias[expert] : 0.0f;
   }
@@ -157,7 +160,8 @@ __device__ __forceinline__ Candidate score_row(Row row, int lane, unsigned* keys
   return best;
 }
 
-// The expert of rank `lane` in a row, 0 for a lane from top_k on. keys: the warp's shared memory.
+// Return the expert of rank `lane` in a row, or 0 to a lane from top_k on. keys: the warp's shared
+// memory, [slot][kKeyRow].
 __device__ __forceinline__ int select_experts(Row row, int top_k, int lane, unsigned* keys) {
   // ------------------------------------------------------------------ score
   const unsigned num_groups = (row.num_experts + 32u * kGroupSlots - 1) / (32 * kGroupSlots);
@@ -171,9 +175,10 @@ __device__ __forceinline__ int select_experts(Row row, int top_k, int lane, unsi
   __syncwarp();
 
   // ------------------------------------------------------------------ select
-  // Each round takes the warp's best candidate and strikes it out. Only its owner then lacks a
-  // candidate, and the whole warp finds it there: lane s looks at the owner's slot s. From here on
-  // row s of the keys is touched by lane s alone, so the rounds need no barrier between them.
+  // Each round takes the warp's best candidate, the lowest expert among equal keys, and clears its
+  // key. Only its owner then lacks a candidate. The whole warp finds the next one: lane s reads the
+  // owner's slot s. From here on only lane s accesses row s of the keys, so the rounds need no
+  // barrier between them.
   int my_expert = 0;
 #pragma unroll 1
   for (int rank = 0; rank < top_k; ++rank) {
@@ -199,6 +204,7 @@ __device__ __forceinline__ int select_experts(Row row, int top_k, int lane, unsi
   return my_expert;
 }
 
+// Elements from the first row to another.
 __device__ __forceinline__ long long offset(int row, int stride) {
   return static_cast<long long>(row) * stride;
 }
@@ -224,10 +230,10 @@ __device__ __forceinline__ unsigned long long address(const void* pointer) {
 // out_ids           [num_tokens, top_k + num_shared_slots] int32 or int64, rows out_ids_stride
 //                   elements apart
 // gate_temp is finite and above 0. Flags are 0 or 1.
-// Launch: block 128, grid ceil(num_tokens / 4). Programmatic dependent launch is legal.
+// Launch: block 32 * WARPS, grid ceil(num_tokens / WARPS). Programmatic dependent launch is legal.
 //
-// 8 blocks an SM leave 64 registers: enough for every load of a row to be in flight before the first
-// result is used. Left to itself ptxas takes 32 and spreads the loads over the arithmetic.
+// 8 blocks per SM leave 64 registers: enough for all loads of a row to be in flight before the
+// first result is used. Without the bound ptxas takes 32 and spreads the loads over the arithmetic.
 extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     router_topk(const float* logits, const float* e_bias, const float* bias_vl,
                 const unsigned char* image_mask, const unsigned char* padding_mask,
@@ -240,7 +246,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
                 int out_ids_stride) {
   __shared__ unsigned shared_keys[kWarpsPerBlock][kMaxSlots * kKeyRow];
 
-  // The kernel before may still be writing logits, or reading what this one overwrites.
+  // The kernel before may still be writing logits, or reading the memory of the outputs:
+  // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 
@@ -252,15 +259,15 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   }
   const int token = static_cast<int>(index);
 
-  // ------------------------------------------------------------------ what the row is
+  // ------------------------------------------------------------------ row flags
   const bool from_table = tid2eid != nullptr;
   const float* row_bias = e_bias;
   unsigned long long token_id = 0;  // a negative one is beyond every table
   bool padded = false;
-  // One test for all of these, since a launch may well have none.
+  // One test for all four, because most launches have none.
   if ((address(image_mask) | address(padding_mask) | address(num_valid_tokens) |
        address(tid2eid)) != 0) {
-    // Every lane loads the same words, the first three before it looks at one.
+    // Every lane loads the same words, and the first three before it uses one.
     const int image = image_mask != nullptr ? image_mask[token] : 0;
     const int padding = padding_mask != nullptr ? padding_mask[token] : 0;
     const int num_valid = num_valid_tokens != nullptr ? *num_valid_tokens : num_tokens;
@@ -276,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   int id = -1;
   float weight = 0.0f;
   if (!padded) {
-    // ---------------------------------------------------------------- choose
+    // ---------------------------------------------------------------- select
     // Lane r < top_k gets the expert of rank r.
     const Row row = {logits + offset(token, logits_stride), row_bias, gate_temp, num_experts};
     int expert = 0;
@@ -286,9 +293,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
       expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);
     }
 
-    // ---------------------------------------------------------------- weigh and name
-    // The score is computed again, from a logit that is in L1, instead of being kept in shared
-    // memory for every expert.
+    // ---------------------------------------------------------------- weights and physical ids
+    // The score is computed again from a logit that is in L1: keeping the scores of all experts
+    // would take shared memory.
     float score = 0.0f;
     if (lane < top_k) {
       float logit = row.logits[expert];
@@ -311,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
       const float divisor = norm_topk_prob ? sum + 1e-20f : 1.0f;  // division by 1 is exact
       weight = __fdiv_rn(score, divisor) * routed_scaling_factor;
     } else {
-      id = num_experts + lane - top_k;  // a shared expert, or stored by nobody
+      id = num_experts + lane - top_k;  // a shared expert's, or not stored
       weight = 1.0f;
     }
   }

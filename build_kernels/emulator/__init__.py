@@ -37,7 +37,7 @@ Not modelled
     .sync collectives, each of which is taken to order its lanes' memory accesses
 """
 
-from build_kernels.emulator.emulator import Result, emulate
+from build_kernels.emulator.emulate import Result, emulate
 from build_kernels.emulator.findings import (
     EmulatorError,
     Finding,
@@ -46,8 +46,8 @@ from build_kernels.emulator.findings import (
     PtxError,
     Thread,
 )
-from build_kernels.emulator.launch import DeviceArray, Launch, Schedule
-from build_kernels.emulator.tensor_map import TensorMap
+from build_kernels.emulator.launch.launch import DeviceArray, Launch, Schedule
+from build_kernels.emulator.launch.tensor_map import TensorMap
 
 __all__ = [
     "DeviceArray",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from build_kernels.emulator import floats
+from build_kernels.emulator.execution.warp import Array, Run
 from build_kernels.emulator.instructions.elementwise import (
     FLOATS,
     HALVES,
@@ -14,9 +14,9 @@ from build_kernels.emulator.instructions.elementwise import (
     float_compute,
     on_halves,
 )
-from build_kernels.emulator.operands import DTYPE, Context, Modifiers
-from build_kernels.emulator.syntax import TYPE_BITS, Instruction
-from build_kernels.emulator.warp import Array, Run
+from build_kernels.emulator.instructions.operands import DTYPE, Context, Modifiers
+from build_kernels.emulator.numerics import floats
+from build_kernels.emulator.ptx.syntax import TYPE_BITS, Instruction
 
 
 def add_sub_mul(ins: Instruction, context: Context) -> Run:

@@ -6,10 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from build_kernels.emulator.execution.warp import LANES, Array, Run
 from build_kernels.emulator.instructions.elementwise import build, runner
-from build_kernels.emulator.operands import DTYPE, Context, Modifiers, destination, source
-from build_kernels.emulator.syntax import TYPE_BITS, Instruction
-from build_kernels.emulator.warp import LANES, Array, Run
+from build_kernels.emulator.instructions.operands import (
+    DTYPE,
+    Context,
+    Modifiers,
+    destination,
+    source,
+)
+from build_kernels.emulator.ptx.syntax import TYPE_BITS, Instruction
 
 
 def logic(ins: Instruction, context: Context) -> Run:

@@ -7,11 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from build_kernels.emulator import floats
-from build_kernels.emulator.clocks import GENERIC
-from build_kernels.emulator.operands import Context, Modifiers, Source, destination, source
-from build_kernels.emulator.syntax import Instruction, Pair
-from build_kernels.emulator.warp import (
+from build_kernels.emulator.execution.warp import (
     ALL,
     EXITED,
     LANE_INDEX,
@@ -24,6 +20,16 @@ from build_kernels.emulator.warp import (
     bits_of,
     indices_of,
 )
+from build_kernels.emulator.instructions.operands import (
+    Context,
+    Modifiers,
+    Source,
+    destination,
+    source,
+)
+from build_kernels.emulator.numerics import floats
+from build_kernels.emulator.ordering.clocks import GENERIC
+from build_kernels.emulator.ptx.syntax import Instruction, Pair
 
 
 def gather(w: Warp, mask: Source) -> tuple[int, Wait | None]:

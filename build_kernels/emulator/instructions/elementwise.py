@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from build_kernels.emulator import floats
-from build_kernels.emulator.operands import (
+from build_kernels.emulator.execution.warp import Array, Run, Warp
+from build_kernels.emulator.instructions.operands import (
     Context,
     Modifiers,
     Source,
@@ -13,8 +13,8 @@ from build_kernels.emulator.operands import (
     registers_of,
     source,
 )
-from build_kernels.emulator.syntax import Instruction
-from build_kernels.emulator.warp import Array, Run, Warp
+from build_kernels.emulator.numerics import floats
+from build_kernels.emulator.ptx.syntax import Instruction
 
 FLOATS = ("f32", "f64")
 

@@ -13,20 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from build_kernels.emulator.agents import Operation
-from build_kernels.emulator.instructions.collectives import aligned
-from build_kernels.emulator.matrix import (
-    K,
-    SharedDescriptor,
-    decode_halves,
-    decode_shared,
-    matrix_offsets,
-    read_matrix,
-    rows_of,
-)
-from build_kernels.emulator.operands import Context, Modifiers, items, registers_of, source
-from build_kernels.emulator.syntax import Instruction, Register, Vector
-from build_kernels.emulator.warp import (
+from build_kernels.emulator.execution.operation import Operation
+from build_kernels.emulator.execution.warp import (
     ALL,
     LANES,
     Array,
@@ -38,6 +26,24 @@ from build_kernels.emulator.warp import (
     Wait,
     Warp,
 )
+from build_kernels.emulator.instructions.collectives import aligned
+from build_kernels.emulator.instructions.matrices import (
+    K,
+    SharedDescriptor,
+    decode_halves,
+    decode_shared,
+    matrix_offsets,
+    read_matrix,
+    rows_of,
+)
+from build_kernels.emulator.instructions.operands import (
+    Context,
+    Modifiers,
+    items,
+    registers_of,
+    source,
+)
+from build_kernels.emulator.ptx.syntax import Instruction, Register, Vector
 
 
 class WarpgroupMma(Operation):

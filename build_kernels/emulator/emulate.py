@@ -1,43 +1,36 @@
-"""`emulate`: PTX text, a launch and arguments in; memory and findings out."""
+"""`emulate`: run PTX text with a launch and arguments; return memory and findings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
-from build_kernels.emulator.execution.warp import Decoded
-from build_kernels.emulator.findings import Finding
-from build_kernels.emulator.instructions import collectives
-from build_kernels.emulator.instructions.operands import Context
-from build_kernels.emulator.instructions.table import decoder_of
-from build_kernels.emulator.launch.dynamic_shared import check_reach
-from build_kernels.emulator.launch.launch import (
-    Argument,
-    DeviceArray,
-    Launch,
-    Schedule,
-    check_launch,
-    pack,
-)
+from build_kernels.emulator.findings import Finding, PtxError
+from build_kernels.emulator.instructions.table import make_program
+from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
+from build_kernels.emulator.launch.device_array import DeviceArray
+from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
+from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
 from build_kernels.emulator.launch.variables import place_variables
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ptx.parser import parse
-from build_kernels.emulator.ptx.syntax import Instruction, Kernel
+from build_kernels.emulator.ptx.syntax import UnsupportedPtx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left behind.
+    """The state after a run.
 
     memory: array name -> contents after the run (dtype and shape of its DeviceArray); bytes of an
-    array that was not initialised and never written are 0xFF;
-    findings: by PTX line, empty for a clean run; steps: instructions of all warps, about.
+    array that was not initialised and never written are 0xFF.
+    findings: by PTX line; empty for a clean run. steps: instructions of all warps, about.
     """
 
     memory: dict[str, NDArray[Any]]
@@ -55,85 +48,60 @@ def emulate(
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
-    ptx: the module's text; launch: grid, block, cluster and architecture; arguments: one for each
-    kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a
-    pointer; a TensorMap; or a tuple of these for a struct. schedule: Schedule() when None.
+    ptx: the module's text. launch: grid, block, cluster and architecture. arguments: one per
+    kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a pointer;
+    a TensorMap; or a tuple of these for a struct. schedule: Schedule() if None.
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly.
 
-    The same inputs give the same result. Raises PtxError for PTX that is not understood and
-    LaunchError for a launch or arguments that do not fit; nothing has run then (but a matrix
-    descriptor of a kind that is not modelled is met only as it is used). Faults of the kernel are
+    The same inputs give the same result. Raises PtxError for PTX that is not supported and
+    LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
+    matrix descriptor of an unsupported kind is met only at its use. Faults of the kernel are
     findings of the result, not exceptions.
     """
-    parsed = _parsed(ptx, launch.kernel)
-    kernel = replace(parsed, instructions=list(parsed.instructions))
-    check_launch(kernel, launch)
-    check_reach(kernel, launch)
-    packed = pack(kernel, arguments)
-    machine = Machine(kernel, launch, packed, schedule or Schedule())
-    placed = place_variables(machine, kernel, launch)
-    context = Context(
-        arch=launch.arch,
-        shared=placed["shared"],
-        parameters={p.name: p.offset for p in kernel.parameters},
-        addresses=placed["address"],
-        approximate=approximate or {},
-    )
-    machine.program = decode(kernel, context)
-    arrays = _place_arrays(machine)
-    machine.run()
+    try:
+        kernel = _parsed(ptx, launch.kernel)
+        check_launch(kernel, launch)
+        check_dynamic_shared(kernel, launch)
+        packed = pack(kernel, arguments)
+        layout = place_variables(kernel, launch.dynamic_shared_bytes)
+        program = make_program(kernel, layout, launch.arch, approximate or {})
+        machine = Machine(program, launch, packed, schedule or Schedule())
+        arrays = _place_arrays(machine.grid, packed)
+        machine.run()
+    except UnsupportedPtx as error:
+        raise PtxError(str(error)) from None
     memory = {
-        array.name: placed_.data.view(array.data.dtype).reshape(array.data.shape)
-        for array, placed_ in arrays.items()
+        array.name: placed.data.view(array.data.dtype).reshape(array.data.shape)
+        for array, placed in arrays.items()
     }
-    return Result(memory=memory, findings=machine.log.findings(), steps=machine.steps)
+    return Result(memory=memory, findings=machine.grid.log.findings(), steps=machine.grid.steps)
 
 
 # Runs of one text under several schedules parse it once: a quarter of a small run's time.
 _parsed = lru_cache(maxsize=4)(parse)
 
 
-def decode(kernel: Kernel, context: Context) -> list[Decoded]:
-    """Turn every instruction into a closure; PtxError for the first that is unknown."""
-    program = []
-    for ins in kernel.instructions:
-        decoder = decoder_of(ins)
-        try:
-            run = decoder(ins, context)
-        except IndexError:
-            raise ins.error("has too few operands or modifiers") from None
-        guard, negated = (ins.guard[0].index, ins.guard[1]) if ins.guard else (-1, False)
-        target = -1 if ins.target is None else ins.target
-        program.append(Decoded(ins, run, guard, negated, target))
-    end = Instruction(len(program), kernel.line, "the end of the kernel", "ret", ())
-    program.append(Decoded(end, collectives.leave(end, context)))
-    kernel.instructions.append(end)
-    return program
-
-
-def _place_arrays(machine: Machine) -> dict[DeviceArray, Memory]:
-    """Give every array an address and fill pointers and tensor maps in."""
+def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memory]:
+    """Give every array an address, and fill in pointers and tensor maps."""
     arrays: dict[DeviceArray, Memory] = {}
 
     def place(array: DeviceArray) -> Memory:
         if array not in arrays:
-            memory = Memory(
+            contents = np.frombuffer(array.data.tobytes(), dtype=np.uint8)
+            arrays[array] = Memory(
                 array.name,
                 array.data.nbytes,
-                initial=np.frombuffer(array.data.tobytes(), dtype=np.uint8)
-                if array.initialised
-                else None,
+                initial=contents if array.initialised else None,
                 read_only=array.read_only,
                 dependent=array.dependent,
             )
-            machine.memory.place(memory)
-            arrays[array] = memory
+            grid.memory.place(arrays[array])
         return arrays[array]
 
-    for offset, array in machine.packed.pointers.items():
+    for offset, array in packed.pointers.items():
         base = place(array).base
-        machine.parameters.data[offset : offset + 8] = np.array([base], np.uint64).view(np.uint8)
-    for offset, described in machine.packed.tensor_maps.items():
-        machine.tensor_maps[offset] = (described, place(described.array))
+        grid.parameters.data[offset : offset + 8] = np.array([base], np.uint64).view(np.uint8)
+    for offset, described in packed.tensor_maps.items():
+        grid.tensor_maps[offset] = (described, place(described.array))
     return arrays

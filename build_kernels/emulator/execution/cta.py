@@ -1,40 +1,49 @@
-"""Clusters and CTAs."""
+"""Clusters and CTAs: their memories and barriers."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from build_kernels.emulator.execution.operation import Operation, Touch
-from build_kernels.emulator.execution.warp import LANE_INDEX, LANES, Warp
-from build_kernels.emulator.memory.memory import SHARED_RANK_SHIFT, SHARED_RESERVED, Memory
+from build_kernels.emulator.findings import Thread
+from build_kernels.emulator.memory.access_records import CLUSTER_SCOPE, CTA_SCOPE
+from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.memory.tensor_memory import TensorMemory
-from build_kernels.emulator.ordering.barriers import ClusterBarrier, Mbarrier, NamedBarrier
-
-if TYPE_CHECKING:
-    from build_kernels.emulator.execution.machine import Machine
-
+from build_kernels.emulator.memory.windows import SHARED_RANK_SHIFT
+from build_kernels.emulator.ordering.barriers import ClusterBarrier, NamedBarrier
+from build_kernels.emulator.ordering.clocks import Clock
+from build_kernels.emulator.ordering.mbarrier import Mbarrier
+from build_kernels.emulator.ptx.syntax import Instruction
 
 Dim = tuple[int, int, int]
 
+NAMED_BARRIERS = 16
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A use of a CTA's memories by an operation."""
+
+    actor: int
+    tick: int
+    instruction: Instruction
+    thread: Thread
+
 
 class Cluster:
-    """CTAs that share distributed shared memory and one barrier."""
+    """CTAs that share distributed shared memory and one barrier.
 
-    def __init__(self, machine: Machine, shape: Dim, origin: Dim) -> None:
+    living: the number of threads that have not exited.
+    """
+
+    def __init__(self, shape: Dim, origin: Dim, threads: int, shared_end: int, zero: Clock) -> None:
         self.shape = shape
+        self.barrier = ClusterBarrier(zero)
         self.ctas: list[Cta] = []
-        self.barrier = ClusterBarrier(machine)
         for z, y, x in itertools.product(*(range(n) for n in reversed(shape))):
-            rank = len(self.ctas)
             index = (origin[0] + x, origin[1] + y, origin[2] + z)
-            self.ctas.append(Cta(machine, self, index, (x, y, z), rank))
-
-    def living(self) -> int:
-        return sum(warp.live.bit_count() for cta in self.ctas for warp in cta.warps)
+            self.ctas.append(Cta(self, index, (x, y, z), threads, shared_end, zero))
+        self.living = threads * len(self.ctas)
 
     @property
     def exited(self) -> bool:
@@ -42,87 +51,46 @@ class Cluster:
 
 
 class Cta:
-    """A thread block: its shared and tensor memory, barriers and warps."""
+    """A thread block's shared and tensor memory and its barriers.
 
-    def __init__(self, machine: Machine, cluster: Cluster, index: Dim, place: Dim, rank: int):
-        self.machine = machine
+    index: its place in the grid; place, rank: in the cluster. slot: its slot on the machine;
+    first_actor, last_actor, first_tick: the actors of its threads, and the tick of its start.
+    touched_by: operations on its memories, which its threads must wait for before they exit.
+    """
+
+    def __init__(
+        self, cluster: Cluster, index: Dim, place: Dim, threads: int, shared_end: int, zero: Clock
+    ) -> None:
         self.cluster = cluster
         self.index = index
         self.place = place
-        self.rank = rank
-        self.shared_base = rank << SHARED_RANK_SHIFT
-        self.shared = Memory(f"shared memory of cta {index}", machine.shared_end)
-        self.shared_end = machine.shared_end
-        self.tensor_memory = TensorMemory(self)
+        self.rank = len(cluster.ctas)
+        self.threads = threads
+        self.shared_base = self.rank << SHARED_RANK_SHIFT
+        self.shared_end = shared_end
+        self.shared = Memory(f"shared memory of cta {index}", shared_end)
+        self.tensor_memory = TensorMemory(f"tensor memory of cta {index}")
         self.mbarriers: dict[int, Mbarrier] = {}
-        self.barriers = [NamedBarrier(machine) for _ in range(16)]
-        self.pipes: dict[int, Operation] = {}  # last operation of each in-order unit
-        # Operations on this CTA's memories: to be known to its threads when it exits.
+        self.barriers = [NamedBarrier(zero) for _ in range(NAMED_BARRIERS)]
         self.touched_by: list[Touch] = []
-        self.slot = machine.claim(self)
-        block = machine.launch.block
-        self.threads = int(np.prod(block))
-        self.warps: list[Warp] = []
-        for number in range(machine.warps_per_cta):
-            count = min(LANES, self.threads - number * LANES)
-            actor = (self.slot * machine.warps_per_cta + number) * LANES
-            self.warps.append(Warp(machine, self, number, count, actor))
-        self.first_actor = self.warps[0].actor
-        self.last_actor = self.first_actor + machine.warps_per_cta * LANES
+        self.slot = self.first_actor = self.last_actor = self.first_tick = 0
         self.exited = False
 
-    def special(self, warp: Warp, name: str) -> NDArray[Any]:
-        """A special register of the warp's lanes (PTX ISA, "Special Registers")."""
-        machine = self.machine
-        launch, cluster = machine.launch, self.cluster
-        register, _, axis = name[1:].partition(".")
-        if axis:
-            number = "xyz".index(axis)
-            linear = warp.index * LANES + LANE_INDEX
-            width, height, _ = launch.block
-            if register == "tid":
-                return (linear % width, linear // width % height, linear // (width * height))[
-                    number
-                ].astype(np.int64)
-            groups = tuple(g // c for g, c in zip(launch.grid, launch.cluster, strict=True))
-            value = {
-                "ntid": launch.block,
-                "ctaid": self.index,
-                "nctaid": launch.grid,
-                "clusterid": tuple(i // c for i, c in zip(self.index, launch.cluster, strict=True)),
-                "nclusterid": groups,
-                "cluster_ctaid": self.place,
-                "cluster_nctaid": cluster.shape,
-            }[register][number]
-            return np.full(LANES, value, dtype=np.int64)
-        one = np.int64(1) << LANE_INDEX.astype(np.int64)
-        lanes = {
-            "laneid": LANE_INDEX.astype(np.int64),
-            "lanemask_eq": one,
-            "lanemask_lt": one - 1,
-            "lanemask_le": 2 * one - 1,
-            "lanemask_gt": (1 << 32) - 2 * one,
-            "lanemask_ge": (1 << 32) - one,
-        }
-        if register in lanes:
-            return lanes[register]
-        value = {
-            "warpid": warp.index,
-            "nwarpid": machine.warps_per_cta,
-            "cluster_ctarank": self.rank,
-            "cluster_nctarank": len(cluster.ctas),
-            "is_explicit_cluster": int(launch.cluster != (1, 1, 1)),
-            "smid": self.slot,
-            "dynamic_smem_size": launch.dynamic_shared_bytes,
-            "total_smem_size": self.shared_end - SHARED_RESERVED,
-        }[register]
-        return np.full(LANES, value, dtype=np.int64)
+    def shares(self, scope: int, other: Cta) -> bool:
+        """Return whether a scope of this CTA includes the other."""
+        if scope == CTA_SCOPE:
+            return other is self
+        return scope != CLUSTER_SCOPE or other.cluster is self.cluster
 
-    def lanes_exited(self, warp: Warp, bits: int) -> None:
-        self.machine.events += 1
-        if warp.live == 0:
-            warp.publish((1 << min(LANES, self.threads - warp.index * LANES)) - 1)
-        self.cluster.barrier.settle(self.cluster.living())
-        if not any(w.live for w in self.warps):
-            self.exited = True
-            self.machine.cta_exits(self)
+
+@dataclass(eq=False)
+class Released:
+    """The clock that the last strong write of a location released, its scope, and its CTA."""
+
+    clock: Clock
+    scope: int
+    cta: Cta
+
+    def reaches(self, scope: int, cta: Cta) -> bool:
+        """Return whether a read of this scope by a CTA synchronises with the write."""
+        return self.cta.shares(min(scope, self.scope), cta)

@@ -2,58 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from build_kernels.emulator.execution.warp import LANES, Array, Run
-from build_kernels.emulator.instructions.elementwise import build
-from build_kernels.emulator.instructions.operands import DTYPE, Context, Modifiers
+from build_kernels.emulator.execution.warp import Run
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.instructions.elementwise import Compute, build
+from build_kernels.emulator.lanes import LANES, Array
 from build_kernels.emulator.numerics import floats
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, Instruction
+from build_kernels.emulator.numerics.types import DTYPE
+from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 
-def convert(ins: Instruction, context: Context) -> Run:
-    """cvt between integer and float types (PTX ISA, "cvt")."""
-    mods = Modifiers(ins)
-    origin = mods.type()
-    target = mods.type()
-    mode = mods.one_of("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
-    sat, ftz = mods.take("sat"), mods.take("ftz")
-    mods.done()
+def convert(d: Decoding) -> Run:
+    origin = d.type()
+    target = d.type()
+    mode = d.one_of("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
+    sat, ftz = d.take("sat"), d.take("ftz")
     if target in ("f16x2", "bf16x2"):
         if origin != "f32" or mode not in ("rn", "rz") or sat:
-            raise ins.error("only .rn and .rz from .f32 are supported")
+            raise d.error("only .rn and .rz from .f32 are supported")
         rounding = mode
 
         def pack(high: Array, low: Array) -> Array:
             # The first source becomes the upper half.
             return floats.pack_halves(target, np.stack([low, high]).astype(np.float64), rounding)
 
-        return build(ins, context, "b32", ["f32", "f32"], pack)
+        return build(d, "b32", ["f32", "f32"], pack)
 
     def run(values: Array) -> Array:
         if origin == "bf16":
             values = floats.bf16_to_f32(values)
         if ftz and values.dtype == np.float32:
             values = floats.flush(values)
-        result = _convert(ins, values, origin, target, mode, sat)
+        result = _convert(d, values, origin, target, mode, sat)
         if ftz and result.dtype == np.float32 and target == "f32":
             result = floats.flush(result)
         return result
 
     raw = "b16" if target in ("f16", "bf16") else target
-    _convert(ins, np.zeros(LANES, dtype=DTYPE[origin]), origin, target, mode, sat)
-    return build(ins, context, raw, [origin], run)
+    # Refuse a conversion that is not supported now, not when it is executed.
+    _convert(d, np.zeros(LANES, dtype=DTYPE[origin]), origin, target, mode, sat)
+    return build(d, raw, [origin], run)
 
 
-_INTEGER_ROUND: dict[str, Callable[[Array], Array]] = {
+_INTEGER_ROUND: dict[str, Compute] = {
     "rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil,
 }  # fmt: skip
 
 
 def _convert(
-    ins: Instruction, values: Array, origin: str, target: str, mode: str | None, sat: bool
+    d: Decoding, values: Array, origin: str, target: str, mode: str | None, sat: bool
 ) -> Array:
     from_float = origin[0] in "fb" and origin not in ("b8", "b16", "b32", "b64")
     to_float = target in ("f16", "bf16", "f32", "f64")
@@ -64,7 +62,7 @@ def _convert(
         return values.astype(DTYPE[target])
     if from_float and not to_float:
         if mode not in _INTEGER_ROUND:
-            raise ins.error("a conversion from float to integer needs .rni, .rzi, .rmi or .rpi")
+            raise d.error("a conversion from float to integer needs .rni, .rzi, .rmi or .rpi")
         rounded = _INTEGER_ROUND[mode](values.astype(np.float64))
         low, high = _integer_range(target)
         clamped = [0 if np.isnan(v) else int(min(max(v, low), high)) for v in rounded]
@@ -80,11 +78,11 @@ def _convert(
     if target == "f32":
         if TYPE_BITS[origin] == 64 and not from_float:
             if rounding != "rn":
-                raise ins.error("directed rounding of 64-bit integers is not modelled")
+                raise d.error("directed rounding of 64-bit integers is not modelled")
             return values.astype(np.float32)
         return floats.narrow(values.astype(np.float64), rounding)
     if rounding not in ("rn", "rz"):
-        raise ins.error(f"rounding .{rounding} to .{target} is not modelled")
+        raise d.error(f"rounding .{rounding} to .{target} is not modelled")
     return floats.pack_halves(target, values.astype(np.float64), rounding)
 
 
@@ -93,3 +91,6 @@ def _integer_range(kind: str) -> tuple[int, int]:
     if kind[0] == "s":
         return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     return 0, (1 << bits) - 1
+
+
+INSTRUCTIONS: dict[str, Decoder] = {"cvt": convert}

@@ -1,61 +1,42 @@
-"""Address arithmetic and hints: cvta, mapa, isspacep, prefetch (PTX ISA, "Data Movement")."""
+"""Address conversion: cvta, mapa, getctarank, isspacep (PTX ISA, "Data Movement")."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from build_kernels.emulator.execution.warp import LANES, Run, Warp
-from build_kernels.emulator.instructions.operands import (
-    DTYPE,
-    Context,
-    Modifiers,
-    address,
-    destination,
-    source,
-)
-from build_kernels.emulator.memory.memory import (
-    LOCAL_WINDOW,
-    PARAMETER_WINDOW,
+from build_kernels.emulator.access.state_spaces import SPACES
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.instructions.elementwise import build
+from build_kernels.emulator.memory.windows import (
+    SHARED_ADDRESS,
+    SHARED_OFFSET,
     SHARED_RANK_SHIFT,
     SHARED_WINDOW,
     WINDOW_MASK,
+    window_of,
 )
-from build_kernels.emulator.memory.state_spaces import SPACES
-from build_kernels.emulator.ptx.syntax import Instruction
+from build_kernels.emulator.numerics.types import DTYPE
 
 
-def convert_address(ins: Instruction, context: Context) -> Run:
-    """cvta: between a state space's addresses and generic ones."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    to = mods.take("to")
-    space = mods.need(*SPACES)
-    mods.done()
-    window = {"local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}.get(space, 0)
-    if space.startswith("shared"):
-        window = SHARED_WINDOW
-    inner = source(ins, ins.operands[1], kind, context)
-    write = destination(ins, ins.operands[0], kind)
-    offset = DTYPE[kind](window)
-
-    def run(w: Warp) -> None:
-        value = inner.get(w)
-        write(w, value - offset if to else value + offset, w.taint(inner.registers))
-
-    return run
+def convert_address(d: Decoding) -> Run:
+    """Decode cvta, between a state space's addresses and generic ones."""
+    kind = d.type()
+    to = d.take("to")
+    space = d.need(*SPACES)
+    window = DTYPE[kind](window_of(space))
+    return build(d, kind, [kind], lambda a: a - window if to else a + window)
 
 
-def map_address(ins: Instruction, context: Context) -> Run:
-    """mapa: the address of the same variable in another CTA of the cluster."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    shared = mods.one_of("shared::cluster") is not None
-    mods.done()
-    inner = source(ins, ins.operands[1], kind, context)
-    rank = source(ins, ins.operands[2], "u32", context)
-    write = destination(ins, ins.operands[0], kind)
+def map_address(d: Decoding) -> Run:
+    """Decode mapa: the address of the same variable in another CTA of the cluster."""
+    kind = d.type()
+    shared = d.one_of("shared::cluster") is not None
+    inner = d.source(d.operands[1], kind)
+    rank = d.source(d.operands[2], "u32")
+    write = d.destination(d.operands[0], kind)
     dtype = DTYPE[kind]
-    low = dtype((1 << SHARED_RANK_SHIFT) - 1)
+    low = dtype(SHARED_OFFSET)
     window = dtype(0 if shared else SHARED_WINDOW)
     registers = inner.registers + rank.registers
 
@@ -63,82 +44,40 @@ def map_address(ins: Instruction, context: Context) -> Run:
         ranks = rank.get(w)
         size = len(w.cta.cluster.ctas)
         if (ranks[w.active] >= size).any():
-            w.machine.report(
-                "out-of-bounds", f"mapa to a rank outside the cluster of {size}", warp=w
-            )
+            w.report("out-of-bounds", f"mapa to a rank outside the cluster of {size}")
         base = (inner.get(w) & low) + (ranks.astype(dtype) << dtype(SHARED_RANK_SHIFT))
         write(w, base + window, w.taint(registers))
 
     return run
 
 
-def rank_of_address(ins: Instruction, context: Context) -> Run:
-    """getctarank: the cluster rank in a shared::cluster address."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.take("shared::cluster")
-    mods.done()
-    inner = source(ins, ins.operands[1], kind, context)
-    write = destination(ins, ins.operands[0], "u32")
-    dtype = DTYPE[kind]
-
-    def run(w: Warp) -> None:
-        ranks = (inner.get(w) & dtype(0xFFFFFFFF)) >> dtype(SHARED_RANK_SHIFT)
-        write(w, ranks.astype(np.uint32), w.taint(inner.registers))
-
-    return run
+def rank_of_address(d: Decoding) -> Run:
+    """Decode getctarank: the cluster rank in a shared::cluster address."""
+    kind = d.type()
+    d.take("shared::cluster")
+    mask, shift = DTYPE[kind](SHARED_ADDRESS), DTYPE[kind](SHARED_RANK_SHIFT)
+    return build(d, "u32", [kind], lambda a: ((a & mask) >> shift).astype(np.uint32))
 
 
-def is_space(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    space = mods.need(*SPACES)
-    mods.done()
-    inner = source(ins, ins.operands[1], "u64", context)
-    write = destination(ins, ins.operands[0], "pred")
-    window = {"local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}.get(space, 0)
-    if space.startswith("shared"):
-        window = SHARED_WINDOW
+def is_space(d: Decoding) -> Run:
+    space = d.need(*SPACES)
+    inner = d.source(d.operands[1], "u64")
+    write = d.destination(d.operands[0], "pred")
+    window = window_of(space)
 
     def run(w: Warp) -> None:
         found = inner.get(w).astype(np.int64)
         holds = (found & WINDOW_MASK) == window
         if space in ("shared", "shared::cta"):
-            holds &= ((found & 0xFFFFFFFF) >> SHARED_RANK_SHIFT) == w.cta.rank
+            holds &= ((found & SHARED_ADDRESS) >> SHARED_RANK_SHIFT) == w.cta.rank
         write(w, holds, w.taint(inner.registers))
 
     return run
 
 
-def prefetch(ins: Instruction, context: Context) -> Run:
-    """prefetch, prefetchu, discard, applypriority, createpolicy-free hints: no effect on values."""
-    mods = Modifiers(ins)
-    if mods.take("tensormap"):
-        mods.one_of("param", "const")
-    else:
-        mods.one_of("global", "local")
-        mods.need("L1", "L2", "L2::evict_last", "L2::evict_normal")
-    mods.done()
-    where = address(ins, ins.operands[0], context)
-    tensor_map = "tensormap" in ins.words
-
-    def run(w: Warp) -> None:
-        w.poisoned("the address", where.registers)
-        if tensor_map:
-            lane = w.first_lane()
-            w.machine.tensor_map(w, int(where.get(w)[lane]), lane)
-
-    return run
-
-
-def create_policy(ins: Instruction, context: Context) -> Run:
-    """createpolicy.fractional: an opaque value that steers caches only."""
-    mods = Modifiers(ins)
-    mods.need("fractional")
-    mods.need("b64")
-    for word in list(mods.left):
-        if word.startswith("L2::"):
-            mods.left.remove(word)
-    mods.done()
-    write = destination(ins, ins.operands[0], "b64")
-    zeros = np.zeros(LANES, dtype=np.uint64)
-    return lambda w: write(w, zeros, None)
+INSTRUCTIONS: dict[str, Decoder] = {
+    "cvta": convert_address,
+    "mapa": map_address,
+    "getctarank": rank_of_address,
+    "isspacep": is_space,
+}

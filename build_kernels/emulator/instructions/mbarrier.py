@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from build_kernels.emulator.execution.warp import LANES, Outcome, Run, Wait, Warp, indices_of
-from build_kernels.emulator.instructions.operands import (
-    Context,
-    Modifiers,
-    Source,
-    address,
-    destination,
-    source,
-)
-from build_kernels.emulator.memory.memory import BARRIER, POISON, SHARED_RANK_SHIFT, SHARED_RESERVED
-from build_kernels.emulator.memory.state_spaces import reach
-from build_kernels.emulator.ordering.barriers import MAX_COUNT, Mbarrier
-from build_kernels.emulator.ordering.thread_access import ThreadAccess
-from build_kernels.emulator.ptx.syntax import Instruction, Sink
+from build_kernels.emulator.access.state_spaces import reach
+from build_kernels.emulator.access.thread_access import ThreadAccess
+from build_kernels.emulator.execution.interruption import Interruption, Wait
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
+from build_kernels.emulator.lanes import LANES, Array, Mask, indices_of, lowest
+from build_kernels.emulator.memory.memory import BARRIER, POISON
+from build_kernels.emulator.memory.windows import SHARED_ADDRESS, SHARED_RESERVED, split_shared
+from build_kernels.emulator.ordering.mbarrier import MAX_COUNT, Mbarrier
+from build_kernels.emulator.ptx.syntax import Address, Immediate, Sink
+
+SIZE = 8
+
+
+def take_order(d: Decoding) -> bool:
+    order = d.one_of("relaxed", "release", "acquire")
+    d.one_of("cta", "cluster")
+    return order != "relaxed"
 
 
 def find(w: Warp, where: int, lane: int, *, local: bool) -> Mbarrier | None:
-    """The mbarrier at an address (shared, or generic in the shared window), or None, reported."""
-    where &= 0xFFFFFFFF
-    rank, offset = where >> SHARED_RANK_SHIFT, where & ((1 << SHARED_RANK_SHIFT) - 1)
+    """Return the mbarrier at a shared address, or a generic one of shared memory, or report it."""
+    where &= SHARED_ADDRESS
+    rank, offset = split_shared(where)
     peers = w.cta.cluster.ctas
     peer = peers[rank] if rank < len(peers) else None
     if peer is not None and peer is not w.cta and not reach(w, peer, lane, local):
         return None
     found = peer.mbarriers.get(offset) if peer is not None else None
     if found is None:
-        w.machine.report(
-            "barrier-uninitialised",
-            "no mbarrier was initialised here",
-            warp=w,
-            lane=lane,
-            address=f"shared {where:#x}",
-        )
+        why = "no mbarrier was initialised here"
+        w.report("barrier-uninitialised", why, lane=lane, address=f"shared {where:#x}")
         return None
     remote = peer is not w.cta
-    if not found.knows_init(w.clocks[lane], w.actor + lane, proxied=False, remote=remote):
-        w.machine.report(
+    if not found.initialised_before(w.clocks[lane], w.actor + lane, proxied=False, remote=remote):
+        w.report(
             "barrier-uninitialised",
             "nothing orders the initialisation of the mbarrier before this",
-            warp=w,
             lane=lane,
             address=found.describe(),
             other=found.init_instruction,
@@ -54,8 +49,8 @@ def find(w: Warp, where: int, lane: int, *, local: bool) -> Mbarrier | None:
     return found
 
 
-def _by_address(w: Warp, where: Source) -> list[tuple[int, int]]:
-    """(address, lanes) of the active lanes."""
+def by_address(w: Warp, where: Source) -> list[tuple[int, int]]:
+    """Return (address, lanes) of the active lanes."""
     w.poisoned("the address", where.registers)
     found = where.get(w)
     lanes = indices_of(w.bits)
@@ -68,253 +63,217 @@ def _by_address(w: Warp, where: Source) -> list[tuple[int, int]]:
     return list(groups.items())
 
 
-def mbarrier(ins: Instruction, context: Context) -> Run:
-    name = ins.words[1] if len(ins.words) > 1 else ""
-    table: dict[str, Callable[[Instruction, Context], Run]] = {
-        "init": _init,
-        "inval": _invalidate,
-        "arrive": _arrive,
-        "arrive_drop": _arrive,
-        "expect_tx": _expect,
-        "test_wait": _wait,
-        "try_wait": _wait,
-    }
-    if name not in table:
-        raise ins.error(f"mbarrier.{name} is not supported")
-    return table[name](ins, context)
-
-
-def _words(ins: Instruction) -> Modifiers:
-    mods = Modifiers(ins, skip=2)
-    mods.need("b64")
-    return mods
-
-
-def _init(ins: Instruction, context: Context) -> Run:
-    mods = _words(ins)
-    mods.one_of("shared", "shared::cta")
-    mods.done()
-    where = address(ins, ins.operands[0], context)
-    count = source(ins, ins.operands[1], "u32", context)
+def initialise(d: Decoding) -> Run:
+    d.need("b64")
+    d.one_of("shared", "shared::cta")
+    where = d.address(d.operands[0])
+    count = d.source(d.operands[1], "u32")
 
     def run(w: Warp) -> None:
-        for place, bits in _by_address(w, where):
-            lane = int(indices_of(bits)[0])
-            rank = (place & 0xFFFFFFFF) >> SHARED_RANK_SHIFT
-            offset = place & ((1 << SHARED_RANK_SHIFT) - 1)
-            memory = w.cta.shared
-            inside = SHARED_RESERVED <= offset <= w.cta.shared_end - 8
-            if offset % 8 or rank != w.cta.rank or not inside:
-                w.machine.report(
-                    "out-of-bounds",
-                    "an mbarrier lies at an 8-byte aligned address of the CTA's shared memory",
-                    warp=w,
-                    lane=lane,
-                    address=f"shared {place:#x}",
-                )
+        for place, bits in by_address(w, where):
+            lane = lowest(bits)
+            rank, offset = split_shared(place)
+            inside = SHARED_RESERVED <= offset <= w.cta.shared_end - SIZE
+            if offset % SIZE or rank != w.cta.rank or not inside:
+                why = "an mbarrier lies at an 8-byte aligned address of the CTA's shared memory"
+                w.report("out-of-bounds", why, lane=lane, address=f"shared {place:#x}")
                 continue
-            expected = int(count.get(w)[lane])
-            if not 1 <= expected <= MAX_COUNT:
-                w.machine.report(
-                    "barrier-mismatch", f"an mbarrier counts 1..{MAX_COUNT} (got {expected})",
-                    warp=w, lane=lane,
-                )  # fmt: skip
-            old = w.cta.mbarriers.get(offset)
-            if old is not None:
-                w.machine.report(
-                    "barrier-reinitialised",
-                    "the mbarrier is live; mbarrier.inval comes first",
-                    warp=w,
-                    lane=lane,
-                    address=old.describe(),
-                    other=old.init_instruction,
-                )
-            offsets = np.arange(offset, offset + 8)
-            memory.note_write(offsets, ThreadAccess(w, np.full(8, lane)))
-            memory.state[offsets] = BARRIER
-            w.cta.mbarriers[offset] = Mbarrier(w.machine, w.cta, offset, expected, w)
-            w.machine.events += 1
+            _initialise(w, lane, offset, int(count.get(w)[lane]))
 
     return run
 
 
-def _invalidate(ins: Instruction, context: Context) -> Run:
-    mods = _words(ins)
-    mods.one_of("shared", "shared::cta")
-    mods.done()
-    where = address(ins, ins.operands[0], context)
+def _initialise(w: Warp, lane: int, offset: int, expected: int) -> None:
+    if not 1 <= expected <= MAX_COUNT:
+        why = f"an mbarrier counts 1..{MAX_COUNT} (got {expected})"
+        w.report("barrier-mismatch", why, lane=lane)
+    old = w.cta.mbarriers.get(offset)
+    if old is not None:
+        w.report(
+            "barrier-reinitialised",
+            "the mbarrier is live; mbarrier.inval comes first",
+            lane=lane,
+            address=old.describe(),
+            other=old.init_instruction,
+        )
+    offsets = np.arange(offset, offset + SIZE)
+    w.cta.shared.note_write(offsets, ThreadAccess(w, np.full(SIZE, lane)))
+    w.cta.shared.state[offsets] = BARRIER
+    w.cta.mbarriers[offset] = Mbarrier(w.cta, offset, expected, w, w.grid.clocks.zero)
+    w.grid.events += 1
+
+
+def invalidate(d: Decoding) -> Run:
+    d.need("b64")
+    d.one_of("shared", "shared::cta")
+    where = d.address(d.operands[0])
 
     def run(w: Warp) -> None:
-        for place, bits in _by_address(w, where):
-            found = find(w, place, int(indices_of(bits)[0]), local=True)
+        for place, bits in by_address(w, where):
+            lane = lowest(bits)
+            found = find(w, place, lane, local=True)
             if found is None:
                 continue
             if found.tx:
-                w.machine.report(
-                    "tx-leftover",
-                    f"{found.tx} transaction bytes are still pending",
-                    warp=w,
-                    address=found.describe(),
-                )
-            offsets = np.arange(found.offset, found.offset + 8)
+                why = f"{found.tx} transaction bytes are still pending"
+                w.report("tx-leftover", why, address=found.describe())
+            offsets = np.arange(found.offset, found.offset + SIZE)
             memory = found.cta.shared
-            memory.note_write(offsets, ThreadAccess(w, np.full(8, int(indices_of(bits)[0]))))
+            memory.note_write(offsets, ThreadAccess(w, np.full(SIZE, lane)))
             memory.state[offsets] = POISON
             del found.cta.mbarriers[found.offset]
 
     return run
 
 
-def _order(mods: Modifiers) -> bool:
-    """Take the order, scope and space; True unless .relaxed."""
-    order = mods.one_of("relaxed", "release", "acquire")
-    mods.one_of("cta", "cluster")
-    return order != "relaxed"
+SPACES = ("shared", "shared::cta", "shared::cluster")
 
 
-def _arrive(ins: Instruction, context: Context) -> Run:
-    mods = _words(ins)
-    drop = ins.words[1] == "arrive_drop"
-    expect = mods.take("expect_tx")
-    strong = _order(mods)
-    space = mods.one_of("shared", "shared::cta", "shared::cluster")
-    mods.done()
-    operands = list(ins.operands)
-    write = None
-    if len(operands) > 1 and not _is_address(operands[0]):
-        target = operands.pop(0)
-        write = None if isinstance(target, Sink) else destination(ins, target, "b64")
-    where = address(ins, operands.pop(0), context)
-    amount = source(ins, operands.pop(0), "u32", context) if operands else None
-    if operands or (expect and amount is None):
-        raise ins.error("has the wrong operands")
-    local = space in ("shared", "shared::cta")
+def arrive(d: Decoding) -> Run:
+    d.need("b64")
+    drop = d.name == "mbarrier.arrive_drop"
+    expect = d.take("expect_tx")
+    strong = take_order(d)
+    local = d.one_of(*SPACES) in ("shared", "shared::cta")
+    operands = list(d.operands)
+    stateful = len(operands) > 1 and not isinstance(operands[0], Address)
+    write = d.destination(operands.pop(0) if stateful else Sink(), "b64")
+    where = d.address(operands.pop(0))
+    if len(operands) > 1 or (expect and not operands):
+        raise d.error("has the wrong operands")
+    amount = d.source(operands[0] if operands else Immediate(1), "u32")
 
     def run(w: Warp) -> None:
         states = np.zeros(LANES, dtype=np.uint64)
-        if amount is not None:
-            w.poisoned("the count", amount.registers)
-        amounts = amount.get(w) if amount is not None else np.ones(LANES, dtype=np.uint32)
-        for place, bits in _by_address(w, where):
-            lanes = indices_of(bits)
-            found = find(w, place, int(lanes[0]), local=local)
+        w.poisoned("the count", amount.registers)
+        amounts = amount.get(w)
+        for place, bits in by_address(w, where):
+            found = find(w, place, lowest(bits), local=local)
             if found is None:
                 continue
-            states[lanes] = found.phase
-            total = int(amounts[lanes].sum())
-            _touch_remote(w, found, int(lanes[0]))
+            states[indices_of(bits)] = found.phase
+            found.touch(w.cta, w.actor + lowest(bits), w.tick, w.instruction)
+            counts = np.ones(LANES, dtype=np.uint32) if expect else amounts
             if drop:
-                found.expected -= len(lanes) if expect else total
-            arrivals = len(lanes) if expect else total
-            parts = [bits]
-            if arrivals > found.pending:
-                # The lanes' arrivals end a phase half way: take them one by one.
-                parts = [1 << int(lane) for lane in lanes]
-            for part in parts:
-                mine = indices_of(part)
-                clock = w.publish(part, release=strong)
-                if expect:
-                    # Expect first, then arrive, as one step (PTX ISA, "mbarrier.arrive").
-                    found.tx += int(amounts[mine].sum())
-                    found.arrive(len(mine), clock, warp=w)
-                else:
-                    found.arrive(int(amounts[mine].sum()), clock, warp=w)
-        if write is not None:
-            write(w, states, None)
+                found.expected -= int(counts[indices_of(bits)].sum())
+            _arrive(w, found, bits, counts, amounts if expect else None, strong)
+        write(w, states, None)
 
     return run
 
 
-def _is_address(operand: Any) -> bool:
-    return type(operand).__name__ == "Address"
+def _arrive(
+    w: Warp, barrier: Mbarrier, bits: int, counts: Array, tx: Array | None, strong: bool
+) -> None:
+    """Let lanes arrive on one mbarrier, with transaction bytes to expect or without."""
+    w.grid.events += 1
+    parts = [bits]
+    if int(counts[indices_of(bits)].sum()) > barrier.pending:
+        # The lanes' arrivals end a phase half way: take them one by one.
+        parts = [1 << int(lane) for lane in indices_of(bits)]
+    for part in parts:
+        mine = indices_of(part)
+        clock = w.publish(part, release=strong)
+        if tx is not None:
+            # Expect first, then arrive, as one step (PTX ISA, "mbarrier.arrive").
+            barrier.tx += int(tx[mine].sum())
+        barrier.arrive(int(counts[mine].sum()), clock, w)
 
 
-def _touch_remote(w: Warp, found: Mbarrier, lane: int) -> None:
-    if found.cta is not w.cta:
-        found.foreign_touches.append((w.actor + lane, w.tick, w.instruction))
-
-
-def _expect(ins: Instruction, context: Context) -> Run:
-    mods = _words(ins)
-    _order(mods)
-    space = mods.one_of("shared", "shared::cta", "shared::cluster")
-    mods.done()
-    where = address(ins, ins.operands[0], context)
-    amount = source(ins, ins.operands[1], "u32", context)
+def expect(d: Decoding) -> Run:
+    d.need("b64")
+    take_order(d)
+    local = d.one_of(*SPACES) != "shared::cluster"
+    where = d.address(d.operands[0])
+    amount = d.source(d.operands[1], "u32")
 
     def run(w: Warp) -> None:
         w.poisoned("the byte count", amount.registers)
-        for place, bits in _by_address(w, where):
-            lanes = indices_of(bits)
-            found = find(w, place, int(lanes[0]), local=space != "shared::cluster")
+        for place, bits in by_address(w, where):
+            lane = lowest(bits)
+            found = find(w, place, lane, local=local)
             if found is not None:
-                _touch_remote(w, found, int(lanes[0]))
-                found.expect(int(amount.get(w)[lanes].sum()), w)
+                found.touch(w.cta, w.actor + lane, w.tick, w.instruction)
+                w.grid.events += 1
+                found.expect(int(amount.get(w)[indices_of(bits)].sum()), w)
 
     return run
 
 
-def _wait(ins: Instruction, context: Context) -> Run:
-    """test_wait and try_wait. A try_wait sleeps until its phase ends or time is up.
+def wait(d: Decoding) -> Run:
+    """Decode test_wait and try_wait; a try_wait sleeps until its phase ends or time is up.
 
     Time is up at once when a wait is first met too early, so that code which takes a try_wait's
     return for success is found out; met again, it sleeps."""
-    mods = _words(ins)
-    parity = mods.take("parity")
-    strong = _order(mods)
-    mods.one_of("shared", "shared::cta")
-    mods.done()
-    blocking = ins.words[1] == "try_wait"
-    write = destination(ins, ins.operands[0], "pred")
-    where = address(ins, ins.operands[1], context)
-    phase = source(ins, ins.operands[2], "u32" if parity else "u64", context)
+    d.need("b64")
+    parity = d.take("parity")
+    strong = take_order(d)
+    d.one_of("shared", "shared::cta")
+    blocking = d.name == "mbarrier.try_wait"
+    write = d.destination(d.operands[0], "pred")
+    where = d.address(d.operands[1])
+    phase = d.source(d.operands[2], "u32" if parity else "u64")
 
-    def run(w: Warp) -> Outcome:
+    def run(w: Warp) -> Interruption:
         w.poisoned("the phase", phase.registers)
         phases = phase.get(w)
         result = np.zeros(LANES, dtype=bool)
         missed = []
-        for place, bits in _by_address(w, where):
+        for place, bits in by_address(w, where):
             lanes = indices_of(bits)
-            found = find(w, place, int(lanes[0]), local=True)
+            found = find(w, place, lowest(bits), local=True)
             if found is None:
                 result[lanes] = True
                 continue
-            token = w.fragment.token
-            if token is not None and token[0] is found and found.phase > token[1] + 1:
-                w.machine.report(
-                    "phase-overrun",
-                    f"phase {token[1]} and the next both ended while this waited for it",
-                    warp=w,
-                    address=found.describe(),
-                )
-            if parity:
-                passed = np.array([found.passed(int(phases[lane])) for lane in lanes])
-            else:
-                passed = phases[lanes] < found.phase
+            _check_overrun(w, found)
+            passed = _passed(found, phases[lanes], parity)
             result[lanes] = passed
             if passed.any():
-                seen = sum(1 << int(lane) for lane in lanes[passed])
-                found.observe(w, seen, strong)
+                found.observe(w, sum(1 << int(lane) for lane in lanes[passed]), strong)
             else:
                 missed.append(found)
         if blocking and missed and not result[w.active].any() and not w.fragment.timed_out:
-            this = (w.fragment.pc, missed[0], missed[0].phase)
-            if w.fragment.refused != this:
-                w.fragment.refused = this
+            if _first_refusal(w, missed[0]):
                 write(w, result, None)
                 return None
             w.fragment.token = (missed[0], missed[0].phase)
-            return Wait(
-                lambda: (
-                    f"phase {missed[0].phase} of {missed[0].describe()} ({missed[0].pending} of "
-                    f"{missed[0].expected} arrivals and {missed[0].tx} bytes missing)"
-                ),
-                tuple(each.signal for each in missed),
-                times_out=True,
-            )
+            signals = tuple(each.signal for each in missed)
+            return Wait(missed[0].missing, signals, times_out=True)
         w.fragment.token = None
         write(w, result, None)
         return None
 
     return run
+
+
+def _passed(barrier: Mbarrier, phases: Array, parity: bool) -> Mask:
+    if parity:
+        return np.array([barrier.passed(int(phase)) for phase in phases])
+    passed: Mask = phases < barrier.phase
+    return passed
+
+
+def _check_overrun(w: Warp, barrier: Mbarrier) -> None:
+    """Report a wait during which its phase and the next one ended."""
+    token = w.fragment.token
+    if token is not None and token[0] is barrier and barrier.phase > token[1] + 1:
+        why = f"phase {token[1]} and the next both ended while this waited for it"
+        w.report("phase-overrun", why, address=barrier.describe())
+
+
+def _first_refusal(w: Warp, barrier: Mbarrier) -> bool:
+    """Return whether this wait is met too early for the first time, and note it."""
+    this = (w.fragment.pc, barrier, barrier.phase)
+    if w.fragment.refused == this:
+        return False
+    w.fragment.refused = this
+    return True
+
+
+INSTRUCTIONS: dict[str, Decoder] = {
+    "mbarrier.init": initialise,
+    "mbarrier.inval": invalidate,
+    **dict.fromkeys(("mbarrier.arrive", "mbarrier.arrive_drop"), arrive),
+    "mbarrier.expect_tx": expect,
+    **dict.fromkeys(("mbarrier.test_wait", "mbarrier.try_wait"), wait),
+}

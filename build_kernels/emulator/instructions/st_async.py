@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
+from build_kernels.emulator.access.state_spaces import locate
+from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.operation import Operation
-from build_kernels.emulator.execution.warp import LANES, Warp
-from build_kernels.emulator.instructions.atom_red import ATOMIC, combine
-from build_kernels.emulator.instructions.operands import (
-    DTYPE,
-    Context,
-    Modifiers,
-    address,
-    items,
-    source,
-)
-from build_kernels.emulator.memory.memory import POISON, VALID
-from build_kernels.emulator.memory.state_spaces import locate
-from build_kernels.emulator.ordering.barriers import Mbarrier
-from build_kernels.emulator.ordering.clocks import Ints
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, Instruction
-
-if TYPE_CHECKING:
-    from build_kernels.emulator.execution.cta import Cta
-from build_kernels.emulator.execution.warp import Array, Run
+from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.async_writes import signal, target_barrier, write_shared
+from build_kernels.emulator.instructions.atom_red import ATOMIC, combine
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source, items
+from build_kernels.emulator.instructions.generic_access import value_bytes, value_states
+from build_kernels.emulator.lanes import Array, Ints
+from build_kernels.emulator.memory.memory import POISON, VALID
+from build_kernels.emulator.numerics.types import DTYPE
+from build_kernels.emulator.ordering.mbarrier import Mbarrier
+from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 
-class RemoteStore(Operation):
+class Piece(NamedTuple):
+    """Bytes for one CTA that complete on one mbarrier; all arrays are [bytes]."""
+
+    cta: Cta
+    offsets: Ints
+    data: Array
+    state: Array
+    barrier: Mbarrier | None
+
+
+class AsyncStore(Operation):
     """st.async or red.async of some lanes: each lane's bytes, then its tx-count.
 
-    PTX treats it as a weak store that a complete-tx releases; no proxy fence is asked for."""
+    PTX treats it as a weak store that a complete-tx releases; it needs no proxy fence.
+    """
 
     what = "asynchronous store"
     proxied = False
@@ -41,7 +44,7 @@ class RemoteStore(Operation):
     def __init__(
         self,
         warp: Warp,
-        pieces: Sequence[tuple[Cta, Ints, Array, Array, Mbarrier | None]],
+        pieces: Sequence[Piece],
         update: Callable[[Array, Array], Array] | None,
     ) -> None:
         clock = warp.publish(warp.bits)
@@ -50,8 +53,8 @@ class RemoteStore(Operation):
         self.clock = clock
         self.pieces = pieces
         self.update = update
-        for cta, *_ in pieces:
-            self.touches(cta)
+        for piece in pieces:
+            self.touches(piece.cta)
 
     def perform(self) -> None:
         clock = self.completion()
@@ -63,88 +66,77 @@ class RemoteStore(Operation):
             signal(self, barrier, len(offsets), clock)
 
 
-def remote_store(ins: Instruction, context: Context) -> Run:
-    """st.async and red.async into a CTA of the cluster."""
-    reducing = ins.words[0] == "red"
-    mods = Modifiers(ins, skip=2)
-    kind = mods.type()
-    mods.one_of("weak", "relaxed")
-    mods.one_of("cluster")
-    mods.need("shared::cluster")
-    mods.need("mbarrier::complete_tx::bytes")
-    name = mods.need(*(n for n in ATOMIC if n != "exch")) if reducing else ""
-    count = int((mods.one_of("v2", "v4") or "v1")[1:])
-    mods.done()
+def async_store(d: Decoding) -> Run:
+    reducing = d.name == "red.async"
+    kind = d.type()
+    d.one_of("weak", "relaxed")
+    d.one_of("cluster")
+    d.need("shared::cluster")
+    d.need("mbarrier::complete_tx::bytes")
+    name = d.need(*(n for n in ATOMIC if n != "exch")) if reducing else ""
+    count = d.vector("v2", "v4")
     if TYPE_BITS[kind] not in (32, 64):
-        raise ins.error("takes 32- and 64-bit types")
-    where = address(ins, ins.operands[0], context)
-    sources = [source(ins, each, kind, context) for each in items(ins.operands[1])]
-    barrier = address(ins, ins.operands[2], context)
+        raise d.error("takes 32- and 64-bit types")
+    where = d.address(d.operands[0])
+    sources = [d.source(each, kind) for each in items(d.operands[1])]
+    barrier = d.address(d.operands[2])
     if len(sources) != count:
-        raise ins.error(f"needs {count} values (got {len(sources)})")
+        raise d.error(f"needs {count} values (got {len(sources)})")
     unit = TYPE_BITS[kind] // 8
-    size = unit * count
     dtype = np.dtype(DTYPE[kind])
 
     def update(old: Array, value: Array) -> Array:
-        fresh = [
-            combine(kind, name, a, b)
-            for a, b in zip(old.view(dtype), value.view(dtype), strict=True)
-        ]
-        return np.array(fresh, dtype=dtype).view(np.uint8)
+        pairs = zip(old.view(dtype), value.view(dtype), strict=True)
+        return np.array([combine(kind, name, a, b) for a, b in pairs], dtype=dtype).view(np.uint8)
 
     def run(w: Warp) -> None:
         w.poisoned("an address of an asynchronous store", where.registers + barrier.registers)
-        parts = [
-            np.ascontiguousarray(s.get(w)).view(np.uint8).reshape(LANES, unit) for s in sources
-        ]
-        data = np.concatenate(parts, axis=1)
-        poison = [_spread(w.taint(s.registers), unit) for s in sources]
-        state = np.where(np.concatenate(poison, axis=1), POISON, VALID).astype(np.uint8)
-        barriers = barrier.get(w)
-        pieces = []
-        for place in locate(w, "shared::cluster", where.get(w), size):
-            cta = place.peer or w.cta
-            for lane, offset in zip(place.lanes, place.offsets, strict=True):
-                found = target_barrier(w, int(lane), int(barriers[lane]), proxied=False)
-                if found is not None and found.cta is not cta:
-                    w.machine.report(
-                        "not-own-shared",
-                        "data and mbarrier are in different CTAs",
-                        warp=w,
-                        lane=int(lane),
-                        address=found.describe(),
-                    )
-                offsets = np.arange(offset, offset + size)
-                pieces.append((cta, offsets, data[lane], state[lane], found))
+        pieces = _pieces(w, where.get(w), barrier, sources, unit)
         if not reducing:
             pieces = _together(pieces)
         if pieces:
-            w.machine.issue(RemoteStore(w, pieces, update if reducing else None))
+            w.grid.issue(AsyncStore(w, pieces, update if reducing else None))
 
     return run
 
 
-def _spread(taint: Array | None, unit: int) -> Array:
-    if taint is None:
-        return np.zeros((LANES, unit), dtype=bool)
-    return np.repeat(taint[:, None], unit, axis=1)
+def _pieces(
+    w: Warp, where: Ints, barrier: Source, sources: Sequence[Source], unit: int
+) -> list[Piece]:
+    """Return each lane's piece; report a lane whose mbarrier is in another CTA than its data."""
+    size = unit * len(sources)
+    data = value_bytes(w, sources, unit)
+    states = value_states(w, sources, unit)
+    if states is None:
+        states = np.full(data.shape, VALID, dtype=np.uint8)
+    barriers = barrier.get(w)
+    pieces = []
+    for place in locate(w, "shared::cluster", where, size):
+        cta = place.peer or w.cta
+        for lane, offset in zip(place.lanes.tolist(), place.offsets.tolist(), strict=True):
+            found = target_barrier(w, lane, int(barriers[lane]), proxied=False)
+            if found is not None and found.cta is not cta:
+                why = "data and mbarrier are in different CTAs"
+                w.report("not-own-shared", why, lane=lane, address=found.describe())
+            offsets = np.arange(offset, offset + size)
+            pieces.append(Piece(cta, offsets, data[lane], states[lane], found))
+    return pieces
 
 
-def _together(
-    pieces: list[tuple[Cta, Ints, Array, Array, Mbarrier | None]],
-) -> list[tuple[Cta, Ints, Array, Array, Mbarrier | None]]:
-    """Join the lanes that write to one CTA and signal one mbarrier."""
-    found: dict[tuple[int, int], list[tuple[Cta, Ints, Array, Array, Mbarrier | None]]] = {}
+def _together(pieces: Sequence[Piece]) -> list[Piece]:
+    groups: dict[tuple[int, int], list[Piece]] = {}
     for piece in pieces:
-        found.setdefault((id(piece[0]), id(piece[4])), []).append(piece)
+        groups.setdefault((id(piece.cta), id(piece.barrier)), []).append(piece)
     return [
-        (
-            group[0][0],
-            np.concatenate([p[1] for p in group]),
-            np.concatenate([p[2] for p in group]),
-            np.concatenate([p[3] for p in group]),
-            group[0][4],
+        Piece(
+            group[0].cta,
+            np.concatenate([piece.offsets for piece in group]),
+            np.concatenate([piece.data for piece in group]),
+            np.concatenate([piece.state for piece in group]),
+            group[0].barrier,
         )
-        for group in found.values()
+        for group in groups.values()
     ]
+
+
+INSTRUCTIONS: dict[str, Decoder] = dict.fromkeys(("st.async", "red.async"), async_store)

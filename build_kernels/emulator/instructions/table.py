@@ -1,90 +1,111 @@
-"""Which function decodes which instruction."""
+"""The table of supported instructions: opcode prefixes and their decoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 
-from build_kernels.emulator.execution.warp import Outcome, Warp
+from build_kernels.emulator.execution.program import Program
+from build_kernels.emulator.execution.warp import DecodedInstruction, Run
 from build_kernels.emulator.instructions import (
     arithmetic,
     atom_red,
+    barrier,
     bits,
     collectives,
+    control_flow,
     cp_async_bulk,
     cvt,
     cvta_mapa,
-    fence_barrier,
+    fence,
+    griddepcontrol,
     ld_st,
     mbarrier,
-    setp_selp_mov,
+    mov_setp_selp,
+    prefetch,
+    shfl,
     st_async,
+    tcgen05_alloc,
+    tcgen05_commit_fence,
+    tcgen05_ld_st,
     tcgen05_mma,
     wgmma,
 )
-from build_kernels.emulator.instructions.operands import Context
-from build_kernels.emulator.ptx.syntax import Instruction
+from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
+from build_kernels.emulator.lanes import Array
+from build_kernels.emulator.launch.variables import VariableLayout
+from build_kernels.emulator.ptx.syntax import Instruction, Kernel
 
-Decoder = Callable[[Instruction, Context], Callable[[Warp], Outcome]]
+FAMILIES = (
+    arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,
+    cp_async_bulk, shfl, collectives, control_flow, griddepcontrol, fence, barrier, mbarrier,
+    tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
+)  # fmt: skip
 
-DECODERS: dict[str, Decoder] = {
-    **dict.fromkeys(("add", "sub", "mul"), arithmetic.add_sub_mul),
-    "mad": arithmetic.mad,
-    "fma": arithmetic.fma,
-    **dict.fromkeys(("div", "rem"), arithmetic.divide),
-    **dict.fromkeys(("neg", "abs"), arithmetic.negate),
-    **dict.fromkeys(("min", "max"), arithmetic.extreme),
-    **dict.fromkeys(
-        ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "rcp", "sqrt"), arithmetic.approximate
-    ),
-    "copysign": arithmetic.copysign,
-    "testp": arithmetic.test_property,
-    **dict.fromkeys(("and", "or", "xor", "not"), bits.logic_or_predicates),
-    "cnot": bits.logic,
-    **dict.fromkeys(("shl", "shr"), bits.shift),
-    "shf": bits.funnel,
-    "lop3": bits.lop3,
-    "bfe": bits.extract,
-    "bfi": bits.insert,
-    "prmt": bits.permute,
-    **dict.fromkeys(("popc", "clz", "brev", "bfind"), bits.count),
-    "setp": setp_selp_mov.set_predicate,
-    "selp": setp_selp_mov.select,
-    "mov": setp_selp_mov.move,
-    "cvt": cvt.convert,
-    **dict.fromkeys(("ld", "ldu"), ld_st.load),
-    "st": ld_st.store,
-    **dict.fromkeys(("atom", "red"), atom_red.atomic),
-    "cvta": cvta_mapa.convert_address,
-    "mapa": cvta_mapa.map_address,
-    "getctarank": cvta_mapa.rank_of_address,
-    "isspacep": cvta_mapa.is_space,
-    "prefetch": cvta_mapa.prefetch,
-    "createpolicy": cvta_mapa.create_policy,
-    "shfl": collectives.shuffle,
-    "vote": collectives.vote,
-    "match": collectives.match,
-    "redux": collectives.reduce,
-    "elect": collectives.elect,
-    "activemask": collectives.active_mask,
-    **dict.fromkeys(("ret", "exit"), collectives.leave),
-    "trap": collectives.trap,
-    "bra": collectives.branch,
-    **dict.fromkeys(("nanosleep", "pmevent", "setmaxnreg"), collectives.nothing),
-    "griddepcontrol": collectives.dependency,
-    **dict.fromkeys(("fence", "membar"), fence_barrier.fence),
-    **dict.fromkeys(("bar", "barrier"), fence_barrier.barrier),
-    "mbarrier": mbarrier.mbarrier,
-    "cp": cp_async_bulk.copy,
-    "tcgen05": tcgen05_mma.tcgen05,
-    "wgmma": wgmma.wgmma,
-}
+# The targets that have an instruction, by the start of their names; the others are everywhere.
+_TARGETS = {"tcgen05": "sm_10", "wgmma": "sm_90a"}
 
 
-def decoder_of(instruction: Instruction) -> Decoder:
-    """The decoder of an instruction; PtxError when there is none."""
+def merge(families: Iterable[ModuleType]) -> Mapping[str, Decoder]:
+    """Join the families' tables; ValueError if two of them decode one prefix."""
+    merged: dict[str, Decoder] = {}
+    owners: dict[str, str] = {}
+    for family in families:
+        for prefix, decoder in family.INSTRUCTIONS.items():
+            if prefix in owners:
+                raise ValueError(f"both {owners[prefix]} and {family.__name__} decode {prefix}")
+            owners[prefix] = family.__name__
+            merged[prefix] = decoder
+    return merged
+
+
+INSTRUCTIONS = merge(FAMILIES)
+
+
+def supported_instructions(first_word: str = "") -> list[str]:
+    """Return the opcode prefixes that can be decoded, or those with this first word."""
+    return sorted(p for p in INSTRUCTIONS if not first_word or p.split(".")[0] == first_word)
+
+
+def make_program(
+    kernel: Kernel,
+    layout: VariableLayout,
+    arch: str,
+    approximate: Mapping[str, Callable[[Array], Array]],
+) -> Program:
+    """Decode every instruction of a kernel; UnsupportedPtx for the first that is unknown."""
+    context = Context(
+        arch=arch,
+        shared=layout.shared,
+        parameters={p.name: p.offset for p in kernel.parameters},
+        addresses=layout.addresses,
+        approximate=approximate,
+    )
+    code = tuple(_step(instruction, context) for instruction in kernel.instructions)
+    return Program(kernel=kernel, layout=layout, code=code)
+
+
+def _step(ins: Instruction, context: Context) -> DecodedInstruction:
+    guard, negated = (ins.guard[0].index, ins.guard[1]) if ins.guard else (-1, False)
+    target = -1 if ins.target is None else ins.target
+    return DecodedInstruction(ins, decode(ins, context), guard, negated, target)
+
+
+def decode(instruction: Instruction, context: Context) -> Run:
+    """Decode with the longest prefix of the opcode; UnsupportedPtx if there is none."""
     words = instruction.words
-    if words[0] in ("st", "red") and words[1:2] == ("async",):
-        return st_async.remote_store
-    if words[0] not in DECODERS:
-        raise instruction.error(f"unknown instruction {words[0]}")
-    return DECODERS[words[0]]
+    for length in range(len(words), 0, -1):
+        decoder = INSTRUCTIONS.get(".".join(words[:length]))
+        if decoder is None:
+            continue
+        if not context.arch.startswith(_TARGETS.get(words[0], "")):
+            raise instruction.error(f"{words[0]} does not exist on {context.arch}")
+        decoding = Decoding(instruction, context, length)
+        try:
+            run = decoder(decoding)
+        except IndexError:
+            raise instruction.error("has too few operands or modifiers") from None
+        decoding.done()
+        return run
+    supported = ", ".join(supported_instructions(words[0]) or supported_instructions())
+    raise instruction.error(f"unknown instruction {instruction.opcode}; supported are {supported}")

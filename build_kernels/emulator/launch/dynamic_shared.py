@@ -1,7 +1,7 @@
-"""How much dynamic shared memory a kernel addresses, as far as its text says so.
+"""The dynamic shared memory that a kernel addresses, as far as its text shows.
 
 Extern shared memory has no size in PTX. But an address that is the symbol plus a constant, through
-registers that are written once, is known before anything runs; compilers put barriers so.
+registers that are written once, is fixed before the launch. Compilers address barriers so.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from build_kernels.emulator.ptx.syntax import (
     Vector,
 )
 
-# Instructions that hand on an address that is the same in every lane.
+# Instructions that copy an address that is the same in every lane.
 _COPIES = ("mov", "cvta", "cvt", "shfl")
 
 
-def check_reach(kernel: Kernel, launch: Launch) -> None:
-    """LaunchError when the launch gives less than an instruction, reached or not, addresses."""
+def check_dynamic_shared(kernel: Kernel, launch: Launch) -> None:
+    """Raise LaunchError if an instruction, reached or not, addresses more than the launch gives."""
     names = {v.name for v in kernel.variables if v.space == "shared" and v.size is None}
     known = _known_offsets(kernel, names) if names else {}
     for instruction in kernel.instructions if names else ():
@@ -48,7 +48,7 @@ def check_reach(kernel: Kernel, launch: Launch) -> None:
 
 
 def _known_offsets(kernel: Kernel, names: set[str]) -> dict[int, int]:
-    """Register -> offset into dynamic shared memory, of registers written once."""
+    """Return the offset into dynamic shared memory of each register that is written once."""
     writes = Counter(
         register.index
         for instruction in kernel.instructions
@@ -90,7 +90,7 @@ def _registers(operands: tuple[Operand, ...]) -> Iterator[Register]:
 
 
 def _bytes(instruction: Instruction) -> int:
-    """What a plain access touches; 1 for instructions whose last word is no type."""
+    """Return the size of a plain access; 1 for instructions whose last word is no type."""
     words = instruction.words
     if words[0] not in ("ld", "st", "atom", "red", "mbarrier") or words[-1] not in TYPE_BITS:
         return 1

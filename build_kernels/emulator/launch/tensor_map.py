@@ -1,24 +1,21 @@
-"""Tensor maps: which global bytes a box covers and where they lie in shared memory.
+"""Tensor maps: the global bytes that a box covers, and their places in shared memory.
 
-Tiled mode only (PTX ISA, "Tensors"): dimension 0 is the fastest, coordinates are signed,
-elements outside the tensor read as zero and are not written.
+Tiled mode only (PTX ISA, "Tensors"). Dimension 0 is the fastest, and coordinates are signed.
+Elements outside the tensor are read as zero and are not written.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from build_kernels.emulator.findings import LaunchError
-
-if TYPE_CHECKING:
-    from build_kernels.emulator.launch.launch import DeviceArray
-
-Ints = NDArray[np.int64]
+from build_kernels.emulator.lanes import Ints, Mask
+from build_kernels.emulator.launch.device_array import DeviceArray
 
 ELEMENT_BYTES = {
     "uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2,
@@ -28,7 +25,7 @@ SWIZZLES = {"none": 0, "32B": 32, "64B": 64, "128B": 128}
 
 
 def swizzle(addresses: NDArray[Any], span: int) -> NDArray[Any]:
-    """XOR bits 4.. with bits 7.. of byte addresses: 3, 2, 1 or 0 of them for 128B, 64B, 32B."""
+    """Swizzle byte addresses: XOR 3, 2 or 1 bits from bit 4 with those from bit 7, by the span."""
     mask = {0: 0, 32: 1, 64: 3, 128: 7}[span]
     return addresses ^ (((addresses >> 7) & mask) << 4)
 
@@ -37,10 +34,9 @@ def swizzle(addresses: NDArray[Any], span: int) -> NDArray[Any]:
 class TensorMap:
     """A tiled tensor map, as cuTensorMapEncodeTiled takes it.
 
-    array: the allocation; offset: bytes into it; element_type: e.g. "bfloat16";
-    dims: elements, fastest first; strides: bytes of dims 1.. ; box: elements;
-    swizzle: "none", "32B", "64B" or "128B". Interleave is none, out-of-bounds fill zeros,
-    element strides are 1.
+    array: the allocation. offset: bytes into it. element_type: e.g. "bfloat16". dims: elements,
+    fastest first. strides: bytes of dims 1.. . box: elements. swizzle: "none", "32B", "64B" or
+    "128B". Interleave is none, out-of-bounds fill zeros, and element strides are 1.
     """
 
     array: DeviceArray
@@ -61,20 +57,14 @@ class TensorMap:
 
     @property
     def box_bytes(self) -> int:
-        """Bytes of a full box: what a load takes from the tx-count, out of bounds included."""
+        """Return the bytes of a full box, which a load takes off the tx-count."""
         return int(np.prod(self.box)) * self.element_bytes
 
     def check(self, where: str) -> None:
-        """Raise LaunchError for what cuTensorMapEncodeTiled refuses, or an array too small."""
-        if self.element_type not in ELEMENT_BYTES:
-            raise LaunchError(
-                f"{where}.element_type: expected one of {sorted(ELEMENT_BYTES)} "
-                f"(got {self.element_type!r})"
-            )
-        if self.swizzle not in SWIZZLES:
-            raise LaunchError(
-                f"{where}.swizzle: expected one of {list(SWIZZLES)} (got {self.swizzle!r})"
-            )
+        """Raise LaunchError if cuTensorMapEncodeTiled refuses the map or the array is too small."""
+        for name, allowed in (("element_type", ELEMENT_BYTES), ("swizzle", SWIZZLES)):
+            if (got := getattr(self, name)) not in allowed:
+                raise LaunchError(f"{where}.{name}: expected one of {[*allowed]} (got {got!r})")
         rank = self.rank
         if not 1 <= rank <= 5 or len(self.strides) != rank - 1 or len(self.box) != rank:
             raise LaunchError(
@@ -107,11 +97,11 @@ class TensorMap:
                 f"array {self.array.name!r} has {self.array.data.nbytes}"
             )
 
-    def global_bytes(self, start: tuple[int, ...]) -> tuple[Ints, NDArray[np.bool_]]:
-        """Where a box at these coordinates lies in the array.
+    def global_bytes(self, start: tuple[int, ...]) -> tuple[Ints, Mask]:
+        """Locate a box at these coordinates in the array.
 
-        Returns ([n] byte offset of each element of the box, fastest dimension first;
-        [n] whether it is inside the tensor)."""
+        Returns [n] the byte offset of each element, fastest dimension first, and [n] whether the
+        element is inside the tensor."""
         offsets = np.full(1, self.offset, dtype=np.int64)
         inside = np.ones(1, dtype=bool)
         strides = (self.element_bytes, *self.strides)
@@ -124,7 +114,7 @@ class TensorMap:
         return offsets, inside
 
     def shared_bytes(self, base: int) -> Ints:
-        """[n * element_bytes] shared-memory offset of each byte of a box at `base`."""
+        """Return [n * element_bytes] the shared-memory offset of each byte of a box at `base`."""
         return swizzle(base + _ramp(self.box_bytes), SWIZZLES[self.swizzle])
 
 

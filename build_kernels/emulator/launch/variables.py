@@ -1,56 +1,65 @@
-"""Where module and kernel variables live."""
+"""Addresses of module and kernel variables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from build_kernels.emulator.findings import LaunchError
-from build_kernels.emulator.launch.launch import Launch
-from build_kernels.emulator.memory.memory import SHARED_CAPACITY, SHARED_RESERVED, Memory
+from build_kernels.emulator.memory.memory import GlobalMemory, Memory
+from build_kernels.emulator.memory.windows import SHARED_CAPACITY, SHARED_RESERVED
 from build_kernels.emulator.ptx.syntax import Kernel
 
-if TYPE_CHECKING:
-    from build_kernels.emulator.execution.machine import Machine
 
+@dataclass(frozen=True, kw_only=True)
+class VariableLayout:
+    """Offsets of shared variables and addresses of the others, by name.
 
-def place_variables(machine: Machine, kernel: Kernel, launch: Launch) -> dict[str, dict[str, int]]:
-    """Lay out shared, local and global variables.
-
-    Returns {"shared": offsets, "address": addresses}; LaunchError when shared memory is short.
+    shared_end: the end of a CTA's shared memory. local_bytes: per thread. memory: global memory
+    with the module's variables placed.
     """
+
+    shared: Mapping[str, int]
+    addresses: Mapping[str, int]
+    shared_end: int
+    local_bytes: int
+    memory: GlobalMemory
+
+
+def place_variables(kernel: Kernel, dynamic_shared_bytes: int) -> VariableLayout:
+    """Lay out shared, local and global variables; LaunchError if shared memory is short."""
     shared: dict[str, int] = {}
     addresses: dict[str, int] = {}
-    end = SHARED_RESERVED
+    memory = GlobalMemory()
+    end, local_bytes = SHARED_RESERVED, 0
+    dynamic = [v for v in kernel.variables if v.size is None]
     for variable in kernel.variables:
-        if variable.space == "shared" and variable.size is not None:
-            end = -(-end // variable.align) * variable.align
-            shared[variable.name] = end
-            end += variable.size
-        elif variable.space == "local":
-            at = -(-machine.local_bytes // variable.align) * variable.align
-            addresses[variable.name] = at
-            machine.local_bytes = at + (variable.size or 0)
-        elif variable.space in ("global", "const"):
-            size = variable.size or 0
+        name, size = variable.name, variable.size or 0
+        if variable.space in ("global", "const"):
             initial = np.frombuffer((variable.initial or b"").ljust(size, b"\0"), dtype=np.uint8)
-            memory = Memory(
-                variable.name, size, initial=initial, read_only=variable.space == "const"
-            )
-            machine.memory.place(memory, variable.align)
-            addresses[variable.name] = memory.base
-    dynamic = [v for v in kernel.variables if v.space == "shared" and v.size is None]
-    if dynamic:
-        align = max(v.align for v in dynamic)
-        end = -(-end // align) * align
-        for variable in dynamic:
-            shared[variable.name] = end
-    end += launch.dynamic_shared_bytes
+            placed = Memory(name, size, initial=initial, read_only=variable.space == "const")
+            memory.place(placed, variable.align)
+            addresses[name] = placed.base
+        elif variable.space == "local":
+            addresses[name] = _aligned(local_bytes, variable.align)
+            local_bytes = addresses[name] + size
+        elif variable.size is not None:
+            shared[name] = _aligned(end, variable.align)
+            end = shared[name] + size
+    end = _aligned(end, max((v.align for v in dynamic), default=1))
+    shared |= {variable.name: end for variable in dynamic}
+    end += dynamic_shared_bytes
     if end > SHARED_CAPACITY:
         raise LaunchError(
             f"the kernel needs {end - SHARED_RESERVED} bytes of shared memory, an SM has "
             f"{SHARED_CAPACITY - SHARED_RESERVED} for a CTA"
         )
-    machine.shared_end = end
-    return {"shared": shared, "address": addresses}
+    return VariableLayout(
+        shared=shared, addresses=addresses, shared_end=end, local_bytes=local_bytes, memory=memory
+    )
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -1,4 +1,4 @@
 """Model memories byte by byte: global, shared, local, parameter and tensor memory.
 
-Each byte knows whether it was ever written and which accesses touched it last.
+Each byte has a state (poison until it is written) and records of the last accesses to it.
 """

@@ -1,4 +1,4 @@
-"""Byte-addressed memories that remember what was written, by whom, and what was never written."""
+"""Byte-addressed memories with a state and access records per byte."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.ordering.clocks import Ints, actors_of
+from build_kernels.emulator.lanes import Ints, Mask
+from build_kernels.emulator.memory.access_records import actors_of
 
 Bytes = NDArray[np.uint8]
 
@@ -15,32 +16,38 @@ POISON, VALID, BARRIER = range(3)
 POISON_BYTE = 0xFF  # a NaN in every floating-point type
 READER_SLOTS = 4
 
+GLOBAL_BASE = 0x7F00_0000_0000
+GLOBAL_GAP = 1 << 16  # bytes after each array of global memory that belong to none
+
 
 class Access(Protocol):
-    """Who touches memory: decides what is ordered before it, and reports what is not."""
+    """Decide which earlier accesses are ordered before this one, and report the others."""
 
     reader_slot: int
 
     def records(self, count: int) -> Ints:
-        """The record to leave, one for each of `count` touched bytes (or a scalar array)."""
+        """Return the records to leave: one per touched byte, or one for all of them."""
         ...
 
-    def unordered(self, records: Ints, written: bool) -> Ints | None:
-        """Positions in `records` that are not ordered before this access; None when all are.
-
-        written: the records are of writes (else of reads)."""
+    def ordered(self, records: Ints, written: bool) -> Mask:
+        """Return which records, of writes or else of reads, are ordered before this access."""
         ...
 
-    def conflict(self, memory: Memory, offset: int, other: int, what: str) -> None:
+    def excused(self, record: int) -> bool:
+        """Return whether a record that is not ordered before is no conflict."""
+        ...
+
+    def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         """Report one unordered pair. what: "read-write", "write-read" or "write-write"."""
         ...
 
 
 class Memory:
-    """An array of bytes with a state and access records for each byte.
+    """Hold bytes, the state of each, and records of the accesses to each.
 
-    name: for reports. initial: contents, valid from the start; else `size` bytes of poison.
-    tracked: keep access records (not for memory that nobody may write).
+    name: for findings. initial: contents, valid from the start; else `size` bytes of poison.
+    tracked: keep access records; read-only memory needs none. dependent: the grid before this
+    one may still write it.
     """
 
     def __init__(
@@ -66,9 +73,9 @@ class Memory:
         else:
             self.data = initial.copy()
             self.state = np.full(size, VALID, dtype=np.uint8)
-        # Records of each byte's last write, and of reads since: a row for each reader slot, made
-        # when first used. Readers share slots by a hash of the reader; of two unordered readers
-        # of a byte in one slot only the later is remembered.
+        # Records of each byte's last write, and of the reads since: one row per reader slot, made
+        # when first used. Readers share slots by a hash. Of two unordered readers of a byte in
+        # one slot, only the later is remembered.
         self._writes: Ints | None = None
         self._reads: list[Ints | None] = [None] * READER_SLOTS
 
@@ -82,11 +89,7 @@ class Memory:
         if not self.tracked:
             return
         if self._writes is not None:
-            before = self._writes[offsets]
-            bad = access.unordered(before, True)
-            if bad is not None:
-                at = int(bad[0])
-                access.conflict(self, int(offsets[at]), int(before[at]), "write-read")
+            self._check(self._writes, offsets, access, "write-read")
         row = self._reads[access.reader_slot]
         if row is None:
             row = self._reads[access.reader_slot] = np.zeros(self.size, dtype=np.int64)
@@ -98,46 +101,42 @@ class Memory:
             return
         if self._writes is None:
             self._writes = np.zeros(self.size, dtype=np.int64)
-        self._check(self._writes, offsets, access, True)
+        self._check(self._writes, offsets, access, "write-write")
         for row in self._reads:
             if row is not None:
-                self._check(row, offsets, access, False)
+                self._check(row, offsets, access, "read-write")
                 row[offsets] = 0
         self._writes[offsets] = access.records(len(offsets))
 
-    def _check(self, row: Ints, offsets: Ints, access: Access, written: bool) -> None:
+    def _check(self, row: Ints, offsets: Ints, access: Access, what: str) -> None:
+        """Report the first byte whose record conflicts with the access."""
         before = row[offsets]
-        bad = access.unordered(before, written)
-        if bad is not None:
-            at = int(bad[0])
-            what = "write-write" if written else "read-write"
-            access.conflict(self, int(offsets[at]), int(before[at]), what)
+        if not before.any():
+            return
+        late = np.flatnonzero(~access.ordered(before, what != "read-write"))
+        if not len(late):
+            return
+        distinct, which = np.unique(before[late], return_inverse=True)
+        excused = np.array([access.excused(int(one)) for one in distinct], dtype=bool)
+        late = late[~excused[which]]
+        if len(late):
+            access.conflict(self, int(offsets[late[0]]), int(before[late[0]]), what)
 
     def records(self, where: Ints | slice) -> Ints:
-        """The distinct records left at these offsets."""
+        """Return the distinct records at these offsets."""
         found = [row[where] for row in (self._writes, *self._reads) if row is not None]
         found = [np.unique(part[part != 0]) for part in found]
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     def foreign_records(self, first: int, last: int) -> Ints:
-        """Distinct records left by actors outside [first, last)."""
+        """Return the distinct records of actors outside [first, last)."""
         records = self.records(slice(None))
         actors = actors_of(records)
         return records[(actors < first) | (actors >= last)]
 
 
-SHARED_WINDOW = 0x0001_0000_0000_0000
-LOCAL_WINDOW = 0x0002_0000_0000_0000
-PARAMETER_WINDOW = 0x0004_0000_0000_0000
-WINDOW_MASK = 0x00FF_0000_0000_0000
-GLOBAL_BASE = 0x7F00_0000_0000
-SHARED_RESERVED = 1024  # the driver keeps the first KiB of shared memory for itself
-SHARED_RANK_SHIFT = 24  # a shared::cluster address: rank of the CTA << 24 | offset
-SHARED_CAPACITY = 228 * 1024
-
-
 class GlobalMemory:
-    """The arrays of a launch at addresses of their own, with a gap after each."""
+    """Place arrays with a gap after each, and find the array of an address."""
 
     def __init__(self) -> None:
         self.arrays: list[Memory] = []
@@ -147,11 +146,11 @@ class GlobalMemory:
     def place(self, memory: Memory, alignment: int = 256) -> None:
         self._next = -(-self._next // alignment) * alignment
         memory.base = self._next
-        self._next += memory.size + (1 << 16)
+        self._next += memory.size + GLOBAL_GAP
         self.arrays.append(memory)
         self._starts = np.array([array.base for array in self.arrays], dtype=np.int64)
 
     def find(self, address: int) -> Memory | None:
-        """The array that holds the address, or the one it has run past, or None."""
+        """Return the array that holds the address or ends before it; None below all arrays."""
         at = int(np.searchsorted(self._starts, address, side="right")) - 1
         return self.arrays[at] if at >= 0 else None

@@ -1,25 +1,24 @@
 """Floating-point arithmetic with PTX's rounding modes, on arrays.
 
-The approximate functions (ex2, lg2, rcp.approx, ...) are correctly rounded here; hardware may
-differ from that in the last bits, which is not modelled.
+The approximate functions (ex2, lg2, rcp.approx, ...) are correctly rounded here. Hardware may
+differ in the last bits, which is not modelled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from build_kernels.emulator.lanes import Array
+
 F32_NAN = np.uint32(0x7FFFFFFF)
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
 def flush(values: Array) -> Array:
-    """Subnormals become zero of the same sign (.ftz)."""
+    """Replace subnormals by zero of the same sign (.ftz)."""
     tiny = np.finfo(values.dtype).tiny
     return np.where(np.abs(values) < tiny, np.copysign(np.zeros_like(values), values), values)
 
@@ -30,7 +29,7 @@ def saturate(values: Array) -> Array:
 
 
 def canonical(values: Array) -> Array:
-    """float32 results that are NaN get the one pattern hardware makes (PTX ISA, "fma")."""
+    """Replace float32 NaNs by the one pattern that hardware makes (PTX ISA, "fma")."""
     bad = np.isnan(values)
     if values.dtype != np.float32 or not bad.any():
         return values
@@ -40,7 +39,7 @@ def canonical(values: Array) -> Array:
 
 
 def narrow(values: Array, rounding: str) -> Array:
-    """float64 -> float32 in a rounding mode."""
+    """Round float64 to float32 in a rounding mode."""
     near = values.astype(np.float32)
     if rounding == "rn":
         return near
@@ -56,10 +55,10 @@ def narrow(values: Array, rounding: str) -> Array:
 
 
 def sum_to_odd(left: Array, right: Array) -> Array:
-    """left + right in float64, an inexact result rounded to odd.
+    """Add in float64, and round an inexact sum to odd.
 
-    Rounding that again to float32 gives what one rounding of the exact sum gives, since
-    float64 has more than twice the bits and two to spare."""
+    A second rounding to float32 then equals one rounding of the exact sum, since float64 has more
+    than twice the bits and two to spare."""
     total = left + right
     back = total - left
     error = (left - (total - back)) + (right - back)
@@ -85,12 +84,13 @@ def mul32(left: Array, right: Array, rounding: str) -> Array:
 
 
 def fma32(a: Array, b: Array, c: Array, rounding: str) -> Array:
+    """Compute a * b + c of float32 with one rounding."""
     product = a.astype(np.float64) * b.astype(np.float64)
     return narrow(sum_to_odd(product, c.astype(np.float64)), rounding)
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
-    """Fused multiply-add of float64, one exact rounding to nearest for each lane."""
+    """Compute a * b + c of float64 with one rounding to nearest."""
     plain = a * b + c
     for lane in np.flatnonzero(np.isfinite(plain) & np.isfinite(a) & np.isfinite(b)):
         exact = Fraction(float(a[lane])) * Fraction(float(b[lane])) + Fraction(float(c[lane]))
@@ -100,7 +100,7 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
 
 
 def extreme(a: Array, b: Array, *, largest: bool, nan: bool) -> Array:
-    """min or max: a NaN loses unless `nan`; -0 is less than +0 (PTX ISA, "min")."""
+    """Return the min or max; a NaN loses unless `nan`, and -0 is less than +0 (PTX ISA, "min")."""
     if nan:
         result = (np.maximum if largest else np.minimum)(a, b)
     else:
@@ -118,7 +118,7 @@ def bf16_to_f32(bits: Array) -> Array:
 
 
 def f32_to_bf16(values: Array, rounding: str = "rn") -> Array:
-    """uint16 bit patterns."""
+    """Round to bf16; return uint16 bit patterns."""
     bits = values.astype(np.float32).view(np.uint32)
     if rounding == "rn":
         rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -129,7 +129,7 @@ def f32_to_bf16(values: Array, rounding: str = "rn") -> Array:
 
 
 def f32_to_f16(values: Array, rounding: str = "rn") -> Array:
-    """uint16 bit patterns."""
+    """Round to f16; return uint16 bit patterns."""
     near = values.astype(np.float16)
     if rounding == "rz":
         outward = np.abs(near.astype(np.float64)) > np.abs(values.astype(np.float64))
@@ -139,7 +139,7 @@ def f32_to_f16(values: Array, rounding: str = "rn") -> Array:
 
 
 def unpack_halves(kind: str, bits: Array) -> Array:
-    """f16, bf16 -> float64 [32]; f16x2, bf16x2 -> float64 [2, 32], low half first."""
+    """Return float64 [32] for f16 and bf16; for packed pairs [2, 32], low half first."""
     if kind.endswith("x2"):
         low = (bits & np.uint32(0xFFFF)).astype(np.uint16)
         high = (bits >> np.uint32(16)).astype(np.uint16)
@@ -152,9 +152,9 @@ def unpack_halves(kind: str, bits: Array) -> Array:
 
 
 def pack_halves(kind: str, values: Array, rounding: str = "rn") -> Array:
-    """The inverse of unpack_halves, rounding float64 once."""
+    """Invert unpack_halves, with one rounding of float64."""
     if kind.startswith("bf16"):
-        # Odd rounding to float32 first keeps the second rounding innocent.
+        # Rounding to odd in float32 first keeps the second rounding exact.
         near = values.astype(np.float32)
         error = values - near.astype(np.float64)
         even = (near.view(np.uint32) & np.uint32(1)) == 0

@@ -1,4 +1,1 @@
-"""Track happens-before: vector clocks, barriers, release and acquire, checked accesses.
-
-A race is an access that no clock orders after an earlier one.
-"""
+"""Track happens-before: vector clocks of threads and agents, mbarriers, barriers, signals."""

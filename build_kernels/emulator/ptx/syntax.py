@@ -1,17 +1,19 @@
-"""What PTX text is parsed into: operands, instructions, a kernel."""
+"""The objects of parsed PTX: operands, instructions, variables, a kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from build_kernels.emulator.findings import PtxError
-
 TYPE_BITS = {
     "pred": 1,
     **{f"{k}{n}": n for k in "bsu" for n in (8, 16, 32, 64)},
     "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32": 32, "f64": 64,
 }  # fmt: skip
+
+
+class UnsupportedPtx(ValueError):
+    """PTX text that cannot be read or decoded; the message names the line."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A literal. `bits` is set for 0f and 0d literals, whose bit pattern is given."""
+    """A literal; `bits` is the bit pattern of a 0f or 0d literal."""
 
     value: int | float
     bits: int | None = None
@@ -47,7 +49,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Sink:
-    """`_`: the result is thrown away."""
+    """`_`: a destination that drops the result."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ Operand = Register | Immediate | Special | Symbol | Sink | Negated | Pair | Vect
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `target` is the index a branch goes to; `guard` is (register, negated)."""
+    """One instruction; `target` is the index that a branch goes to, `guard` (register, negated)."""
 
     index: int
     line: int
@@ -98,16 +100,15 @@ class Instruction:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The opcode and its modifiers."""
         return tuple(self.opcode.split("."))
 
-    def error(self, why: str) -> PtxError:
-        return PtxError(f"PTX line {self.line}: {why}: `{self.text}`")
+    def error(self, why: str) -> UnsupportedPtx:
+        return UnsupportedPtx(f"PTX line {self.line}: {why}: `{self.text}`")
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A kernel parameter; `offset` and `size` in bytes, `type` is b8 for an array of bytes."""
+class EntryParameter:
+    """A parameter of an .entry: `offset`, `size` in bytes; `type` is b8 for an array of bytes."""
 
     name: str
     type: str
@@ -118,7 +119,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A module or kernel variable. `size` None: extern shared memory, sized by the launch."""
+    """A module or kernel variable; `size` is None for extern shared memory."""
 
     name: str
     space: str
@@ -130,12 +131,16 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One .entry of a module."""
+    """One .entry of a module.
+
+    target: the module's .target. directives: numbers of the performance directives, by name.
+    instructions: in the order of the text, and a `ret` at the end.
+    """
 
     name: str
     target: str
     line: int
-    parameters: list[Parameter] = field(default_factory=list)
+    parameters: list[EntryParameter] = field(default_factory=list)
     variables: list[Variable] = field(default_factory=list)
     registers: list[Register] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)

@@ -1,34 +1,33 @@
-"""Where addresses lead: state spaces, windows of generic addresses, peers of the cluster."""
+"""State spaces: the memories that addresses lead to (PTX ISA, "State Spaces")."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from build_kernels.emulator.execution.warp import Warp, indices_of
-from build_kernels.emulator.memory.memory import (
+from build_kernels.emulator.execution.cta import Cta
+from build_kernels.emulator.execution.warp import Warp
+from build_kernels.emulator.lanes import LANES, Ints, indices_of
+from build_kernels.emulator.launch.tensor_map import TensorMap
+from build_kernels.emulator.memory.memory import Memory
+from build_kernels.emulator.memory.windows import (
     LOCAL_WINDOW,
     PARAMETER_WINDOW,
+    SHARED_OFFSET,
     SHARED_RANK_SHIFT,
     SHARED_RESERVED,
     SHARED_WINDOW,
     WINDOW_MASK,
-    Memory,
 )
-from build_kernels.emulator.ordering.clocks import GENERIC, Ints
-
-if TYPE_CHECKING:
-    from build_kernels.emulator.execution.cta import Cta
-
+from build_kernels.emulator.ordering.clocks import GENERIC, INIT
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where some lanes' addresses lead: one memory, an offset for each lane."""
+    """The memory that some lanes' addresses lead to, and an offset per lane."""
 
     memory: Memory
     lanes: Ints
@@ -36,20 +35,19 @@ class Place:
     peer: Cta | None = None
 
     def bytes(self, size: int) -> Ints:
-        """[lanes, size] offsets of the touched bytes."""
+        """Return [lanes, size] offsets of the touched bytes."""
         return self.offsets[:, None] + np.arange(size)
 
 
 def locate(w: Warp, space: str, addresses: Ints, size: int) -> list[Place]:
-    """Resolve the active lanes' addresses; what leads nowhere is reported and left out."""
+    """Resolve the active lanes' addresses; report and leave out those that lead nowhere."""
     lanes = indices_of(w.bits)
     found = addresses[lanes]
     if size & (size - 1) == 0 and (found & (size - 1)).any():
         at = int(np.flatnonzero(found & (size - 1))[0])
-        w.machine.report(
+        w.report(
             "misaligned",
             f"an access of {size} bytes at an address that is no multiple of it",
-            warp=w,
             lane=int(lanes[at]),
             address=f"{int(found[at]):#x}",
         )
@@ -61,26 +59,27 @@ def locate(w: Warp, space: str, addresses: Ints, size: int) -> list[Place]:
         return _shared(w, lanes, found, size, own=space != "shared::cluster")
     if space == "local":
         return _local(w, lanes, found, size)
-    return _within(w, w.machine.parameters, lanes, found, size)
+    return _within(w, w.grid.parameters, lanes, found, size)
 
 
 def _local(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
-    each = w.machine.local_bytes
+    each = w.grid.layout.local_bytes
+    if w.local is None:
+        w.local = Memory("local memory", max(each, 1) * LANES, tracked=False)
     inside = (found >= 0) & (found + size <= each)
-    # Out of a thread's own part is out of the memory.
+    # Outside a thread's own part counts as outside the memory.
     offsets = np.where(inside, lanes * each + found, -1)
-    return _within(w, w.machine.local(w), lanes, offsets, size)
+    return _within(w, w.local, lanes, offsets, size)
 
 
 def _within(w: Warp, memory: Memory, lanes: Ints, offsets: Ints, size: int) -> list[Place]:
-    """One place, of the lanes whose bytes lie in the memory; the others are reported."""
+    """Return the place of the lanes whose bytes lie in the memory; report the others."""
     inside = (offsets >= 0) & (offsets + size <= memory.size)
     if not inside.all():
         at = int(np.flatnonzero(~inside)[0])
-        w.machine.report(
+        w.report(
             "out-of-bounds",
             f"an access of {size} bytes outside the {memory.name}",
-            warp=w,
             lane=int(lanes[at]),
         )
     return [Place(memory, lanes[inside], offsets[inside])] if inside.any() else []
@@ -97,7 +96,7 @@ def _generic(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
         elif window == LOCAL_WINDOW:
             places += _local(w, lanes[mine], inner, size)
         elif window == PARAMETER_WINDOW:
-            places += _within(w, w.machine.parameters, lanes[mine], inner, size)
+            places += _within(w, w.grid.parameters, lanes[mine], inner, size)
         else:
             places += _global(w, lanes[mine], found[mine], size)
     return places
@@ -106,19 +105,18 @@ def _generic(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
 def _global(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
     places = []
     while len(lanes):
-        memory = w.machine.memory.find(int(found[0]))
-        if memory is None:
-            memory = w.machine.memory.arrays[0] if w.machine.memory.arrays else None
+        memory = w.grid.memory.find(int(found[0]))
+        if memory is None and w.grid.memory.arrays:
+            memory = w.grid.memory.arrays[0]
         start = memory.base if memory else 0
         end = start + memory.size if memory else 0
         inside = (found >= start) & (found + size <= end)
         if memory is None or not inside[0]:
             near = memory.describe(int(found[0]) - start) if memory else f"{int(found[0]):#x}"
-            w.machine.report(
+            w.report(
                 "out-of-bounds",
                 f"an access of {size} bytes outside every argument array"
                 + (f" ({memory.name} has {memory.size})" if memory else ""),
-                warp=w,
                 lane=int(lanes[0]),
                 address=near,
             )
@@ -132,14 +130,13 @@ def _global(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
 
 
 def check_dependent(w: Warp, memory: Memory) -> None:
-    """Data of the grid before this one may be touched only behind griddepcontrol.wait."""
+    """Report a use of the grid before's data that no griddepcontrol.wait is ordered before."""
     for clock, bits in w.groups_of(w.bits):
-        if not clock[GENERIC, w.machine.clocks.predecessor]:
-            w.machine.report(
+        if not clock[GENERIC, w.grid.clocks.predecessor]:
+            w.report(
                 "missing-griddepcontrol-wait",
                 f"{memory.name} belongs to the grid before, and no griddepcontrol.wait is "
                 "ordered before this",
-                warp=w,
                 lane=int(indices_of(bits)[0]),
             )
             return
@@ -147,7 +144,7 @@ def check_dependent(w: Warp, memory: Memory) -> None:
 
 def _shared(w: Warp, lanes: Ints, found: Ints, size: int, own: bool) -> list[Place]:
     ranks = found >> SHARED_RANK_SHIFT
-    offsets = found & ((1 << SHARED_RANK_SHIFT) - 1)
+    offsets = found & SHARED_OFFSET
     places = []
     for rank in np.unique(ranks) if (ranks != ranks[0]).any() else ranks[:1]:
         mine = ranks == rank
@@ -157,11 +154,10 @@ def _shared(w: Warp, lanes: Ints, found: Ints, size: int, own: bool) -> list[Pla
             good = np.zeros_like(mine)
         if (mine & ~good).any():
             bad = int(np.flatnonzero(mine & ~good)[0])
-            w.machine.report(
+            w.report(
                 "out-of-bounds",
                 f"an access of {size} bytes outside the CTA's shared memory "
                 f"({SHARED_RESERVED:#x}..{w.cta.shared_end:#x})",
-                warp=w,
                 lane=int(lanes[bad]),
                 address=f"shared {int(found[bad]):#x}",
             )
@@ -170,32 +166,38 @@ def _shared(w: Warp, lanes: Ints, found: Ints, size: int, own: bool) -> list[Pla
         peer = peers[int(rank)]
         if peer is not w.cta and not reach(w, peer, int(lanes[good][0]), own):
             continue
-        places.append(
-            Place(peer.shared, lanes[good], offsets[good], None if peer is w.cta else peer)
-        )
+        other = None if peer is w.cta else peer
+        places.append(Place(peer.shared, lanes[good], offsets[good], other))
     return places
 
 
 def reach(w: Warp, peer: Cta, lane: int, own: bool) -> bool:
-    """Check an access to a peer CTA's shared memory; False when it is gone."""
+    """Check an access to a peer CTA's shared memory; False if the peer has exited."""
     where = f"shared memory of cta {peer.index}"
     if own:
-        w.machine.report(
-            "not-own-shared",
-            "a .shared::cta address leads to another CTA",
-            warp=w,
-            lane=lane,
-            address=where,
-        )
+        why = "a .shared::cta address leads to another CTA"
+        w.report("not-own-shared", why, lane=lane, address=where)
     if peer.exited:
-        w.machine.report("exited-peer", "the CTA has exited", warp=w, lane=lane, address=where)
+        w.report("exited-peer", "the CTA has exited", lane=lane, address=where)
         return False
-    if not w.machine.started(w, peer, lane):
-        w.machine.report(
-            "peer-not-started",
-            "nothing orders the start of the peer CTA before this (no cluster barrier)",
-            warp=w,
-            lane=lane,
-            address=where,
-        )
+    if not _started(w, peer, lane):
+        why = "nothing orders the start of the peer CTA before this (no cluster barrier)"
+        w.report("peer-not-started", why, lane=lane, address=where)
     return True
+
+
+def _started(w: Warp, peer: Cta, lane: int) -> bool:
+    """Return whether the start of the peer CTA is ordered before the lane."""
+    clock, first = w.clocks[lane], peer.first_tick
+    span = slice(peer.first_actor, peer.last_actor)
+    return bool((clock[GENERIC, span] >= first).any() or (clock[INIT, span] >= first).any())
+
+
+def find_tensor_map(w: Warp, address: int, lane: int) -> tuple[TensorMap, Memory] | None:
+    """Return the tensor map at a generic address in parameter space, or report that none is."""
+    found = None
+    if address & WINDOW_MASK == PARAMETER_WINDOW:
+        found = w.grid.tensor_maps.get(address & ~WINDOW_MASK)
+    if found is None:
+        w.report("tensor-map", "no tensor map lies here", lane=lane, address=f"{address:#x}")
+    return found

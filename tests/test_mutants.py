@@ -24,6 +24,7 @@ from build_kernels.mutants import (
     Mutant,
     MutantError,
     Verdict,
+    command,
     faults,
     is_right,
     judge,
@@ -67,7 +68,7 @@ FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.val
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-TABLE = Path(faults.__file__).with_name("table.txt")
+TABLE = Path(command.__file__).with_name("table.txt")
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ def test_the_ptx_reader_reads_a_kernel_without_a_launch() -> None:
         ("x", "f32", 8),
     ]
     assert kernel.directives == {"maxntid": (64,)}
+    assert [instruction.opcode for instruction in kernel.instructions] == ["ret"]
     with pytest.raises(UnsupportedPtx, match=r"PTX line 1: unknown module directive"):
         parse(".frobnicate")
 

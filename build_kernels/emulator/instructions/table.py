@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import ModuleType
 
 from build_kernels.emulator.execution.program import Program
@@ -73,7 +74,9 @@ def make_program(
     arch: str,
     approximate: Mapping[str, Callable[[Array], Array]],
 ) -> Program:
-    """Decode every instruction of a kernel; UnsupportedPtx for the first that is unknown."""
+    """Decode a kernel, with a ret at its end; UnsupportedPtx for an unknown instruction."""
+    end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
+    kernel = replace(kernel, instructions=[*kernel.instructions, end])
     context = Context(
         arch=arch,
         shared=layout.shared,

@@ -48,10 +48,6 @@ class BodyReader:
             if target is None:
                 raise self._cursor.error(f"no label {label!r}", line)
             kernel.instructions[index] = replace(kernel.instructions[index], target=target)
-        index = len(kernel.instructions)
-        kernel.instructions.append(
-            Instruction(index, kernel.line, "the end of the kernel", "ret", ())
-        )
 
     def _block(self, scope: _Scope) -> None:
         cursor = self._cursor

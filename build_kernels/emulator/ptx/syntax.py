@@ -134,7 +134,7 @@ class Kernel:
     """One .entry of a module.
 
     target: the module's .target. directives: numbers of the performance directives, by name.
-    instructions: in the order of the text, and a `ret` at the end.
+    instructions: in the order of the text.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Access memory: where addresses lead, and accesses that are checked against earlier ones.
+"""Access memory: resolve addresses, and check accesses against earlier ones.
 
 Threads access through the generic proxy, operations through the async proxy or tensor memory.
 """

@@ -23,7 +23,7 @@ class Operation(Task, Reporter):
 
     what: its name in findings. pipe: the number of its in-order unit in the CTA, or -1; operations
     of one pipe act in issue order, so no two of them conflict. proxied: it goes through the async
-    proxy, where ordinary writes are visible only behind a fence.proxy.async (PTX ISA, "Proxies").
+    proxy, which needs a fence.proxy.async to see ordinary writes (PTX ISA, "Proxies").
     reduces: its writes commute with others of their kind.
     """
 

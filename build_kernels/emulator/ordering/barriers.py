@@ -66,14 +66,14 @@ class NamedBarrier(ThreadBarrier):
         elif self.expected != expected:
             warp.report(
                 "barrier-mismatch",
-                f"expects {expected} threads where an earlier arrival expects {self.expected}",
+                f"expects {expected} threads, but an earlier arrival expects {self.expected}",
                 other=self.opener,
             )
         mine = self._gather(threads, clock)
         if self.arrived > self.expected:
             warp.report(
                 "barrier-overflow",
-                f"{self.arrived} threads arrived where {self.expected} are expected",
+                f"{self.arrived} threads arrived, but {self.expected} are expected",
                 other=self.opener,
             )
         if self.arrived >= self.expected:

@@ -759,7 +759,7 @@ DONE:
     ],
 )
 def test_lanes_of_a_strong_store_are_seen_one_by_one(store: str) -> None:
-    """Who waits for lane 0's word only may find lane 1's missing: never, or now and then."""
+    """A wait for the word of lane 0 alone may miss that of lane 1 under random schedules."""
 
     def seen(schedule: Schedule) -> int:
         flags = DeviceArray(name="flags", data=np.zeros(2, np.uint32))

@@ -1,8 +1,8 @@
-"""The emulator against a GPU: the same PTX, the same integer inputs, the same bits out.
+"""Compare the emulator with a GPU: the same PTX and integer inputs give the same bits.
 
-That is how the emulator itself is checked; what it says of architectures that nobody has here rests
-on it. Inputs are integers, so that no order of summation can excuse a difference. What the ISA
-leaves open, the last bits of ex2.approx and its like, the emulator is given by the GPU.
+This checks the emulator itself; its results for other architectures rest on it. The inputs are
+integers, so that no order of summation can excuse a difference. The last bits of ex2.approx and
+its like, which the ISA leaves open, are taken from the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ APPROXIMATE = ("ex2", "rcp", "rsqrt")
 
 
 def on_this_gpu(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """`name`.approx.ftz.f32 as this GPU computes it."""
+    """Return `name`.approx.ftz.f32 as this GPU computes it."""
     code = f"""
         template <typename T> T {name}_of(T x) {{
             T y;

@@ -65,7 +65,7 @@ FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.val
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-TABLE = Path(faults.__file__).with_name("table.txt")
+TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
 
 
 @pytest.fixture(scope="module")

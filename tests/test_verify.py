@@ -1045,7 +1045,7 @@ def test_what_sentryward_is_told_of_the_hash_kernel(hashed: Artifact) -> None:
 def _refusal(artifact: Artifact, kernel, monkeypatch, inputs=None) -> str:
     """What a run of this kernel says before anything was emulated."""
     from build_kernels.emulator import LaunchError, Schedule
-    from build_kernels.emulator.machine import Machine
+    from build_kernels.emulator.execution.machine import Machine
 
     monkeypatch.setattr(Machine, "run", lambda machine: pytest.fail("the emulation began"))
     case = Case(num_tokens=7, num_experts=100, top_k=6, k=1024)

@@ -1,43 +1,43 @@
-"""A PTX emulator: runs sm_90a and sm_100a kernels on a CPU and reports what is wrong with them.
+"""Emulate PTX: run sm_90a and sm_100a kernels on a CPU, and report their faults.
 
     result = emulate(ptx, Launch(grid=..., block=..., arch="sm_100a"), arguments, Schedule(seed=1))
     result.memory["out"], result.findings
 
 A warp's 32 lanes are one NumPy vector. Asynchronous operations (TMA, tensor cores, st.async,
-commits) are agents that act at any legal moment that the schedule picks. Every byte knows whether
-it was ever written, and by whom; vector clocks over threads and agents tell whether that is ordered
-before the access at hand, so most faults are found whatever the schedule.
+commits) are agents that act at any legal moment; the schedule picks it. Each byte has records of
+its last accesses. Vector clocks over threads and agents order them, so most faults are found under
+every schedule. `supported_instructions()` lists the opcode prefixes.
 
 Findings by kind
     race                        no order between two accesses, in shared, global or tensor memory
     missing-proxy-fence         ordered, but an ordinary write meets the async proxy with no fence
-    missing-tcgen05-fence       ordered, but without the tcgen05.fence pair that PTX asks for
+    missing-tcgen05-fence       ordered, but without the tcgen05.fence pair that PTX requires
     missing-wgmma-fence         accumulators or A registers written since the last wgmma.fence
     missing-griddepcontrol-wait data of the grid before, touched with no wait for it
     unwaited-register           result of tcgen05.ld or wgmma used before its wait
     poison                      memory or a register that was never written reaches a store to
                                 global memory, an address, a predicate, or another operand that
-                                decides what happens
+                                decides the kernel's course
     phase-overrun               an mbarrier's phase may end before a wait for the last one is over
     barrier-uninitialised, -reinitialised, -overflow, -mismatch, mbarrier-as-data
     tx-leftover, tx-overflow    transaction bytes pending at exit, or beyond the counter
-    unfinished-at-exit          nobody waited for an operation on the CTA's memory before it exited
+    unfinished-at-exit          no thread of a CTA waited for an operation on the CTA's memory
     exited-peer, peer-not-started, not-own-shared      distributed shared memory
     tmem-lane, -unallocated, -allocation, -leak        tensor memory
     out-of-bounds, misaligned, read-only, tensor-map, inactive-lane, member-mask, trap
-    deadlock                    with what each thread waits for
+    deadlock                    with the event that each thread waits for
 
 Not modelled
     the order in which tensor cores round (exact on integers); the last bits of approximate
-    functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` says how);
-    caches, timing, bank conflicts, register counts (setmaxnreg is taken as done); the scopes of
+    functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` is given);
+    caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
     the grid that griddepcontrol starts; the elements of one lane's vector access acting one by
     one (the lanes of a strong access do, under random schedules); order between lanes beyond
     .sync collectives, each of which is taken to order its lanes' memory accesses
 """
 
-from build_kernels.emulator.emulator import Result, emulate
+from build_kernels.emulator.emulate import Result, emulate
 from build_kernels.emulator.findings import (
     EmulatorError,
     Finding,
@@ -46,8 +46,10 @@ from build_kernels.emulator.findings import (
     PtxError,
     Thread,
 )
-from build_kernels.emulator.launch import DeviceArray, Launch, Schedule
-from build_kernels.emulator.tensor_map import TensorMap
+from build_kernels.emulator.instructions.table import supported_instructions
+from build_kernels.emulator.launch.device_array import DeviceArray
+from build_kernels.emulator.launch.launch import Launch, Schedule
+from build_kernels.emulator.launch.tensor_map import TensorMap
 
 __all__ = [
     "DeviceArray",
@@ -62,4 +64,5 @@ __all__ = [
     "TensorMap",
     "Thread",
     "emulate",
+    "supported_instructions",
 ]

@@ -1,8 +1,12 @@
-"""What the emulator reports: findings about a run, and errors that refuse one."""
+"""Findings about a run, the log that collects them, and the errors that refuse a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from build_kernels.emulator.ptx.syntax import Instruction
+
+TEXT_LIMIT = 160  # characters of an instruction that a finding quotes
 
 
 class EmulatorError(ValueError):
@@ -10,7 +14,7 @@ class EmulatorError(ValueError):
 
 
 class PtxError(EmulatorError):
-    """The PTX holds something the emulator does not know; the message names the line."""
+    """The PTX holds something that the emulator does not support; the message names the line."""
 
 
 class LaunchError(EmulatorError):
@@ -19,7 +23,7 @@ class LaunchError(EmulatorError):
 
 @dataclass(frozen=True, kw_only=True)
 class Thread:
-    """One thread. `lane` is None when a whole warp acted; `agent` names an asynchronous unit."""
+    """One thread. `lane` is None if a whole warp acted; `agent` names an asynchronous unit."""
 
     cta: tuple[int, int, int]
     warp: int
@@ -35,7 +39,7 @@ class Thread:
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """The other side of a finding: the instruction that conflicts and who executed it."""
+    """The other side of a finding: the conflicting instruction and the thread that executed it."""
 
     line: int
     text: str
@@ -49,8 +53,8 @@ class Party:
 class Finding:
     """One fault of the kernel, seen `count` times at this pair of lines.
 
-    kind: a short stable word, e.g. "race"; message: what happened, for a reader;
-    line, text: the PTX line (1-based) and its text; address: where, with its memory named.
+    kind: a short stable word, e.g. "race"; message: the fault, in words;
+    line, text: the PTX line (1-based) and its text; address: the location, with its memory's name.
     """
 
     kind: str
@@ -76,19 +80,74 @@ class Finding:
 
 
 class FindingLog:
-    """Collects findings; one entry per (kind, line, other line), with a count."""
+    """Collect findings; one entry per (kind, line, other line), with a count."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, int, int], Finding] = {}
 
-    def add(self, finding: Finding) -> None:
-        key = (finding.kind, finding.line, finding.other.line if finding.other else 0)
-        seen = self._found.get(key)
-        if seen is None:
-            self._found[key] = finding
-        else:
-            self._found[key] = replace(seen, count=seen.count + finding.count)
+    def report(
+        self,
+        kind: str,
+        message: str,
+        *,
+        instruction: Instruction,
+        thread: Thread | None,
+        address: str = "",
+        other: Instruction | None = None,
+        other_thread: Thread | None = None,
+    ) -> None:
+        """Add a finding, or count one more of its kind at these lines."""
+        line, text = instruction.line, instruction.text[:TEXT_LIMIT]
+        key = (kind, line, other.line if other else 0)
+        if (seen := self._found.get(key)) is not None:
+            self._found[key] = replace(seen, count=seen.count + 1)
+            return
+        party = None
+        if other is not None:
+            party = Party(line=other.line, text=other.text[:TEXT_LIMIT], thread=other_thread)
+        self._found[key] = Finding(
+            kind=kind,
+            message=message,
+            line=line,
+            text=text,
+            thread=thread,
+            address=address,
+            other=party,
+        )
 
     def findings(self) -> tuple[Finding, ...]:
-        """All findings, by PTX line."""
         return tuple(sorted(self._found.values(), key=lambda f: (f.line, f.kind)))
+
+
+class Reporter:
+    """A warp or an asynchronous operation: adds its instruction and thread to each finding.
+
+    instruction: the present one. thread: names a lane, or the whole if there is none.
+    """
+
+    log: FindingLog
+    instruction: Instruction
+
+    def thread(self, lane: int | None = None) -> Thread:
+        raise NotImplementedError
+
+    def report(
+        self,
+        kind: str,
+        message: str,
+        *,
+        lane: int | None = None,
+        address: str = "",
+        other: Instruction | None = None,
+        other_thread: Thread | None = None,
+    ) -> None:
+        """Add a finding about the present instruction."""
+        self.log.report(
+            kind,
+            message,
+            instruction=self.instruction,
+            thread=self.thread(lane),
+            address=address,
+            other=other,
+            other_thread=other_thread,
+        )

@@ -1,4 +1,4 @@
-"""A mutant: one fault, as changes of a built kernel's PTX or of its tensor maps."""
+"""Mutants: one fault each, as edits of a built kernel's PTX or changes of its tensor maps."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 
 from build_kernels.evidence.cases import Case
 
-# Adversarial enough for a fault that the happens-before checks see, or that spoils the answer.
+# Enough for a fault that the happens-before checks find, or that changes the result.
 SCHEDULES = (("latest", 0), ("earliest", 0), ("random", 1), ("random", 2))
 
 
 class MutantError(Exception):
-    """A mutant whose pattern is not in the kernel any more: it has to be written anew."""
+    """The mutant's pattern is no longer in the kernel: rewrite the mutant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """A change of the text: every match of `pattern`, or the one numbered `nth` from 0."""
+    """A change of the text: of every match of `pattern`, or of match `nth` (from 0)."""
 
     pattern: str
     replacement: str | Callable[[re.Match], str]
     nth: int | None = None
 
     def __call__(self, ptx: str) -> str:
+        """Return the text with the change."""
         matches = list(re.finditer(self.pattern, ptx))
         chosen = matches if self.nth is None else matches[self.nth : self.nth + 1]
         if not chosen:
@@ -42,11 +43,11 @@ class Edit:
 class Mutant:
     """One fault, or a change that does no harm.
 
-    kind: its class. edits: to the PTX. maps: fields of tensor maps to change, by parameter.
-    case: what it is run on, under `schedules`. rejected_by: the rungs that must reject it, as
-    measured; a rung that is left out was measured to accept it or cannot be asked. complaint: words
-    that the emulated rung's complaint must hold, where another one would be about something else.
-    harmless: the proof, for a mutant that every rung rightly accepts.
+    kind: its class. edits: of the PTX. maps: fields of tensor maps to change, by parameter.
+    case: the inputs of its runs, under `schedules`. rejected_by: the rungs that must reject it, as
+    measured; any other rung accepts it or cannot run it. complaint: text that the emulated rung's
+    complaint must contain, if another complaint would be about something else. harmless: the
+    proof, for a mutant that every rung rightly accepts.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Mutant:
 
 
 def mutated(mutant: Mutant, ptx: str) -> str:
-    """The kernel's text with the fault in it; MutantError if the kernel has outgrown the mutant."""
+    """Return the kernel's text with the fault; MutantError if a pattern is no longer in it."""
     for edit in mutant.edits:
         try:
             ptx = edit(ptx)

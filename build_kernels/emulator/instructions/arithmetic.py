@@ -1,67 +1,57 @@
-"""Integer and floating-point arithmetic (PTX ISA, "Integer Arithmetic Instructions" ff.)."""
+"""Arithmetic (PTX ISA, "Integer Arithmetic Instructions", "Floating Point Instructions")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from build_kernels.emulator import floats
+from build_kernels.emulator.execution.warp import Run
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.instructions.elementwise import (
-    FLOATS,
-    HALVES,
+    Compute,
     build,
     float_compute,
     on_halves,
 )
-from build_kernels.emulator.operands import DTYPE, Context, Modifiers
-from build_kernels.emulator.syntax import TYPE_BITS, Instruction
-from build_kernels.emulator.warp import Array, Run
+from build_kernels.emulator.lanes import Array
+from build_kernels.emulator.numerics import floats
+from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES
+from build_kernels.emulator.ptx.syntax import TYPE_BITS
+
+_SUMS: dict[str, tuple[Compute, Compute]] = {
+    "add": (np.add, floats.add32),
+    "sub": (np.subtract, lambda a, b, rounding: floats.add32(a, -b, rounding)),
+    "mul": (np.multiply, floats.mul32),
+}
 
 
-def add_sub_mul(ins: Instruction, context: Context) -> Run:
-    """add, sub, mul of floats; add, sub of integers; mul.lo, .hi, .wide."""
-    name = ins.words[0]
-    mods = Modifiers(ins)
-    kind = mods.type()
+def add_sub_mul(d: Decoding) -> Run:
+    kind = d.type()
+    exact, rounded = _SUMS[d.name]
     if kind in FLOATS:
-        mode = mods.one_of(*floats.ROUNDINGS) or "rn"
-        if kind == "f64":
-            if mode != "rn":
-                raise ins.error("directed rounding of .f64 is not modelled")
-            plain: Callable[..., Array] = {
-                "add": np.add, "sub": np.subtract, "mul": np.multiply,
-            }[name]  # fmt: skip
-        elif name == "mul":
-            plain = lambda a, b: floats.mul32(a, b, mode)  # noqa: E731
-        elif name == "add":
-            plain = lambda a, b: floats.add32(a, b, mode)  # noqa: E731
-        else:
-            plain = lambda a, b: floats.add32(a, -b, mode)  # noqa: E731
-        compute = float_compute(ins, mods, kind, plain)
-        mods.done()
-        return build(ins, context, kind, [kind, kind], compute)
+        mode = d.one_of(*floats.ROUNDINGS) or "rn"
+        if kind == "f32":
+            exact = partial(rounded, rounding=mode)
+        elif mode != "rn":
+            raise d.error("directed rounding of .f64 is not modelled")
+        return build(d, kind, [kind, kind], float_compute(d, kind, exact))
     if kind in HALVES:
-        mods.one_of("rn")
-        mods.done()
-        half = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
-        return on_halves(ins, context, kind, 2, half)
-    if name == "mul":
-        part = mods.need("lo", "hi", "wide")
-        mods.done()
-        result, compute = _multiply(ins, kind, part)
-        return build(ins, context, result, [kind, kind], compute)
-    mods.done()
-    return build(ins, context, kind, [kind, kind], np.add if name == "add" else np.subtract)
+        d.one_of("rn")
+        return on_halves(d, kind, 2, exact)
+    if d.name == "mul":
+        result, product = _multiply(d, kind, d.need("lo", "hi", "wide"))
+        return build(d, result, [kind, kind], product)
+    return build(d, kind, [kind, kind], exact)
 
 
-def _multiply(ins: Instruction, kind: str, part: str) -> tuple[str, Callable[..., Array]]:
+def _multiply(d: Decoding, kind: str, part: str) -> tuple[str, Compute]:
     bits = TYPE_BITS[kind]
     if part == "lo":
         return kind, np.multiply
     if bits == 64:
         if part == "wide":
-            raise ins.error(".wide does not apply to 64-bit types")
+            raise d.error(".wide does not apply to 64-bit types")
 
         def high(a: Array, b: Array) -> Array:
             products = [int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)]
@@ -77,48 +67,35 @@ def _multiply(ins: Instruction, kind: str, part: str) -> tuple[str, Callable[...
     return kind, lambda a, b: ((a.astype(dtype) * b.astype(dtype)) >> shift).astype(a.dtype)
 
 
-def mad(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
+def mad(d: Decoding) -> Run:
+    kind = d.type()
     if kind in FLOATS:
-        return fma(ins, context)
-    part = mods.need("lo", "hi", "wide")
-    mods.done()
-    result, product = _multiply(ins, kind, part)
-    return build(ins, context, result, [kind, kind, result], lambda a, b, c: product(a, b) + c)
+        return fma(d)
+    result, product = _multiply(d, kind, d.need("lo", "hi", "wide"))
+    return build(d, result, [kind, kind, result], lambda a, b, c: product(a, b) + c)
 
 
-def fma(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mode = mods.need(*floats.ROUNDINGS)
+def fma(d: Decoding) -> Run:
+    kind = d.type()
+    mode = d.need(*floats.ROUNDINGS)
     if kind in HALVES:
-        mods.done()
-        return on_halves(ins, context, kind, 3, lambda a, b, c: a * b + c)
-    if kind == "f64":
-        if mode != "rn":
-            raise ins.error("directed rounding of .f64 is not modelled")
-        compute = float_compute(ins, mods, kind, floats.fma64)
-    else:
-        compute = float_compute(ins, mods, kind, lambda a, b, c: floats.fma32(a, b, c, mode))
-    mods.done()
-    return build(ins, context, kind, [kind] * 3, compute)
+        return on_halves(d, kind, 3, lambda a, b, c: a * b + c)
+    plain: Compute = floats.fma64 if kind == "f64" else partial(floats.fma32, rounding=mode)
+    if kind == "f64" and mode != "rn":
+        raise d.error("directed rounding of .f64 is not modelled")
+    return build(d, kind, [kind] * 3, float_compute(d, kind, plain))
 
 
-def divide(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
+def divide(d: Decoding) -> Run:
+    kind = d.type()
     if kind in FLOATS:
-        mods.need("rn", "full", "approx")
-        compute = float_compute(ins, mods, kind, np.divide)
-        mods.done()
-        return build(ins, context, kind, [kind, kind], compute)
-    mods.done()
-    remainder = ins.words[0] == "rem"
+        d.need("rn", "full", "approx")
+        return build(d, kind, [kind, kind], float_compute(d, kind, np.divide))
+    remainder = d.name == "rem"
     ones = np.array(-1).astype(DTYPE[kind])
 
     def integer(a: Array, b: Array) -> Array:
-        # Truncation toward zero; a zero divisor is unspecified, hardware gives ones.
+        # Truncation toward zero. A zero divisor is unspecified; hardware returns ones.
         safe = np.where(b == 0, np.ones_like(b), b)
         quotient = np.floor_divide(a, safe)
         if a.dtype.kind == "i":
@@ -127,36 +104,32 @@ def divide(ins: Instruction, context: Context) -> Run:
             return np.where(b == 0, a, a - quotient * safe)
         return np.where(b == 0, ones, quotient).astype(a.dtype)
 
-    return build(ins, context, kind, [kind, kind], integer)
+    return build(d, kind, [kind, kind], integer)
 
 
-def negate(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    name = ins.words[0]
+def negate(d: Decoding) -> Run:
+    kind = d.type()
+    name = d.name
     if kind in FLOATS:
-        ftz = mods.take("ftz")
-        mods.done()
-        plain: Callable[..., Array] = np.negative if name == "neg" else np.abs
-        return build(ins, context, kind, [kind], lambda a: plain(floats.flush(a) if ftz else a))
-    mods.done()
+        ftz = d.take("ftz")
+        plain: Compute = np.negative if name == "neg" else np.abs
+        return build(d, kind, [kind], lambda a: plain(floats.flush(a) if ftz else a))
     if kind in HALVES:
         raw = "b32" if kind.endswith("x2") else "b16"
         sign = DTYPE[raw](0x80008000 & ((1 << TYPE_BITS[raw]) - 1))
         if name == "neg":
-            return build(ins, context, raw, [raw], lambda a: a ^ sign)
-        return build(ins, context, raw, [raw], lambda a: a & ~sign)
-    return build(ins, context, kind, [kind], np.negative if name == "neg" else np.abs)
+            return build(d, raw, [raw], lambda a: a ^ sign)
+        return build(d, raw, [raw], lambda a: a & ~sign)
+    return build(d, kind, [kind], np.negative if name == "neg" else np.abs)
 
 
-def extreme(ins: Instruction, context: Context) -> Run:
-    """min and max, of two operands, or of three floats (sm_100)."""
-    largest = ins.words[0] == "max"
-    mods = Modifiers(ins)
-    kind = mods.type()
-    arity = len(ins.operands) - 1
+def extreme(d: Decoding) -> Run:
+    """Decode min and max of two operands, or of three floats (sm_100)."""
+    largest = d.name == "max"
+    kind = d.type()
+    arity = len(d.operands) - 1
     if kind in FLOATS or kind in HALVES:
-        nan = mods.take("NaN")
+        nan = d.take("NaN")
 
         def pick(*values: Array) -> Array:
             result = values[0]
@@ -165,57 +138,46 @@ def extreme(ins: Instruction, context: Context) -> Run:
             return result
 
         if kind in HALVES:
-            mods.done()
-            return on_halves(ins, context, kind, arity, pick)
-        compute = float_compute(ins, mods, kind, pick)
-        mods.done()
-        return build(ins, context, kind, [kind] * arity, compute)
-    mods.done()
-    return build(ins, context, kind, [kind, kind], np.maximum if largest else np.minimum)
+            return on_halves(d, kind, arity, pick)
+        return build(d, kind, [kind] * arity, float_compute(d, kind, pick))
+    return build(d, kind, [kind, kind], np.maximum if largest else np.minimum)
 
 
-def approximate(ins: Instruction, context: Context) -> Run:
-    """ex2, lg2, sin, cos, tanh, rsqrt, rcp, sqrt; the caller's function where one is given."""
-    name = ins.words[0]
-    mods = Modifiers(ins)
-    kind = mods.type()
+def function_of_one(d: Decoding) -> Run:
+    """Decode ex2, lg2, sin, cos, tanh, rsqrt, rcp, sqrt; the caller may give the function."""
+    name = d.name
+    kind = d.type()
     if kind not in FLOATS:
-        raise ins.error(f"type .{kind} is not supported for {name}")
-    mode = mods.need("approx", *(floats.ROUNDINGS if name in ("rcp", "sqrt") else ()))
+        raise d.error(f"type .{kind} is not supported for {name}")
+    mode = d.need("approx", *(floats.ROUNDINGS if name in ("rcp", "sqrt") else ()))
     if mode in ("rz", "rm", "rp"):
-        raise ins.error(f"rounding .{mode} of {name} is not modelled")
+        raise d.error(f"rounding .{mode} of {name} is not modelled")
     if name == "sqrt":
-        plain: Callable[..., Array] = np.sqrt
+        plain: Compute = np.sqrt
     elif name == "rcp":
         plain = np.reciprocal
     else:
         function = floats.UNARY[name]
         dtype = DTYPE[kind]
         plain = lambda a: function(a.astype(np.float64)).astype(dtype)  # noqa: E731
-    compute = float_compute(ins, mods, kind, plain)
-    mods.done()
-    given = context.approximate.get(ins.opcode)
+    compute = float_compute(d, kind, plain)
+    given = d.context.approximate.get(d.instruction.opcode)
     if given is not None:
         measured = given
         compute = lambda a: np.asarray(measured(a), dtype=DTYPE[kind])  # noqa: E731
-    return build(ins, context, kind, [kind], compute)
+    return build(d, kind, [kind], compute)
 
 
-def copysign(ins: Instruction, context: Context) -> Run:
-    """d = b with the sign of a."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
-    return build(ins, context, kind, [kind, kind], lambda a, b: np.copysign(b, a))
+def copysign(d: Decoding) -> Run:
+    kind = d.type()
+    return build(d, kind, [kind, kind], lambda a, b: np.copysign(b, a))
 
 
-def test_property(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    what = mods.need("finite", "infinite", "number", "notanumber", "normal", "subnormal")
-    mods.done()
+def test_property(d: Decoding) -> Run:
+    kind = d.type()
+    name = d.need("finite", "infinite", "number", "notanumber", "normal", "subnormal")
     tiny = np.finfo(DTYPE[kind]).tiny
-    table: dict[str, Callable[[Array], Array]] = {
+    table: dict[str, Compute] = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda a: ~np.isnan(a),
@@ -223,4 +185,17 @@ def test_property(ins: Instruction, context: Context) -> Run:
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny),
         "subnormal": lambda a: (a != 0) & (np.abs(a) < tiny),
     }
-    return build(ins, context, "pred", [kind], table[what])
+    return build(d, "pred", [kind], table[name])
+
+
+INSTRUCTIONS: dict[str, Decoder] = {
+    **dict.fromkeys(("add", "sub", "mul"), add_sub_mul),
+    "mad": mad,
+    "fma": fma,
+    **dict.fromkeys(("div", "rem"), divide),
+    **dict.fromkeys(("neg", "abs"), negate),
+    **dict.fromkeys(("min", "max"), extreme),
+    **dict.fromkeys(("ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "rcp", "sqrt"), function_of_one),
+    "copysign": copysign,
+    "testp": test_property,
+}

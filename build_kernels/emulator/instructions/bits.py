@@ -6,35 +6,39 @@ from collections.abc import Callable
 
 import numpy as np
 
-from build_kernels.emulator.instructions.elementwise import build, runner
-from build_kernels.emulator.operands import DTYPE, Context, Modifiers, destination, source
-from build_kernels.emulator.syntax import TYPE_BITS, Instruction
-from build_kernels.emulator.warp import LANES, Array, Run
+from build_kernels.emulator.execution.warp import Run
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.instructions.elementwise import Compute, build, runner
+from build_kernels.emulator.lanes import LANES, Array
+from build_kernels.emulator.numerics.types import DTYPE
+from build_kernels.emulator.ptx.syntax import TYPE_BITS
+
+_LOGIC: dict[str, tuple[int, Compute, Compute]] = {
+    "and": (2, np.bitwise_and, np.logical_and),
+    "or": (2, np.bitwise_or, np.logical_or),
+    "xor": (2, np.bitwise_xor, np.logical_xor),
+    "not": (1, np.invert, np.logical_not),
+}
 
 
-def logic(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
-    name = ins.words[0]
-    if name == "not":
-        return build(ins, context, kind, [kind], np.invert)
-    if name == "cnot":
-        return build(ins, context, kind, [kind], lambda a: (a == 0).astype(a.dtype))
-    table: dict[str, Callable[..., Array]] = {
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    }  # fmt: skip
-    return build(ins, context, kind, [kind, kind], table[name])
+def logic(d: Decoding) -> Run:
+    kind = d.type()
+    arity, of_bits, of_predicates = _LOGIC[d.name]
+    compute = of_predicates if kind == "pred" else of_bits
+    return build(d, kind, [kind] * arity, compute)
 
 
-def shift(ins: Instruction, context: Context) -> Run:
-    """shl and shr: amounts of the width or more give zero, or the sign (PTX ISA, "shl", "shr")."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
+def is_zero(d: Decoding) -> Run:
+    kind = d.type()
+    return build(d, kind, [kind], lambda a: (a == 0).astype(a.dtype))
+
+
+def shift(d: Decoding) -> Run:
+    """Decode shl and shr; an amount of the width or more gives zero, or the sign."""
+    kind = d.type()
     bits = TYPE_BITS[kind]
     last = np.uint32(bits - 1)
-    left = ins.words[0] == "shl"
+    left = d.name == "shl"
 
     def compute(a: Array, amount: Array) -> Array:
         far = amount > last
@@ -45,14 +49,12 @@ def shift(ins: Instruction, context: Context) -> Run:
             result = np.where(far, full, result).astype(a.dtype)
         return result
 
-    return build(ins, context, kind, [kind, "u32"], compute)
+    return build(d, kind, [kind, "u32"], compute)
 
 
-def funnel(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    way, mode = mods.need("l", "r"), mods.need("wrap", "clamp")
-    kind = mods.type()
-    mods.done()
+def funnel(d: Decoding) -> Run:
+    way, mode = d.need("l", "r"), d.need("wrap", "clamp")
+    kind = d.type()
 
     def compute(low: Array, high: Array, amount: Array) -> Array:
         wide = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
@@ -61,19 +63,17 @@ def funnel(ins: Instruction, context: Context) -> Run:
             return (wide << by.astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
         return (wide >> by.astype(np.uint64)).astype(np.uint32)
 
-    return build(ins, context, kind, ["u32", "u32", "u32"], compute)
+    return build(d, kind, ["u32", "u32", "u32"], compute)
 
 
-def lop3(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
-    if len(ins.operands) != 5:
-        raise ins.error("takes 5 operands")
-    table = source(ins, ins.operands[4], "u32", context).constant
+def lop3(d: Decoding) -> Run:
+    kind = d.type()
+    if len(d.operands) != 5:
+        raise d.error("takes 5 operands")
+    table = d.source(d.operands[4], "u32").constant
     if not isinstance(table, int):
-        raise ins.error("needs a literal lookup table")
-    sources = [source(ins, operand, kind, context) for operand in ins.operands[1:4]]
+        raise d.error("needs a literal lookup table")
+    sources = [d.source(operand, kind) for operand in d.operands[1:4]]
     terms = [i for i in range(8) if table >> i & 1]
 
     def compute(a: Array, b: Array, c: Array) -> Array:
@@ -82,17 +82,16 @@ def lop3(ins: Instruction, context: Context) -> Run:
             result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
         return result
 
-    return runner(sources, destination(ins, ins.operands[0], kind), compute)
+    return runner(sources, d.destination(d.operands[0], kind), compute)
 
 
-def extract(ins: Instruction, context: Context) -> Run:
-    """bfe (PTX ISA, "bfe"): past the top, .s replicates the sign bit."""
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
+def extract(d: Decoding) -> Run:
+    """Decode bfe; past the top, .s replicates the sign bit (PTX ISA, "bfe")."""
+    kind = d.type()
     bits = TYPE_BITS[kind]
 
     def one(value: int, start: int, length: int) -> int:
+        start, length = start & 255, length & 255
         field = (value & ((1 << bits) - 1)) >> start & ((1 << length) - 1)
         if kind[0] == "s" and length:
             top = min(start + length - 1, bits - 1)
@@ -100,41 +99,24 @@ def extract(ins: Instruction, context: Context) -> Run:
                 field |= -1 << min(length, max(bits - start, 0))
         return field & ((1 << bits) - 1)
 
-    def compute(a: Array, start: Array, length: Array) -> Array:
-        found = [
-            one(int(v), int(s) & 255, int(n) & 255)
-            for v, s, n in zip(a, start, length, strict=True)
-        ]
-        return np.array(found, dtype=np.uint64).astype(f"u{bits // 8}").view(a.dtype)
-
-    return build(ins, context, kind, [kind, "u32", "u32"], compute)
+    return build(d, kind, [kind, "u32", "u32"], _each(one, kind))
 
 
-def insert(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    kind = mods.type()
-    mods.done()
+def insert(d: Decoding) -> Run:
+    kind = d.type()
     bits = TYPE_BITS[kind]
     whole = (1 << bits) - 1
 
     def one(field: int, base: int, start: int, length: int) -> int:
+        start, length = start & 255, length & 255
         mask = (((1 << length) - 1) << start) & whole
         return (base & ~mask) | (field << start & mask)
 
-    def compute(a: Array, b: Array, start: Array, length: Array) -> Array:
-        found = [
-            one(int(f), int(v), int(s) & 255, int(n) & 255)
-            for f, v, s, n in zip(a, b, start, length, strict=True)
-        ]
-        return np.array(found, dtype=np.uint64).astype(a.dtype)
-
-    return build(ins, context, kind, [kind, kind, "u32", "u32"], compute)
+    return build(d, kind, [kind, kind, "u32", "u32"], _each(one, kind))
 
 
-def permute(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    mods.need("b32")
-    mods.done()
+def permute(d: Decoding) -> Run:
+    d.need("b32")
 
     def compute(a: Array, b: Array, select: Array) -> Array:
         both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
@@ -147,16 +129,13 @@ def permute(ins: Instruction, context: Context) -> Run:
             result |= np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * i)
         return result
 
-    return build(ins, context, "b32", ["b32", "b32", "b32"], compute)
+    return build(d, "b32", ["b32", "b32", "b32"], compute)
 
 
-def count(ins: Instruction, context: Context) -> Run:
-    """popc, clz, brev, bfind."""
-    name = ins.words[0]
-    mods = Modifiers(ins)
-    kind = mods.type()
-    shift_amount = name == "bfind" and mods.take("shiftamt")
-    mods.done()
+def count(d: Decoding) -> Run:
+    name = d.name
+    kind = d.type()
+    shift_amount = name == "bfind" and d.take("shiftamt")
     bits = TYPE_BITS[kind]
     whole = (1 << bits) - 1
 
@@ -176,23 +155,28 @@ def count(ins: Instruction, context: Context) -> Run:
         return bits - 1 - top if shift_amount else top
 
     result = kind if name == "brev" else "u32"
-
-    def compute(a: Array) -> Array:
-        return np.array([one(int(v)) for v in a], dtype=np.uint64).astype(DTYPE[result])
-
-    return build(ins, context, result, [kind], compute)
+    return build(d, result, [kind], _each(one, result))
 
 
-def predicate_logic(ins: Instruction, context: Context) -> Run:
-    """and, or, xor, not of predicates."""
-    name = ins.words[0]
-    table: dict[str, Callable[..., Array]] = {
-        "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
-        "not": np.logical_not, "mov": lambda a: a,
-    }  # fmt: skip
-    arity = 1 if name in ("not", "mov") else 2
-    return build(ins, context, "pred", ["pred"] * arity, table[name])
+def _each(one: Callable[..., int], kind: str) -> Compute:
+    """Return a function that computes each lane's unsigned result as `kind` on its own."""
+    unsigned, dtype = DTYPE[f"b{TYPE_BITS[kind]}"], DTYPE[kind]
+
+    def compute(*operands: Array) -> Array:
+        lanes = zip(*(each.tolist() for each in operands), strict=True)
+        return np.array([one(*values) for values in lanes], np.uint64).astype(unsigned).view(dtype)
+
+    return compute
 
 
-def logic_or_predicates(ins: Instruction, context: Context) -> Run:
-    return predicate_logic(ins, context) if ins.words[-1] == "pred" else logic(ins, context)
+INSTRUCTIONS: dict[str, Decoder] = {
+    **dict.fromkeys(_LOGIC, logic),
+    "cnot": is_zero,
+    **dict.fromkeys(("shl", "shr"), shift),
+    "shf": funnel,
+    "lop3": lop3,
+    "bfe": extract,
+    "bfi": insert,
+    "prmt": permute,
+    **dict.fromkeys(("popc", "clz", "brev", "bfind"), count),
+}

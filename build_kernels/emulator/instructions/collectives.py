@@ -1,4 +1,4 @@
-"""Warp collectives and control flow: shfl, vote, match, redux, elect, exits, PDL."""
+"""Warp collectives: vote, match, redux, elect, activemask."""
 
 from __future__ import annotations
 
@@ -7,172 +7,56 @@ from typing import Any
 
 import numpy as np
 
-from build_kernels.emulator import floats
-from build_kernels.emulator.clocks import GENERIC
-from build_kernels.emulator.operands import Context, Modifiers, Source, destination, source
-from build_kernels.emulator.syntax import Instruction, Pair
-from build_kernels.emulator.warp import (
-    ALL,
-    EXITED,
-    LANE_INDEX,
-    LANES,
-    Array,
-    Outcome,
-    Run,
-    Wait,
-    Warp,
-    bits_of,
-    indices_of,
-)
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.convergence import among
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
+from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array, Mask, bits_of, indices_of, lowest
+from build_kernels.emulator.numerics import floats
+from build_kernels.emulator.ptx.syntax import Pair
+
+_REDUCE: dict[str, Callable[[Array], Any]] = {
+    "add": lambda v: v.sum(dtype=v.dtype),
+    "min": np.min,
+    "max": np.max,
+    "and": np.bitwise_and.reduce,
+    "or": np.bitwise_or.reduce,
+    "xor": np.bitwise_xor.reduce,
+}
 
 
-def gather(w: Warp, mask: Source) -> tuple[int, Wait | None]:
-    """Wait until the member mask's live lanes are all here, and order them.
+def vote(d: Decoding) -> Run:
+    mode = d.need("all", "any", "uni", "ballot")
+    d.need("b32" if mode == "ballot" else "pred")
+    predicate = d.source(d.operands[1], "pred")
+    write = d.destination(d.operands[0], "b32" if mode == "ballot" else "pred")
 
-    Returns (members, wait)."""
-    if mask.constant is not None:
-        members = int(mask.constant) & ALL
-    else:
-        w.poisoned("the member mask", mask.registers)
-        members = int(mask.get(w)[w.first_lane()])
-    wait = w.converged(members)
-    if wait is not None:
-        return members, wait
-    if w.bits & ~members:
-        w.machine.report(
-            "member-mask",
-            f"lanes {w.bits & ~members:#010x} execute this but are not in its mask {members:#010x}",
-            warp=w,
-        )
-    w.converge(w.bits)
-    return members & w.bits, None
-
-
-def aligned(w: Warp) -> Wait | None:
-    """.aligned: every live lane of the warp executes this together."""
-    wait = w.converged(ALL)
-    if wait is None:
-        w.converge(w.bits)
-    return wait
-
-
-def shuffle(ins: Instruction, context: Context) -> Run:
-    """shfl.sync (PTX ISA, "shfl.sync")."""
-    mods = Modifiers(ins)
-    mods.need("sync")
-    mode = mods.need("idx", "up", "down", "bfly")
-    mods.need("b32")
-    mods.done()
-    target = ins.operands[0]
-    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
-    write = destination(ins, first, "b32")
-    write_valid = destination(ins, second, "pred") if second is not None else None
-    value = source(ins, ins.operands[1], "b32", context)
-    by = source(ins, ins.operands[2], "u32", context)
-    limit = source(ins, ins.operands[3], "u32", context)
-    mask = source(ins, ins.operands[4], "u32", context)
-
-    def run(w: Warp) -> Outcome:
-        members, wait = gather(w, mask)
-        if wait is not None:
-            return wait
-        taint = w.taint(value.registers)
-        steer = w.taint(by.registers + limit.registers)
-        lane = LANE_INDEX.astype(np.int64)
-        b = by.get(w).astype(np.int64) & 31
-        c = limit.get(w).astype(np.int64)
-        clamp, segment = c & 31, (c >> 8) & 31
-        high = (lane & segment) | (clamp & ~segment)
-        low = lane & segment
-        if mode == "up":
-            index = lane - b
-            valid = index >= high
-        elif mode == "down":
-            index = lane + b
-            valid = index <= high
-        elif mode == "bfly":
-            index = lane ^ b
-            valid = index <= high
-        else:
-            index = low | (b & ~segment)
-            valid = index <= high
-        index = np.where(valid, index, lane)
-        absent = ~((members >> index & 1).astype(bool)) & w.active
-        if absent.any():
-            at = int(np.flatnonzero(absent)[0])
-            w.machine.report(
-                "inactive-lane",
-                f"lane {int(index[at])}, which is not taking part, is read",
-                warp=w,
-                lane=at,
-            )
-        if taint is not None:
-            taint = taint[index] if taint[index].any() else None
-        if steer is not None:
-            taint = steer if taint is None else taint | steer
-        write(w, value.get(w)[index], taint)
-        if write_valid is not None:
-            write_valid(w, valid, steer)
-        return None
-
-    return run
-
-
-def vote(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    mods.need("sync")
-    mode = mods.need("all", "any", "uni", "ballot")
-    mods.need("b32" if mode == "ballot" else "pred")
-    mods.done()
-    predicate = source(ins, ins.operands[1], "pred", context)
-    mask = source(ins, ins.operands[2], "u32", context)
-    write = destination(ins, ins.operands[0], "b32" if mode == "ballot" else "pred")
-
-    def run(w: Warp) -> Outcome:
-        members, wait = gather(w, mask)
-        if wait is not None:
-            return wait
+    def act(w: Warp, members: int) -> None:
         taint = _any_taint(w, predicate)
         bits = bits_of(predicate.get(w)) & members
         if mode == "ballot":
             write(w, np.full(LANES, bits, dtype=np.uint32), taint)
-            return None
-        holds = {
-            "all": bits == members,
-            "any": bits != 0,
-            "uni": bits in (0, members),
-        }[mode]
+            return
+        holds = {"all": bits == members, "any": bits != 0, "uni": bits in (0, members)}[mode]
         write(w, np.full(LANES, holds), taint)
-        return None
 
-    return run
+    return among(d, act)
 
 
-def _any_taint(w: Warp, value: Source) -> Array | None:
-    """Poison in any member poisons every lane's result."""
+def _any_taint(w: Warp, value: Source) -> Mask | None:
+    """Return poison in every lane if any member's value is poison."""
     taint = w.taint(value.registers)
     if taint is None or not (taint & w.active).any():
         return None
     return np.ones(LANES, dtype=bool)
 
 
-def match(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    mode = mods.need("any", "all")
-    mods.need("sync")
-    kind = mods.type()
-    mods.done()
-    target = ins.operands[0]
-    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
-    write = destination(ins, first, "b32")
-    write_all = destination(ins, second, "pred") if second is not None else None
-    value = source(ins, ins.operands[1], kind, context)
-    mask = source(ins, ins.operands[2], "u32", context)
+def match(d: Decoding) -> Run:
+    mode = d.need("any", "all")
+    kind = d.type()
+    write, write_all = d.pair("b32", "pred")
+    value = d.source(d.operands[1], kind)
 
-    def run(w: Warp) -> Outcome:
-        members, wait = gather(w, mask)
-        if wait is not None:
-            return wait
+    def act(w: Warp, members: int) -> None:
         taint = _any_taint(w, value)
         values = value.get(w)
         same = values[:, None] == values[None, :]
@@ -182,44 +66,27 @@ def match(ins: Instruction, context: Context) -> Run:
         )
         if mode == "any":
             write(w, rows.astype(np.uint32), taint)
-            return None
+            return
         holds = bool((rows[indices_of(members)] == members).all())
         write(w, np.full(LANES, members if holds else 0, dtype=np.uint32), taint)
-        if write_all is not None:
-            write_all(w, np.full(LANES, holds), taint)
-        return None
+        write_all(w, np.full(LANES, holds), taint)
 
-    return run
+    return among(d, act)
 
 
-def reduce(ins: Instruction, context: Context) -> Run:
-    """redux.sync, of integers, and of f32 on sm_100a."""
-    mods = Modifiers(ins)
-    mods.need("sync")
-    name = mods.need("add", "min", "max", "and", "or", "xor")
-    kind = mods.type()
-    absolute, nan = mods.take("abs"), mods.take("NaN")
-    mods.done()
-    if kind == "f32" and (name not in ("min", "max") or not context.arch.startswith("sm_10")):
-        raise ins.error("redux.sync of .f32 knows min and max, on sm_100a and its family")
+def reduce(d: Decoding) -> Run:
+    """Decode redux.sync of integers, and of f32 on sm_100a."""
+    name = d.need(*_REDUCE)
+    kind = d.type()
+    absolute, nan = d.take("abs"), d.take("NaN")
+    if kind == "f32" and (name not in ("min", "max") or not d.context.arch.startswith("sm_10")):
+        raise d.error("redux.sync of .f32 takes min and max, on sm_100a and its family")
     if kind not in ("u32", "s32", "b32", "f32"):
-        raise ins.error(f"redux.sync of .{kind} does not exist")
-    value = source(ins, ins.operands[1], kind, context)
-    mask = source(ins, ins.operands[2], "u32", context)
-    write = destination(ins, ins.operands[0], kind)
-    table: dict[str, Callable[[Array], Any]] = {
-        "add": lambda v: v.sum(dtype=v.dtype),
-        "min": np.min,
-        "max": np.max,
-        "and": np.bitwise_and.reduce,
-        "or": np.bitwise_or.reduce,
-        "xor": np.bitwise_xor.reduce,
-    }
+        raise d.error(f"redux.sync of .{kind} does not exist")
+    value = d.source(d.operands[1], kind)
+    write = d.destination(d.operands[0], kind)
 
-    def run(w: Warp) -> Outcome:
-        members, wait = gather(w, mask)
-        if wait is not None:
-            return wait
+    def act(w: Warp, members: int) -> None:
         taint = _any_taint(w, value)
         values = value.get(w)[indices_of(members)]
         if kind == "f32":
@@ -229,107 +96,36 @@ def reduce(ins: Instruction, context: Context) -> Run:
                 result = floats.extreme(result, values[i : i + 1], largest=name == "max", nan=nan)
             total = floats.canonical(result)[0]
         else:
-            total = table[name](values)
+            total = _REDUCE[name](values)
         write(w, np.full(LANES, total, dtype=values.dtype), taint)
-        return None
 
-    return run
+    return among(d, act)
 
 
-def elect(ins: Instruction, context: Context) -> Run:
-    """elect.sync: the lowest member leads; PTX promises only that the choice is deterministic."""
-    mods = Modifiers(ins)
-    mods.need("sync")
-    mods.done()
-    target = ins.operands[0]
-    if not isinstance(target, Pair):
-        raise ins.error("needs d|p")
-    write = destination(ins, target.first, "b32")
-    write_leader = destination(ins, target.second, "pred")
-    mask = source(ins, ins.operands[1], "u32", context)
+def elect(d: Decoding) -> Run:
+    """Decode elect.sync; the lowest member leads (PTX leaves the choice open)."""
+    if not isinstance(d.operands[0], Pair):
+        raise d.error("needs d|p")
+    write, write_leader = d.pair("b32", "pred")
 
-    def run(w: Warp) -> Outcome:
-        members, wait = gather(w, mask)
-        if wait is not None:
-            return wait
-        leader = (members & -members).bit_length() - 1
+    def act(w: Warp, members: int) -> None:
+        leader = lowest(members)
         write(w, np.full(LANES, leader, dtype=np.uint32), None)
         write_leader(w, np.equal(LANE_INDEX, leader), None)
-        return None
 
-    return run
+    return among(d, act)
 
 
-def active_mask(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    mods.need("b32")
-    mods.done()
-    write = destination(ins, ins.operands[0], "b32")
+def active_mask(d: Decoding) -> Run:
+    d.need("b32")
+    write = d.destination(d.operands[0], "b32")
     return lambda w: write(w, np.full(LANES, w.bits, dtype=np.uint32), None)
 
 
-def leave(ins: Instruction, context: Context) -> Run:
-    """ret and exit of an entry."""
-    mods = Modifiers(ins)
-    mods.take("uni")
-    mods.done()
-    return lambda w: EXITED
-
-
-def trap(ins: Instruction, context: Context) -> Run:
-    Modifiers(ins).done()
-
-    def run(w: Warp) -> Outcome:
-        w.machine.report("trap", "the kernel traps", warp=w, lane=w.first_lane())
-        return EXITED
-
-    return run
-
-
-def branch(ins: Instruction, context: Context) -> Run:
-    mods = Modifiers(ins)
-    mods.take("uni")
-    mods.done()
-    return lambda w: None
-
-
-def nothing(ins: Instruction, context: Context) -> Run:
-    """nanosleep ends the warp's turn; pmevent and setmaxnreg change nothing that is modelled."""
-    mods = Modifiers(ins)
-    name = ins.words[0]
-    if name == "setmaxnreg":
-        mods.need("inc", "dec")
-        mods.need("sync")
-        mods.need("aligned")
-        mods.need("u32")
-        mods.done()
-        count = source(ins, ins.operands[0], "u32", context).constant
-        if not isinstance(count, int) or not 24 <= count <= 256 or count % 8:
-            raise ins.error("setmaxnreg takes a literal multiple of 8 in 24..256")
-        return aligned
-    mods.take("u32")
-    mods.done()
-
-    def end_turn(w: Warp) -> None:
-        w.budget = 0
-
-    return end_turn if name == "nanosleep" else lambda w: None
-
-
-def dependency(ins: Instruction, context: Context) -> Run:
-    """griddepcontrol: after .wait the grid before is complete and its writes are visible."""
-    mods = Modifiers(ins)
-    what = mods.need("wait", "launch_dependents")
-    mods.done()
-    if what == "launch_dependents":
-        return lambda w: None
-
-    def run(w: Warp) -> None:
-        predecessor = w.machine.clocks.predecessor
-
-        def know(clock: Array) -> None:
-            clock[GENERIC, predecessor] = 1
-
-        w.replace_clocks(w.bits, know)
-
-    return run
+INSTRUCTIONS: dict[str, Decoder] = {
+    "vote": vote,
+    "match": match,
+    "redux": reduce,
+    "elect": elect,
+    "activemask": active_mask,
+}

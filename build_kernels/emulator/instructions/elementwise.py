@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from build_kernels.emulator import floats
-from build_kernels.emulator.operands import (
-    Context,
-    Modifiers,
-    Source,
-    destination,
-    registers_of,
-    source,
-)
-from build_kernels.emulator.syntax import Instruction
-from build_kernels.emulator.warp import Array, Run, Warp
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.decoding import Decoding, Source, Write, registers_of
+from build_kernels.emulator.lanes import Array
+from build_kernels.emulator.numerics import floats
 
-FLOATS = ("f32", "f64")
-
-HALVES = ("f16", "bf16", "f16x2", "bf16x2")
+Compute = Callable[..., Array]
 
 
-def build(
-    ins: Instruction,
-    context: Context,
-    result: str,
-    operands: Sequence[str],
-    compute: Callable[..., Array],
-) -> Run:
-    """d = compute(a, ...): operand types, and the type of what compute returns."""
-    if len(ins.operands) != len(operands) + 1:
-        raise ins.error(f"takes {len(operands) + 1} operands (got {len(ins.operands)})")
+def build(d: Decoding, result: str, operands: Sequence[str], compute: Compute) -> Run:
+    """Decode d = compute(a, ...); result: compute's type. operands: the operands' types."""
+    if len(d.operands) != len(operands) + 1:
+        raise d.error(f"takes {len(operands) + 1} operands (got {len(d.operands)})")
     sources = [
-        source(ins, operand, kind, context)
-        for operand, kind in zip(ins.operands[1:], operands, strict=True)
+        d.source(operand, kind) for operand, kind in zip(d.operands[1:], operands, strict=True)
     ]
-    write = destination(ins, ins.operands[0], result)
-    return runner(sources, write, compute)
+    return runner(sources, d.destination(d.operands[0], result), compute)
 
 
-def runner(
-    sources: Sequence[Source], write: Callable[..., None], compute: Callable[..., Array]
-) -> Run:
+def runner(sources: Sequence[Source], write: Write, compute: Compute) -> Run:
+    """Return a function that reads the sources, computes and writes, and hands poison on."""
     registers = registers_of(sources)
     gets = [s.get for s in sources]
 
@@ -57,13 +39,11 @@ def runner(
     return run
 
 
-def float_compute(
-    ins: Instruction, mods: Modifiers, kind: str, compute: Callable[..., Array]
-) -> Callable[..., Array]:
+def float_compute(d: Decoding, kind: str, compute: Compute) -> Compute:
     """Wrap a float function with .ftz, .sat and canonical NaNs."""
-    ftz, sat = mods.take("ftz"), mods.take("sat")
+    ftz, sat = d.take("ftz"), d.take("sat")
     if kind == "f64" and (ftz or sat):
-        raise ins.error(".ftz and .sat do not apply to .f64")
+        raise d.error(".ftz and .sat do not apply to .f64")
 
     def run(*values: Array) -> Array:
         if ftz:
@@ -76,12 +56,11 @@ def float_compute(
     return run
 
 
-def on_halves(
-    ins: Instruction, context: Context, kind: str, arity: int, compute: Callable[..., Array]
-) -> Run:
+def on_halves(d: Decoding, kind: str, arity: int, compute: Compute) -> Run:
+    """Decode a function of 16-bit floats, computed in float64."""
     raw = "b32" if kind.endswith("x2") else "b16"
 
     def run(*bits: Array) -> Array:
         return floats.pack_halves(kind, compute(*(floats.unpack_halves(kind, b) for b in bits)))
 
-    return build(ins, context, raw, [raw] * arity, run)
+    return build(d, raw, [raw] * arity, run)

@@ -1,0 +1,77 @@
+"""Checked accesses of a warp's lanes through the generic proxy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from build_kernels.emulator.execution.warp import Warp
+from build_kernels.emulator.lanes import LANES, Ints, Mask, lanes_of
+from build_kernels.emulator.memory.access_records import (
+    GPU_SCOPE,
+    WEAK,
+    actor_of,
+    actors_of,
+    pack,
+    scope_of,
+    ticks_of,
+)
+from build_kernels.emulator.memory.memory import READER_SLOTS, Memory
+from build_kernels.emulator.ordering.clocks import GENERIC
+
+
+@dataclass(eq=False)
+class ThreadAccess:
+    """An access by lanes of a warp through the generic proxy.
+
+    lanes: the lane of each touched byte. scope: WEAK, or the scope of a strong access.
+    """
+
+    warp: Warp
+    lanes: Ints
+    scope: int = WEAK
+    reader_slot: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader_slot = self.warp.actor // LANES % READER_SLOTS
+        self.warp.touch()
+
+    def records(self, count: int) -> Ints:
+        warp = self.warp
+        actors = warp.actor + self.lanes
+        return pack(warp.tick, actors, self.scope, warp.instruction.index)
+
+    def ordered(self, records: Ints, written: bool) -> Mask:
+        warp = self.warp
+        actors, ticks = actors_of(records), ticks_of(records)
+        groups = warp.groups_of(warp.bits)
+        known: Mask
+        if len(groups) == 1:
+            known = groups[0][0][GENERIC][actors] >= ticks
+        else:
+            known = np.zeros(len(records), dtype=bool)
+            for clock, bits in groups:
+                mine = lanes_of(bits)[self.lanes]
+                known[mine] = clock[GENERIC][actors[mine]] >= ticks[mine]
+        known |= (actors == warp.actor + self.lanes) & (ticks >= warp.first_tick)
+        return known
+
+    def excused(self, record: int) -> bool:
+        """Return whether both are strong and each scope includes the other ("Morally strong")."""
+        scope = min(scope_of(record), self.scope)
+        if scope in (WEAK, GPU_SCOPE):
+            return scope == GPU_SCOPE
+        cta = self.warp.grid.cta_of(actor_of(record))
+        return cta is not None and self.warp.cta.shares(scope, cta)
+
+    def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
+        instruction, thread = self.warp.grid.author_of(record)
+        self.warp.report(
+            "race",
+            f"{what} conflict with no order between the two",
+            lane=int(self.lanes[0]) if len(self.lanes) else None,
+            address=memory.describe(offset),
+            other=instruction,
+            other_thread=thread,
+        )

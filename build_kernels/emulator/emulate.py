@@ -1,0 +1,107 @@
+"""`emulate`: run PTX text with a launch and arguments; return memory and findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from build_kernels.emulator.execution.grid import Grid
+from build_kernels.emulator.execution.machine import Machine
+from build_kernels.emulator.findings import Finding, PtxError
+from build_kernels.emulator.instructions.table import make_program
+from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
+from build_kernels.emulator.launch.device_array import DeviceArray
+from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
+from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
+from build_kernels.emulator.launch.variables import place_variables
+from build_kernels.emulator.memory.memory import Memory
+from build_kernels.emulator.ptx.parser import parse
+from build_kernels.emulator.ptx.syntax import UnsupportedPtx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The state after a run.
+
+    memory: array name -> contents after the run (dtype and shape of its DeviceArray); bytes of an
+    array that was not initialised and never written are 0xFF.
+    findings: by PTX line; empty for a clean run. steps: instructions of all warps, about.
+    """
+
+    memory: dict[str, NDArray[Any]]
+    findings: tuple[Finding, ...]
+    steps: int
+
+
+def emulate(
+    ptx: str,
+    launch: Launch,
+    arguments: Sequence[Argument],
+    schedule: Schedule | None = None,
+    *,
+    approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
+) -> Result:
+    """Run a kernel of a PTX module on the CPU.
+
+    ptx: the module's text. launch: grid, block, cluster and architecture. arguments: one per
+    kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a pointer;
+    a TensorMap; or a tuple of these for a struct. schedule: Schedule() if None.
+    approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
+    use a GPU's own results where the emulator would round correctly.
+
+    The same inputs give the same result. Raises PtxError for PTX that is not supported and
+    LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
+    matrix descriptor of an unsupported kind is met only at its use. Faults of the kernel are
+    findings of the result, not exceptions.
+    """
+    try:
+        kernel = _parsed(ptx, launch.kernel)
+        check_launch(kernel, launch)
+        check_dynamic_shared(kernel, launch)
+        packed = pack(kernel, arguments)
+        layout = place_variables(kernel, launch.dynamic_shared_bytes)
+        program = make_program(kernel, layout, launch.arch, approximate or {})
+        machine = Machine(program, launch, packed, schedule or Schedule())
+        arrays = _place_arrays(machine.grid, packed)
+        machine.run()
+    except UnsupportedPtx as error:
+        raise PtxError(str(error)) from None
+    memory = {
+        array.name: placed.data.view(array.data.dtype).reshape(array.data.shape)
+        for array, placed in arrays.items()
+    }
+    return Result(memory=memory, findings=machine.grid.log.findings(), steps=machine.grid.steps)
+
+
+# Runs of one text under several schedules parse it once: a quarter of a small run's time.
+_parsed = lru_cache(maxsize=4)(parse)
+
+
+def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memory]:
+    """Give every array an address, and fill in pointers and tensor maps."""
+    arrays: dict[DeviceArray, Memory] = {}
+
+    def place(array: DeviceArray) -> Memory:
+        if array not in arrays:
+            contents = np.frombuffer(array.data.tobytes(), dtype=np.uint8)
+            arrays[array] = Memory(
+                array.name,
+                array.data.nbytes,
+                initial=contents if array.initialised else None,
+                read_only=array.read_only,
+                dependent=array.dependent,
+            )
+            grid.memory.place(arrays[array])
+        return arrays[array]
+
+    for offset, array in packed.pointers.items():
+        base = place(array).base
+        grid.parameters.data[offset : offset + 8] = np.array([base], np.uint64).view(np.uint8)
+    for offset, described in packed.tensor_maps.items():
+        grid.tensor_maps[offset] = (described, place(described.array))
+    return arrays

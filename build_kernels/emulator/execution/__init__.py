@@ -1,0 +1,1 @@
+"""Run warps: registers and divergence, CTAs and clusters, asynchronous operations, the schedule."""

@@ -1,0 +1,18 @@
+"""A program: a kernel whose instructions are decoded and whose variables have addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from build_kernels.emulator.execution.warp import DecodedInstruction
+from build_kernels.emulator.launch.variables import VariableLayout
+from build_kernels.emulator.ptx.syntax import Kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A kernel that is ready to run; code: the decoded instructions, by index."""
+
+    kernel: Kernel
+    layout: VariableLayout
+    code: tuple[DecodedInstruction, ...]

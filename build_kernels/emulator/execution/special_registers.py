@@ -1,0 +1,66 @@
+"""Special registers (PTX ISA, "Special Registers")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from build_kernels.emulator.execution.warp import Warp
+from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array
+from build_kernels.emulator.memory.windows import SHARED_RESERVED
+
+_CLOCKS = ("%clock", "%clock64", "%globaltimer", "%globaltimer_lo")
+
+_LANE = LANE_INDEX.astype(np.int64)
+_ONE = np.int64(1) << _LANE
+
+
+def _thread_index(w: Warp, axis: int) -> Array:
+    linear = w.index * LANES + _LANE
+    width, height, _ = w.grid.launch.block
+    return (linear % width, linear // width % height, linear // (width * height))[axis]
+
+
+_VECTORS: dict[str, Callable[[Warp, int], Any]] = {
+    "%tid": _thread_index,
+    "%ntid": lambda w, axis: w.grid.launch.block[axis],
+    "%ctaid": lambda w, axis: w.cta.index[axis],
+    "%nctaid": lambda w, axis: w.grid.launch.grid[axis],
+    "%clusterid": lambda w, axis: w.cta.index[axis] // w.grid.launch.cluster[axis],
+    "%nclusterid": lambda w, axis: w.grid.launch.grid[axis] // w.grid.launch.cluster[axis],
+    "%cluster_ctaid": lambda w, axis: w.cta.place[axis],
+    "%cluster_nctaid": lambda w, axis: w.cta.cluster.shape[axis],
+}
+
+_SCALARS: dict[str, Callable[[Warp], Any]] = {
+    "%laneid": lambda w: _LANE,
+    "%lanemask_eq": lambda w: _ONE,
+    "%lanemask_lt": lambda w: _ONE - 1,
+    "%lanemask_le": lambda w: 2 * _ONE - 1,
+    "%lanemask_gt": lambda w: (1 << LANES) - 2 * _ONE,
+    "%lanemask_ge": lambda w: (1 << LANES) - _ONE,
+    "%warpid": lambda w: w.index,
+    "%nwarpid": lambda w: w.grid.warps_per_cta,
+    "%cluster_ctarank": lambda w: w.cta.rank,
+    "%cluster_nctarank": lambda w: len(w.cta.cluster.ctas),
+    "%is_explicit_cluster": lambda w: int(w.grid.launch.cluster != (1, 1, 1)),
+    "%smid": lambda w: w.cta.slot,
+    "%dynamic_smem_size": lambda w: w.grid.launch.dynamic_shared_bytes,
+    "%total_smem_size": lambda w: w.cta.shared_end - SHARED_RESERVED,
+}
+
+SPECIALS = {*_CLOCKS, *_SCALARS, *(f"{name}.{axis}" for name in _VECTORS for axis in "xyz")}
+
+
+def special(w: Warp, name: str, dtype: Any) -> Array:
+    """Return a special register as 32 values."""
+    if name in _CLOCKS:
+        return np.full(LANES, w.grid.steps, dtype=np.uint64).astype(dtype)
+    values = w.specials.get(name)
+    if values is None:
+        vector, _, axis = name.partition(".")
+        value = _VECTORS[vector](w, "xyz".index(axis)) if axis else _SCALARS[name](w)
+        values = w.specials[name] = np.broadcast_to(np.asarray(value, dtype=np.int64), LANES)
+    return values.astype(dtype)

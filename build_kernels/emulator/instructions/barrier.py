@@ -1,0 +1,109 @@
+"""Barriers of threads: bar, barrier, bar.warp.sync, barrier.cluster."""
+
+from __future__ import annotations
+
+from build_kernels.emulator.execution.cta import NAMED_BARRIERS
+from build_kernels.emulator.execution.interruption import Interruption, Wait
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.convergence import among, converge, together
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.lanes import LANES
+
+
+def barrier(d: Decoding) -> Run:
+    d.take("cta")
+    mode = d.need("sync", "arrive")
+    aligned = d.take("aligned") or d.name == "bar"
+    number = d.source(d.operands[0], "u32")
+    threads = d.source(d.operands[1], "u32") if len(d.operands) > 1 else None
+    if mode == "arrive" and threads is None:
+        raise d.error("needs a thread count")
+
+    def run(w: Warp) -> Interruption:
+        if w.fragment.token is not None:
+            return _wait_for_named(w, *w.fragment.token)
+        if aligned and (wait := converge(w)) is not None:
+            return wait
+        w.poisoned("the barrier number", number.registers)
+        index = int(number.get(w)[w.first_lane()])
+        if not 0 <= index < NAMED_BARRIERS:
+            w.report("out-of-bounds", f"barrier {index} of {NAMED_BARRIERS}")
+            return None
+        whole = -(-w.cta.threads // LANES) * LANES
+        expected = int(threads.get(w)[w.first_lane()]) if threads is not None else whole
+        if expected % LANES or expected == 0:
+            w.report("barrier-mismatch", f"{expected} threads are no multiple of a warp")
+        # Barriers count whole warps (PTX ISA, "bar": "in multiples of warp size").
+        arriving = LANES if aligned else w.bits.bit_count()
+        w.grid.events += 1
+        mine = w.cta.barriers[index].arrive(w, arriving, expected, w.publish(w.bits))
+        if mode == "arrive":
+            return None
+        w.fragment.token = (index, mine)
+        return _wait_for_named(w, index, mine)
+
+    return run
+
+
+def _wait_for_named(w: Warp, index: int, generation: int) -> Interruption:
+    named = w.cta.barriers[index]
+    if named.generation == generation:
+        return Wait(
+            lambda: f"barrier {index} ({named.arrived} of {named.expected} threads arrived)",
+            (named.signal,),
+        )
+    w.fragment.token = None
+    w.acquire(w.bits, named.released)
+    return None
+
+
+def warp_sync(d: Decoding) -> Run:
+    return among(d, lambda w, members: None)
+
+
+def cluster_arrive(d: Decoding) -> Run:
+    strong = d.one_of("release", "relaxed") != "relaxed"
+    aligned = d.take("aligned")
+
+    def arrive(w: Warp) -> None:
+        if w.cluster_arrived & w.bits:
+            w.report("barrier-overflow", "a second barrier.cluster.arrive with no wait between")
+        cluster = w.cta.cluster
+        clock = w.publish(w.bits, release=strong)
+        w.grid.events += 1
+        w.cluster_arrived |= w.bits
+        w.cluster_generation = cluster.barrier.arrive(w.bits.bit_count(), clock, cluster.living)
+
+    return together(arrive) if aligned else arrive
+
+
+def cluster_wait(d: Decoding) -> Run:
+    d.take("acquire")
+    aligned = d.take("aligned")
+
+    def wait(w: Warp) -> Interruption:
+        cluster = w.cta.cluster
+        if w.bits & ~w.cluster_arrived:
+            w.report("barrier-mismatch", "barrier.cluster.wait with no arrive before it")
+            return None
+        if cluster.barrier.generation == w.cluster_generation:
+            return Wait(
+                lambda: (
+                    f"the cluster barrier ({cluster.barrier.arrived} of {cluster.living} threads "
+                    "arrived)"
+                ),
+                (cluster.barrier.signal,),
+            )
+        w.cluster_arrived &= ~w.bits
+        w.acquire(w.bits, cluster.barrier.released)
+        return None
+
+    return together(wait) if aligned else wait
+
+
+INSTRUCTIONS: dict[str, Decoder] = {
+    **dict.fromkeys(("bar", "barrier"), barrier),
+    "bar.warp": warp_sync,
+    "barrier.cluster.arrive": cluster_arrive,
+    "barrier.cluster.wait": cluster_wait,
+}

@@ -1,0 +1,65 @@
+"""Convergence of a warp's lanes, which .sync and .aligned instructions wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from build_kernels.emulator.execution.interruption import Interruption, Wait
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.decoding import Decoding, Source
+from build_kernels.emulator.lanes import ALL
+
+
+def among(d: Decoding, act: Callable[[Warp, int], None]) -> Run:
+    """Take .sync; return a function that lets the members of the mask, the last operand, act."""
+    d.need("sync")
+    mask = d.source(d.operands[-1], "u32")
+
+    def run(w: Warp) -> Interruption:
+        members = _members(w, mask)
+        wait = w.converged(members)
+        if wait is not None:
+            return wait
+        if w.bits & ~members:
+            w.report(
+                "member-mask",
+                f"lanes {w.bits & ~members:#010x} execute this but are not in its mask "
+                f"{members:#010x}",
+            )
+        w.converge(w.bits)
+        act(w, members & w.bits)
+        return None
+
+    return run
+
+
+def _members(w: Warp, mask: Source) -> int:
+    if mask.constant is not None:
+        return int(mask.constant) & ALL
+    w.poisoned("the member mask", mask.registers)
+    return int(mask.get(w)[w.first_lane()])
+
+
+def converge(w: Warp) -> Wait | None:
+    """Return a wait until every live lane of the warp is here; order them."""
+    wait = w.converged(ALL)
+    if wait is None:
+        w.converge(w.bits)
+    return wait
+
+
+def aligned(d: Decoding, act: Run) -> Run:
+    """Take .sync.aligned; return a function that lets every live lane of the warp act."""
+    d.need("sync")
+    d.need("aligned")
+    return together(act)
+
+
+def together(act: Run) -> Run:
+    """Return a function that lets every live lane of the warp act."""
+
+    def run(w: Warp) -> Interruption:
+        wait = converge(w)
+        return act(w) if wait is None else wait
+
+    return run

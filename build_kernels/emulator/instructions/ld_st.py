@@ -1,0 +1,107 @@
+"""ld and st (PTX ISA, "ld", "st")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from build_kernels.emulator.access.release import synchronise_read, synchronise_write
+from build_kernels.emulator.access.state_spaces import locate
+from build_kernels.emulator.access.thread_access import ThreadAccess
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items, registers_of
+from build_kernels.emulator.instructions.generic_access import (
+    check_no_barrier,
+    lane_by_lane,
+    value_bytes,
+    value_states,
+    write_bytes,
+)
+from build_kernels.emulator.lanes import LANES, Mask
+from build_kernels.emulator.memory.memory import POISON, VALID
+from build_kernels.emulator.numerics.types import DTYPE
+from build_kernels.emulator.ptx.syntax import TYPE_BITS
+
+POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
+
+
+def load(d: Decoding) -> Run:
+    kind = d.type()
+    order, scope = d.order("weak")
+    space = d.space()
+    d.take("nc")
+    policy = d.cache_hints()
+    count = d.vector("v2", "v4", "v8")
+    if len(d.operands) != 2 + policy or order in ("release", "acq_rel"):
+        raise d.error("not a form of ld that the emulator supports")
+    where = d.address(d.operands[1])
+    targets = items(d.operands[0])
+    if len(targets) != count:
+        raise d.error(f"needs {count} destinations (got {len(targets)})")
+    writes = [d.destination(target, kind) for target in targets]
+    unit = TYPE_BITS[kind] // 8
+    size = unit * count
+    dtype = DTYPE[kind]
+
+    def run(w: Warp) -> None:
+        w.poisoned("the address", where.registers)
+        data = np.full((LANES, size), 0xFF, dtype=np.uint8)
+        bad = np.zeros((LANES, size), dtype=bool)
+        bad[w.active] = True
+        for place in locate(w, space, where.get(w), size):
+            offsets = place.bytes(size)
+            access = ThreadAccess(w, np.repeat(place.lanes, size), scope)
+            place.memory.note_read(offsets.reshape(-1), access)
+            data[place.lanes] = place.memory.data[offsets]
+            state = place.memory.state[offsets]
+            check_no_barrier(w, place, state)
+            bad[place.lanes] = state == POISON
+            if scope:
+                synchronise_read(w, place, order == "acquire", scope)
+                w.budget -= POLL_COST
+        values = data.view(dtype)
+        poison = bad.any()
+        for i, write in enumerate(writes):
+            taint: Mask | None = None
+            if poison:
+                mine: Mask = np.logical_or.reduce(bad[:, i * unit : (i + 1) * unit], axis=1)
+                taint = mine if mine.any() else None
+            write(w, np.ascontiguousarray(values[:, i]), taint)
+
+    return lane_by_lane(run) if scope else run
+
+
+def store(d: Decoding) -> Run:
+    kind = d.type()
+    order, scope = d.order("weak")
+    space = d.space()
+    policy = d.cache_hints()
+    count = d.vector("v2", "v4", "v8")
+    if len(d.operands) != 2 + policy or order in ("acquire", "acq_rel"):
+        raise d.error("not a form of st that the emulator supports")
+    where = d.address(d.operands[0])
+    sources = [d.source(operand, kind) for operand in items(d.operands[1])]
+    if len(sources) != count:
+        raise d.error(f"needs {count} sources (got {len(sources)})")
+    unit = TYPE_BITS[kind] // 8
+    size = unit * count
+
+    def run(w: Warp) -> None:
+        w.grid.events += 1
+        w.poisoned("the address", where.registers)
+        data = value_bytes(w, sources, unit)
+        states = value_states(w, sources, unit)
+        for place in locate(w, space, where.get(w), size):
+            state = VALID if states is None else states[place.lanes]
+            write_bytes(w, place, place.bytes(size), data[place.lanes], state, scope)
+            if scope:
+                synchronise_write(w, place, order == "release", scope, rmw=False)
+            elif w.grid.released:
+                for offset in place.offsets:
+                    w.grid.released.pop((place.memory, int(offset)), None)
+        if states is not None and space in ("", "global"):
+            w.poisoned("a value stored to global memory", registers_of(sources))
+
+    return lane_by_lane(run) if scope else run
+
+
+INSTRUCTIONS: dict[str, Decoder] = {**dict.fromkeys(("ld", "ldu"), load), "st": store}

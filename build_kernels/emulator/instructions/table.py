@@ -1,0 +1,114 @@
+"""The table of supported instructions: opcode prefixes and their decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from types import ModuleType
+
+from build_kernels.emulator.execution.program import Program
+from build_kernels.emulator.execution.warp import DecodedInstruction, Run
+from build_kernels.emulator.instructions import (
+    arithmetic,
+    atom_red,
+    barrier,
+    bits,
+    collectives,
+    control_flow,
+    cp_async_bulk,
+    cvt,
+    cvta_mapa,
+    fence,
+    griddepcontrol,
+    ld_st,
+    mbarrier,
+    mov_setp_selp,
+    prefetch,
+    shfl,
+    st_async,
+    tcgen05_alloc,
+    tcgen05_commit_fence,
+    tcgen05_ld_st,
+    tcgen05_mma,
+    wgmma,
+)
+from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
+from build_kernels.emulator.lanes import Array
+from build_kernels.emulator.launch.variables import VariableLayout
+from build_kernels.emulator.ptx.syntax import Instruction, Kernel
+
+FAMILIES = (
+    arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,
+    cp_async_bulk, shfl, collectives, control_flow, griddepcontrol, fence, barrier, mbarrier,
+    tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
+)  # fmt: skip
+
+# The targets that have an instruction, by the start of their names; the others are everywhere.
+_TARGETS = {"tcgen05": "sm_10", "wgmma": "sm_90a"}
+
+
+def merge(families: Iterable[ModuleType]) -> Mapping[str, Decoder]:
+    """Join the families' tables; ValueError if two of them decode one prefix."""
+    merged: dict[str, Decoder] = {}
+    owners: dict[str, str] = {}
+    for family in families:
+        for prefix, decoder in family.INSTRUCTIONS.items():
+            if prefix in owners:
+                raise ValueError(f"both {owners[prefix]} and {family.__name__} decode {prefix}")
+            owners[prefix] = family.__name__
+            merged[prefix] = decoder
+    return merged
+
+
+INSTRUCTIONS = merge(FAMILIES)
+
+
+def supported_instructions(first_word: str = "") -> list[str]:
+    """Return the opcode prefixes that can be decoded, or those with this first word."""
+    return sorted(p for p in INSTRUCTIONS if not first_word or p.split(".")[0] == first_word)
+
+
+def make_program(
+    kernel: Kernel,
+    layout: VariableLayout,
+    arch: str,
+    approximate: Mapping[str, Callable[[Array], Array]],
+) -> Program:
+    """Decode a kernel, with a ret at its end; UnsupportedPtx for an unknown instruction."""
+    end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
+    kernel = replace(kernel, instructions=[*kernel.instructions, end])
+    context = Context(
+        arch=arch,
+        shared=layout.shared,
+        parameters={p.name: p.offset for p in kernel.parameters},
+        addresses=layout.addresses,
+        approximate=approximate,
+    )
+    code = tuple(_step(instruction, context) for instruction in kernel.instructions)
+    return Program(kernel=kernel, layout=layout, code=code)
+
+
+def _step(ins: Instruction, context: Context) -> DecodedInstruction:
+    guard, negated = (ins.guard[0].index, ins.guard[1]) if ins.guard else (-1, False)
+    target = -1 if ins.target is None else ins.target
+    return DecodedInstruction(ins, decode(ins, context), guard, negated, target)
+
+
+def decode(instruction: Instruction, context: Context) -> Run:
+    """Decode with the longest prefix of the opcode; UnsupportedPtx if there is none."""
+    words = instruction.words
+    for length in range(len(words), 0, -1):
+        decoder = INSTRUCTIONS.get(".".join(words[:length]))
+        if decoder is None:
+            continue
+        if not context.arch.startswith(_TARGETS.get(words[0], "")):
+            raise instruction.error(f"{words[0]} does not exist on {context.arch}")
+        decoding = Decoding(instruction, context, length)
+        try:
+            run = decoder(decoding)
+        except IndexError:
+            raise instruction.error("has too few operands or modifiers") from None
+        decoding.done()
+        return run
+    supported = ", ".join(supported_instructions(words[0]) or supported_instructions())
+    raise instruction.error(f"unknown instruction {instruction.opcode}; supported are {supported}")

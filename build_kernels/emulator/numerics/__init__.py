@@ -1,0 +1,1 @@
+"""Compute with PTX's floating-point types and rounding modes on NumPy arrays."""

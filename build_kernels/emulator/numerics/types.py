@@ -1,0 +1,22 @@
+"""The NumPy type of each PTX type, and of registers by width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# 16-bit floats that NumPy lacks, and packed pairs, are held as their bits.
+DTYPE: dict[str, Any] = {
+    "pred": np.bool_,
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
+    "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
+    "f16x2": np.uint32, "bf16x2": np.uint32,
+    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
+}  # fmt: skip
+
+STORAGE: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+FLOATS = ("f32", "f64")
+HALVES = ("f16", "bf16", "f16x2", "bf16x2")

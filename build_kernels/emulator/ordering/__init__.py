@@ -1,0 +1,1 @@
+"""Track happens-before: vector clocks of threads and agents, mbarriers, barriers, signals."""

@@ -1,0 +1,137 @@
+"""The identity of a warp's lanes, and the vector clock of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from build_kernels.emulator.findings import FindingLog, Reporter, Thread
+from build_kernels.emulator.lanes import LANE_INDEX, LANES, indices_of, lanes_of, lowest
+from build_kernels.emulator.memory.access_records import WEAK
+from build_kernels.emulator.ordering.clocks import GENERIC, INIT, Clock, ClockSpace, join
+from build_kernels.emulator.ptx.syntax import Instruction
+
+
+class WarpClocks(Reporter):
+    """Name the lanes of a warp in findings, and order each lane after other actors.
+
+    index: the warp's number in its CTA. actor: the actor of lane 0. first_tick: the CTA's start;
+    the lanes' accesses have later ticks. instruction, bits: the present one and its lanes.
+    """
+
+    def __init__(
+        self,
+        log: FindingLog,
+        space: ClockSpace,
+        cta: tuple[int, int, int],
+        index: int,
+        actor: int,
+        first_tick: int,
+        bits: int,
+        instruction: Instruction,
+    ) -> None:
+        self.log = log
+        self.index = index
+        self.actor = actor
+        self.actors = actor + LANE_INDEX.astype(np.int64)
+        self.bits = bits
+        self.instruction = instruction
+        self.first_tick = first_tick
+        self.tick = first_tick + 1
+        self.clocks: list[Clock] = [space.zero] * LANES
+        # Per lane: the clock and the scope of its last fence.
+        self.fenced: list[Clock | None] = [None] * LANES
+        self.fence_scope = [WEAK] * LANES
+        # Per actor: the last tcgen05 operation that the warp may follow without a fence.
+        self.tensor = np.zeros(space.size, dtype=np.int32)
+        self._cta = cta
+        self._settled = 0
+
+    def thread(self, lane: int | None = None) -> Thread:
+        return Thread(cta=self._cta, warp=self.index, lane=lane)
+
+    def first_lane(self) -> int:
+        return lowest(self.bits)
+
+    def groups_of(self, bits: int) -> list[tuple[Clock, int]]:
+        """Return the distinct clocks of these lanes, with the lanes that share each."""
+        first = self.clocks[lowest(bits)]
+        if all(clock is first for clock in self.clocks):
+            return [(first, bits)]
+        found: dict[int, tuple[Clock, int]] = {}
+        for lane in indices_of(bits):
+            clock = self.clocks[lane]
+            found[id(clock)] = (clock, found.get(id(clock), (clock, 0))[1] | 1 << int(lane))
+        return list(found.values())
+
+    def joined(self, bits: int) -> Clock:
+        """Return the join of these lanes' clocks."""
+        groups = self.groups_of(bits)
+        clock = groups[0][0]
+        for other, _ in groups[1:]:
+            clock = join(clock, other)
+        return clock
+
+    def publish(self, bits: int, release: bool = True) -> Clock:
+        """Return the clock that a release by these lanes hands over, and start a new tick.
+
+        A relaxed operation hands over only what an earlier fence of the lane released, and
+        mbarrier initialisations that a fence.mbarrier_init covered."""
+        joined = self.joined(bits)
+        if release:
+            clock = joined.copy()
+            clock[GENERIC, self.actors[lanes_of(bits)]] = self.tick
+        else:
+            clock = np.zeros_like(joined)
+            clock[INIT] = joined[INIT]
+            for lane in indices_of(bits):
+                fenced = self.fenced[lane]
+                if fenced is not None:
+                    clock = join(clock, fenced)
+        started = self.actors[lanes_of(bits)]
+        clock[INIT, started] = np.maximum(clock[INIT, started], self.first_tick)
+        self.tick += 1
+        self._settled = 0
+        return clock
+
+    def acquire(self, bits: int, incoming: Clock) -> None:
+        """Join a clock into those of these lanes."""
+        for clock, lanes in self.groups_of(bits):
+            self._set(lanes, join(clock, incoming))
+        self._settled = 0
+
+    def order_after(self, bits: int, actor: int, tick: int) -> None:
+        """Order these lanes after an agent's operation."""
+        for clock, lanes in self.groups_of(bits):
+            if clock[GENERIC, actor] < tick:
+                merged = clock.copy()
+                merged[GENERIC, actor] = tick
+                self._set(lanes, merged)
+        self._settled = 0
+
+    def replace_clocks(self, bits: int, change: Callable[[Clock], None]) -> None:
+        """Apply `change` to a copy of each of these lanes' clocks."""
+        for clock, lanes in self.groups_of(bits):
+            fresh = clock.copy()
+            change(fresh)
+            self._set(lanes, fresh)
+        self._settled = 0
+
+    def converge(self, bits: int) -> None:
+        """Order everything that these lanes did before everything that they do next.
+
+        PTX promises that for bar.warp.sync only. Every .sync collective is taken so, because code
+        everywhere relies on it (elect.sync, then one lane signals for the warp)."""
+        if bits & ~self._settled == 0:
+            return
+        self._set(bits, self.publish(bits))
+        self._settled = bits
+
+    def touch(self) -> None:
+        """Note that an access was recorded at the present tick."""
+        self._settled = 0
+
+    def _set(self, bits: int, clock: Clock) -> None:
+        for lane in indices_of(bits):
+            self.clocks[lane] = clock

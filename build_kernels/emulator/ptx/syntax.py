@@ -1,0 +1,151 @@
+"""The objects of parsed PTX: operands, instructions, variables, a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+TYPE_BITS = {
+    "pred": 1,
+    **{f"{k}{n}": n for k in "bsu" for n in (8, 16, 32, 64)},
+    "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32": 32, "f64": 64,
+}  # fmt: skip
+
+
+class UnsupportedPtx(ValueError):
+    """PTX text that cannot be read or decoded; the message names the line."""
+
+
+@dataclass(frozen=True)
+class Register:
+    """A virtual register: its index in the warp's register file and its declared type."""
+
+    index: int
+    type: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Immediate:
+    """A literal; `bits` is the bit pattern of a 0f or 0d literal."""
+
+    value: int | float
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special register such as %tid.x."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """The name of a variable, a parameter or a label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Sink:
+    """`_`: a destination that drops the result."""
+
+
+@dataclass(frozen=True)
+class Negated:
+    """`!%p` as a source operand."""
+
+    register: Register
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`d|p`: two destinations."""
+
+    first: Operand
+    second: Operand
+
+
+@dataclass(frozen=True)
+class Vector:
+    """`{a, b, ...}`."""
+
+    items: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Address:
+    """`[base + offset]`, or `[base, {coordinates}]` for a tensor map."""
+
+    base: Operand
+    offset: int = 0
+    coordinates: tuple[Operand, ...] | None = None
+
+
+Operand = Register | Immediate | Special | Symbol | Sink | Negated | Pair | Vector | Address
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction; `target` is the index that a branch goes to, `guard` (register, negated)."""
+
+    index: int
+    line: int
+    text: str
+    opcode: str
+    operands: tuple[Operand, ...]
+    guard: tuple[Register, bool] | None = None
+    target: int | None = None
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        return tuple(self.opcode.split("."))
+
+    def error(self, why: str) -> UnsupportedPtx:
+        return UnsupportedPtx(f"PTX line {self.line}: {why}: `{self.text}`")
+
+
+@dataclass(frozen=True)
+class EntryParameter:
+    """A parameter of an .entry: `offset`, `size` in bytes; `type` is b8 for an array of bytes."""
+
+    name: str
+    type: str
+    offset: int
+    size: int
+    align: int
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A module or kernel variable; `size` is None for extern shared memory."""
+
+    name: str
+    space: str
+    size: int | None
+    align: int
+    initial: bytes | None
+    line: int
+
+
+@dataclass
+class Kernel:
+    """One .entry of a module.
+
+    target: the module's .target. directives: numbers of the performance directives, by name.
+    instructions: in the order of the text.
+    """
+
+    name: str
+    target: str
+    line: int
+    parameters: list[EntryParameter] = field(default_factory=list)
+    variables: list[Variable] = field(default_factory=list)
+    registers: list[Register] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return max((p.offset + p.size for p in self.parameters), default=0)

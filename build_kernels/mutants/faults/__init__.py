@@ -1,0 +1,33 @@
+"""The faults: changes of the project's own PTX, by class, and the rungs that must reject each.
+
+`MUTANTS` keeps the order of `table.txt`: the decode kernel's faults first, then those of the other
+kernels, then the harmless changes.
+"""
+
+from __future__ import annotations
+
+from . import barriers, harmless, layouts, options, ordering, selection
+
+MUTANTS = (
+    *barriers.DECODE,
+    *ordering.DECODE,
+    *layouts.DECODE,
+    *selection.DECODE,
+    *barriers.PHYSICAL_IDS,
+    *selection.PHYSICAL_IDS,
+    *options.DECODE,
+    *barriers.SM90,
+    *ordering.SM90,
+    *barriers.HASH,
+    *ordering.HASH,
+    *options.HASH,
+    *layouts.HASH,
+    *selection.HASH,
+    ordering.TOPK_BARRIER,
+    selection.TOPK_TIE,
+    selection.TOPK_STORE,
+    ordering.TOPK_GRID,
+    *harmless.DECODE,
+)
+
+__all__ = ["MUTANTS"]

@@ -1,0 +1,55 @@
+"""Changes that do no harm, each with its proof; every rung accepts them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from build_kernels.mutants.mutant import Edit
+
+from .edits import deleted
+from .kernels import TWO_TILES, WRAPS, sm100
+
+DECODE = (
+    *(
+        sm100(name, "harmless", edit, rejected_by=(), case=WRAPS, harmless=proof)
+        for name, edit, proof in (
+            (
+                "no tcgen05.relinquish_alloc_permit",
+                deleted(r"tcgen05\.relinquish_alloc_permit[^;]*;"),
+                "it only takes the CTA's right to allocate again, and the kernel allocates once. "
+                "Others' allocations wait for free columns alone: a CTA takes 32 to 64 of 512, and "
+                "shared memory lets no more than two be on one SM",
+            ),
+            (
+                "no griddepcontrol.launch_dependents",
+                deleted(r"griddepcontrol\.launch_dependents;"),
+                "a CTA that ends has said it: the grid after this one starts later, and it waits "
+                "for this one's end in any case before it touches what this one writes",
+            ),
+            (
+                "no prefetch.tensormap",
+                deleted(r"prefetch\.tensormap[^;]*;"),
+                "a prefetch fills a cache and nothing else",
+            ),
+            (
+                "no .collector::a::discard",
+                deleted(r"\.collector::a::discard"),
+                "it is what tcgen05.mma does where no collector usage is written",
+            ),
+            (
+                "no time limit on mbarrier.try_wait",
+                Edit(pattern=r"(mbarrier\.try_wait[^;]*), 10000000;", replacement=r"\1;"),
+                "the limit says how long one try may sleep, and each try is in a loop that ends "
+                "when the phase has",
+            ),
+        )
+    ),
+    sm100(
+        *("no griddepcontrol.wait in the epilogue", "harmless"),
+        deleted(r"griddepcontrol\.wait;", 1),
+        rejected_by=(),
+        case=replace(TWO_TILES, options=("images", "padding")),
+        harmless="an epilogue warp touches what the grid before may use after its wait for "
+        "facts_full, on which the producer's lanes arrive after a griddepcontrol.wait of their own",
+    ),
+)

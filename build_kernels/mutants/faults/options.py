@@ -1,0 +1,78 @@
+"""Faults of options: one is ignored, an id is cut in half, a token id is not checked."""
+
+from __future__ import annotations
+
+from build_kernels.mutants.mutant import Edit
+
+from .edits import deleted, parameter_as, unchecked_token_id
+from .kernels import WRONG_IDS, WRONG_WEIGHT, given, hash_layer, of_kind, sm100
+
+_FLAG = r"(selp\.b32 \t%r\d+, 0, )"
+
+_IMAGES = Edit(pattern=_FLAG + r"8(, %p\d+;\s+or\.b32)", replacement=r"\g<1>0\2")
+_PADDING = Edit(pattern=_FLAG + r"16(, %p\d+;)", replacement=r"\g<1>0\2")
+_COUNT = Edit(
+    pattern=r"(setp\.lt\.s32[^;]*;\s+selp\.b32 \t%r\d+, (%r\d+), )1(, %p\d+;)",
+    replacement=r"\1\2\3",
+    nth=0,
+)
+_HIGH_OF_IDS = deleted(r"st\.global\.b32 \t\[%rd\d+\+4\], [^;]*;")
+_HIGH_OF_TOKEN = Edit(pattern=r"ld\.global\.b64(.*?);", replacement=r"ld.global.s32\1;")
+_ALWAYS_A_ROW = Edit(
+    pattern=r"setp\.gt\.s32 \t(%p\d+), %r\d+, -1;", replacement=r"mov.pred \t\1, -1;"
+)
+_RANK = Edit(
+    pattern=r"selp\.b32( \t%r\d+), 1, (%r\d+, %p\d+;\s+shfl)", replacement=r"selp.b32\1, 2, \2"
+)
+# A row is padding if either of two flags is set: the masks' \2, or the table's \3.
+_IS_PADDING = r"or\.b32 (\t%r\d+), (%r\d+), (%r\d+);(\s+setp\.ne\.b32 \t%p\d+, %r\d+, 0;)"
+_NO_TABLE = Edit(pattern=_IS_PADDING, replacement=r"mov.b32 \1, \2;\4")
+_NO_MASKS = Edit(pattern=_IS_PADDING, replacement=r"mov.b32 \1, \3;\4")
+
+
+_OUT = "a token id out of the table is looked up"
+_HAS_ROW = "a token id out of the table has a row"
+_OUT_OF_BOUNDS = "out-of-bounds"
+_ONE = "0f3F800000"
+
+DECODE = (
+    *of_kind(
+        *(sm100, "option ignored"),
+        ("image_mask ignored", _IMAGES, given("images"), WRONG_IDS),
+        ("padding ignored", _PADDING, given("padding"), WRONG_IDS),
+        ("num_valid_tokens ignored", _COUNT, given("count"), WRONG_IDS),
+        ("gate_temp ignored", parameter_as(19, _ONE), given("temperature"), WRONG_WEIGHT),
+        ("norm_topk_prob ignored", parameter_as(20, "1"), given("unnormed"), WRONG_WEIGHT),
+        ("num_shared_slots ignored", parameter_as(24, "0"), given("shared"), WRONG_IDS),
+    ),
+    *of_kind(
+        *(sm100, "half of an id"),
+        ("high words of 64-bit ids left out", _HIGH_OF_IDS, given("int64")),
+        ("a token id's high word left out", _HIGH_OF_TOKEN, given("table", "unknown", "int64")),
+        complaint=WRONG_IDS,
+    ),
+    *of_kind(
+        *(sm100, "unchecked token id"),
+        (_OUT, unchecked_token_id(), _OUT_OF_BOUNDS),
+        (_HAS_ROW, _ALWAYS_A_ROW, WRONG_IDS),
+        case=given("table", "unknown"),
+    ),
+    *of_kind(
+        *(sm100, "wrong rank"),
+        ("a hash layer's second slot ranks as its third", _RANK, given("table"), WRONG_IDS),
+    ),
+)
+
+HASH = (
+    *of_kind(
+        *(hash_layer, "unchecked token id"),
+        (f"hash: {_OUT}", unchecked_token_id(), _OUT_OF_BOUNDS),
+        (f"hash: {_HAS_ROW}", _NO_TABLE, WRONG_IDS),
+        case=given("unknown"),
+    ),
+    *of_kind(
+        *(hash_layer, "option ignored"),
+        ("hash: padding ignored", _NO_MASKS, given("padding"), WRONG_IDS),
+        ("hash: gate_temp ignored", parameter_as(16, _ONE), given("temperature"), WRONG_WEIGHT),
+    ),
+)

@@ -1,0 +1,110 @@
+"""Faults of selection: ties, weights, the merge of expert tiles, physical ids."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from build_kernels.mutants.mutant import Edit
+
+from .edits import deleted
+from .kernels import (
+    TIES,
+    TOPK,
+    TWO_TILES,
+    WRONG_IDS,
+    WRONG_WEIGHT,
+    given,
+    hash_layer,
+    of_kind,
+    sm100,
+    topk,
+)
+
+_TIES = Edit(
+    pattern=r"setp\.gt\.u32( \t%p\d+, %r\d+, %r\d+;\s+setp\.eq\.b32)",
+    replacement=r"setp.ge.u32\1",
+    nth=0,
+)
+
+_BIASED_SCORE = (
+    r"add\.f32 \t(?P<biased>%r\d+), %r\d+, (?P<score>%r\d+);(?:[^;]*;){2,24}?"
+    r"\s*selp\.f32 \t(?P<kept>%r\d+), (?P=score), 0f00000000"
+)
+
+
+def _keep_the_biased(match: re.Match) -> str:
+    """Keep the biased sum in place of the score, from which the weight is made."""
+    kept = f"selp.f32 \t{match['kept']}, "
+    return match[0].replace(kept + match["score"], kept + match["biased"])
+
+
+_NO_TICKET = Edit(
+    pattern=r"atom\.relaxed\.gpu\.global\.inc\.u32 (%r\d+), (\[%rd\d+\]), %r\d+;",
+    replacement=r"ld.relaxed.gpu.global.u32 \1, \2;",
+)
+_ZEROS = r"st\.relaxed\.gpu\.global\.v2\.b64 \[%rd\d+\], \{0, 0\};"
+# Two lanes of one store write the two candidates: another warp may see one without the other.
+_ONE_WORD = Edit(
+    pattern=r"(ld\.relaxed\.gpu\.global\.v2\.b64 \{%rd\d+, (%rd\d+)\}[^;]*;(?:[^;]*;){1,2}?\s*)"
+    r"setp\.eq\.b64 \t(%p\d+), \2, 0;",
+    replacement=r"\1mov.pred \t\3, 0;",
+)
+
+_NAME = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
+_ROW = r"shl\.b32( \t%r\d+, )%r\d+, 9(;(?:\s+(?:add|shl)[^;]*;){3}\s+ld\.shared)"
+_FIRST_WARP = Edit(pattern=_ROW, replacement=r"mov.b32\g<1>0\2", nth=0)
+_NEXT = Edit(pattern=_NAME, replacement=r"\g<1>81924];", nth=0)
+_REPLICA = Edit(
+    pattern=r"selp\.b32( \t%r\d+), %r\d+, 0, (%p\d+;\s+add\.s32 \t%r\d+, %r\d+, -1;)",
+    replacement=r"selp.b32\1, 0, 0, \2",
+)
+# Lanes that do not hold the largest key offer -1: the least of all, as a signed number.
+_HIGHEST = Edit(pattern=r"redux\.sync\.min\.u32", replacement="redux.sync.max.s32")
+_KEEP_BIAS = Edit(pattern=_BIASED_SCORE, replacement=_keep_the_biased)
+
+DECODE = (
+    *of_kind(
+        *(sm100, "tie rule reversed"),
+        ("equal keys go to the higher register", _TIES, TIES, WRONG_IDS),
+    ),
+    sm100("the weight keeps the bias", "bias in the weight", _KEEP_BIAS, complaint=WRONG_WEIGHT),
+    sm100("no ticket is drawn", "election", _NO_TICKET, case=TWO_TILES),
+    *of_kind(
+        *(sm100, "scratch not zeroed"),
+        ("the merger leaves its entries behind", deleted(_ZEROS), TWO_TILES),
+    ),
+    sm100(
+        *("the merger waits for one word of each pair", "half of a pair", _ONE_WORD),
+        case=replace(TWO_TILES, num_tokens=8),
+        # About one random schedule in ten stops a store between two lanes at the right moment.
+        schedules=tuple(("random", seed) for seed in range(40)),
+    ),
+)
+
+PHYSICAL_IDS = of_kind(
+    *(sm100, "wrong name"),
+    ("every warp takes the first warp's names", _FIRST_WARP),
+    ("the next expert's name", _NEXT),
+    case=given("physical"),
+    complaint=WRONG_IDS,
+)
+
+HASH = of_kind(
+    *(hash_layer, "wrong name"),
+    ("hash: every token's replica is the first token's", _REPLICA, given("physical"), WRONG_IDS),
+)
+
+TOPK_TIE = topk(
+    *("top-k: equal keys go to the higher expert", "tie rule reversed", _HIGHEST),
+    case=replace(TOPK, kind="ties"),
+    complaint=WRONG_IDS,
+)
+TOPK_STORE = topk(
+    *("top-k: one column too many is stored", "store beside the outputs"),
+    Edit(
+        pattern=r"(add\.s32 \t(%r\d+), %r\d+, %r\d+;\s+)setp\.ge\.s32( \t%p\d+, %r\d+, \2;)",
+        replacement=r"\1setp.gt.s32\3",
+    ),
+    complaint="beside the outputs",
+)

@@ -6,10 +6,34 @@ outputs returned instead of written, and `Router`'s options as keywords.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
+
+from .layer import OPTIONS_OFF, LayerOptions
 
 FP32_MAX = torch.finfo(torch.float32).max
 EPSILON = 1e-20
+
+
+class ReferenceOptions(LayerOptions, total=False):
+    """Options of `Router` and of its calls, and the dtype of the ids. Each one left out is off."""
+
+    image_mask: torch.Tensor | None
+    padding_mask: torch.Tensor | None
+    num_tokens: torch.Tensor | None
+    input_ids: torch.Tensor | None
+    ids_dtype: torch.dtype
+
+
+_OFF = ReferenceOptions(
+    **OPTIONS_OFF,
+    image_mask=None,
+    padding_mask=None,
+    num_tokens=None,
+    input_ids=None,
+    ids_dtype=torch.int32,
+)
 
 
 def router_reference(
@@ -19,43 +43,16 @@ def router_reference(
     routed_scaling_factor: float,
     top_k: int,
     *,
-    bias_vl: torch.Tensor | None = None,
-    image_mask: torch.Tensor | None = None,
-    gate_temp: float = 1.0,
-    padding_mask: torch.Tensor | None = None,
-    num_tokens: torch.Tensor | None = None,
-    tid2eid: torch.Tensor | None = None,
-    input_ids: torch.Tensor | None = None,
-    to_physical: torch.Tensor | None = None,
-    logical_count: torch.Tensor | None = None,
-    num_shared_slots: int = 0,
-    norm_topk_prob: bool = True,
-    ids_dtype: torch.dtype = torch.int32,
     dtype: torch.dtype = torch.float64,
+    **options: Unpack[ReferenceOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights in `dtype` and ids in `ids_dtype`, both [N, top_k + num_shared_slots].
+    """Return weights in `dtype` and ids in `ids_dtype`, both [N, top_k + num_shared_slots].
 
     hidden_states [N, K] and W_gate [K, E] in any float dtype and of any strides. See
     `select_reference` for the rest.
     """
-    return select_reference(
-        hidden_states.to(dtype) @ W_gate.to(dtype),
-        e_bias,
-        routed_scaling_factor,
-        top_k,
-        bias_vl=bias_vl,
-        image_mask=image_mask,
-        gate_temp=gate_temp,
-        padding_mask=padding_mask,
-        num_tokens=num_tokens,
-        tid2eid=tid2eid,
-        input_ids=input_ids,
-        to_physical=to_physical,
-        logical_count=logical_count,
-        num_shared_slots=num_shared_slots,
-        norm_topk_prob=norm_topk_prob,
-        ids_dtype=ids_dtype,
-    )
+    logits = hidden_states.to(dtype) @ W_gate.to(dtype)
+    return select_reference(logits, e_bias, routed_scaling_factor, top_k, **options)
 
 
 def select_reference(
@@ -63,21 +60,9 @@ def select_reference(
     e_bias: torch.Tensor | None,
     routed_scaling_factor: float,
     top_k: int,
-    *,
-    bias_vl: torch.Tensor | None = None,
-    image_mask: torch.Tensor | None = None,
-    gate_temp: float = 1.0,
-    padding_mask: torch.Tensor | None = None,
-    num_tokens: torch.Tensor | None = None,
-    tid2eid: torch.Tensor | None = None,
-    input_ids: torch.Tensor | None = None,
-    to_physical: torch.Tensor | None = None,
-    logical_count: torch.Tensor | None = None,
-    num_shared_slots: int = 0,
-    norm_topk_prob: bool = True,
-    ids_dtype: torch.dtype = torch.int32,
+    **options: Unpack[ReferenceOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights in the logits' dtype and ids in `ids_dtype` from logits [N, E].
+    """Return weights in the logits' dtype and ids in `ids_dtype` from logits [N, E].
 
     Both are [N, top_k + num_shared_slots]. Guarantees: ids descend by (score + bias) and equal keys
     go to the lower index. NaN keys rank below every number, the lower index first among them, and a
@@ -95,29 +80,21 @@ def select_reference(
     num_shared_slots: columns top_k + j hold id E + j and weight 1.
     norm_topk_prob: False leaves out the division by the sum.
     """
+    unknown = sorted(options.keys() - _OFF.keys())
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments {unknown} (options: {', '.join(_OFF)})")
+    given = _OFF | options
     num_rows, num_experts = logits.shape
-    logits = tempered(logits, gate_temp)
-    padded = padded_rows(num_rows, logits.device, padding_mask, num_tokens)
-    if tid2eid is not None and input_ids is not None:
-        vocab_size = tid2eid.shape[0]
-        outside = (input_ids < 0) | (input_ids >= vocab_size)
-        padded = padded | outside
-        ids = tid2eid[input_ids.masked_fill(outside, 0).long()].long()
-    elif e_bias is not None:
-        bias = selection_bias(e_bias, bias_vl, image_mask)
-        ids = ranking(selection_keys(logits, bias))[:, :top_k]
-    else:
-        raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
+    logits = tempered(logits, given["gate_temp"])
+    ids, padded = _chosen(logits, e_bias, top_k, given)
 
     weights = router_scores(logits).gather(1, ids)
-    if norm_topk_prob:
+    if given["norm_topk_prob"]:
         weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
     weights = weights * routed_scaling_factor
 
-    if to_physical is not None and logical_count is not None:
-        count = logical_count.long().clamp(1, to_physical.shape[1])[ids]
-        rows = torch.arange(num_rows, device=logits.device)[:, None]
-        ids = to_physical.long()[ids, rows % count]
+    ids = _physical(ids, given["to_physical"], given["logical_count"])
+    num_shared_slots = given["num_shared_slots"]
     shared = num_experts + torch.arange(num_shared_slots, device=logits.device)
     ids = torch.cat([ids, shared.expand(num_rows, -1)], 1)
     weights = torch.cat([weights, weights.new_ones(num_rows, num_shared_slots)], 1)
@@ -125,7 +102,33 @@ def select_reference(
     ids = ids.masked_fill(padded[:, None], -1)
     # Filled, not multiplied: a padded row may hold NaN.
     weights = weights.masked_fill(padded[:, None], 0)
-    return weights, ids.to(ids_dtype)
+    return weights, ids.to(given["ids_dtype"])
+
+
+def _chosen(
+    logits: torch.Tensor, e_bias: torch.Tensor | None, top_k: int, given: ReferenceOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logical ids [N, top_k] and the padded rows [N], from the table or by rank."""
+    padded = padded_rows(len(logits), logits.device, given["padding_mask"], given["num_tokens"])
+    tid2eid, input_ids = given["tid2eid"], given["input_ids"]
+    if tid2eid is not None and input_ids is not None:
+        outside = (input_ids < 0) | (input_ids >= tid2eid.shape[0])
+        return tid2eid[input_ids.masked_fill(outside, 0).long()].long(), padded | outside
+    if e_bias is None:
+        raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
+    bias = selection_bias(e_bias, given["bias_vl"], given["image_mask"])
+    return ranking(selection_keys(logits, bias))[:, :top_k], padded
+
+
+def _physical(
+    ids: torch.Tensor, to_physical: torch.Tensor | None, logical_count: torch.Tensor | None
+) -> torch.Tensor:
+    """Replace logical ids [N, top_k] by physical ones, if there is a map."""
+    if to_physical is None or logical_count is None:
+        return ids
+    count = logical_count.long().clamp(1, to_physical.shape[1])[ids]
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return to_physical.long()[ids, rows % count]
 
 
 def tempered(logits: torch.Tensor, gate_temp: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,13 @@ def functions_in(name: str) -> set[str]:
 
 
 def keywords(function) -> set[str]:
+    """Name the keyword-only parameters, those of an unpacked TypedDict included."""
     parameters = inspect.signature(function).parameters.values()
-    return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    names = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    for each in (each for each in parameters if each.kind is each.VAR_KEYWORD):
+        (unpacked,) = typing.get_args(typing.get_type_hints(function)[each.name])
+        names |= set(unpacked.__annotations__)
+    return names
 
 
 def test_the_table_has_no_holes():

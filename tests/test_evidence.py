@@ -208,7 +208,7 @@ def test_a_rung_is_added_in_one_place(tmp_path, monkeypatch):
         evidence_of(tmp_path, entry_text("fuzzed", figures={"seeds": "7"}))
 
 
-def test_the_rungs_are_listed_from_the_cheapest_question_to_the_hardware():
+def test_the_rungs_have_one_order_in_tables_and_one_by_cost():
     assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "hardware")
     assert all(RUNGS[name].name == name for name in RUNGS)
     by_cost = sorted(RUNGS, key=lambda name: -RUNGS[name].cost)

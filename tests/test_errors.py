@@ -15,8 +15,10 @@ from watchdog import ends_within
 
 import dsv4_router_runtime
 from build_kernels.evidence.artifact import ArtifactReadError
+from build_kernels.evidence.document import EvidenceError
+from build_kernels.evidence.result import Result
 from build_kernels.evidence.rungs.hardware import Record
-from build_kernels.evidence.store import Evidence, EvidenceError, Result
+from build_kernels.evidence.store import Evidence
 from dsv4_router_runtime import errors
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, Problem, plan_layer, resolve
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,14 @@ from conftest import topk_kernel
 from watchdog import ends_within
 
 from build_kernels.evidence import RUNGS, standing, validated_on
-from build_kernels.evidence.command import cell
+from build_kernels.evidence.document import EvidenceError
+from build_kernels.evidence.result import Result
+from build_kernels.evidence.rungs import lint
 from build_kernels.evidence.rungs.hardware import append_record, read_records, result_of
-from build_kernels.evidence.store import (
-    Evidence,
-    EvidenceError,
-    Result,
-    read_evidence,
-    write_evidence,
-)
-from dsv4_router_runtime.artifacts.json_reader import MAX_DEPTH
+from build_kernels.evidence.rungs.rung import Checker
+from build_kernels.evidence.store import Evidence, read_evidence, write_evidence
+from build_kernels.evidence.table import cell
+from dsv4_router_runtime.artifacts.json_reader import MAX_DEPTH, JsonNode
 
 KERNEL = topk_kernel()
 RUN = {"gpu": "NVIDIA H200", "cases": 3, "failed": []}
@@ -211,6 +210,32 @@ def test_what_no_reader_would_take_is_not_written(tmp_path):
         with pytest.raises(EvidenceError):
             write_evidence(path, bad)
     assert read_evidence(path) == good
+
+
+def test_a_rung_is_added_in_one_place(tmp_path, monkeypatch):
+    """The store, the table and `list` take a rung from the registry alone."""
+    fuzzed = replace(
+        lint.RUNG,
+        name="fuzzed",
+        checker=Checker(number=3),
+        describe=lambda figures: [f"{figures['seeds']} seeds"],
+        figures={"seeds": JsonNode.integer},
+    )
+    monkeypatch.setitem(RUNGS, "fuzzed", fuzzed)
+    evidence = evidence_of(tmp_path, entry_text("fuzzed", figures={"seeds": 7}, checker="fuzzed 3"))
+    assert standing(evidence, KERNEL)["fuzzed"] == "passed"
+    assert cell("fuzzed", evidence.of(KERNEL)["fuzzed"]) == "passed, 7 seeds"
+    stale = evidence_of(tmp_path, entry_text("fuzzed", figures={"seeds": 7}, checker="fuzzed 2"))
+    assert standing(stale, KERNEL)["fuzzed"] == "not run"
+    with pytest.raises(EvidenceError, match=r"figures\.seeds: expected an int"):
+        evidence_of(tmp_path, entry_text("fuzzed", figures={"seeds": "7"}))
+
+
+def test_the_rungs_have_one_order_in_tables_and_one_by_cost():
+    assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "hardware")
+    assert all(RUNGS[name].name == name for name in RUNGS)
+    by_cost = sorted(RUNGS, key=lambda name: -RUNGS[name].cost)
+    assert by_cost == ["protocol", "emulated", "lint", "structure", "hardware"]
 
 
 @pytest.mark.parametrize("rung", RUNGS)

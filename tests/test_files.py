@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from watchdog import ends_within
 
+from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.rungs.hardware import read_records
-from build_kernels.evidence.store import Evidence, EvidenceError, read_evidence, update_evidence
+from build_kernels.evidence.store import Evidence, read_evidence, update_evidence
+from build_kernels.files import replace_file
 from dsv4_router_runtime.artifacts import files
 from dsv4_router_runtime.artifacts.files import read_file
 from dsv4_router_runtime.artifacts.folder import open_artifacts
@@ -191,3 +193,28 @@ def test_threads_may_read_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert read == [path.read_bytes()] * 8
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path):
+    path = tmp_path / "evidence.json"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    replace_file(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o640)
+    assert [item.name for item in tmp_path.iterdir()] == ["evidence.json"]
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "evidence.json"
+    path.write_bytes(b"old")
+
+    def half(partial: Path, data: bytes) -> int:
+        with partial.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [item.name for item in tmp_path.iterdir()] == ["evidence.json"]

@@ -19,9 +19,10 @@ from test_evidence import RECORD, RUN
 from watchdog import ends_within
 
 from build_kernels.evidence import RUNGS, standing, validated_on
-from build_kernels.evidence.command import cell
+from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.rungs.hardware import append_record, read_records, result_of
-from build_kernels.evidence.store import EvidenceError, read_evidence, write_evidence
+from build_kernels.evidence.store import read_evidence, write_evidence
+from build_kernels.evidence.table import cell
 from dsv4_router_runtime.artifacts.dispatch import (
     LayerProblem,
     Problem,

@@ -92,7 +92,9 @@ def on_gpu(inputs: Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
     return weights.cpu().numpy(), ids.cpu().numpy()
 
 
-def assert_same_bits(emulated_run: emulated.Outcome, weights: np.ndarray, ids: np.ndarray) -> None:
+def assert_same_bits(
+    emulated_run: emulated.Emulation, weights: np.ndarray, ids: np.ndarray
+) -> None:
     assert emulated_run.problems == ()
     np.testing.assert_array_equal(emulated_run.ids, ids)
     np.testing.assert_array_equal(emulated_run.weights.view(np.uint32), weights.view(np.uint32))

@@ -130,7 +130,7 @@ def test_stored_evidence_stands_where_the_ptx_is_missing(site: Path, tmp_path: P
     other = shutil.copytree(site, tmp_path / "site")
     path = other / "dsv4_router_runtime" / "_artifacts" / "evidence.json"
     document = json.loads(path.read_bytes())
-    code = "from build_kernels.evidence.checkers import present; print(present('emulated'))"
+    code = "from build_kernels.evidence import RUNGS; print(RUNGS['emulated'].present_checker())"
     checker = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     document["evidence"][0]["rungs"]["emulated"] = {
         "status": "passed",

@@ -27,7 +27,7 @@ from build_kernels.evidence.rungs import emulated
 from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
 from build_kernels.mutants.faults import MUTANTS
-from build_kernels.mutants.judge import RUNGS, Verdict, is_right, judge
+from build_kernels.mutants.judge import JUDGES, Verdict, is_right, judge
 from build_kernels.mutants.mutant import Edit, Mutant, MutantError, mutated
 from build_kernels.workers import WorkerDiedError
 
@@ -90,7 +90,7 @@ def test_there_are_enough_mutants_of_enough_classes() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
         assert bool(mutant.rejected_by) != bool(mutant.harmless), mutant.name
-        assert set(mutant.rejected_by) <= set(RUNGS)
+        assert set(mutant.rejected_by) <= set(JUDGES)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

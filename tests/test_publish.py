@@ -539,12 +539,12 @@ class TestWhatHappensDuringABuild:
 _TRY_EVIDENCE = """
 import fcntl, sys
 from pathlib import Path
-from build_kernels.evidence import store as evidence
+from build_kernels.evidence.store import update_evidence
 def fail(*_): sys.exit(3)
 flock = fcntl.flock
 def flock_now(handle, how):
     try: flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError: sys.exit(3)
 fcntl.flock = flock_now
-evidence.update_evidence(Path(sys.argv[1]), lambda old: old)
+update_evidence(Path(sys.argv[1]), lambda old: old)
 """

@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from hardware_record import Tally
 from rich.console import Console
 
+from build_kernels.binaries.ptx import count_opcodes, read_entry, without_target
 from build_kernels.building import compilers
 from build_kernels.building.build import run_build
 from build_kernels.building.plan import make_plan
@@ -31,7 +32,6 @@ from build_kernels.evidence import (
     RUNGS,
     Evidence,
     Result,
-    checkers,
     climb,
     read_evidence,
     standing,
@@ -39,31 +39,22 @@ from build_kernels.evidence import (
     verify,
     verify_command,
 )
-from build_kernels.evidence.artifact import (
-    Artifact,
-    ArtifactReadError,
-    load_artifact,
-    ptx_entry,
-    ptx_opcodes,
-)
+from build_kernels.evidence.artifact import Artifact, ArtifactReadError, load_artifact
 from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
-from build_kernels.evidence.climb import (
-    Outcome,
-    climb_one,
-    is_failure,
-    text_and_launch,
-    without_target,
-)
-from build_kernels.evidence.command import cell, print_evidence
+from build_kernels.evidence.climb import Outcome, climb_one, is_failure
+from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
-from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, structure
-from build_kernels.evidence.store import EvidenceError, not_run, update_evidence, write_evidence
+from build_kernels.evidence.result import not_run
+from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, rung, structure
+from build_kernels.evidence.store import update_evidence, write_evidence
+from build_kernels.evidence.table import cell, print_evidence
+from build_kernels.evidence.tasks import text_and_launch
 from build_kernels.specs import KERNELS
 
 KERNEL = topk_kernel()
 TOPK_KEY = "router_topk.sm_100a"
 # By the present checker of the rung that most of these tests are about.
-JUDGE = checkers.present("protocol")
+JUDGE = protocol.RUNG.present_checker()
 PASSED = Result(
     status="passed",
     figures={"launches": 3},
@@ -156,17 +147,17 @@ def test_a_run_that_says_less_does_not_erase_one_that_says_more(
 def test_evidence_does_not_outlive_its_checker(
     old: Result, judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkers, "_version", lambda distribution: "0.1.1")
+    monkeypatch.setattr(rung, "installed_version", lambda distribution: "0.1.1")
     stale = replace(old, checker=judge)
     evidence = Evidence().with_result(KERNEL, "protocol", stale)
     assert standing(evidence, KERNEL)["protocol"] == "not run"
     assert evidence.of(KERNEL) == {}
     assert evidence.stored(KERNEL)["protocol"] == stale
     for new in (QUICK, not_run("out of time"), PASSED):
-        new = replace(new, checker=checkers.present("protocol"))
+        new = replace(new, checker=protocol.RUNG.present_checker())
         assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == new
     # What GPUs did stays done, whoever reads the records.
-    assert "hardware" not in checkers.CHECKERS
+    assert hardware.RUNG.checker is None
     ran = hardware.result_of(KERNEL, [_record()])
     assert ran is not None
     assert Evidence().with_result(KERNEL, "hardware", ran).of(KERNEL)["hardware"] == ran
@@ -176,11 +167,11 @@ def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A machine that only lists the evidence need not have the tools that made it."""
-    assert set(checkers.CHECKERS) == set(RUNGS) - {"hardware"}
-    monkeypatch.setattr(checkers, "_version", lambda distribution: None)
-    assert checkers.present("protocol") == f"protocol {checkers.CHECKERS['protocol'].number}"
-    assert checkers.is_present("protocol", "protocol 1, sentryward 0.1.1")
-    assert not checkers.is_present("protocol", "protocol 0, sentryward 0.1.1")
+    assert {name for name in RUNGS if RUNGS[name].checker is None} == {"hardware"}
+    monkeypatch.setattr(rung, "installed_version", lambda distribution: None)
+    assert protocol.RUNG.present_checker() == "protocol 1"
+    assert protocol.RUNG.is_present("protocol 1, sentryward 0.1.1")
+    assert not protocol.RUNG.is_present("protocol 0, sentryward 0.1.1")
 
 
 def test_a_result_names_its_checker_and_a_stale_one_says_so(
@@ -189,9 +180,9 @@ def test_a_result_names_its_checker_and_a_stale_one_says_so(
     (kernel,) = {item.artifact for item in verify(artifacts, rungs=["structure"])}
     path = artifacts / "evidence.json"
     (entry,) = read_evidence(path).entries.values()
-    assert entry.rungs["structure"].checker == checkers.present("structure")
-    newer = replace(checkers.CHECKERS["structure"], number=99)
-    monkeypatch.setitem(checkers.CHECKERS, "structure", newer)
+    assert entry.rungs["structure"].checker == structure.RUNG.present_checker()
+    newer = replace(structure.RUNG, checker=rung.Checker(number=99))
+    monkeypatch.setitem(RUNGS, "structure", newer)
     by_rung = {item.rung: item.result for item in verify(artifacts, rungs=["hardware"])}
     assert by_rung["structure"].status == "not run"
     assert f"{entry.rungs['structure'].checker} is not the present checker" in (
@@ -257,12 +248,13 @@ import sys
 from pathlib import Path
 from conftest import topk_kernel
 from dataclasses import replace
-from build_kernels.evidence import Result, store as evidence
+from build_kernels.evidence.result import Result
+from build_kernels.evidence.store import update_evidence
 path, number = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(40):
     kernel = replace(topk_kernel(), cubin_sha256=f"{number * 1000 + step:064d}")
     add = lambda known: known.with_result(kernel, "lint", Result(status="passed"))
-    evidence.update_evidence(path, add)
+    update_evidence(path, add)
 """
 
 
@@ -378,10 +370,10 @@ def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
 $L__BB0_1: tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p2;
     ret;
 }"""
-    counts = ptx_opcodes(ptx)
+    counts = count_opcodes(ptx)
     assert counts["tcgen05.mma.cta_group::1.kind::f16"] == 2
     assert counts["mbarrier.try_wait.parity.shared.b64"] == 1
-    symbol, parameters = ptx_entry(ptx)
+    symbol, parameters = read_entry(ptx)
     assert symbol == "k"
     assert [(p.type, p.size) for p in parameters] == [("b8", 128), ("u64", 8), ("f32", 4)]
 
@@ -447,7 +439,7 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
         f".param .{sizes[p.kind]} p{i}" + ("[128]" if p.kind == "tensor_map" else "")
         for i, p in enumerate(kernel.parameters)
     )
-    case = protocol.Case(num_tokens=6, num_experts=132, top_k=4, k=2048)
+    case = protocol.ProofCase(num_tokens=6, num_experts=132, top_k=4, k=2048)
     given = protocol.kernel_input(kernel, f".visible .entry k({declared})\n{{ ret; }}", case, {})
     by_index = {item["parameter"]: item["value"] for item in given["arguments"]}
     named = {kernel.parameters[index].name: value for index, value in by_index.items()}
@@ -457,7 +449,7 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
     assert given["launch"]["grid_dim"] == [16, 3, 1]
     w_map, x_map = given["tma_descriptors"]
     assert (w_map["global_shape"], w_map["global_strides_bytes"]) == ([132, 2048], [272])
-    assert (x_map["global_shape"], x_map["box_shape"]) == ([64, 6, 32], [64, 32, 4])
+    assert (x_map["global_shape"], x_map["box_shape"]) == ([64, 6, 32], [64, 32, 2])
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:
@@ -656,7 +648,7 @@ def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
 def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(artifacts: Path) -> None:
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     failed = Result(
-        status="failed", scope="full", reason="a race", checker=checkers.present("emulated")
+        status="failed", scope="full", reason="a race", checker=emulated.RUNG.present_checker()
     )
     update_evidence(
         artifacts / "evidence.json", lambda known: known.with_result(kernel, "emulated", failed)
@@ -712,7 +704,7 @@ def test_the_cells_of_the_table() -> None:
     assert cell("emulated", emulation) == "passed, 1 case, 2 runs"
     assert cell("lint", not_run("a CUDA kernel", applies=False)) == "does not apply"
     assert cell("lint", not_run("no compiler")) == "not run"
-    shown = replace(not_run("CUDA", applies=False), checker=checkers.present("lint"))
+    shown = replace(not_run("CUDA", applies=False), checker=lint.RUNG.present_checker())
     evidence = Evidence().with_result(KERNEL, "lint", shown)
     assert standing(evidence, KERNEL)["lint"] == "does not apply"
 
@@ -791,13 +783,18 @@ def test_what_evidence_says_of_a_gpu_is_no_markup(artifacts: Path, width: int) -
         assert any(words in line for line in lines)
 
 
-def test_a_rung_that_breaks_off_is_a_failure_without_paths(artifacts: Path) -> None:
+def test_a_rung_that_breaks_off_is_a_failure_without_paths(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(artifact: Artifact, *, quick: bool) -> Result:
+        raise LookupError("no such figure")
+
+    monkeypatch.setitem(RUNGS, "structure", replace(structure.RUNG, climb=refused))
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     expected = (kernel.cubin_sha256, kernel.ptx_sha256)
-    result = climb_one(artifacts, kernel.key, expected, "no_such_rung", True)
+    result = climb_one(artifacts, kernel.key, expected, "structure", True)
     assert result.status == "failed"
-    assert "ModuleNotFoundError" in result.reason
-    assert "/" not in result.reason
+    assert result.reason == "the rung broke off: LookupError: no such figure"
 
 
 def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import COLD, EMPTY, OURS, OWN, READ, Problem, Report, replace_file
+from build_kernels.files import replace_file
+
+from .report import COLD, EMPTY, OURS, OWN, READ, Problem, Report
 
 # Colours of equal weight that the colour-blind tell apart (Okabe and Ito), ours the strongest.
 OURS_COLOUR = "#D55E00"

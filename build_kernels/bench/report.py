@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from build_kernels.files import replace_file
 
 SCHEMA_VERSION = 1
 
@@ -233,15 +234,6 @@ def write_report(path: Path, report: Report) -> None:
     """As JSON, by rename: the file is either the old one or the whole new one."""
     document = {"schema_version": SCHEMA_VERSION} | asdict(report)
     replace_file(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_report(path: Path) -> Report:

@@ -1,19 +1,17 @@
-"""The ladder of evidence: what shows that an artifact is right, without a GPU of its architecture.
+"""The ladder of evidence: whether an artifact is correct, without a GPU of its architecture.
 
-    structure   the cubin is what the manifest says, and the PTX's instructions survived into it
-    lint        the DSL's own diagnostics, each one explained
-    protocol    SentryWard proves the PTX race-free in every schedule, at fixed sizes
-    emulated    the PTX, run on a CPU under adversarial schedules, gives the reference's answers
-    hardware    a GPU of the architecture ran the cubin, as recorded by the gpu tests
-
-Importing this imports neither torch nor the DSL.
+README.md beside this file describes the rungs and what they do not prove. Importing this package
+imports neither torch nor the DSL.
 """
 
 from __future__ import annotations
 
 from .climb import Outcome, verify
 from .command import verify_command
-from .store import RUNGS, Evidence, EvidenceError, Result, read_evidence, standing, validated_on
+from .document import EvidenceError
+from .result import Result
+from .rungs import RUNGS
+from .store import Evidence, read_evidence, standing, validated_on
 
 __all__ = [
     "RUNGS",

@@ -1,10 +1,8 @@
-"""One built kernel as the rungs see it: its manifest entry, its cubin and its PTX."""
+"""Load one built kernel for the rungs: its manifest entry, its cubin and its PTX."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +13,11 @@ from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.tensor_map import EncodeArguments, encode_arguments
 from dsv4_router_runtime.errors import repair_command
 
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
-_PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(b8|u32|s32|b32|f32|u64|b64|s64|f64)\b[^,\[]*(?:\[(\d+)\])?"
-)
-_TARGET = re.compile(r"^\.target\s+(\w+)", re.M)
-_BLOCK = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
-_INSTRUCTION = re.compile(
-    r"(?:^|[;{}])\s*(?:[\w$]+:(?!:)\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:[.:]+\w+)*)", re.M
-)
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_BITS = re.compile(r"\d+")
-
-
 NO_PTX = (
     "the set carries no PTX, as a wheel's does not; `build-kernels build --artifacts FOLDER` makes "
     "the same bytes with their PTX, for `build-kernels verify --artifacts FOLDER`"
 )
-# The options of a call as the rungs leave them: off, their pointers null.
+# Kernel arguments if every option of the call is off.
 OPTIONS_OFF: Mapping[str, int | float] = {
     **dict.fromkeys(("bias_vl", "image_mask", "padding_mask", "num_valid_tokens"), 0),
     **dict.fromkeys(("tid2eid", "input_ids", "to_physical", "logical_count"), 0),
@@ -42,15 +27,7 @@ OPTIONS_OFF: Mapping[str, int | float] = {
 
 
 class ArtifactReadError(Exception):
-    """An artifact whose files are missing or not the manifest's, or whose PTX cannot be read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PtxParameter:
-    """A kernel parameter as the PTX declares it: `type` such as u32, f32, b8 (an array)."""
-
-    type: str
-    size: int
+    """An artifact whose files are missing or are not those of the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +55,9 @@ class Artifact:
 def load_artifact(folder: Path, key: str) -> Artifact:
     """Read the artifact called `key` (name.arch) in `folder`.
 
-    ArtifactReadError if a file is missing or is not the one that the manifest's hashes are of: what
-    is found out about other bytes would be stored as evidence about these. A set that carries no
-    PTX at all, as a wheel's, gives an artifact without it.
+    ArtifactReadError if a file is missing or its hash is not the manifest's: results for other
+    bytes would be stored as evidence for these. A set without any PTX, such as a wheel's, gives an
+    artifact without PTX.
     """
     kernels = {kernel.key: kernel for kernel in open_artifacts(folder).manifest.kernels}
     if key not in kernels:
@@ -108,22 +85,22 @@ def _sha256(data: bytes) -> str:
 
 
 def carries_ptx(folder: Path) -> bool:
-    """Does the set carry PTX? A build's does, a wheel's does not."""
+    """Return whether the set carries PTX: a build's does, a wheel's does not."""
     return any(folder.glob("*.ptx"))
 
 
 def is_decode(kernel: Kernel) -> bool:
-    """Does the kernel multiply (and so read tensor maps), or only select from logits?"""
+    """Return whether the kernel multiplies (and so reads tensor maps) or only selects."""
     return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
 
 
 def is_hashed(kernel: Kernel) -> bool:
-    """Does the kernel take a token's experts from a table, and read their rows of W_gate only?"""
+    """Return whether a table gives the experts, so that only their rows of W_gate are read."""
     return kernel.role == "hash"
 
 
 def null_pointers(kernel: Kernel) -> tuple[str, ...]:
-    """The options' pointers that are null while every option is off."""
+    """Return the names of the pointers that are null if every option is off."""
     given = ("tid2eid", "input_ids") if is_hashed(kernel) else ()
     return tuple(
         parameter.name
@@ -137,56 +114,8 @@ def null_pointers(kernel: Kernel) -> tuple[str, ...]:
 def encoded_map(
     recipe: TensorMapRecipe, *, num_tokens: int, num_experts: int, k: int, row: int
 ) -> EncodeArguments:
-    """A recipe's map over a tensor at address 0 whose rows lie `row` elements apart."""
+    """Encode a recipe for a tensor at address 0 whose rows lie `row` elements apart."""
     block = recipe.box[0]
     sizes = {"N": num_tokens, "E": num_experts, "K": k, "K_in_block": block, "K_block": k // block}
     strides = dict.fromkeys(recipe.dims, row) | {"K_block": block} | {recipe.dims[0]: 1}
     return encode_arguments(recipe, address=0, sizes=sizes, strides=strides)
-
-
-def ptx_target(ptx: str) -> str:
-    """The architecture that the PTX is written for."""
-    found = _TARGET.findall(ptx)
-    if len(found) != 1:
-        raise ArtifactReadError(f"expected one .target in the PTX (found {found})")
-    return str(found[0])
-
-
-def bounded_block(ptx: str) -> tuple[int, int, int] | None:
-    """The block that the PTX requires (.reqntid) or is bounded to (.maxntid), if it says so."""
-    found = _BLOCK.search(_COMMENT.sub("", ptx))
-    if found is None:
-        return None
-    x, y, z = (int(number or 1) for number in found.groups())
-    return x, y, z
-
-
-def ptx_entry(ptx: str) -> tuple[str, tuple[PtxParameter, ...]]:
-    """The PTX's one kernel: its symbol and its parameters in order."""
-    found = _ENTRY.findall(_COMMENT.sub("", ptx))
-    if len(found) != 1:
-        raise ArtifactReadError(f"expected one .entry in the PTX (found {len(found)})")
-    symbol, text = found[0]
-    parameters = []
-    for declaration in text.split(","):
-        match = _PARAMETER.search(declaration)
-        if match is None:
-            raise ArtifactReadError(f"cannot read the parameter {declaration.strip()!r}")
-        _, kind, count = match.groups()
-        bits = _BITS.search(kind)
-        size = int(bits.group()) // 8 if bits else 0
-        parameters.append(PtxParameter(type=kind, size=size * int(count or 1)))
-    return str(symbol), tuple(parameters)
-
-
-def ptx_opcodes(ptx: str) -> Counter[str]:
-    """How often each instruction occurs, modifiers and all: `tcgen05.commit.cta_group::1`."""
-    _, _, body = _COMMENT.sub("", ptx).partition(".entry")
-    return Counter(_INSTRUCTION.findall(body))
-
-
-def count_starting(opcodes: Counter[str], prefix: str) -> int:
-    """Occurrences of an opcode with any further modifiers: "st.async" counts "st.async.shared"."""
-    return sum(
-        count for name, count in opcodes.items() if name == prefix or name.startswith(prefix + ".")
-    )

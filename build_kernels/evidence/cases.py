@@ -1,4 +1,4 @@
-"""What a kernel is emulated on: sizes, what the inputs hold, and which options are on."""
+"""List the cases for the emulated rung: sizes, kinds of inputs, and options."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dsv4_router_runtime.artifacts.manifest import Kernel
 
 from .artifact import is_decode, is_hashed
 
-# Rows of the table that a hash layer is given.
+# Rows of a hash layer's table.
 VOCABULARY = 11
 SHARED_SLOTS = 2
 # A case's options:
 # images        bias_vl, and an image_mask
 # temperature   gate_temp
 # padding       a padding_mask, whose rows hold NaN
-# count         num_tokens on the device, two less than the rows, of which the rest hold NaN
-# physical      to_physical and logical_count, of which some are out of range
+# count         num_tokens on the device, two less than the rows; the last two rows hold NaN
+# physical      to_physical and logical_count, some of them out of range
 # shared        SHARED_SLOTS
 # unnormed      norm_topk_prob is off
-# int64         int64 ids, and token ids where there are any
-# table         tid2eid and input_ids, for a kernel that does without
-# unknown       some of input_ids outside the table, by 2^32 where they are int64
+# int64         int64 ids, and int64 token ids if there are any
+# table         tid2eid and input_ids, for a kernel that does not need them
+# unknown       some of input_ids outside the table, by 2^32 if they are int64
 GATE_OPTIONS = (
     *("images", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
 )
@@ -32,7 +32,7 @@ TABLE_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. `options`: those of the list above that are on. `kind`: what is in the inputs.
+    """One call: its sizes, the options of the list above that are on, and the kind of inputs.
 
     integers   small integers, biases in quarters
     ties       logits all equal: ids must be 0 .. top_k - 1
@@ -58,12 +58,12 @@ class Case:
 
     @property
     def columns(self) -> int:
-        """Columns of the outputs."""
+        """The number of columns of the outputs."""
         return self.top_k + (SHARED_SLOTS if "shared" in self.options else 0)
 
 
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """N from 1 to the tile, ragged E, several K; the last two are a V4-Flash and a V4-Pro layer.
+    """Return N from 1 to the tile, ragged E, several K, a V4-Flash and a V4-Pro layer.
 
     K of 16 blocks gives each CTA of the cluster one; of 33, one of them a third; of one block, 15
     none. With 17 each, the ring of 8 blocks is in its third turn.
@@ -101,7 +101,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 
 def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Below, at and above a cluster's tokens; K in one block a CTA and in many."""
+    """Return N below, at and above a cluster's tokens; K of one block per CTA and of many."""
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     one = kernel.problem.k_multiple
@@ -126,7 +126,7 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 
 def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Below, at and above a block's tokens; each number of register groups of experts."""
+    """Return N below, at and above a block's tokens; each number of register groups."""
     first = (
         Case(num_tokens=7, num_experts=132, top_k=6),
         Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
@@ -151,7 +151,7 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 
 def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """What the kernel is run on."""
+    """Return the kernel's cases."""
     if is_hashed(kernel):
         return hash_cases(kernel, quick=quick)
     return (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)

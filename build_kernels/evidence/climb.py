@@ -1,59 +1,37 @@
-"""Climb the ladder for each artifact, in processes, and keep what was found.
-
-Each (artifact, rung) is one task of a process pool: the DSL and the emulator are single-threaded,
-and SentryWard is a program of its own. A rung is a module with
-`climb(artifact, *, quick) -> Result`. Two of the rungs read nothing but the PTX and the launch:
-where a kernel's PTX for two architectures differs in its `.target` only, and it is launched alike,
-one climb serves both.
-"""
+"""Climb the ladder for each artifact, in processes, and keep the results."""
 
 from __future__ import annotations
 
 import errno
-import importlib
-import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from build_kernels.workers import WorkerDiedError, run_tasks
+from build_kernels.workers import run_tasks
 from dsv4_router_runtime.artifacts.dispatch import runs_on
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.errors import WHEEL_FOLDER
 
-from .artifact import NO_PTX, Artifact, ArtifactReadError, load_artifact
-from .checkers import present
+from .artifact import NO_PTX, ArtifactReadError, load_artifact
+from .document import EvidenceError
+from .result import FAILED, NOT_RUN, PASSED, Result, not_run
+from .rungs import RUNGS, hardware
 from .rungs.hardware import Record, result_of
-from .store import (
-    FAILED,
-    NOT_RUN,
-    PASSED,
-    RUNGS,
-    Evidence,
-    EvidenceError,
-    Result,
-    not_run,
-    read_evidence,
-    update_evidence,
-)
+from .rungs.rung import Reads
+from .store import Evidence, read_evidence, update_evidence
+from .tasks import make_tasks, results_by_kernel
 
-# Longest first, so that the pool does not end on one long task.
-_START_ORDER = ("protocol", "emulated", "lint", "structure", "hardware")
-# Rungs whose answer is settled by the PTX's text and the launch.
-_TEXT_RUNGS = ("emulated", "protocol")
 # Where an installed wheel has its artifacts.
 INSTALLED = ("dsv4_router_runtime", WHEEL_FOLDER)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-# Rung, kernel name, and what the kernels that one climb serves have in common.
-_Task = tuple[str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A rung's result for an artifact. `climbed`: found by this run, not read from the evidence."""
+    """A rung's result for an artifact; `climbed` if it is of this run, not of stored evidence."""
 
     artifact: str
     rung: str
@@ -75,11 +53,11 @@ def verify(
 ) -> list[Outcome]:
     """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
 
-    records: GPU test records to merge first; EvidenceError if one is of other bytes than the
-    artifacts'. Before anything is climbed, ArtifactReadError for a file that is missing or is not
-    the manifest's. Returns one outcome for every rung of every chosen artifact, in the manifest's
-    order: rungs that were not asked for are read from the stored evidence. `on_done` is called with
-    each climbed outcome as it comes, `on_unkept` with the reason if no evidence can be stored.
+    records: GPU test records to merge first; EvidenceError if one is of other bytes. Raises
+    ArtifactReadError before any climb if a file is missing or is not the manifest's. Returns one
+    outcome per rung and chosen artifact in the manifest's order; for rungs not requested, from the
+    stored evidence. `on_done` gets each climbed outcome when its climb ends, `on_unkept` the reason
+    if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
     chosen = _choose(artifacts_dir, listed, archs, kernels)
@@ -90,7 +68,7 @@ def verify(
         if records:
             raise EvidenceError(f"the records cannot be merged: {kept.problem}")
         on_unkept(kept.problem)
-    tasks = _tasks(loaded, rungs, kept.evidence)
+    tasks = make_tasks(loaded, rungs, kept.evidence)
     calls = {
         task: (artifacts_dir, first.key, _bytes_of(first), task[0], quick)
         for task, (first, *_) in tasks.items()
@@ -98,11 +76,11 @@ def verify(
     found: dict[tuple[str, str], Result] = {}
     with run_tasks(climb_one, calls, jobs=jobs) as climbed:
         for task, result in climbed:
-            for kernel, shown in _shared(tasks[task], result):
+            for kernel, shown in results_by_kernel(tasks[task], result):
                 rung = task[0]
                 found[kernel.key, rung] = shown
                 add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
-                # After each, so that an interrupted run keeps what it found.
+                # After each result, so that an interrupted run keeps it.
                 kept.change(add)
                 on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     return [
@@ -120,7 +98,7 @@ def verify(
 def _choose(
     folder: Path, listed: Sequence[Kernel], archs: Sequence[str], names: Sequence[str]
 ) -> list[Kernel]:
-    """Give the listed kernels that were asked for; ArtifactReadError if there are none."""
+    """Return the listed kernels that were requested; ArtifactReadError if there are none."""
     chosen = [
         kernel
         for kernel in listed
@@ -137,18 +115,18 @@ def _choose(
 def _with_records(
     evidence: Evidence, listed: Sequence[Kernel], records: Sequence[Record]
 ) -> Evidence:
-    """Merge GPU test records, and drop the evidence of bytes that are no longer listed."""
+    """Merge GPU test records and drop the evidence of bytes that are no longer listed."""
     evidence = evidence.only(listed)
     for kernel in listed:
-        result = result_of(kernel, records, evidence.of(kernel).get("hardware"))
+        result = result_of(kernel, records, evidence.of(kernel).get(hardware.RUNG.name))
         if result is not None:
-            evidence = evidence.with_result(kernel, "hardware", result)
+            evidence = evidence.with_result(kernel, hardware.RUNG.name, result)
     return evidence
 
 
 @dataclass
 class _Evidence:
-    """The evidence of one run, on disk as well unless `problem` says why it cannot be."""
+    """The evidence of one run, also on disk unless `problem` says why that is impossible."""
 
     path: Path
     evidence: Evidence
@@ -162,7 +140,7 @@ class _Evidence:
 
 
 def _open_evidence(folder: Path, change: Callable[[Evidence], Evidence]) -> _Evidence:
-    """Read a folder's evidence and make the first change, on disk if that may be written to."""
+    """Read a folder's evidence and make the first change, on disk if that is writable."""
     path = folder / EVIDENCE_NAME
     if folder.resolve().parts[-2:] == INSTALLED:
         problem = "the set is part of an installed package, whose files stay as they were installed"
@@ -176,63 +154,25 @@ def _open_evidence(folder: Path, change: Callable[[Evidence], Evidence]) -> _Evi
     return _Evidence(path=path, evidence=change(read_evidence(path)), problem=problem)
 
 
-def _tasks(
-    loaded: Sequence[Artifact], named: Sequence[str], evidence: Evidence
-) -> dict[_Task, list[Kernel]]:
-    """Group the kernels that one climb of a rung serves, the longest rungs first.
-
-    named: the rungs that were asked for by name, all if empty. What cannot be climbed here and has
-    evidence is left out, for the evidence to stand: a GPU's tests, and a rung that reads the PTX of
-    a set without it, unless it was asked for by name.
-    """
-    tasks: dict[_Task, list[Kernel]] = {}
-    for rung in _START_ORDER:
-        for artifact in loaded if not named or rung in named else ():
-            kernel = artifact.kernel
-            reads_ptx = rung in _TEXT_RUNGS
-            beyond = rung == "hardware" or (reads_ptx and not artifact.has_ptx and not named)
-            if not (beyond and rung in evidence.of(kernel)):
-                shares = reads_ptx and artifact.has_ptx
-                same = text_and_launch(artifact) if shares else kernel.key
-                tasks.setdefault((rung, kernel.name, same), []).append(kernel)
-    return tasks
-
-
-def _shared(
-    kernels: Sequence[Kernel], found: Result | WorkerDiedError
-) -> Iterator[tuple[Kernel, Result]]:
-    """Give each kernel of a group the result that was found on the first of them."""
-    first, *twins = kernels
-    result = not_run(str(found)) if isinstance(found, WorkerDiedError) else found
-    yield first, result
-    note = f"climbed on the PTX for {first.arch}, which differs in its .target line alone"
-    for twin in twins:
-        yield twin, replace(result, assumptions=(*result.assumptions, note))
-
-
 def _standing(evidence: Evidence, kernel: Kernel, rung: str, found: Result | None) -> Result:
-    """What was found now, or is stored; a stored failure that a quick pass did not clear stands."""
+    """Return the new result or the stored one; a failure that a quick pass did not clear stands."""
     stored = evidence.of(kernel).get(rung)
-    if found is None or (stored is not None and stored.status == FAILED):
-        return _stored(evidence, kernel, rung)
-    return found
-
-
-def _stored(evidence: Evidence, kernel: Kernel, rung: str) -> Result:
-    """What is on file and counts; "not run" with the reason where nothing does."""
-    if (result := evidence.of(kernel).get(rung)) is not None:
-        return result
+    if stored is not None and (found is None or stored.status == FAILED):
+        return stored
+    if found is not None:
+        return found
     if (stale := evidence.stored(kernel).get(rung)) is not None:
         judge = stale.checker or "a checker without a name"
-        return not_run(f"not asked for, and {judge} is not the present checker ({present(rung)})")
+        present = RUNGS[rung].present_checker()
+        return not_run(f"not asked for, and {judge} is not the present checker ({present})")
     return not_run("not asked for, and no evidence is stored for these bytes")
 
 
 def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
-    """Does this outcome make the command fail? `asked`: the rungs named on the command line.
+    """Return whether this outcome makes the command fail; `asked`: the rungs named in the command.
 
-    A failure on record counts as long as the bytes are the same. "Not run" counts where the rung
-    was asked for by name and can be climbed by such an artifact.
+    A stored failure counts as long as the bytes are the same. "Not run" counts if the rung was
+    named and applies to the artifact.
     """
     result = outcome.result
     if result.status == NOT_RUN:
@@ -241,6 +181,7 @@ def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
 
 
 def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> None:
+    """Raise EvidenceError for a record of other bytes, or of a GPU that cannot load them."""
     known = {_bytes_of(kernel): kernel.arch for kernel in listed}
     for record in records:
         built_for = known.get((record.cubin_sha256, record.ptx_sha256))
@@ -257,38 +198,25 @@ def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> No
             )
 
 
-def text_and_launch(artifact: Artifact) -> str:
-    """All that the text rungs read of an artifact."""
-    kernel = artifact.kernel
-    return repr((without_target(artifact.ptx), kernel.launch, kernel.parameters, kernel.problem))
-
-
-def without_target(ptx: str) -> str:
-    """PTX with the architecture of its .target line left out."""
-    return re.sub(r"^(\.target\s+)\w+", r"\1", ptx, count=1, flags=re.M)
-
-
 def _bytes_of(kernel: Kernel) -> tuple[str, str]:
     return kernel.cubin_sha256, kernel.ptx_sha256
 
 
 def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quick: bool) -> Result:
-    """One rung for one artifact, in this process; nothing if its hashes are no longer `expected`.
+    """Climb one rung for one artifact in this process, unless its hashes are no longer `expected`.
 
-    A rung that raises has shown nothing: a failure, with the traceback on stderr and not in the
-    evidence, which holds no paths of the machine it was made on.
+    A rung that raises has failed. The traceback goes to stderr and not into the evidence, which
+    holds no paths of this machine.
     """
+    climbed = RUNGS[rung]
     try:
-        module = importlib.import_module(f"{__package__}.rungs.{rung}")
         artifact = load_artifact(folder, key)
         if _bytes_of(artifact.kernel) != expected:
             return not_run("the artifact was built anew while it was being verified")
-        if rung in _TEXT_RUNGS and not artifact.has_ptx:
+        if climbed.reads is Reads.TEXT_AND_LAUNCH and not artifact.has_ptx:
             return not_run(NO_PTX)
-        result = module.climb(artifact, quick=quick)
+        result = climbed.climb(artifact, quick=quick)
     except Exception as error:
         traceback.print_exc()
         return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")
-    if not isinstance(result, Result):
-        raise TypeError(f"{rung}.climb returned {type(result).__name__}, expected Result")
-    return replace(result, checker=present(rung))
+    return replace(result, checker=climbed.present_checker())

@@ -1,43 +1,31 @@
-"""`build-kernels verify`: climb the ladder and print the table artifact x rung."""
+"""Climb the ladder and print the evidence: the command `build-kernels verify`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from build_kernels.cli.console import fits, results, say, stop_like_interrupt
+from build_kernels.cli.console import results, say, stop_like_interrupt
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts.folder import find_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from .artifact import ArtifactReadError
 from .climb import Outcome, is_failure, verify
+from .document import EvidenceError
+from .result import result_json
+from .rungs import RUNGS
 from .rungs.hardware import read_records
-from .store import (
-    DOES_NOT_APPLY,
-    FAILED,
-    NOT_RUN,
-    PASSED,
-    QUICK,
-    RUNGS,
-    EvidenceError,
-    Result,
-    result_json,
-)
+from .table import explanations, print_evidence
 
 NOT_PROVEN = (
     "Not proven by any rung but hardware: that ptxas translated rightly, what undocumented "
     "hardware does, rounding order, speed."
 )
-_STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
 
 
 @click.command("verify")
@@ -59,7 +47,7 @@ _STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
     "--rung",
     "rungs",
     multiple=True,
-    type=click.Choice(RUNGS),
+    type=click.Choice(tuple(RUNGS)),
     help="Climb only this rung, and fail where it cannot be climbed; repeatable. Default: all.",
 )
 @click.option("--quick", is_flag=True, help="Fewer cases and schedules: minutes, not tens of them.")
@@ -137,72 +125,3 @@ def _say(outcome: Outcome) -> None:
 def _row(outcome: Outcome) -> dict:
     row = {"artifact": outcome.artifact, "rung": outcome.rung, "climbed_now": outcome.climbed}
     return row | result_json(outcome.result)
-
-
-def print_evidence(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Print one row per artifact and one column per rung, or a line per rung if that is too wide.
-
-    Cells are quoted: what evidence and records say of a GPU is no markup.
-    """
-    rows: dict[str, dict[str, str]] = {}
-    for outcome in outcomes:
-        style = _STYLES[outcome.result.status]
-        text = escape(cell(outcome.rung, outcome.result))
-        rows.setdefault(outcome.artifact, {})[outcome.rung] = f"[{style}]{text}[/]"
-    table = Table("artifact", *RUNGS)
-    for artifact, cells in rows.items():
-        table.add_row(artifact, *(cells[rung] for rung in RUNGS))
-    if fits(console, table):
-        console.print(table)
-        return
-    for artifact, cells in rows.items():
-        console.print(artifact)
-        for rung in RUNGS:
-            console.print(f"  {rung:<10} {cells[rung]}")
-
-
-def cell(rung: str, result: Result) -> str:
-    """The status with its figures in a few words: "passed, 24 cases, 120 runs"."""
-    if result.status == NOT_RUN:
-        return NOT_RUN if result.applies else DOES_NOT_APPLY
-    figures, details = result.figures, []
-    if result.status == PASSED and result.scope == QUICK:
-        details.append("quick")
-    if rung == "structure" and "registers" in figures:
-        details.append(f"{figures['registers']} regs")
-        if paired := sum(figures["paired_instructions"].values()):
-            details[-1] += f", {paired} pairs"
-    if rung == "lint" and "diagnostics" in figures:
-        details.append(f"{figures['explained']} of {figures['diagnostics']} explained")
-    if rung == "protocol" and "race_free" in figures:
-        details.append(_counted(len(figures["race_free"]), "launch", "launches"))
-    if rung == "emulated" and "cases" in figures:
-        details.append(_counted(len(figures["cases"]), "case", "cases"))
-        details.append(_counted(figures["runs"], "run", "runs"))
-    if rung == "hardware":
-        runs = figures["records"]
-        details += [f"{run['gpu']}, {_counted(run['cases'], 'case', 'cases')}" for run in runs]
-    return ", ".join((result.status, *details))
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def explanations(outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each reason and each assumption, with the artifacts that share it."""
-    reasons: dict[str, list[str]] = {}
-    assumptions: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        rung, result = outcome.rung, outcome.result
-        if result.reason:
-            text = f"{rung} {result.status}: {result.reason}"
-            reasons.setdefault(text, []).append(outcome.artifact)
-        for assumption in result.assumptions:
-            text = f"{rung} assumes: {assumption}"
-            assumptions.setdefault(text, []).append(outcome.artifact)
-    return [
-        f"{text} [{names[0] if len(names) == 1 else f'{len(names)} artifacts'}]"
-        for sharing in (reasons, assumptions)
-        for text, names in sorted(sharing.items())
-    ]

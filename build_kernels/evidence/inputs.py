@@ -1,4 +1,4 @@
-"""The inputs of a case, small integers so that logits are exact, and the reference's outputs."""
+"""Make the inputs of a case, small integers for exact logits, and the reference's outputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Ids are compared where neighbouring keys differ by more than FP32 can err; see `make_inputs`.
+# The least difference of neighbouring keys that FP32 rounding cannot reverse; see `make_inputs`.
 CLEAR_MARGIN = 1e-4
 SCALE = 2.5
-# More than a warp has lanes: above that a kernel finds the replica in another way.
+# More than the lanes of a warp: above 32 a kernel finds the replica in another way.
 REPLICAS = 36
 # The reference's keyword -> the kernels' parameter, where they differ.
 PARAMETERS = {"num_tokens": "num_valid_tokens"}
@@ -28,11 +28,11 @@ PARAMETERS = {"num_tokens": "num_valid_tokens"}
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A case's arrays, and what the reference makes of them.
+    """A case's arrays and the reference's outputs.
 
-    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; and, by the
-    kernels' parameter names, what the case's options bring. numbers: the options' parameters that
-    are not tensors. weights FP64 and ids, [N, columns].
+    tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; and the
+    options' tensors by the kernels' parameter names. numbers: the options' scalar parameters.
+    weights FP64 and ids, [N, columns].
     """
 
     case: Case
@@ -43,10 +43,10 @@ class Inputs:
 
 
 def make_inputs(kernel: Kernel, case: Case) -> Inputs:
-    """Inputs from a seed of the case's own, drawn again until no key is near its neighbour.
+    """Draw inputs by a seed of the case's own, again until no key is near its neighbour.
 
-    Equal keys are kept: the tie rule decides them. Keys that differ by less than CLEAR_MARGIN could
-    be told apart by rounding, and are not.
+    Equal keys are kept: the tie rule decides them. Rounding could reverse keys that differ by less
+    than CLEAR_MARGIN, so such inputs are drawn again.
     """
     import torch
 
@@ -93,9 +93,9 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
 
 
 def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]:
-    """The reference's keywords for a case's options.
+    """Draw the reference's keywords for a case's options.
 
-    The rows of tid2eid hold distinct experts; an unknown token id is below or beyond the table.
+    A row of tid2eid holds distinct experts. An unknown token id is negative or past the table.
     """
     import torch
 
@@ -146,7 +146,7 @@ def _padded(case: Case, options: Mapping[str, Any]) -> Any:
 
 
 def _numbers(case: Case, options: Mapping[str, Any]) -> dict[str, int | float]:
-    """The kernels' parameters that say how an option's tensors are to be read, and the rest."""
+    """Return the kernels' scalar parameters for the options."""
     wide = int("int64" in case.options)
     return {
         "gate_temp": options.get("gate_temp", 1.0),
@@ -160,7 +160,7 @@ def _numbers(case: Case, options: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
-    """hidden_states, W_gate (None for a kernel that reads logits), FP64 logits and e_bias."""
+    """Draw hidden_states, W_gate (None for a kernel that reads logits), FP64 logits, e_bias."""
     import torch
 
     n, e, k = case.num_tokens, case.num_experts, case.k
@@ -189,7 +189,7 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
     sparse = (torch.rand(n, k, generator=generator) < 16 / k).double()
     hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
     if case.kind == "extreme":
-        # A table may choose an expert whose score, below -174, would be denormal.
+        # A table may choose an expert with a logit below -174, whose score would be denormal.
         hidden *= 5 if is_hashed(kernel) else 16
     if case.kind == "ties":
         weight[:] = weight[:, :1]

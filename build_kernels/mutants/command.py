@@ -1,4 +1,4 @@
-"""`python -m build_kernels.mutants`: the table mutant x rung, and a failure where one survives."""
+"""Print the table mutant x rung and fail if a fault survives: `python -m build_kernels.mutants`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import click
 from build_kernels.cli.console import say, stop_like_interrupt
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import NO_PTX, ArtifactReadError, carries_ptx, load_artifact
+from build_kernels.evidence.rungs import RUNGS
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import RouterError
 
 from . import faults
-from .judge import ACCEPTED, REJECTED, RUNGS, UNDECIDED, Verdict, is_right, judge
+from .judge import ACCEPTED, JUDGES, REJECTED, UNDECIDED, Verdict, is_right, judge
 from .mutant import Mutant, MutantError
 
-# What each rung imports in its processes.
-PACKAGES = {"emulated": ("numpy", "torch"), "protocol": ("sentryward",)}
 Verdicts = dict[tuple[str, str], Verdict]
 
 
@@ -34,7 +33,7 @@ Verdicts = dict[tuple[str, str], Verdict]
     "--rung",
     "rungs",
     multiple=True,
-    type=click.Choice(RUNGS),
+    type=click.Choice(tuple(JUDGES)),
     help="Ask only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
 )
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
@@ -101,7 +100,7 @@ def mutants_command(
 
 
 def choose(only: Sequence[str]) -> list[Mutant]:
-    """Give the mutants whose name contains one of `only`, all if it is empty.
+    """Return the mutants whose name contains one of `only`, all if it is empty.
 
     UsageError if one of `only` is in no name: a typing error must not pass as "0 of 0 rejected".
     """
@@ -117,16 +116,16 @@ def choose(only: Sequence[str]) -> list[Mutant]:
 
 
 def require_packages(rungs: Collection[str]) -> None:
-    """Exit with the extra that is missing for these rungs, before any process is started."""
+    """Exit and name the missing extra for these rungs, before any process starts."""
     for rung in rungs:
-        for package in PACKAGES[rung]:
+        for package in RUNGS[rung].packages:
             if (problem := why_missing(package)) is not None:
                 say(f"error: the {rung} rung: {problem}")
                 sys.exit(1)
 
 
 def own_rungs(mutant: Mutant) -> tuple[str, ...]:
-    """The rungs that must reject it; for a harmless one the one that must accept it."""
+    """Return the rungs that must reject a mutant, or the one that must accept a harmless one."""
     return mutant.rejected_by or ("emulated",)
 
 
@@ -137,8 +136,8 @@ def judge_all(
     jobs: int,
     on_verdict: Callable[[Verdict], None],
 ) -> None:
-    """Call `on_verdict` with each verdict as it comes. Proofs start first: they take longest."""
-    in_order = sorted(asked, key=lambda pair: pair[1] != "protocol")
+    """Call `on_verdict` with each verdict when it is found. The longest rung starts first."""
+    in_order = sorted(asked, key=lambda pair: -RUNGS[pair[1]].cost)
     calls = {(mutant.name, rung): (folder, mutant.name, rung) for mutant, rung in in_order}
     with run_tasks(judge_one, calls, jobs=jobs) as verdicts:
         for (name, rung), verdict in verdicts:
@@ -148,7 +147,7 @@ def judge_all(
 
 
 def judge_one(folder: Path, name: str, rung: str) -> Verdict:
-    """One verdict, in a process of the pool, which finds the mutant by its name."""
+    """Return one verdict, in a process of the pool, which finds the mutant by its name."""
     (mutant,) = (mutant for mutant in faults.MUTANTS if mutant.name == name)
     try:
         return judge(mutant, load_artifact(folder, mutant.artifact), rung)
@@ -157,8 +156,8 @@ def judge_one(folder: Path, name: str, rung: str) -> Verdict:
 
 
 def row(mutant: Mutant, verdicts: Verdicts) -> dict[str, Any]:
-    """A mutant and what was said of it, for JSON."""
-    said = {rung: verdicts[mutant.name, rung] for rung in RUNGS if (mutant.name, rung) in verdicts}
+    """Return a mutant and its verdicts, for JSON."""
+    said = {rung: verdicts[mutant.name, rung] for rung in JUDGES if (mutant.name, rung) in verdicts}
     return {
         "mutant": mutant.name,
         "class": mutant.kind,
@@ -172,11 +171,11 @@ def row(mutant: Mutant, verdicts: Verdicts) -> dict[str, Any]:
 
 
 def table(mutants: Sequence[Mutant], verdicts: Verdicts) -> list[str]:
-    """Plain text, a line for each mutant, made to be kept: no schedule's details."""
-    rows: list[tuple[str, ...]] = [("mutant", "class", "kernel", *RUNGS)]
+    """Return plain text to keep in a file, a line per mutant, without schedules."""
+    rows: list[tuple[str, ...]] = [("mutant", "class", "kernel", *JUDGES)]
     for mutant in mutants:
         words = []
-        for rung in RUNGS:
+        for rung in JUDGES:
             verdict = verdicts.get((mutant.name, rung))
             words.append(verdict.word if verdict else "")
         rows.append((mutant.name, mutant.kind, mutant.artifact, *words))
@@ -191,7 +190,7 @@ def table(mutants: Sequence[Mutant], verdicts: Verdicts) -> list[str]:
 
 
 def summary(mutants: Sequence[Mutant], verdicts: Verdicts) -> str:
-    """How many there are, of how many classes, and what became of them."""
+    """Count the faults, their classes and the verdicts."""
     faulty = [mutant for mutant in mutants if not mutant.harmless]
     words = {
         mutant.name: {verdicts[pair].word for pair in verdicts if pair[0] == mutant.name}

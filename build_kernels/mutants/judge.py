@@ -1,4 +1,4 @@
-"""Ask a rung about a mutant."""
+"""Put a mutant to a rung and read its verdict."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.result import FAILED, NOT_RUN, PASSED
 from build_kernels.evidence.rungs import emulated, protocol
-from build_kernels.evidence.store import FAILED, NOT_RUN, PASSED
 
 from .mutant import Mutant, mutated
-
-RUNGS = ("emulated", "protocol")
 
 REJECTED = "rejected"
 ACCEPTED = "accepted"
@@ -20,10 +18,10 @@ UNDECIDED = "undecided"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one rung said of one mutant.
+    """The verdict of one rung on one mutant.
 
-    word: rejected, accepted, or undecided where the tool cannot follow the kernel, or complains of
-    something else than this fault. reason: its first complaint, or why it has none.
+    word: rejected, accepted, or undecided if the tool cannot follow the kernel or complains about
+    another fault. reason: the first complaint, or why there is none.
     """
 
     mutant: str
@@ -33,15 +31,14 @@ class Verdict:
 
 
 def judge(mutant: Mutant, artifact: Artifact, rung: str) -> Verdict:
-    """Ask one rung about one mutant."""
+    """Put one mutant to one rung of JUDGES."""
     ptx = mutated(mutant, artifact.ptx)
-    verdict = _emulate if rung == "emulated" else _prove
-    word, reason = verdict(mutant, replace(artifact, ptx=ptx))
+    word, reason = JUDGES[rung](mutant, replace(artifact, ptx=ptx))
     return Verdict(mutant=mutant.name, rung=rung, word=word, reason=reason)
 
 
 def is_right(mutant: Mutant, verdict: Verdict) -> bool:
-    """Is this what the mutant's author says the rung must answer?"""
+    """Return whether the mutant states this verdict of the rung."""
     if mutant.harmless:
         return verdict.word == ACCEPTED
     return verdict.word == REJECTED or verdict.rung not in mutant.rejected_by
@@ -68,7 +65,7 @@ def _emulate(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
 
 
 def _prove(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
-    case = protocol.Case(
+    case = protocol.ProofCase(
         num_tokens=mutant.case.num_tokens,
         num_experts=mutant.case.num_experts,
         top_k=mutant.case.top_k,
@@ -78,3 +75,7 @@ def _prove(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
     result = protocol.prove(artifact, (case,), tensor_map_changes=mutant.maps)
     words = {PASSED: ACCEPTED, FAILED: REJECTED, NOT_RUN: UNDECIDED}
     return words[result.status], result.reason or "race_free"
+
+
+# The rungs that read the PTX, in the order of the table's columns.
+JUDGES = {emulated.RUNG.name: _emulate, protocol.RUNG.name: _prove}

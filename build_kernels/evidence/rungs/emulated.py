@@ -1,9 +1,9 @@
-"""Rung: the artifact's PTX, executed on a CPU, gives the reference's ids and weights.
+"""Rung `emulated`: execute the artifact's PTX on a CPU and compare with the reference.
 
-Shows, for each case under each schedule: no finding (races, poison, phases, TMEM, lifetimes), ids
-equal and weights within 1e-6 of the FP64 reference, nothing written beside the outputs, scratch
-left zero. The inputs are small integers, so logits are exact whatever the order of the sums. Does
-not show that ptxas translated rightly, what undocumented hardware does, rounding order, or speed.
+Shows, for each case under each schedule: no finding (races, poison, phases, TMEM, lifetimes), equal
+ids, weights within 1e-6 of the FP64 reference, no store beside the outputs, and zeroed scratch. The
+inputs are small integers, so logits are exact in any order of the sums. Does not show that ptxas
+translated correctly, undocumented behaviour of hardware, rounding order, or speed.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from build_kernels.binaries.ptx import read_block
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import (
     OPTIONS_OFF,
     Artifact,
-    bounded_block,
     encoded_map,
     is_decode,
     is_hashed,
 )
 from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
-from build_kernels.evidence.store import FAILED, FULL, PASSED, QUICK, Result, not_run
+from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from build_kernels.specs import KERNELS
+from dsv4_router_runtime.artifacts.json_reader import JsonNode
 from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.device.launch import grid_of
+
+from .rung import Checker, Reads, Rung, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,18 +39,19 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+PACKAGES = ("numpy", "torch")
 WEIGHT_TOLERANCE = 1e-6
 CANARY_FLOAT = -12345.0
 CANARY_INT = -77
-# Different, so that one output's stride does not serve for the other.
+# Different, so that one output's stride is wrong for the other output.
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
-# What a kernel before this one may have written, and only griddepcontrol.wait makes readable.
+# Tensors that the preceding kernel may write: readable after griddepcontrol.wait only.
 DEPENDENT = ("hidden_states", "logits", "image_mask", "padding_mask", "num_valid_tokens")
 
-# Earliest completes an asynchronous operation as it is issued, latest when all warps are blocked.
-# `alone`: one cluster on the machine at a time, the next starting when it has ended, so that a CTA
-# that waits for one that has not started never ends.
+# (policy, seed, alone). Earliest completes an asynchronous operation at issue, latest if all warps
+# are blocked. alone: one cluster runs at a time and the next starts after it, so that a CTA that
+# waits for one not yet started never ends.
 FULL_SCHEDULES = (
     *(("earliest", 0, False), ("latest", 0, False)),
     *(("random", 1, False), ("random", 2, False), ("random", 3, False)),
@@ -57,8 +61,8 @@ QUICK_SCHEDULES = (("latest", 0, False), ("random", 1, True))
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
-    """Run each case under each schedule; the first that is not right ends the climb."""
-    for package in ("numpy", "torch"):
+    """Run each case under each schedule; the first problem ends the climb."""
+    for package in PACKAGES:
         if (problem := why_missing(package)) is not None:
             return not_run(problem)
     from build_kernels.emulator import EmulatorError, Schedule
@@ -101,8 +105,8 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One run: everything that is wrong with it, in lines, and what it wrote.
+class Emulation:
+    """One emulated launch: its problems, a line each, and its outputs.
 
     weight_error: the largest relative error of a weight. weights (FP32), ids: [N, columns].
     """
@@ -121,13 +125,13 @@ def run(
     *,
     tensor_map_changes: Mapping[str, Mapping[str, Any]] | None = None,
     approximate: Mapping[str, Callable[[Array], Array]] | None = None,
-) -> Outcome:
-    """Emulate one launch and hold it against the reference.
+) -> Emulation:
+    """Emulate one launch and compare its outputs with the reference.
 
-    tensor_map_changes: fields of the emulator's TensorMap to change, by parameter name: faults to
-    put in, which nothing here refuses. approximate: a GPU's own results for approximate
-    instructions; see `emulate`. LaunchError, with nothing run, for a case, a launch, a box or an
-    array that does not fit the kernel.
+    tensor_map_changes: faults to insert, as fields of the emulator's TensorMap by parameter name;
+    they are not checked. approximate: a GPU's own results for approximate instructions; see
+    `emulate`. LaunchError, before anything runs, if the case, the launch, a box or an array does
+    not fit the kernel.
     """
     from build_kernels.emulator import Launch, emulate
 
@@ -156,7 +160,7 @@ def run(
         scratch = parameter.scratch
         if scratch is not None and scratch.zeroed and result.memory[parameter.name].any():
             problems.append(f"the scratch {parameter.name} is not left zero")
-    return Outcome(
+    return Emulation(
         problems=tuple(problems),
         weight_error=error,
         weights=result.memory["out_weights"][:, : case.columns],
@@ -165,10 +169,10 @@ def run(
 
 
 def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
-    """LaunchError unless the manifest's entry launches the kernel as it was written to be.
+    """Raise LaunchError unless the manifest's entry launches the kernel as its source intends.
 
-    The grid, the cluster, the tiles and the boxes must be its source's; the block the one that the
-    PTX is bounded to; the case in its range. (Dynamic shared memory is the emulator's to check.)
+    The grid, the cluster, the tiles and the boxes must be those of the source, the block that of
+    the PTX, the case in the kernel's range. The emulator checks dynamic shared memory.
     """
     from build_kernels.emulator import LaunchError
 
@@ -191,7 +195,7 @@ def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
         raise LaunchError(f"no source makes a kernel {kernel.name}")
     names = ("cluster", "grid", "k_splits", "expert_tile", "token_tile")
     compared = [(f"launch.{name}", getattr(launch, name), getattr(spec, name)) for name in names]
-    compared.append(("launch.block", launch.block, bounded_block(ptx) or launch.block))
+    compared.append(("launch.block", launch.block, read_block(ptx) or launch.block))
     found = {parameter.name: parameter for parameter in kernel.parameters}
     compared.append(("parameters", list(found), [wanted.name for wanted in spec.parameters]))
     for wanted in spec.parameters:
@@ -208,10 +212,10 @@ def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
 
 
 def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
-    """Global memory, by tensor or parameter name.
+    """Return the arrays in global memory, by tensor or parameter name.
 
-    What a kernel before this one may have written or may still use is `dependent`: the kernel has
-    to griddepcontrol.wait before it touches it. Weights and biases are not.
+    An array that the preceding kernel may write or still use is `dependent`: the kernel must run
+    griddepcontrol.wait before any access. Weights and biases are not dependent.
     """
     import numpy as np
 
@@ -250,7 +254,7 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
 
 
 def _check_shapes(inputs: Inputs) -> None:
-    """LaunchError for a tensor that the launch would read beyond, or not to its end."""
+    """Raise LaunchError if the launch would read past a tensor's end, or not up to it."""
     from build_kernels.emulator import LaunchError
 
     case, numbers = inputs.case, inputs.numbers
@@ -275,8 +279,7 @@ def _check_shapes(inputs: Inputs) -> None:
 
 
 def _with_aligned_rows(rows: Array, beyond: int = 0) -> Array:
-    """Rows padded to a multiple of 16 bytes, and by `beyond` elements, with BF16 NaNs, which nobody
-    may multiply."""
+    """Pad BF16 rows to a multiple of 16 B and by `beyond` elements, with NaN: none is a factor."""
     import numpy as np
 
     width = -(-rows.shape[1] // 8) * 8 + beyond
@@ -291,7 +294,7 @@ def _arguments(
     arrays: Mapping[str, DeviceArray],
     changes: Mapping[str, Mapping[str, Any]],
 ) -> list[Any]:
-    """The kernel's arguments in order, by the manifest's names."""
+    """Return the kernel's arguments in the manifest's order."""
     from build_kernels.emulator import TensorMap
 
     case = inputs.case
@@ -340,7 +343,7 @@ def _arguments(
 
 
 def _against_reference(inputs: Inputs, memory: Mapping[str, Array]) -> tuple[list[str], float]:
-    """What is wrong with the outputs, and the largest relative error of a weight."""
+    """Return the problems of the outputs, and the largest relative error of a weight."""
     import numpy as np
 
     columns = inputs.case.columns
@@ -362,3 +365,18 @@ def _against_reference(inputs: Inputs, memory: Mapping[str, Array]) -> tuple[lis
     if (weights[:, columns:] != CANARY_FLOAT).any() or (ids[:, columns:] != CANARY_INT).any():
         problems.append("something was written beside the outputs")
     return problems, error
+
+
+RUNG = Rung(
+    name="emulated",
+    climb=climb,
+    checker=Checker(number=4),
+    reads=Reads.TEXT_AND_LAUNCH,
+    cost=3,
+    figures={"cases": lambda node: node.items("a list of cases"), "runs": JsonNode.integer},
+    describe=lambda shown: [
+        counted(len(shown["cases"]), "case", "cases"),
+        counted(shown["runs"], "run", "runs"),
+    ],
+    packages=PACKAGES,
+)

@@ -1,58 +1,41 @@
-"""Rung: the cubin ran on a GPU of its architecture, as recorded by the gpu tests.
+"""Rung `hardware`: merge the GPU tests' records of runs of the cubin.
 
-Nothing is run here. A test run on a GPU machine writes records with `append_record`; the file is
-brought here and merged with `build-kernels verify --record FILE`. A record names the bytes it was
-measured on, so one of other bytes is refused.
+Nothing runs here. A test run on a GPU machine writes records with `append_record`; `build-kernels
+verify --record FILE` merges them. A record names the bytes that it was measured on; a record of
+other bytes is refused.
 
-Records add up: a run on another GPU, driver or day is one more record, and what failed once on
-these bytes stays failed, whatever passed later. A record that was wrong (a fault of the test's) is
-taken out of evidence.json by hand, in a change that says why.
+Records add up: a run on another GPU, driver or day is one more record. A failure on these bytes
+stays, whatever passes later. To remove a wrong record (a fault of the test), edit evidence.json by
+hand in a change that says why.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from build_kernels.evidence.artifact import Artifact
-from build_kernels.evidence.store import (
-    ARCH,
-    ARTIFACT_NAME,
-    FAILED,
-    MAX_NAME,
-    NOT_RUN,
-    PASSED,
-    SHA256,
-    TEST_NAMES,
-    EvidenceError,
-    Result,
-    check_version,
-    not_run,
-)
-from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
-from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
+from build_kernels.evidence.document import ARTIFACT_NAME, MAX_NAME, SHA256, Document
+from build_kernels.evidence.result import FAILED, NOT_RUN, PASSED, Result, not_run
+from build_kernels.files import replace_file
+from dsv4_router_runtime.artifacts.json_reader import JsonNode
 from dsv4_router_runtime.artifacts.kernel import Kernel
-from dsv4_router_runtime.errors import (
-    MAX_FILE_SHOWN,
-    MAX_PROBLEM_SHOWN,
-    ManifestError,
-    printable,
-)
 
-SCHEMA_VERSION = 2
+from .rung import Reads, Rung, counted
+
+_ARCH = r"sm_[1-9][0-9]{1,2}[af]?", "an architecture such as sm_90a"
+_TEST_NAMES = r"[A-Za-z_][A-Za-z0-9_]{0,199}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One test run of one cubin on one GPU.
 
-    gpu: the device's name. arch: its architecture, such as sm_90a, as the driver says. driver: the
-    CUDA driver's version, or the kernel module's. date: YYYY-MM-DD. cases: test -> how many cases
-    it ran on this artifact. failed: the tests that failed, with their parameters.
+    gpu: the device's name. arch: its architecture by the driver, such as sm_90a. driver: the
+    version of the CUDA driver or of the kernel module. date: YYYY-MM-DD. cases: the number of cases
+    on this artifact by test. failed: the tests that failed, with their parameters.
     """
 
     artifact: str
@@ -67,40 +50,25 @@ class Record:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a record to a file, made if missing, by rename; one test process at a time."""
+    """Add a record to a file, creating it if needed; one test process at a time."""
     records = [*read_records(path), record] if path.exists() else [record]
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "records": [asdict(item) for item in records],
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    replace_file(path, _DOCUMENT.text({"records": [asdict(item) for item in records]}))
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
-    """The records of a file; EvidenceError if it is not one."""
-    try:
-        return read_json(read_file(path, most_bytes=MAX_JSON_BYTES), _records, source=str(path))
-    except OSError as error:
-        place = printable(str(path), MAX_FILE_SHOWN)
-        raise EvidenceError(f"{place}: cannot be read ({reason_of(error)})") from error
-    except ManifestError as error:
-        problem = f"{error.path}: {printable(error.problem, MAX_PROBLEM_SHOWN)}"
-        place = printable(str(path), MAX_FILE_SHOWN)
-        raise EvidenceError(f"{place}: not a file of GPU test records ({problem})") from error
+    """Read the records of a file; EvidenceError if it is not a file of records."""
+    return _DOCUMENT.read(path)
 
 
-def _records(node: JsonNode) -> tuple[Record, ...]:
-    check_version(node, SCHEMA_VERSION)
+def _parse_records(node: JsonNode) -> tuple[Record, ...]:
     at = node.members("schema_version", "records")
-    return tuple(_record(item) for item in at["records"].items("a list of records"))
+    return tuple(_parse_record(item) for item in at["records"].items("a list of records"))
 
 
-def _record(node: JsonNode) -> Record:
+def _parse_record(node: JsonNode) -> Record:
     at = node.members(*(item.name for item in fields(Record)))
     artifact = at["artifact"].string(*ARTIFACT_NAME)
-    cases = at["cases"].mapping(lambda count: count.integer(low=1), keys=TEST_NAMES)
+    cases = at["cases"].mapping(lambda count: count.integer(low=1), keys=_TEST_NAMES)
     if not cases:
         raise node.error(f"the record of {artifact} names no case")
     return Record(
@@ -108,7 +76,7 @@ def _record(node: JsonNode) -> Record:
         cubin_sha256=at["cubin_sha256"].string(*SHA256),
         ptx_sha256=at["ptx_sha256"].string(*SHA256),
         gpu=at["gpu"].text("a GPU's name", MAX_NAME, least=1),
-        arch=at["arch"].string(*ARCH),
+        arch=at["arch"].string(*_ARCH),
         driver=at["driver"].text("a driver's version", MAX_NAME, least=1),
         date=at["date"].text("a date", MAX_NAME, least=1),
         cases=dict(cases),
@@ -121,7 +89,7 @@ def _record(node: JsonNode) -> Record:
 def result_of(
     kernel: Kernel, records: Iterable[Record], stored: Result | None = None
 ) -> Result | None:
-    """The rung's result from what is stored and the records of exactly these bytes.
+    """Merge the stored result and the records of exactly these bytes.
 
     None if there is no record of them, so that the stored result stands.
     """
@@ -143,7 +111,7 @@ def result_of(
 
 
 def _run_of(record: Record) -> dict[str, Any]:
-    """A record as the evidence keeps it."""
+    """Return a record as a run in the evidence."""
     return {
         "gpu": record.gpu,
         "arch": record.arch,
@@ -156,14 +124,14 @@ def _run_of(record: Record) -> dict[str, Any]:
 
 
 def _key(run: Mapping[str, Any]) -> tuple[str, ...]:
-    """What makes two runs the same one, told in two files or by two commands."""
+    """Return the key that two reports of the same run share."""
     return tuple(str(run.get(name, "")) for name in ("gpu", "driver", "arch", "date"))
 
 
 def _add(runs: list[dict[str, Any]], new: dict[str, Any]) -> None:
-    """Add a run, or what it ran and failed to the run of the same GPU, driver and day.
+    """Add a run, or merge it into the run of the same GPU, driver and day.
 
-    A test that both name was run again: the larger count stands, and either's failures.
+    A test in both was run again: the larger count stands, and the failures of either.
     """
     for place, old in enumerate(runs):
         if _key(old) == _key(new) and "tests" in old:
@@ -179,5 +147,42 @@ def _add(runs: list[dict[str, Any]], new: dict[str, Any]) -> None:
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
-    """Never run from here: a stored record, where there is one, stands in its place."""
+    """Return "not run": only stored records are results of this rung."""
     return not_run(f"no test run on a GPU of {artifact.kernel.arch} is recorded for these bytes")
+
+
+def _check_runs(node: JsonNode) -> None:
+    """Check the stored runs; older ones have no architecture and no counts by test."""
+    optional = ("arch", "driver", "date", "tests")
+    for run in node.items("a list of records"):
+        at = run.members("gpu", "cases", "failed", optional=optional)
+        at["cases"].integer(low=1)
+        for name in ("gpu", "driver", "date"):
+            if name in at:
+                at[name].text("a name", MAX_NAME, least=1)
+        if "arch" in at:
+            at["arch"].string(*_ARCH)
+        if "tests" in at:
+            at["tests"].mapping(lambda count: count.integer(low=1), keys=_TEST_NAMES)
+        for item in at["failed"].items("a list of tests"):
+            item.text("a test", MAX_NAME, least=1)
+
+
+_DOCUMENT = Document(
+    version=2,
+    parse=_parse_records,
+    unreadable="{}",
+    invalid="not a file of GPU test records ({})",
+)
+RUNG = Rung(
+    name="hardware",
+    climb=climb,
+    checker=None,
+    reads=Reads.RECORDS,
+    cost=0,
+    figures={"records": _check_runs},
+    describe=lambda shown: [
+        f"{run['gpu']}, {counted(run['cases'], 'case', 'cases')}" for run in shown["records"]
+    ],
+    required="records",
+)

@@ -1,9 +1,8 @@
-"""Rung: the DSL's own compile-time diagnostics, none left unexplained.
+"""Rung `lint`: compile with the DSL's diagnostics on; each one must be explained.
 
-The kernel is compiled again with the diagnostics on, in a process of its own, from the sources at
-hand; the PTX must be the artifact's, or the diagnostics would be about another kernel. (The cubin
-differs on sm_100: its tool note records the assembler's options.)
-Shows what those passes look for; they were measured to catch none of six mutants: a lint, no proof.
+A process of its own compiles the kernel again from the present sources. The PTX must be the
+artifact's, or the diagnostics would be about another kernel. (The cubin differs on sm_100: its tool
+note records the assembler's options.) These passes caught none of six mutants: a lint, no proof.
 """
 
 from __future__ import annotations
@@ -19,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels.evidence.artifact import Artifact
-from build_kernels.evidence.store import FAILED, PASSED, Result, not_run
+from build_kernels.evidence.result import FAILED, PASSED, Result, not_run
 from build_kernels.specs import KERNELS, DslSource, KernelSpec
+from dsv4_router_runtime.artifacts.json_reader import JsonNode
+
+from .rung import Checker, Reads, Rung
 
 OPTIONS_VARIABLE = "CUTE_DSL_COMPILER_OPT"
 OPTIONS = "warnings remarks"
 TIMEOUT_SECONDS = 300
+_WORKER = f"import sys; from {__name__} import compile_here; compile_here(*sys.argv[1:])"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _HEAD = re.compile(r"^(warning|remark|error)\[(\w+)\]:\s*(.*)$")
@@ -42,7 +45,7 @@ class Diagnostic:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Why a diagnostic is right to be left: of one code in one function, not of a code at large."""
+    """The reason to accept a diagnostic: of one code in one function, not of a code anywhere."""
 
     code: str
     function: str
@@ -65,7 +68,7 @@ EXPLANATIONS = (
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
-    """Compile with diagnostics, look for one that nobody explained; quick and full are the same."""
+    """Compile and look for an unexplained diagnostic; quick and full are the same."""
     spec = next((item for item in KERNELS if item.name == artifact.kernel.name), None)
     if spec is None:
         return Result(status=FAILED, reason=f"no source makes a kernel {artifact.kernel.name}")
@@ -89,7 +92,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
 
 
 def judge(diagnostics: tuple[Diagnostic, ...]) -> Result:
-    """Passed if each diagnostic has an explanation, which then is one of the assumptions."""
+    """Pass if each diagnostic has an explanation; the explanations become the assumptions."""
     reasons = {(item.code, item.function): item.reason for item in EXPLANATIONS}
     unexplained = [item for item in diagnostics if (item.code, item.function) not in reasons]
     figures = {"diagnostics": len(diagnostics), "explained": len(diagnostics) - len(unexplained)}
@@ -105,7 +108,7 @@ def judge(diagnostics: tuple[Diagnostic, ...]) -> Result:
 
 
 def parse_diagnostics(output: str) -> tuple[Diagnostic, ...]:
-    """The diagnostics in what the compiler printed; one without a place is in function ""."""
+    """Read the diagnostics in the compiler's output; one without a place is in function ""."""
     found: list[Diagnostic] = []
     for line in _COLOUR.sub("", output).splitlines():
         if head := _HEAD.match(line):
@@ -121,7 +124,7 @@ class LintError(Exception):
 
 
 def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
-    """What the compiler said with diagnostics on, and the sha256 of the PTX it made."""
+    """Return the compiler's output with diagnostics on, and the sha256 of the PTX."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("CUTE_DSL_")
     }
@@ -132,7 +135,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         process = subprocess.run(
-            [sys.executable, "-m", __name__, spec.name, arch, folder, str(report)],
+            [sys.executable, "-c", _WORKER, spec.name, arch, folder, str(report)],
             env=environment | {OPTIONS_VARIABLE: OPTIONS},
             capture_output=True,
             text=True,
@@ -148,7 +151,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
     return output, facts["ptx_sha256"]
 
 
-def _worker(name: str, arch: str, folder: str, report: str) -> None:
+def compile_here(name: str, arch: str, folder: str, report: str) -> None:
     """Compile one kernel in this process; the diagnostics go to its standard streams."""
     from build_kernels.building import compilers
 
@@ -161,5 +164,12 @@ def _worker(name: str, arch: str, folder: str, report: str) -> None:
     Path(report).write_text(json.dumps(facts))
 
 
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+RUNG = Rung(
+    name="lint",
+    climb=climb,
+    checker=Checker(number=1, tool="nvidia-cutlass-dsl"),
+    reads=Reads.SOURCES,
+    cost=2,
+    figures={"diagnostics": JsonNode.integer, "explained": JsonNode.integer},
+    describe=lambda shown: [f"{shown['explained']} of {shown['diagnostics']} explained"],
+)

@@ -1,10 +1,10 @@
-"""Rung: SentryWard on the artifact's own PTX: every schedule of one launch, not a sample of them.
+"""Rung `protocol`: prove every schedule of a launch of the artifact's own PTX with SentryWard.
 
-Shows, for each case's fixed sizes: no deadlock, TMA byte counts right, no race on shared, tensor or
-global memory, TMEM and mbarriers alive when used. Does not show: fences (not modelled), values,
-other sizes, atomics and what depends on them. It has no semantics for wgmma.
+Shows, for each case's fixed sizes: no deadlock, correct TMA byte counts, no race on shared, tensor
+or global memory, TMEM and mbarriers alive when used. Does not show fences (not modelled), values,
+other sizes, atomics or their consequences. SentryWard does not support wgmma.
 
-Its input file was worked out from its error messages (0.1.1 carries no description of it):
+The input file's format was inferred from SentryWard's error messages (0.1.1 does not describe it):
     schema           "spverify.kernel-input/v1"
     launch           grid_dim, block_dim, cluster_dim, dynamic_shared_bytes
     arguments        [{parameter, offset, type as the PTX declares it, value}]
@@ -20,9 +20,11 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from build_kernels.binaries.ptx import parameter_name, read_entry
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import (
     OPTIONS_OFF,
@@ -31,13 +33,15 @@ from build_kernels.evidence.artifact import (
     is_decode,
     is_hashed,
     null_pointers,
-    ptx_entry,
 )
 from build_kernels.evidence.cases import VOCABULARY
-from build_kernels.evidence.store import FAILED, FULL, PASSED, QUICK, Result, not_run
+from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.launch import grid_of
 
+from .rung import Checker, Reads, Rung, counted
+
+PACKAGES = ("sentryward",)
 INPUT_SCHEMA = "spverify.kernel-input/v1"
 TIMEOUT_SECONDS = 900
 # A decode case with two wraps of every ring takes up to 4 GB.
@@ -51,9 +55,9 @@ _ELEMENT_TYPES = {"bfloat16": "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrite:
-    """A change of the text handed to SentryWard, and why the proof still speaks of the kernel.
+    """A change of SentryWard's input text, and why the proof still applies to the kernel.
 
-    Every match of `pattern` (a regular expression) becomes `replacement`. At least one must match.
+    Every match of the regular expression `pattern` becomes `replacement`. There must be a match.
     """
 
     pattern: str
@@ -62,8 +66,8 @@ class Rewrite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One launch: sizes, and what has to be rewritten for SentryWard to follow it."""
+class ProofCase:
+    """The sizes of one launch, and the rewrites that SentryWard needs to follow it."""
 
     num_tokens: int
     num_experts: int
@@ -93,8 +97,6 @@ ALWAYS_ASSUMED = (
     "one launch at a time: griddepcontrol orders nothing but this launch's own instructions",
     "distinct arguments do not overlap in memory",
 )
-
-
 OPTIONS_ARE_OFF = "every option is off: their pointers are null, in the text"
 DECLARED_POINTERS = "router_topk's 64-bit parameters are pointers, and declared so, in the text"
 SAMPLED_WINNER = (
@@ -103,7 +105,7 @@ SAMPLED_WINNER = (
 )
 
 
-# Both are addresses of what is only read, and branches on what was read.
+# Both loads give addresses of read-only data, and decide branches.
 SAMPLED_TOKEN = Rewrite(
     pattern=r"ld\.global\.s32(\s+%rd\d+), \[%rd\d+\];",
     replacement=r"mov.b64\1, 3;",
@@ -118,11 +120,11 @@ SAMPLED_EXPERT = Rewrite(
 
 
 def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
-    """What SentryWard needs rewritten in a kernel's PTX."""
-    # A pointer argument is an object to it, never null.
+    """Return the rewrites of a kernel's PTX that SentryWard needs."""
+    # SentryWard takes every pointer argument for an object, never for null.
     nulls = tuple(
         Rewrite(
-            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{kernel.symbol}_param_{index}\];",
+            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{parameter_name(kernel.symbol, index)}\];",
             replacement=r"mov.b64\1, 0;",
             why=OPTIONS_ARE_OFF,
         )
@@ -135,75 +137,66 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
         return (NO_COLLECTOR, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
+    any_index = r"\d+"
     pointers = Rewrite(
-        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({kernel.symbol}_param_\d+)",
+        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({parameter_name(kernel.symbol, any_index)})",
         replacement=r".param .u64 .ptr .align 1 \1",
         why=DECLARED_POINTERS,
     )
     return (sampled, pointers, *nulls)
 
 
-def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Ragged and full expert tiles; N below the tile and at it; two wraps of the ring; two tiles.
+def _case(
+    kernel: Kernel,
+    rewrites: tuple[Rewrite, ...],
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    blocks: int,
+) -> ProofCase:
+    """Make a case with `blocks` K blocks per CTA."""
+    k = blocks * kernel.problem.k_multiple * kernel.launch.k_splits
+    return ProofCase(
+        num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, k=k, rewrites=rewrites
+    )
 
-    A CTA of a cluster multiplies K / 64 / k_splits blocks. Its ring holds at most 8, so
-    that the 17th block waits for the second round of the empty barriers, in a chunk of its own.
+
+def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
+    """Return ragged and full expert tiles, N below and at the tile, two wraps of the ring.
+
+    A CTA multiplies K / 64 / k_splits blocks. Its ring holds at most 8, so the 17th block waits for
+    the second round of the empty barriers, in a chunk of its own.
     """
-    tile, splits = kernel.launch.token_tile, kernel.launch.k_splits
-    block = kernel.problem.k_multiple
-
-    def case(num_tokens: int, num_experts: int, blocks: int, top_k: int) -> Case:
-        return Case(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            top_k=top_k,
-            k=block * splits * blocks,
-            rewrites=rewrites_for(kernel),
-        )
-
+    tile = kernel.launch.token_tile
+    case = partial(_case, kernel, rewrites_for(kernel))
     if quick:
-        return (case(6, 60, 2, 6),)
-    two_tiles = replace(case(6, 100, 1, 6), rewrites=(*rewrites_for(kernel), NO_TICKET))
+        return (case(6, 60, 6, 2),)
+    two_tiles = _case(kernel, (*rewrites_for(kernel), NO_TICKET), 6, 100, 6, 1)
     return (
         # Few tokens here: SentryWard's time grows with blocks times tokens.
-        case(6, 60, 17, 6),
-        case(tile, kernel.launch.expert_tile, 1, 8),
-        case(tile - 3, 40, 2, 1),
+        case(6, 60, 6, 17),
+        case(tile, kernel.launch.expert_tile, 8, 1),
+        case(tile - 3, 40, 1, 2),
         two_tiles,
     )
 
 
-def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """N below and at a cluster's tokens; 17 blocks of K use a CTA's chunk three times.
+def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
+    """Return N below and at a cluster's tokens; 17 blocks of K use a CTA's chunk three times.
 
-    One cluster: SentryWard cannot tell two clusters' outputs from what a null option would be.
+    One cluster: SentryWard cannot tell two clusters' outputs from a null option's target.
     """
-
-    def case(num_tokens: int, num_experts: int, blocks: int, top_k: int) -> Case:
-        k = blocks * kernel.problem.k_multiple * kernel.launch.k_splits
-        return Case(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            top_k=top_k,
-            k=k,
-            rewrites=rewrites_for(kernel),
-        )
-
-    tile = kernel.launch.token_tile
-    first = (case(tile - 2, 60, 2, 6),)
-    return first if quick else (*first, case(tile, 132, 1, 8), case(3, 60, 17, 1))
+    case, tile = partial(_case, kernel, rewrites_for(kernel)), kernel.launch.token_tile
+    first = (case(tile - 2, 60, 6, 2),)
+    return first if quick else (*first, case(tile, 132, 8, 1), case(3, 60, 1, 17))
 
 
-def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Ragged and full E, N below and at a block's tokens, with the winning expert sampled."""
+def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
+    """Return ragged and full E, N below and at a block's tokens, and sampled winning experts."""
 
-    def case(num_tokens: int, num_experts: int, top_k: int, winner: int) -> Case:
-        return Case(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            top_k=top_k,
-            rewrites=rewrites_for(kernel, winner=winner),
-        )
+    def case(num_tokens: int, num_experts: int, top_k: int, winner: int) -> ProofCase:
+        rewrites = rewrites_for(kernel, winner=winner)
+        return _case(kernel, rewrites, num_tokens, num_experts, top_k, 0)
 
     block = kernel.launch.token_tile
     first = (case(block - 1, 60, 6, 59), case(block, 512, 8, 33))
@@ -222,11 +215,11 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
 
 def prove(
     artifact: Artifact,
-    cases: tuple[Case, ...],
+    cases: tuple[ProofCase, ...],
     *,
     tensor_map_changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Result:
-    """Prove each case; the first one that is not proven ends the climb.
+    """Prove each case; the first unproven one ends the climb.
 
     tensor_map_changes: fields of the encoded tensor maps to change, by parameter name.
     """
@@ -234,7 +227,7 @@ def prove(
     if "wgmma." in artifact.ptx:
         reason = "SentryWard has no semantics for wgmma, the tensor instruction of sm_90a"
         return not_run(reason, applies=False)
-    if (problem := why_missing("sentryward")) is not None:
+    if (problem := why_missing(*PACKAGES)) is not None:
         return not_run(problem)
     import sentryward
 
@@ -271,8 +264,8 @@ def prove(
     )
 
 
-def _not_proven(case: Case, report: Mapping[str, Any], proven: list[str]) -> Result:
-    """Failed for a fault with a witness; not run where SentryWard could not decide."""
+def _not_proven(case: ProofCase, report: Mapping[str, Any], proven: list[str]) -> Result:
+    """Return "failed" for a fault with a witness, "not run" if SentryWard could not decide."""
     verdict = report["result"]
     lines = [_first_line(item) for item in report.get("diagnostics", ())][:3]
     reason = f"{case}: {verdict}: {'; '.join(lines)}"
@@ -282,7 +275,7 @@ def _not_proven(case: Case, report: Mapping[str, Any], proven: list[str]) -> Res
 
 
 def _first_line(diagnostic: Mapping[str, Any]) -> str:
-    """A diagnostic in one line, with its PTX line where it names one."""
+    """Return a diagnostic in one line, with its PTX line if it names one."""
     details = diagnostic.get("details") or {}
     line = details.get("ptx_line") or (details.get("location") or {}).get("line")
     where = f" (PTX line {line})" if line else ""
@@ -290,13 +283,13 @@ def _first_line(diagnostic: Mapping[str, Any]) -> str:
 
 
 class ProtocolError(Exception):
-    """A kernel or case that cannot be put to SentryWard."""
+    """A kernel or case that SentryWard's input cannot express."""
 
 
 def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
-    """The text for SentryWard; ProtocolError if a rewrite finds nothing, so that none goes stale.
+    """Return the text for SentryWard, with the same line numbers.
 
-    Lines keep their numbers.
+    ProtocolError if a rewrite matches nothing, so that no rewrite becomes stale.
     """
     for rewrite in rewrites:
         ptx, count = re.subn(rewrite.pattern, rewrite.replacement, ptx)
@@ -308,10 +301,10 @@ def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
 def kernel_input(
     kernel: Kernel,
     ptx: str,
-    case: Case,
+    case: ProofCase,
     tensor_map_changes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """SentryWard's input for one launch: packed tensors, every integer parameter by its name."""
+    """Return SentryWard's input for one launch: packed tensors, integer parameters by name."""
     integers = {
         **OPTIONS_OFF,
         "num_tokens": case.num_tokens,
@@ -324,7 +317,7 @@ def kernel_input(
     }
     if is_hashed(kernel):
         integers |= {"vocab_size": VOCABULARY, "w_stride": case.k}
-    _, declared = ptx_entry(ptx)
+    _, declared = read_entry(ptx)
     arguments, descriptors = [], []
     for index, parameter in enumerate(kernel.parameters):
         place = {"parameter": index, "offset": 0}
@@ -352,9 +345,9 @@ def kernel_input(
 
 
 def _tma_descriptor(
-    recipe: TensorMapRecipe, case: Case, changes: Mapping[str, Any]
+    recipe: TensorMapRecipe, case: ProofCase, changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Give a tensor map of packed rows, in multiples of 16 bytes, in SentryWard's words."""
+    """Return SentryWard's form of a tensor map, with rows packed to a multiple of 16 B."""
     row = 8 * -(-(case.num_experts if recipe.dims[0] == "E" else case.k) // 8)
     encoded = encoded_map(
         recipe, num_tokens=case.num_tokens, num_experts=case.num_experts, k=case.k, row=row
@@ -378,3 +371,15 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("sentryward")
+
+
+RUNG = Rung(
+    name="protocol",
+    climb=climb,
+    checker=Checker(number=1, tool="sentryward"),
+    reads=Reads.TEXT_AND_LAUNCH,
+    cost=4,
+    figures={"race_free": lambda node: node.items("a list of cases")},
+    describe=lambda shown: [counted(len(shown["race_free"]), "launch", "launches")],
+    packages=PACKAGES,
+)

@@ -1,8 +1,8 @@
-"""Rung: the cubin is what the manifest says, and the PTX's work survived into the SASS.
+"""Rung `structure`: compare the cubin with its manifest entry and with its PTX.
 
-Shows: hashes, architecture, symbol, parameter block, registers, no local memory, shared memory, and
-that the tensor, TMA, barrier and TMEM instructions are there in the counts they must have. Does not
-show that ptxas translated them rightly.
+Shows hashes, architecture, symbol, parameter block, registers, shared memory and the absence of
+local memory. Shows that tensor, TMA, barrier and TMEM instructions occur as often as they must.
+Does not show that ptxas translated them correctly.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ import re
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from build_kernels.binaries import cubin
-from build_kernels.evidence.artifact import (
-    Artifact,
-    ArtifactReadError,
+from build_kernels.binaries.ptx import (
+    PtxReadError,
+    count_opcodes,
     count_starting,
-    ptx_entry,
-    ptx_opcodes,
-    ptx_target,
+    read_entry,
+    read_target,
 )
-from build_kernels.evidence.store import FAILED, PASSED, QUICK, Result, not_run
+from build_kernels.evidence.artifact import Artifact
+from build_kernels.evidence.result import FAILED, PASSED, QUICK, Result, not_run
+from dsv4_router_runtime.artifacts.json_reader import JsonNode
 from dsv4_router_runtime.artifacts.manifest import compute_capability
 
-# It takes a tenth of a second.
+from .rung import Checker, Reads, Rung
+
+# It takes 0.1 s.
 TIMEOUT_SECONDS = 60
 NO_PTX = (
     "the set carries no PTX: the cubin was compared with the manifest, not the PTX's instructions "
@@ -43,10 +46,11 @@ _SASS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """A PTX instruction and the SASS it becomes.
+    """A PTX instruction and the SASS opcode that it becomes.
 
-    sass: a regular expression for the whole opcode. exact: as many in SASS as in PTX; otherwise at
-    least one in SASS if there is one in PTX: ptxas expands, repeats, or uses it for others too.
+    sass: a regular expression for the whole opcode. exact: the counts in SASS and PTX are equal.
+    Otherwise one in PTX needs at least one in SASS: ptxas expands or repeats some instructions, and
+    uses some opcodes for others too.
     """
 
     ptx: str
@@ -57,8 +61,8 @@ class Pairing:
 # As ptxas of toolkit 12.9 writes them, read off the project's own kernels.
 PAIRINGS = (
     Pairing(ptx="tcgen05.mma", sass=r"UTCHMMA(\..*)?"),
-    # Not HGMMA.64x8x16.F16: that one, on no registers and predicated off, is how ptxas closes a
-    # group that a branch may leave empty.
+    # Not HGMMA.64x8x16.F16: ptxas closes a group that a branch may leave empty with one that is
+    # predicated off and has no registers.
     Pairing(ptx="wgmma.mma_async", sass=r"HGMMA\..*F32.*"),
     Pairing(ptx="cp.async.bulk.tensor", sass=r"UTMALDG(\..*)?"),
     Pairing(ptx="prefetch.tensormap", sass=r"UTMACCTL\.PF"),
@@ -84,7 +88,7 @@ PAIRINGS = (
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Compare manifest, cubin, PTX and SASS; quick and full are the same.
 
-    A set without PTX is compared with its manifest alone: a pass of less, and called quick.
+    A set without PTX is compared with its manifest alone. That pass covers less, so it is quick.
     """
     try:
         nvdisasm = cubin.nvdisasm()
@@ -100,7 +104,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         return not_run(f"nvdisasm took more than {TIMEOUT_SECONDS} s")
     except OSError as error:
         return not_run(f"{error}; install this project's extra `build` again")
-    except (cubin.CubinError, ArtifactReadError) as error:
+    except (cubin.CubinError, PtxReadError) as error:
         return Result(status=FAILED, reason=str(error))
     if problems:
         return Result(status=FAILED, reason="; ".join(problems))
@@ -117,7 +121,7 @@ def _figures(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> dict
         "dynamic_shared_bytes": artifact.kernel.launch.dynamic_shared_bytes,
         "elf_flags": f"{elf_flags(artifact.cubin):#x}",
         "parameters": len(facts.parameters),
-        "paired_instructions": dict(_paired_counts(ptx_opcodes(artifact.ptx))),
+        "paired_instructions": dict(_paired_counts(count_opcodes(artifact.ptx))),
     }
 
 
@@ -149,12 +153,12 @@ def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]
 
 def _between_manifest_and_ptx(artifact: Artifact) -> Iterator[str]:
     kernel = artifact.kernel
-    symbol, parameters = ptx_entry(artifact.ptx)
+    symbol, parameters = read_entry(artifact.ptx)
     sizes = [parameter.size for parameter in kernel.parameters]
     yield from _differences(
         (
             ("PTX sha256", artifact.ptx_sha256, kernel.ptx_sha256),
-            ("PTX .target", ptx_target(artifact.ptx), kernel.arch),
+            ("PTX .target", read_target(artifact.ptx), kernel.arch),
             ("PTX symbol", symbol, kernel.symbol),
             ("parameter sizes in the PTX", [p.size for p in parameters], sizes),
         )
@@ -168,7 +172,7 @@ def _differences(compared: Iterable[tuple[str, object, object]]) -> Iterator[str
 
 
 def _against_ptx(artifact: Artifact, sass: Counter[str]) -> Iterator[str]:
-    ptx = ptx_opcodes(artifact.ptx)
+    ptx = count_opcodes(artifact.ptx)
     for pairing in PAIRINGS:
         wanted = count_starting(ptx, pairing.ptx)
         found = sum(count for name, count in sass.items() if re.fullmatch(pairing.sass, name))
@@ -187,7 +191,7 @@ def _paired_counts(ptx: Counter[str]) -> Iterator[tuple[str, int]]:
 
 
 def sass_opcodes(nvdisasm: Path, path: Path) -> Counter[str]:
-    """How often each SASS opcode occurs in a cubin, modifiers kept."""
+    """Count each SASS opcode of a cubin with its modifiers."""
     process = subprocess.run(
         [nvdisasm, "-c", path],
         capture_output=True,
@@ -203,6 +207,26 @@ def sass_opcodes(nvdisasm: Path, path: Path) -> Counter[str]:
 
 
 def elf_flags(data: bytes) -> int:
-    """The e_flags of a 64-bit ELF header: 0x600640a for sm_100a by toolkit 12.9."""
+    """Return e_flags of a 64-bit ELF header: 0x600640a for sm_100a by toolkit 12.9."""
     (flags,) = struct.unpack_from("<I", data, _ELF_FLAGS_OFFSET)
     return int(flags)
+
+
+def _describe(figures: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{figures['registers']} regs"
+    if paired := sum(figures["paired_instructions"].values()):
+        yield f"{paired} pairs"
+
+
+RUNG = Rung(
+    name="structure",
+    climb=climb,
+    checker=Checker(number=1, tool="nvidia-cuda-nvdisasm"),
+    reads=Reads.FILES,
+    cost=1,
+    describe=_describe,
+    figures={
+        "registers": JsonNode.integer,
+        "paired_instructions": lambda node: node.mapping(JsonNode.integer, keys=r".*"),
+    },
+)

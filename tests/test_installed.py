@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("click", reason="needs the extra `build`")
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("click", reason="needs the builder")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from build_kernels.building.build import run_build
 from build_kernels.building.plan import make_plan
@@ -34,7 +34,8 @@ def _wheel_contents(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin", types.ModuleType("plugin"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hook", ROOT / "build_kernels/building/wheel_hook.py")
+    path = ROOT / "build_kernels" / "building" / "wheel_hook.py"
+    spec = importlib.util.spec_from_file_location("hook", path)
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)

@@ -43,9 +43,8 @@ class UnfitError(Exception):
 
 def _checked_names(folder: Path) -> list[str]:
     """Return the names of the files that an installed runtime and its tools read."""
-    from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
-
     from build_kernels.building.plan import packaging_problem
+    from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
 
     artifacts = open_artifacts(folder)
     for kernel in artifacts.manifest.kernels:

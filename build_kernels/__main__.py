@@ -1,4 +1,4 @@
-"""`python -m build_kernels`, the command `build-kernels`, and how every command is started."""
+"""Start the command `build-kernels`, as a script or by `python -m build_kernels`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .cli.extras import EXTRAS, how_to_install
+from .cli.extras import REQUIREMENTS, how_to_install
 
 
 def main() -> None:
     """Run the command `build-kernels`."""
 
     def load() -> Callable[..., Any]:
-        from .cli.commands import main as command
+        from .cli.main import main as command
 
         return command
 
@@ -22,10 +22,10 @@ def main() -> None:
 
 
 def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
-    """Run the click command that `load` imports; an installed wheel may lack what it needs.
+    """Run the click command that `load` imports.
 
-    A missing package names the extra that brings it. Output that cannot be written (a closed
-    stdout, a full disk) is an error with exit status 1.
+    A missing package is an error that names the requirement that brings it. Output that cannot be
+    written (a closed stdout, a full disk) is an error with exit status 1.
     """
     if sys.stderr is None:  # closed by the caller, who then reads no messages
         sys.stderr = open(os.devnull, "w")
@@ -35,7 +35,7 @@ def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
         command = load()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+        if package not in REQUIREMENTS:
             raise
         sys.exit(f"error: {name} needs the package {package}; {how_to_install(package)}")
     try:
@@ -44,7 +44,7 @@ def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        # Python would flush once more at its end, and complain in its own words.
+        # Python flushes once more at its end, and would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: {name}: {error}")
 

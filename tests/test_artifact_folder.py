@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
-pytest.importorskip("click", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
+pytest.importorskip("click", reason="needs the builder")
 
 from builds import ARCHS, TOPK, check_whole, contents, topk_set
 from click.testing import CliRunner, Result
@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from build_kernels.building import build
 from build_kernels.building import plan as plan_module
 from build_kernels.building.entry import sha256
-from build_kernels.cli import commands as cli
+from build_kernels.cli import main as cli
 
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
 FILES = {f"{TOPK.name}.{arch}.{kind}" for arch in ARCHS for kind in ("cubin", "ptx")}

@@ -68,7 +68,7 @@ from build_kernels.bench.report import (  # noqa: E402
 )
 from build_kernels.bench.stopwatch import CudaStopwatch, Timing, timing_of  # noqa: E402
 from build_kernels.bench.table import places  # noqa: E402
-from build_kernels.cli import commands as cli  # noqa: E402
+from build_kernels.cli import main as cli  # noqa: E402
 from dsv4_router_runtime.artifacts.folder import ArtifactSet  # noqa: E402
 from dsv4_router_runtime.device import driver, load  # noqa: E402
 from dsv4_router_runtime.device.launch import ParameterBlock  # noqa: E402
@@ -322,7 +322,7 @@ def test_a_missing_folder_is_found_before_measuring(tmp_path: Path, option: str)
 def test_a_run_writes_the_file_and_prints_the_table(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_measured", lambda *_: report)
+    monkeypatch.setattr(command, "_measure", lambda *_: report)
     result = bench("--json", tmp_path / "out.json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert read_report(tmp_path / "out.json") == report
@@ -334,7 +334,7 @@ def test_a_figure_of_ours_that_is_missing_fails_the_run(
 ) -> None:
     wrong = replace(report.figures[0], microseconds=None, reason="wrong ids in 3 of 64 rows")
     broken = replace(report, figures=(wrong, *report.figures[1:]))
-    monkeypatch.setattr(command, "_measured", lambda *_: broken)
+    monkeypatch.setattr(command, "_measure", lambda *_: broken)
     result = bench()
     assert result.exit_code == 1
     assert "ours is not measured at 7168x384 cold N=1 (wrong ids in 3 of 64 rows)" in result.stderr
@@ -342,7 +342,7 @@ def test_a_figure_of_ours_that_is_missing_fails_the_run(
 
 
 def test_so_does_a_variants(varied: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_measured", lambda *_: varied)
+    monkeypatch.setattr(command, "_measure", lambda *_: varied)
     result = bench("--options")
     assert result.exit_code == 1
     assert result.stderr == f"error: vllm is not measured at 4096x256 cold N=1 ({WHY})\n"
@@ -413,7 +413,7 @@ def test_a_picture_without_matplotlib_names_the_extra(report_file: Path, tmp_pat
     code = WITHOUT.format(names=("matplotlib",))
     done = python(code, "bench", "--render", report_file, "--plot", tmp_path / "p.png")
     assert done.returncode == 1
-    assert "pip install 'dsv4-router[bench]'" in done.stderr
+    assert "pip install 'dsv4-router-builder[bench]'" in done.stderr
     assert done.stdout == ""
 
 

@@ -17,12 +17,12 @@ from typing import NoReturn
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, topk_set
 
 from build_kernels import workers
-from build_kernels.binaries import cubin
+from build_kernels.binaries import cubin, nvdisasm
 from build_kernels.binaries.cubin import CubinParameter
 from build_kernels.building import build, compilers, entry
 from build_kernels.building import plan as plan_module
@@ -32,7 +32,7 @@ from build_kernels.building.plan import Task, make_plan, source_digest
 from build_kernels.specs import CudaSource, KernelSpec
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
-COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
+COMMAND = [sys.executable, "-c", "from build_kernels.__main__ import main; main()", "build"]
 
 LOCAL_ARRAY = """
 extern "C" __global__ void __launch_bounds__(128) router_topk(
@@ -155,7 +155,7 @@ class TestPlan:
         digests.append(source_digest(TOPK, "sm_90a", tools))
         assert len(set(digests)) == len(digests)
 
-    @pytest.mark.parametrize("module", [compilers, cubin, entry])
+    @pytest.mark.parametrize("module", [compilers, cubin, entry, nvdisasm])
     @pytest.mark.parametrize("spec", [TOPK, DECODE], ids=["topk", "decode"])
     def test_a_change_of_what_decides_bytes_or_entry_makes_them_stale(
         self, spec: KernelSpec, module: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -327,8 +327,8 @@ class TestDeterminism:
 
     def test_nothing_to_do_takes_two_seconds_and_no_compiler(self, artifacts: Path) -> None:
         code = (
-            "import sys, time\n"
-            "from build_kernels.cli import main\n"
+            "import sys\n"
+            "from build_kernels.cli.main import main\n"
             f"main(['build', '--kernel', {TOPK.name!r}, '--artifacts', {str(artifacts)!r}],"
             " standalone_mode=False)\n"
             "heavy = {'cutlass', 'torch', 'cuda', 'numpy'} & set(sys.modules)\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("click", reason="needs the extra `build`")
+pytest.importorskip("click", reason="needs the builder")
 
 from click.testing import CliRunner, Result
 from rich.console import Console
@@ -22,7 +22,7 @@ from build_kernels.building import build as builder
 from build_kernels.building import compilers
 from build_kernels.building import plan as plan_module
 from build_kernels.building.staging import build_folder
-from build_kernels.cli import commands as cli
+from build_kernels.cli import main as cli
 from build_kernels.cli.listing import list_rows, print_rows
 from build_kernels.specs import ARCHITECTURES, KERNELS
 from dsv4_router_runtime.artifacts.manifest import parse_manifest
@@ -110,13 +110,13 @@ def test_a_missing_compiler_is_said_plainly(
     monkeypatch.setattr(compilers, "NVRTC_DISTRIBUTION", "no-such-nvrtc")
     result = call("build", "--artifacts", tmp_path / "a")
     assert result.exit_code == 1
-    assert "no-such-nvrtc is not installed; install this project's extra `build`" in result.stderr
+    assert "no-such-nvrtc is not installed; run `pip install dsv4-router-builder`" in result.stderr
     assert not (tmp_path / "a").exists()
 
 
 def test_an_unwritable_place_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-c", "from build_kernels.cli import main; main()"]
+    command = [sys.executable, "-c", "from build_kernels.__main__ import main; main()"]
     command += ["build", "--kernel", TOPK, "--artifacts", str(tmp_path / "file" / "artifacts")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -391,7 +391,7 @@ def test_help(command: list[str]) -> None:
     assert "Usage" in result.stdout
 
 
-def test_without_the_extra_it_names_the_extra() -> None:
+def test_without_a_requirement_it_names_the_distribution() -> None:
     code = (
         "import sys; sys.modules['click'] = None; from build_kernels.__main__ import main; main()"
     )
@@ -399,12 +399,12 @@ def test_without_the_extra_it_names_the_extra() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: build-kernels needs the package click")
-    assert "pip install 'dsv4-router[build]'" in done.stderr
+    assert "pip install 'dsv4-router-builder'" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["build_kernels", "build_kernels.bench"])
 @pytest.mark.parametrize("package", ["click", "rich"])
-def test_a_module_without_the_extra_names_the_extra(module: str, package: str) -> None:
+def test_a_module_without_a_requirement_names_the_distribution(module: str, package: str) -> None:
     code = (
         f"import sys, runpy; sys.modules[{package!r}] = None; "
         f"runpy.run_module({module!r}, run_name='__main__')"
@@ -413,7 +413,7 @@ def test_a_module_without_the_extra_names_the_extra(module: str, package: str) -
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert f"needs the package {package}" in done.stderr
-    assert "pip install 'dsv4-router[build]'" in done.stderr
+    assert "pip install 'dsv4-router-builder'" in done.stderr
 
 
 @pytest.mark.parametrize(

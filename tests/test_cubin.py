@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from elftools.elf.elffile import ELFFile
 
-from build_kernels.binaries import cubin
+from build_kernels.binaries import cubin, nvdisasm, wheels
 from build_kernels.binaries.cubin import CubinError, CubinParameter, read_cubin
 from build_kernels.building import compilers
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
@@ -83,7 +83,7 @@ def test_local_memory_is_seen(arch: str, tmp_path: Path) -> None:
     data = compiled(LOCAL, arch)
     path = tmp_path / "local.cubin"
     path.write_bytes(data)
-    counts = cubin.count_opcodes(path)
+    counts = nvdisasm.watched(nvdisasm.sass_opcodes(path))
     assert counts["LDL"] > 0
     assert counts["STL"] > 0
     assert read_cubin(data).stack_bytes == 256
@@ -108,10 +108,9 @@ def test_opcodes_are_counted_without_their_modifiers(
 ) -> None:
     path = tmp_path / "reduce.cubin"
     path.write_bytes(compiled(REDUCE, arch))
-    counts = cubin.count_opcodes(path)
-    assert counts[opcode] == 1
-    assert counts["LDG"] == counts["STG"] == 1
-    assert cubin.watched(counts) == {opcode: 1, "LDG": 1, "STG": 1, "LDL": 0, "STL": 0}
+    counts = nvdisasm.sass_opcodes(path)
+    assert any("." in name for name in counts)
+    assert nvdisasm.watched(counts) == {opcode: 1, "LDG": 1, "STG": 1, "LDL": 0, "STL": 0}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -122,14 +121,14 @@ def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
     path = tmp_path / "topk.cubin"
     path.write_bytes(data)
     text = ELFFile(io.BytesIO(data)).get_section_by_name(f".text.{spec.symbol}")
-    assert cubin.count_opcodes(path).total() == text["sh_size"] // 16
+    assert nvdisasm.sass_opcodes(path).total() == text["sh_size"] // 16
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("text", [PLAIN, LOCAL, REDUCE], ids=["plain", "local", "reduce"])
 def test_agrees_with_cuobjdump(arch: str, text: str, tmp_path: Path) -> None:
     """NVIDIA's reader of the same bytes: registers, stack, every parameter's offset and size."""
-    tool = cubin.wheel_file("nvidia-cuda-cuobjdump", "cuobjdump")
+    tool = wheels.wheel_file("nvidia-cuda-cuobjdump", "cuobjdump")
     data = compiled(text, arch)
     path = tmp_path / "k.cubin"
     path.write_bytes(data)
@@ -168,7 +167,7 @@ def test_files_that_are_no_cubin_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.cubin"
     path.write_bytes(b"not an ELF file" * 100)
     with pytest.raises(CubinError, match=r"nvdisasm cannot read text\.cubin"):
-        cubin.count_opcodes(path)
+        nvdisasm.sass_opcodes(path)
 
 
 @pytest.mark.parametrize(
@@ -278,13 +277,13 @@ def test_no_mutation_of_thousands_raises_anything_else(arch: str, seed: int) -> 
     assert 400 < refused_of(4000, arch, seed) < 4000
 
 
-INSTALL = r"pip install 'dsv4-router\[build\]'"
+REPAIR = r"run `pip install --force-reinstall dsv4-router-builder`"
 
 
 def test_a_missing_wheel_is_named() -> None:
-    words = rf"it comes with the wheel no-such-wheel; .*`build`: {INSTALL}$"
-    with pytest.raises(cubin.CubinError, match=words):
-        cubin.wheel_file("no-such-wheel", "tool")
+    words = r"it comes with the wheel no-such-wheel; run `pip install dsv4-router-builder`$"
+    with pytest.raises(wheels.ToolError, match=words):
+        wheels.wheel_file("no-such-wheel", "tool")
 
 
 def test_a_file_that_was_deleted_from_its_wheel_is_named(
@@ -292,9 +291,9 @@ def test_a_file_that_was_deleted_from_its_wheel_is_named(
 ) -> None:
     """The wheel still counts as installed: pip would leave it as it is."""
     file = SimpleNamespace(name="nvdisasm", locate=lambda: tmp_path / "nvdisasm")
-    monkeypatch.setattr(cubin.importlib.metadata, "files", lambda _: [file])
-    with pytest.raises(cubin.CubinError, match=rf"nvdisasm is.*{INSTALL} with --force-rein"):
-        cubin.count_opcodes(tmp_path / "k.cubin")
+    monkeypatch.setattr(wheels.importlib.metadata, "files", lambda _: [file])
+    with pytest.raises(wheels.ToolError, match=f"nvdisasm is missing.*{REPAIR}"):
+        nvdisasm.sass_opcodes(tmp_path / "k.cubin")
 
 
 @pytest.mark.parametrize(
@@ -306,9 +305,9 @@ def test_a_tool_that_cannot_be_run_is_named(
 ) -> None:
     (tmp_path / "nvdisasm").write_text(text)
     (tmp_path / "nvdisasm").chmod(mode)
-    monkeypatch.setattr(cubin, "wheel_file", lambda *_: tmp_path / "nvdisasm")
-    with pytest.raises(cubin.CubinError, match=rf"nvdisasm cannot be run \({why}.*{INSTALL}"):
-        cubin.count_opcodes(tmp_path / "k.cubin")
+    monkeypatch.setattr(nvdisasm, "wheel_file", lambda *_: tmp_path / "nvdisasm")
+    with pytest.raises(wheels.ToolError, match=rf"nvdisasm cannot be run \({why}.*{REPAIR}"):
+        nvdisasm.sass_opcodes(tmp_path / "k.cubin")
 
 
 def test_a_source_that_does_not_compile_shows_the_compilers_words() -> None:

@@ -256,7 +256,7 @@ def test_what_was_read_can_be_shown_and_merged(tmp_path, rung, status):
 
 
 def test_a_file_by_other_hands_is_an_error_of_the_command(tmp_path):
-    from build_kernels.cli.commands import main
+    from build_kernels.cli.main import main
 
     folder = tmp_path / "artifacts"
     folder.mkdir()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("click", reason="needs the extra `build`")
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("click", reason="needs the builder")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from build_kernels.building.build import run_build
 from build_kernels.building.plan import make_plan

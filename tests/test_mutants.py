@@ -252,9 +252,14 @@ def test_a_name_that_no_mutant_has_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("click", "build"), ("numpy", "verify"), ("sentryward", "verify"), ("torch", "torch")],
+    [
+        ("click", "dsv4-router-builder"),
+        ("numpy", "dsv4-router-builder[verify]"),
+        ("sentryward", "dsv4-router-builder[verify]"),
+        ("torch", "dsv4-router[torch]"),
+    ],
 )
-def test_without_a_package_it_names_the_extra(package: str, extra: str) -> None:
+def test_without_a_package_it_names_what_brings_it(package: str, requirement: str) -> None:
     code = (
         f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv[1:] = []; "
         "runpy.run_module('build_kernels.mutants', run_name='__main__')"
@@ -264,7 +269,7 @@ def test_without_a_package_it_names_the_extra(package: str, extra: str) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert f"the package {package}" in done.stderr
-    assert f"pip install 'dsv4-router[{extra}]'" in done.stderr
+    assert f"pip install '{requirement}'" in done.stderr
 
 
 def test_the_kept_table_is_of_these_mutants() -> None:

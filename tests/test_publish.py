@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
 

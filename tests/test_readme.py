@@ -1,4 +1,4 @@
-"""The README's names exist, and its commands and requirements are pyproject.toml's and CI's."""
+"""The names in README and PEERS.md exist; the README's commands are pyproject.toml's and CI's."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PEERS = (ROOT / "build_kernels" / "bench" / "PEERS.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = PROJECT["project"]["optional-dependencies"]
+PROJECT, BUILDER = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))
+    for folder in (".", "build_kernels")
+)
+EXTRAS = BUILDER["project"]["optional-dependencies"]
+REQUIREMENTS = BUILDER["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
 
 
 def features() -> list[list[str]]:
-    """The table of features, header first, as rows of cells."""
-    section = README.split("\n## Features, ", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
+    """Return the table of features, header first, as rows of cells."""
+    lines = [line for line in PEERS.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [rows[0], *rows[2:]]
 
 
 def functions_in(name: str) -> set[str]:
-    """The functions of a test module, at its top or in a class."""
+    """Return the names of the functions of a test module, at its top or in a class."""
     tree = ast.parse((ROOT / "tests" / name).read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {node.name for node in functions}
@@ -62,8 +66,8 @@ def test_every_feature_names_a_test_that_exists():
             assert test in functions_in(module), f"{feature}: {module}::{test}"
 
 
-def test_every_test_that_the_readme_names_exists():
-    for module, test in re.findall(r"\b(test_\w+\.py)::(test_\w+)", README):
+def test_every_test_that_the_texts_name_exists():
+    for module, test in re.findall(r"\b(test_\w+\.py)::(test_\w+)", README + PEERS):
         assert test in functions_in(module), f"{module}::{test}"
 
 
@@ -93,7 +97,8 @@ def test_examples_call_what_there_is():
 
 def test_the_readme_the_metadata_and_the_linters_name_the_same_pythons():
     low, high = re.findall(r"Python 3\.(\d+) to 3\.(\d+)", README)[0]
-    assert PROJECT["project"]["requires-python"] == f">=3.{low}"
+    for project in (PROJECT, BUILDER):
+        assert project["project"]["requires-python"] == f">=3.{low}"
     named = re.findall(r"Python :: 3\.(\d+)", " ".join(PROJECT["project"]["classifiers"]))
     assert named == [str(minor) for minor in range(int(low), int(high) + 1)]
     assert PROJECT["tool"]["ruff"]["target-version"] == f"py3{low}"
@@ -101,15 +106,16 @@ def test_the_readme_the_metadata_and_the_linters_name_the_same_pythons():
 
 
 def test_every_extra_that_the_readme_installs_exists():
-    named = re.findall(r"\.\[([\w,]+)\]", COMMANDS)
+    named = re.findall(r"\./build_kernels\[([\w,]+)\]", COMMANDS)
     assert named
     assert {extra for each in named for extra in each.split(",")} <= set(EXTRAS)
+    assert "-e . -e ./build_kernels" in COMMANDS.replace("'", "")
 
 
 def test_the_readme_names_the_dsl_that_is_pinned():
     assert re.findall(r"nvidia-cutlass-dsl ([\d.]+\d)", README) == [
         requirement.removeprefix("nvidia-cutlass-dsl==")
-        for requirement in EXTRAS["build"]
+        for requirement in REQUIREMENTS
         if requirement.startswith("nvidia-cutlass-dsl==")
     ]
 
@@ -122,5 +128,5 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_packages_are_pinned_to_one_version_only_for_bytes_evidence_or_lint():
     decide = ("nvidia-", "pyelftools", "sentryward", "ruff", "mypy")
-    for requirement in (each for extra in EXTRAS.values() for each in extra):
+    for requirement in (*REQUIREMENTS, *(each for extra in EXTRAS.values() for each in extra)):
         assert ("==" in requirement) == requirement.startswith(decide), requirement

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
 
@@ -24,7 +24,7 @@ from build_kernels.building import staging
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.entry import sha256
 
-COMMAND = [sys.executable, "-c", "from build_kernels.cli import main; main()", "build"]
+COMMAND = [sys.executable, "-c", "from build_kernels.__main__ import main; main()", "build"]
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
 
 

@@ -334,8 +334,8 @@ def test_a_disassembler_that_hangs_is_not_run_and_not_failed(
     slow = tmp_path / "nvdisasm"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(structure.cubin, "nvdisasm", lambda: slow)
-    monkeypatch.setattr(structure, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(structure.nvdisasm, "wheel_file", lambda *_: slow)
+    monkeypatch.setattr(structure.nvdisasm, "TIMEOUT_SECONDS", 0.2)
     result = structure.climb(topk, quick=True)
     assert (result.status, result.applies) == ("not run", True)
     assert "nvdisasm took more than" in result.reason
@@ -348,14 +348,14 @@ def test_a_missing_disassembler_is_not_run_and_an_unreadable_cubin_failed(
     broken = replace(topk, cubin=b"is missing: it comes with the wheel")
     assert structure.climb(broken, quick=True).status == "failed"
 
-    def missing() -> Path:
-        raise structure.cubin.CubinError("no such tool")
+    def missing(*_: str) -> Path:
+        raise structure.ToolError("no such tool")
 
-    monkeypatch.setattr(structure.cubin, "nvdisasm", missing)
+    monkeypatch.setattr(structure.nvdisasm, "wheel_file", missing)
     assert structure.climb(topk, quick=True).status == "not run"
-    monkeypatch.setattr(structure.cubin, "nvdisasm", lambda: Path("/nowhere/nvdisasm"))
+    monkeypatch.setattr(structure.nvdisasm, "wheel_file", lambda *_: Path(__file__))
     result = structure.climb(topk, quick=True)
-    assert (result.status, "No such file" in result.reason) == ("not run", True)
+    assert (result.status, "not executable" in result.reason) == ("not run", True)
 
 
 def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
@@ -487,7 +487,7 @@ def test_without_sentryward_the_rung_is_not_run(
     monkeypatch.setitem(sys.modules, "sentryward", None)
     result = protocol.climb(topk, quick=True)
     assert result.status == "not run"
-    assert "with the extra `verify`: pip install 'dsv4-router[verify]'" in result.reason
+    assert "it comes with `pip install 'dsv4-router-builder[verify]'`" in result.reason
     assert result.applies
 
 

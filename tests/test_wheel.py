@@ -1,4 +1,4 @@
-"""What hatchling's hook lets into a wheel or an sdist: every kernel, made from these sources."""
+"""What is in the two wheels, and that a wheel has every kernel, made from these sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import ARCHS, TOPK, make, topk_set
 
@@ -138,6 +138,38 @@ def test_no_compiler_is_needed(package, monkeypatch) -> None:
 def test_an_editable_install_needs_no_artifacts(checkout, package) -> None:
     (checkout / "artifacts").rename(checkout / "elsewhere")
     assert package("wheel", "editable") == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "package", "scripts"),
+    [
+        (".", "dsv4_router_runtime", {}),
+        ("build_kernels", "build_kernels", {"build-kernels": "build_kernels.__main__:main"}),
+    ],
+)
+def test_each_wheel_holds_one_package_and_only_the_builders_a_script(
+    folder: str, package: str, scripts: dict[str, str]
+) -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs the extra `test`")
+    root = Path(plan.__file__).parents[2]
+    builder = wheel.WheelBuilder(str(root / folder))
+    names = {Path(file.distribution_path) for file in builder.recurse_included_files()}
+    sources = {path.relative_to(root) for path in (root / package).rglob("*.py")}
+    assert {path for path in names if path.suffix == ".py"} == sources
+    assert Path(package, "py.typed") in names
+    assert Path("build_kernels", "pyproject.toml") not in names
+    assert builder.metadata.core.scripts == scripts
+
+
+def test_the_builder_has_the_runtimes_version_and_requires_it() -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs the extra `test`")
+    root = Path(plan.__file__).parents[2]
+    runtime, builder = (
+        wheel.WheelBuilder(str(place)).metadata for place in (root, root / "build_kernels")
+    )
+    assert builder.version == runtime.version
+    assert f"dsv4-router=={runtime.version}" in builder.core.dependencies
+    assert not [name for name in runtime.core.dependencies if "cuda-bindings" not in name]
 
 
 def test_what_the_hook_imports_is_the_standard_library() -> None:

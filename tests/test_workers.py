@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("click", reason="needs the extra `build`")
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("click", reason="needs the builder")
+pytest.importorskip("elftools", reason="needs the builder")
 
 from processes import family
 
@@ -75,7 +75,7 @@ def test_a_stopped_command_leaves_no_process_behind(
 def test_a_stopped_build_leaves_no_process_behind(
     tmp_path: Path, number: signal.Signals, group: bool
 ) -> None:
-    pytest.importorskip("cutlass", reason="needs the extra `build`")
+    pytest.importorskip("cutlass", reason="needs the builder")
     command = [sys.executable, "-m", "build_kernels", "build", "--arch", "sm_90a", "--jobs", "2"]
     with family([*command, "--artifacts", str(tmp_path / "artifacts")]) as started:
         started.wait_for("spawn_main")

@@ -12,5 +12,5 @@
     table, plot the figures for people
 
 Importing the command, or drawing a stored report, needs neither a GPU nor torch. Importing this
-package imports nothing, so that `__main__` can name the extra that a machine lacks.
+package imports nothing, so that `__main__` can name what a machine lacks.
 """

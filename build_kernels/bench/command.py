@@ -1,11 +1,14 @@
-"""`build-kernels bench`: the options, what is said on the way, and where the report goes."""
+"""`build-kernels bench`: parse the options, show progress, write and print the report."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from build_kernels.cli.console import results, say, stop_like_interrupt, talk
 from build_kernels.cli.extras import why_missing
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS
 from dsv4_router_runtime.errors import RouterError
 
@@ -20,11 +24,14 @@ from .plot import plot_report
 from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report
 from .table import microseconds, print_report
 
+if TYPE_CHECKING:
+    from .contenders import Entrant
+
 ALL = "all"
 
 
 class Shapes(click.ParamType):
-    """Comma-separated KxE, as pairs of integers."""
+    """Parse comma-separated KxE to pairs of integers."""
 
     name = "shapes"
 
@@ -46,7 +53,7 @@ class Shapes(click.ParamType):
 
 
 class TokenCounts(click.ParamType):
-    """Comma-separated positive integers."""
+    """Parse comma-separated positive integers."""
 
     name = "token counts"
 
@@ -67,12 +74,35 @@ def _distinct(values, kind, param, ctx):
     return tuple(values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line; each field is an option's."""
+
+    peers: Path | None
+    dsl: Path | None
+    shapes: tuple[tuple[int, int], ...]
+    num_tokens: tuple[int, ...]
+    top_k: int
+    mode: str
+    options: bool
+    pdl: bool
+    layout: str
+    artifacts: Path | None
+    json_file: Path | None
+    plot_file: Path | None
+    render_file: Path | None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.mode == ALL else (self.mode,)
+
+
 existing_folder = click.Path(path_type=Path, file_okay=False, exists=True)
 new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
 @click.command("bench")
-@click.option("--peers", type=existing_folder, help="The peers' kernels, as staged.")
+@click.option("--peers", type=existing_folder, help="Folder of the peers' staged kernels.")
 @click.option("--dsl", type=existing_folder, help="The CuTeDSL that vLLM's kernel compiles with.")
 @click.option(
     "--shapes",
@@ -89,7 +119,7 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     metavar="N,...",
     default="1,4,6,8,16,32,64",
     show_default=True,
-    help="Tokens a call.",
+    help="Tokens per call.",
 )
 @click.option("--top-k", type=click.IntRange(1, 8), default=6, show_default=True)
 @click.option(
@@ -97,19 +127,26 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     type=click.Choice([*MODES, ALL]),
     default=MODES[0],
     show_default=True,
-    help="Weights from HBM, weights in L2, or no graph. The host's time is always measured.",
+    help="Weights from HBM, weights in L2, or no CUDA graph. Host time is always measured.",
 )
 @click.option(
     "--options",
     is_flag=True,
-    help="Time no peers, but ours with a server's options on, and for a hash layer.",
+    help="Time this project's kernels alone: with a server's options on, and for a hash layer.",
 )
-@click.option("--pdl/--no-pdl", default=True, show_default=True, help="Whether ours launches so.")
+@click.option(
+    "--pdl/--no-pdl",
+    default=True,
+    show_default=True,
+    help="Launch this project's kernels with programmatic dependent launch.",
+)
 @click.option(
     "--layout", type=click.Choice(["kmajor", "emajor"]), default="kmajor", show_default=True
 )
 @click.option(
-    "--artifacts", type=existing_folder, help="The kernels to time. Default: as Router finds them."
+    "--artifacts",
+    type=existing_folder,
+    help="Folder of the kernels to time. Default: the one that Router finds.",
 )
 @click.option("--json", "json_file", type=new_file, help="Write the report here.")
 @click.option("--plot", "plot_file", type=new_file, help="Draw the report here, as PNG.")
@@ -120,53 +157,26 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     help="Measure nothing: print, and draw, the report in this file.",
 )
 @click.pass_context
-def bench_command(
-    context: click.Context,
-    peers: Path | None,
-    dsl: Path | None,
-    shapes: tuple[tuple[int, int], ...],
-    num_tokens: tuple[int, ...],
-    top_k: int,
-    mode: str,
-    options: bool,
-    pdl: bool,
-    layout: str,
-    artifacts: Path | None,
-    json_file: Path | None,
-    plot_file: Path | None,
-    render_file: Path | None,
-) -> None:
-    """Check, then time the router on this machine's GPU, beside torch and what peers are staged.
+def bench_command(context: click.Context, **values: Any) -> None:
+    """Check, then time the router on this machine's GPU, beside torch and the staged peers.
 
-    Fails if this project's own figure is missing anywhere; a missing peer is only reported.
+    Fails if a figure of this project's own is missing; a missing peer is only reported.
     """
-    if render_file is not None:
-        _refuse_with_render(context)
-    if options and (peers or dsl):
-        raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
-    for k, num_experts in shapes:
-        if num_experts < top_k:
-            raise click.UsageError(f"--top-k {top_k}: {k}x{num_experts} has fewer experts")
+    settings = Settings(**values)
+    _check_usage(context, settings)
     stop_like_interrupt()
     try:
-        for file in (json_file, plot_file):
-            if file is not None and not file.parent.is_dir():
-                raise BenchError(f"{file}: there is no folder {file.parent}; make it first")
-        if plot_file is not None:
-            _require("matplotlib", "--plot")
-        if render_file is not None:
-            report = read_report(render_file)
+        _check_outputs(settings)
+        if settings.render_file is not None:
+            report = read_report(settings.render_file)
         else:
-            modes = MODES if mode == ALL else (mode,)
-            report = _measured(
-                peers, dsl, shapes, num_tokens, top_k, modes, options, pdl, layout, artifacts
-            )
+            report = _measure(settings)
         # The file first: a table that cannot be printed must not cost the figures.
-        if json_file is not None:
-            write_report(json_file, report)
+        if settings.json_file is not None:
+            write_report(settings.json_file, report)
         print_report(results(width=240), report)
-        if plot_file is not None:
-            plot_report(plot_file, report)
+        if settings.plot_file is not None:
+            plot_report(settings.plot_file, report)
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         sys.exit(130)
@@ -183,7 +193,7 @@ class BenchError(Exception):
 
 
 def missing_of_ours(report: Report) -> list[str]:
-    """An error for each of this project's contenders that has not all its figures."""
+    """Return an error for each of this project's contenders that lacks a figure."""
     errors = []
     for name in (*report.of_role(OURS), *report.of_role(VARIANT)):
         cells = [
@@ -194,6 +204,17 @@ def missing_of_ours(report: Report) -> list[str]:
         if cells:
             errors.append(f"error: {name} is not measured at {'; '.join(cells)}")
     return errors
+
+
+def _check_usage(context: click.Context, settings: Settings) -> None:
+    """Raise UsageError for options that do not go together."""
+    if settings.render_file is not None:
+        _refuse_with_render(context)
+    if settings.options and (settings.peers or settings.dsl):
+        raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
+    for k, num_experts in settings.shapes:
+        if num_experts < settings.top_k:
+            raise click.UsageError(f"--top-k {settings.top_k}: {k}x{num_experts} has fewer experts")
 
 
 def _refuse_with_render(context: click.Context) -> None:
@@ -209,23 +230,22 @@ def _refuse_with_render(context: click.Context) -> None:
         )
 
 
+def _check_outputs(settings: Settings) -> None:
+    """Raise BenchError before the run if its results could not be written after it."""
+    for file in (settings.json_file, settings.plot_file):
+        if file is not None and not file.parent.is_dir():
+            raise BenchError(f"{file}: there is no folder {file.parent}; make it first")
+    if settings.plot_file is not None:
+        _require("matplotlib", "--plot")
+
+
 def _require(package: str, what: str) -> None:
     if (problem := why_missing(package)) is not None:
         raise BenchError(f"{what}: {problem}")
 
 
-def _measured(
-    peers: Path | None,
-    dsl: Path | None,
-    shapes: Sequence[tuple[int, int]],
-    num_tokens: Sequence[int],
-    top_k: int,
-    modes: Sequence[str],
-    options: bool,
-    pdl: bool,
-    layout: str,
-    artifacts: Path | None,
-) -> Report:
+def _measure(settings: Settings) -> Report:
+    """Time every contender, with a progress bar on stderr."""
     _require("torch", "bench times kernels through torch")
     import torch
 
@@ -234,49 +254,64 @@ def _measured(
             f"torch {torch.__version__} sees no CUDA GPU; "
             "a stored report is drawn without one by --render FILE"
         )
-    from dsv4_router_runtime.artifacts.folder import open_artifacts
     from dsv4_router_runtime.device.driver import arch_of_device
 
-    from .contenders import own_entrants, torch_entrant
     from .inputs import make_inputs
     from .measure import make_problem, manifest_sha256, measure, this_machine
-    from .options import make_option_inputs, option_entrants
-    from .peers import peer_entrants
+    from .options import make_option_inputs
     from .stopwatch import CudaStopwatch
 
-    kernels = open_artifacts(artifacts)
-    entrants = [*(option_entrants if options else own_entrants)(kernels, pdl=pdl)]
-    if peers is not None:
-        entrants += peer_entrants(peers.resolve(), dsl.resolve() if dsl else None)
-    if not options:
-        entrants.append(torch_entrant())
+    kernels = open_artifacts(settings.artifacts)
+    entrants = _entrants(settings, kernels)
     device = torch.cuda.current_device()
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    problems = [make_problem(k, num_experts, top_k, l2_bytes) for k, num_experts in shapes]
-    columns = (TextColumn("timing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=talk) as progress:
-        bar = progress.add_task("", total=len(shapes) * len(num_tokens) * (len(modes) + 1))
-
-        def on_figures(figures: Sequence[Figure]) -> None:
-            progress.console.print(progress_line(figures), markup=False, soft_wrap=True)
-            progress.advance(bar)
-
+    problems = [make_problem(k, e, settings.top_k, l2_bytes) for k, e in settings.shapes]
+    rows = len(problems) * len(settings.num_tokens) * (len(settings.modes) + 1)
+    with _progress(rows) as on_figures:
         return measure(
             problems=problems,
-            num_tokens=num_tokens,
-            modes=modes,
-            layout=layout,
+            num_tokens=settings.num_tokens,
+            modes=settings.modes,
+            layout=settings.layout,
             entrants=entrants,
             stopwatch=CudaStopwatch(),
             machine=this_machine(arch_of_device(device)),
             manifest_sha256=manifest_sha256(kernels),
             on_figures=on_figures,
-            make_layers=make_option_inputs if options else make_inputs,
+            make_layers=make_option_inputs if settings.options else make_inputs,
         )
 
 
+def _entrants(settings: Settings, kernels: ArtifactSet) -> list[Entrant]:
+    from .contenders import own_entrants, torch_entrant
+    from .options import option_entrants
+    from .peers import peer_entrants
+
+    if settings.options:
+        return [*option_entrants(kernels, pdl=settings.pdl)]
+    entrants = [*own_entrants(kernels, pdl=settings.pdl)]
+    if settings.peers is not None:
+        dsl = settings.dsl.resolve() if settings.dsl else None
+        entrants += peer_entrants(settings.peers.resolve(), dsl)
+    return [*entrants, torch_entrant()]
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Callable[[Sequence[Figure]], None]]:
+    """Show a progress bar; yield the function to call with the figures of each row."""
+    columns = (TextColumn("timing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=talk) as progress:
+        bar = progress.add_task("", total=rows)
+
+        def on_figures(figures: Sequence[Figure]) -> None:
+            progress.console.print(progress_line(figures), markup=False, soft_wrap=True)
+            progress.advance(bar)
+
+        yield on_figures
+
+
 def progress_line(figures: Sequence[Figure]) -> str:
-    """One shape, mode and N: each contender's time, or the start of why it has none."""
+    """Return one row's line: each contender's time, or the start of the reason why it has none."""
     first = figures[0]
     cells = [
         f"{figure.contender} {microseconds(figure.microseconds)}"

@@ -1,1 +1,1 @@
-"""Readers of what compilers make: cubins."""
+"""Readers of compiled kernels: cubins, their disassembly, PTX."""

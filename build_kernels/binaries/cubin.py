@@ -1,21 +1,16 @@
-"""What a cubin says about itself: symbols, launch ABI, resources, opcodes. Pure readers.
+"""Read symbols, launch ABI and resources from the ELF file that a cubin is.
 
 Layout of `.nv.info` sections, as cuobjdump -elf prints them: records of a format byte, an attribute
-byte and 16 bits that are the value or, for format 4, the number of payload bytes that follow.
+byte and 16 bits. These are the value, or for format 4 the number of payload bytes that follow.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import os
 import re
 import struct
-import subprocess
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4_router_runtime.artifacts.folder import ELF_HEADER_BYTES, elf_compute_capability
@@ -23,17 +18,6 @@ from dsv4_router_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
-
-# Counted into the manifest: tensor cores, TMA and its barriers, TMEM, clusters, global and shared
-# traffic, warp exchanges, the arithmetic of the scores, programmatic dependent launch.
-WATCHED_OPCODES = (
-    *("HGMMA", "UTCHMMA", "UTCBAR", "UTCATOMSWS", "LDTM"),
-    *("UTMALDG", "UTMASTG", "SYNCS", "STAS", "UCGABAR_ARV", "UCGABAR_WAIT"),
-    *("LDG", "STG", "ATOMG", "LDS", "STS", "BAR", "MEMBAR"),
-    *("REDUX", "CREDUX", "SHFL", "VOTE", "FFMA", "MUFU", "ACQBULK", "PREEXIT"),
-)
-# Local memory: a spill, a stack frame or an array that did not become registers.
-LOCAL_OPCODES = ("LDL", "STL")
 
 # Far above any cubin of one kernel: 60 KB and 40 sections are made now.
 MAX_CUBIN_BYTES = 16 * 2**20
@@ -55,21 +39,16 @@ _CTA_PER_CLUSTER = 0x3D
 _RESERVED_SHARED_BYTES = 1024
 _FIRST_RESERVING_CAPABILITY = 90
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*)")
 _PTXAS = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
 
 
-# What a message about something that is not installed ends in.
-INSTALL = "install this project's extra `build`: pip install 'dsv4-router[build]'"
-
-
 class CubinError(Exception):
-    """A cubin that cannot be read or is not what was asked for, or a reader that is missing."""
+    """A cubin cannot be read, or does not hold one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CubinParameter:
-    """`offset` counts bytes from the first parameter."""
+    """One kernel parameter; `offset` counts bytes from the first parameter."""
 
     offset: int
     size: int
@@ -77,7 +56,7 @@ class CubinParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Cubin:
-    """The facts of a cubin with one kernel. Blocks and clusters are None where it names none."""
+    """Launch ABI and resources of a cubin's one kernel; None for a block or cluster not stated."""
 
     compute_capability: int
     symbol: str
@@ -91,8 +70,8 @@ class Cubin:
 
 
 def read_cubin(data: bytes) -> Cubin:
-    """The facts of a cubin that holds exactly one kernel; CubinError for anything else."""
-    # Imported here, so that commands which read no cubin run where it is not installed.
+    """Read a cubin that holds exactly one kernel; CubinError for anything else."""
+    # Imported here, so that commands that read no cubin run without it.
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
@@ -104,7 +83,7 @@ def read_cubin(data: bytes) -> Cubin:
             found = ", ".join(sorted(kernels)) or "none"
             raise CubinError(f"expected one kernel in a cubin (found {found})")
         ((symbol, index),) = kernels.items()
-        return _facts(elf, data, symbol, index)
+        return _cubin_of(elf, data, symbol, index)
     except (ELFError, ArtifactError, struct.error) as error:
         raise CubinError(f"not a readable cubin ({error})") from error
 
@@ -139,62 +118,13 @@ def _check_bounds(data: bytes) -> None:
 
 
 def stated_ptxas(data: bytes) -> str | None:
-    """The assembler's version; cubins of ABI 7 (sm_90 by toolkit 12) do not say it."""
+    """Return the assembler's version; None for cubins of ABI 7 (sm_90 by toolkit 12)."""
     found = _PTXAS.search(data)
     return found.group(1).decode() if found else None
 
 
-def count_opcodes(path: Path) -> Counter[str]:
-    """How often each SASS opcode occurs in a cubin on disk, modifiers left off."""
-    tool = nvdisasm()
-    try:
-        process = subprocess.run(
-            [tool, "-c", path], capture_output=True, text=True, errors="replace", check=False
-        )
-    except OSError as error:
-        raise _cannot_be_run(tool, str(error.strerror)) from error
-    counts = Counter(_INSTRUCTION.findall(process.stdout))
-    if process.returncode != 0 or not counts:
-        raise CubinError(f"nvdisasm cannot read {path.name}: {process.stderr.strip()}")
-    return counts
-
-
-def watched(counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts that the manifest records: what occurs, and local memory in any case."""
-    present = {opcode: counts[opcode] for opcode in WATCHED_OPCODES if counts.get(opcode)}
-    return present | {opcode: counts.get(opcode, 0) for opcode in LOCAL_OPCODES}
-
-
-def nvdisasm() -> Path:
-    """Return the disassembler of the nvidia-cuda-nvdisasm wheel; CubinError if unusable."""
-    tool = wheel_file("nvidia-cuda-nvdisasm", "nvdisasm")
-    if not os.access(tool, os.X_OK):
-        raise _cannot_be_run(tool, "not executable")
-    return tool
-
-
-def _cannot_be_run(tool: Path, why: str) -> CubinError:
-    return CubinError(f"{tool.name} cannot be run ({why}: {tool}); {INSTALL}")
-
-
-def wheel_file(distribution: str, name: str) -> Path:
-    """Return the file `name` of an installed wheel; CubinError names what to install."""
-    try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == name and (path := Path(str(file.locate()))).is_file():
-            return path
-    # A wheel whose file was deleted counts as installed: pip would not bring it back by itself.
-    damaged = " with --force-reinstall" if files else ""
-    raise CubinError(
-        f"{name} is missing: it comes with the wheel {distribution}; {INSTALL}{damaged}"
-    )
-
-
 def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
-    """Name and symbol-table index of every kernel: a global function with an `.nv.info` section."""
+    """Map each kernel (a global function with an `.nv.info` section) to its symbol-table index."""
     from elftools.elf.sections import SymbolTableSection
 
     table = elf.get_section_by_name(".symtab")
@@ -209,15 +139,15 @@ def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
     }
 
 
-def _facts(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
+def _cubin_of(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
     capability = elf_compute_capability(data, file="cubin")
     of_kernel = dict(_records(elf, f".nv.info.{symbol}"))
     return Cubin(
         compute_capability=capability,
         symbol=symbol,
         parameters=_parameters(elf, symbol),
-        registers=_of_function(elf, _REGCOUNT, index),
-        stack_bytes=max(_of_function(elf, code, index) for code in (_FRAME_SIZE, _MIN_STACK_SIZE)),
+        registers=_number_of(elf, _REGCOUNT, index),
+        stack_bytes=max(_number_of(elf, code, index) for code in (_FRAME_SIZE, _MIN_STACK_SIZE)),
         static_shared_bytes=_static_shared_bytes(elf, symbol, capability),
         required_block=_dim3(of_kernel.get(_REQNTID)),
         max_block=_dim3(of_kernel.get(_MAX_THREADS)),
@@ -226,7 +156,7 @@ def _facts(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
 
 
 def _records(elf: ELFFile, section_name: str) -> Iterator[tuple[int, bytes]]:
-    """(attribute, payload) of each record; the payload of a record without one is its 16 bits."""
+    """Yield (attribute, payload) of each record; without a payload, its 16 bits are it."""
     section = elf.get_section_by_name(section_name)
     data = section.data() if section is not None else b""
     at = 0
@@ -240,8 +170,8 @@ def _records(elf: ELFFile, section_name: str) -> Iterator[tuple[int, bytes]]:
             yield attribute, struct.pack("<H", value)
 
 
-def _of_function(elf: ELFFile, attribute: int, index: int) -> int:
-    """A per-function number of `.nv.info`: payload (symbol index, value)."""
+def _number_of(elf: ELFFile, attribute: int, index: int) -> int:
+    """Return a per-function number of `.nv.info`; its payload is (symbol index, value)."""
     for found, payload in _records(elf, ".nv.info"):
         if found == attribute and len(payload) == 8:
             function, value = struct.unpack("<II", payload)
@@ -251,7 +181,10 @@ def _of_function(elf: ELFFile, attribute: int, index: int) -> int:
 
 
 def _parameters(elf: ELFFile, symbol: str) -> tuple[CubinParameter, ...]:
-    """In order. Payload: index u32, ordinal u16, offset u16, flags u32, the size from bit 18 on."""
+    """List the parameters in order.
+
+    Payload: index u32, ordinal u16, offset u16, flags u32 with the size from bit 18 on.
+    """
     found: dict[int, tuple[int, int]] = {}
     for attribute, payload in _records(elf, f".nv.info.{symbol}"):
         if attribute == _KPARAM_INFO:

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from build_kernels.binaries import cubin
+from build_kernels.binaries.cubin import CubinError, read_cubin, stated_ptxas
+from build_kernels.binaries.nvdisasm import sass_opcodes, watched
+from build_kernels.binaries.wheels import ToolError
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, cubin_name, serialise_manifest
@@ -182,7 +184,7 @@ def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manife
     # built now, so that the manifest does not depend on the order in which its parts were built.
     cubins = [item.cubin for item in built]
     cubins += [(artifacts / entry.file).read_bytes() for entry in untouched]
-    stated = {version for data in cubins if (version := cubin.stated_ptxas(data))}
+    stated = {version for data in cubins if (version := stated_ptxas(data))}
     toolchain = plan.toolchain | ({PTXAS: " ".join(sorted(stated))} if stated else {})
     return Manifest(toolchain=toolchain, kernels=(*(item.entry for item in built), *untouched))
 
@@ -250,11 +252,11 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
         compiled = compilers.compile_kernel(task.spec, task.arch, dump_folder)
         path = dump_folder / cubin_name(task.spec.name, task.arch)
         path.write_bytes(compiled.cubin)
-        facts = cubin.read_cubin(compiled.cubin)
-        opcodes = cubin.watched(cubin.count_opcodes(path))
-        entry = make_entry(task.spec, task.arch, task.digest, compiled, facts, opcodes)
+        cubin = read_cubin(compiled.cubin)
+        opcodes = watched(sass_opcodes(path))
+        entry = make_entry(task.spec, task.arch, task.digest, compiled, cubin, opcodes)
         return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
-    except (EntryError, compilers.CompileError, cubin.CubinError) as error:
+    except (EntryError, compilers.CompileError, CubinError, ToolError) as error:
         return f"{_why_no_file(dump_folder)}{error}"
     except Exception as error:
         if why := _why_no_file(dump_folder):

@@ -1,9 +1,9 @@
-"""From a spec to a cubin and the PTX it came from. Runs in a process of its own: see `build`.
+"""Compile a spec to a cubin and its PTX, with CuTeDSL or NVRTC.
 
-The DSL is not thread-safe, takes two seconds to import, and is imported nowhere else. NVRTC is the
-one of toolkit 12.9, whose assembler the DSL carries too: all artifacts then hold PTX 8.8 and load
-with the same drivers. It is called through ctypes, because `cuda.bindings` takes the newest NVRTC
-that is installed, and a GPU build of torch brings another.
+Runs in worker processes (see `build`): the DSL is not thread-safe and takes two seconds to import.
+NVRTC is that of toolkit 12.9, whose assembler the DSL carries too. All artifacts then hold PTX 8.8
+and load with the same drivers. NVRTC is called through ctypes: `cuda.bindings` takes the newest
+NVRTC that is installed, and a GPU build of torch brings another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_kernels.binaries.cubin import INSTALL, wheel_file
+from build_kernels.binaries.wheels import how_to_repair, wheel_file
 from build_kernels.specs import CudaSource, DslSource, KernelSpec
 
 NVRTC_DISTRIBUTION = "nvidia-cuda-nvrtc-cu12"
@@ -33,7 +33,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class CompileError(Exception):
-    """A compiler refused a kernel, or is not installed; the message holds what it said."""
+    """A compiler refused a kernel, or is not installed; the message holds the compiler's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Compiled:
 
 
 def toolchain_versions() -> dict[str, str]:
-    """The versions of all that decides the bytes: each nvidia-cutlass-dsl* distribution, and NVRTC.
+    """Return the versions that decide bytes: of each nvidia-cutlass-dsl* distribution and NVRTC.
 
     The DSL's code generator is in its -libs- distributions. Reads metadata only.
     """
@@ -70,7 +70,7 @@ def toolchain_versions() -> dict[str, str]:
 
 
 def source_files(spec: KernelSpec) -> tuple[Path, ...]:
-    """The files that a kernel is made of, sorted. The DSL's kernels import each other."""
+    """Return the source files of a kernel, sorted. The DSL's kernels import each other."""
     if isinstance(spec.source, CudaSource):
         return (_PACKAGE / spec.source.file,)
     return tuple(sorted((_PACKAGE / "kernels").glob("*.py")))
@@ -84,7 +84,7 @@ def compile_kernel(spec: KernelSpec, arch: str, dump_folder: Path) -> Compiled:
 
 
 def _missing(distribution: str) -> CompileError:
-    return CompileError(f"{distribution} is not installed; {INSTALL}")
+    return CompileError(f"{distribution} is not installed; {how_to_repair()}")
 
 
 def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Path) -> Compiled:

@@ -1,4 +1,4 @@
-"""The manifest's entry of a compiled kernel: read from its cubin, checked against its spec."""
+"""Make the manifest's entry of a kernel: read from its cubin, checked against its spec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from math import prod
 
-from build_kernels.binaries.cubin import LOCAL_OPCODES, Cubin, CubinParameter
+from build_kernels.binaries.cubin import Cubin, CubinParameter
+from build_kernels.binaries.nvdisasm import LOCAL_OPCODES
 from build_kernels.specs import KernelSpec
 from dsv4_router_runtime.artifacts.manifest import (
     KIND_LAYOUT,
@@ -33,23 +34,23 @@ def make_entry(
     arch: str,
     digest: str,
     compiled: Compiled,
-    facts: Cubin,
+    cubin: Cubin,
     opcodes: Mapping[str, int],
 ) -> Kernel:
-    """The entry; EntryError where the cubin is not what the spec says it is."""
-    _check("compute capability", facts.compute_capability, compute_capability(arch))
-    _check("symbol", facts.symbol, spec.symbol)
-    _check("block that the cubin requires", facts.required_block or compiled.block, compiled.block)
-    _check("block that the cubin is bounded to", facts.max_block or compiled.block, compiled.block)
-    _check("cluster of the cubin", facts.cluster or spec.cluster, spec.cluster)
-    _check_no_local_memory(facts, opcodes)
+    """Make the entry; EntryError if the cubin is not what the spec says."""
+    _check("compute capability", cubin.compute_capability, compute_capability(arch))
+    _check("symbol", cubin.symbol, spec.symbol)
+    _check("block that the cubin requires", cubin.required_block or compiled.block, compiled.block)
+    _check("block that the cubin is bounded to", cubin.max_block or compiled.block, compiled.block)
+    _check("cluster of the cubin", cubin.cluster or spec.cluster, spec.cluster)
+    _check_no_local_memory(cubin, opcodes)
     _check_parameter_names(spec, compiled)
     return Kernel(
         name=spec.name,
         arch=arch,
         role=spec.role,
         file=cubin_name(spec.name, arch),
-        symbol=facts.symbol,
+        symbol=cubin.symbol,
         cubin_sha256=sha256(compiled.cubin),
         ptx_sha256=sha256(compiled.ptx.encode()),
         source_digest=digest,
@@ -65,19 +66,19 @@ def make_entry(
             pdl=spec.pdl,
             nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
         ),
-        parameters=make_parameters(spec, facts.parameters),
+        parameters=make_parameters(spec, cubin.parameters),
         resources=Resources(
-            registers=facts.registers,
+            registers=cubin.registers,
             spill_bytes=0,  # no local memory, so no spills: checked above
-            stack_bytes=facts.stack_bytes,
-            static_shared_bytes=facts.static_shared_bytes,
+            stack_bytes=cubin.stack_bytes,
+            static_shared_bytes=cubin.static_shared_bytes,
             opcodes=opcodes,
         ),
     )
 
 
 def make_parameters(spec: KernelSpec, found: Sequence[CubinParameter]) -> tuple[Parameter, ...]:
-    """The spec's names and kinds, the cubin's offsets and sizes; EntryError if they disagree."""
+    """Join a spec's names and kinds to a cubin's offsets and sizes; EntryError if they clash."""
     names = ", ".join(parameter.name for parameter in spec.parameters)
     if len(found) != len(spec.parameters):
         raise EntryError(
@@ -106,7 +107,7 @@ def make_parameters(spec: KernelSpec, found: Sequence[CubinParameter]) -> tuple[
 
 
 def _check_parameter_names(spec: KernelSpec, compiled: Compiled) -> None:
-    """EntryError unless the source declares the spec's parameters in order and reads each one."""
+    """Check that the source declares the spec's parameters in order and reads each one."""
     pairs = zip_longest(compiled.parameters, (item.name for item in spec.parameters))
     for index, (declared, wanted) in enumerate(pairs):
         if declared != wanted:
@@ -124,15 +125,15 @@ def _check(what: str, got: object, expected: object) -> None:
         raise EntryError(f"{what}: the compiled kernel has {got}, the spec says {expected}")
 
 
-def _check_no_local_memory(facts: Cubin, opcodes: Mapping[str, int]) -> None:
+def _check_no_local_memory(cubin: Cubin, opcodes: Mapping[str, int]) -> None:
     used = {opcode: opcodes[opcode] for opcode in LOCAL_OPCODES if opcodes[opcode]}
-    if used or facts.stack_bytes:
+    if used or cubin.stack_bytes:
         raise EntryError(
-            f"uses local memory: stack {facts.stack_bytes} bytes, {used or 'no LDL or STL'}; "
-            f"registers {facts.registers}. Kernels are shipped without spills or local arrays"
+            f"uses local memory: stack {cubin.stack_bytes} bytes, {used or 'no LDL or STL'}; "
+            f"registers {cubin.registers}. Kernels are shipped without spills or local arrays"
         )
 
 
 def sha256(data: bytes) -> str:
-    """The hexadecimal digest that the manifest records."""
+    """Return the hexadecimal digest that the manifest records."""
     return hashlib.sha256(data).hexdigest()

@@ -24,7 +24,10 @@ from .artifact_folder import file_sha256, read_plain
 from .entry import sha256
 
 # What turns a spec and its sources into bytes, and bytes into the manifest's entry.
-_DECIDING_MODULES = ("building/compilers.py", "binaries/cubin.py", "building/entry.py")
+_DECIDING_MODULES = (
+    *("building/compilers.py", "building/entry.py"),
+    *("binaries/cubin.py", "binaries/nvdisasm.py"),
+)
 # The assemblers' version in a manifest's toolchain: read from the cubins, not from a distribution.
 PTXAS = "ptxas"
 

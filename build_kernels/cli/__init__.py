@@ -1,1 +1,1 @@
-"""The command `build-kernels` and what its subcommands share."""
+"""The command `build-kernels`: one file per subcommand, and what they share."""

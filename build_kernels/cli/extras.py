@@ -1,26 +1,27 @@
-"""Which of this project's extras brings a package, and how to say so. Imports nothing else."""
+"""Name the distribution, or the extra, that brings a package. Imports nothing else."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
+BUILDER, RUNTIME = "dsv4-router-builder", "dsv4-router"
 # By the package's name at import.
-EXTRAS = {
-    "click": "build",
-    "rich": "build",
-    "elftools": "build",
-    "cutlass": "build",
-    "numpy": "verify",
-    "sentryward": "verify",
-    "torch": "torch",
-    "matplotlib": "bench",
+REQUIREMENTS = {
+    "click": BUILDER,
+    "rich": BUILDER,
+    "elftools": BUILDER,
+    "cutlass": BUILDER,
+    "dsv4_router_runtime": RUNTIME,
+    "numpy": f"{BUILDER}[verify]",
+    "sentryward": f"{BUILDER}[verify]",
+    "torch": f"{RUNTIME}[torch]",
+    "matplotlib": f"{BUILDER}[bench]",
 }
 
 
 def how_to_install(package: str) -> str:
-    """Name the extra that brings `package`, and the command that installs it."""
-    extra = EXTRAS[package]
-    return f"it comes with the extra `{extra}`: pip install 'dsv4-router[{extra}]'"
+    """Return the command that installs `package`, with the requirement that brings it."""
+    return f"it comes with `pip install '{REQUIREMENTS[package]}'`"
 
 
 def why_missing(package: str) -> str | None:

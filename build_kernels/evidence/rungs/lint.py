@@ -79,7 +79,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     except subprocess.TimeoutExpired:
         return not_run(f"the compiler took more than {TIMEOUT_SECONDS} s")
     except ModuleNotFoundError as error:
-        return not_run(f"{error}; install this project's extra `build`")
+        return not_run(f"{error}; run `pip install dsv4-router-builder`")
     except LintError as error:
         return Result(status=FAILED, reason=str(error))
     if ptx_sha256 != artifact.kernel.ptx_sha256:

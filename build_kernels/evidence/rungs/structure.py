@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from build_kernels.binaries import cubin
+from build_kernels.binaries import cubin, nvdisasm
 from build_kernels.binaries.ptx import (
     PtxReadError,
     count_opcodes,
@@ -25,6 +23,7 @@ from build_kernels.binaries.ptx import (
     read_entry,
     read_target,
 )
+from build_kernels.binaries.wheels import ToolError
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.result import FAILED, PASSED, QUICK, Result, not_run
 from dsv4_router_runtime.artifacts.json_reader import JsonNode
@@ -32,16 +31,11 @@ from dsv4_router_runtime.artifacts.manifest import compute_capability
 
 from .rung import Checker, Reads, Rung
 
-# It takes 0.1 s.
-TIMEOUT_SECONDS = 60
 NO_PTX = (
     "the set carries no PTX: the cubin was compared with the manifest, not the PTX's instructions "
     "with the cubin's"
 )
 _ELF_FLAGS_OFFSET = 48
-_SASS = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +85,13 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     A set without PTX is compared with its manifest alone. That pass covers less, so it is quick.
     """
     try:
-        nvdisasm = cubin.nvdisasm()
-    except cubin.CubinError as error:
-        return not_run(str(error))
-    try:
         facts = cubin.read_cubin(artifact.cubin)
-        sass = sass_opcodes(nvdisasm, artifact.cubin_path)
+        sass = nvdisasm.sass_opcodes(artifact.cubin_path)
         problems = [*_against_manifest(artifact, facts, sass)]
         if artifact.has_ptx:
             problems += [*_between_manifest_and_ptx(artifact), *_against_ptx(artifact, sass)]
-    except subprocess.TimeoutExpired:
-        return not_run(f"nvdisasm took more than {TIMEOUT_SECONDS} s")
-    except OSError as error:
-        return not_run(f"{error}; install this project's extra `build` again")
+    except ToolError as error:
+        return not_run(str(error))
     except (cubin.CubinError, PtxReadError) as error:
         return Result(status=FAILED, reason=str(error))
     if problems:
@@ -128,9 +116,6 @@ def _figures(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> dict
 def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> Iterator[str]:
     kernel, launch = artifact.kernel, artifact.kernel.launch
     listed = [(parameter.offset, parameter.size) for parameter in kernel.parameters]
-    families: Counter[str] = Counter()
-    for name, count in sass.items():
-        families[name.partition(".")[0]] += count
     compared = (
         ("cubin sha256", artifact.cubin_sha256, kernel.cubin_sha256),
         ("ELF compute capability", facts.compute_capability, compute_capability(kernel.arch)),
@@ -144,7 +129,7 @@ def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]
         ("static shared", facts.static_shared_bytes, kernel.resources.static_shared_bytes),
         ("required block", facts.required_block or launch.block, launch.block),
         ("required cluster", facts.cluster or launch.cluster, launch.cluster),
-        ("opcode counts", cubin.watched(families), dict(kernel.resources.opcodes)),
+        ("opcode counts", nvdisasm.watched(sass), dict(kernel.resources.opcodes)),
     )
     yield from _differences(compared)
     if prod(launch.block) > prod(facts.max_block or launch.block):
@@ -188,22 +173,6 @@ def _paired_counts(ptx: Counter[str]) -> Iterator[tuple[str, int]]:
     for name in sorted({pairing.ptx for pairing in PAIRINGS}):
         if count := count_starting(ptx, name):
             yield name, count
-
-
-def sass_opcodes(nvdisasm: Path, path: Path) -> Counter[str]:
-    """Count each SASS opcode of a cubin with its modifiers."""
-    process = subprocess.run(
-        [nvdisasm, "-c", path],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    opcodes = Counter(_SASS.findall(process.stdout))
-    if process.returncode or not opcodes:
-        raise cubin.CubinError(f"nvdisasm cannot read {path.name}: {process.stderr.strip()}")
-    return opcodes
 
 
 def elf_flags(data: bytes) -> int:

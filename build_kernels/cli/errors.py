@@ -1,0 +1,31 @@
+"""Turn expected errors of a subcommand into a message and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from build_kernels.building.artifact_folder import PlaceError
+from build_kernels.building.build import BuildError
+from build_kernels.building.compilers import CompileError
+from build_kernels.building.staging import LockedError
+from build_kernels.evidence import EvidenceError
+from dsv4_router_runtime.errors import RouterError
+
+from .console import say
+
+_EXPECTED = (BuildError, CompileError, LockedError, PlaceError, EvidenceError, RouterError, OSError)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print an expected error and exit with status 1; any other keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; the artifacts are as they were")
+        sys.exit(130)
+    except _EXPECTED as error:
+        say(f"error: {error}")
+        sys.exit(1)

@@ -241,6 +241,28 @@ class TestAFolderOfOurs:
         assert build_in(artifacts).exit_code == 0
         assert contents(artifacts) == wanted
 
+    def test_a_file_of_our_name_that_no_manifest_lists_is_kept(self, tmp_path: Path) -> None:
+        """A copy of the PTX put aside by hand, say; a killed build left the same bytes."""
+        kept = tmp_path / "router_topk.sm_90a.ptx"
+        kept.write_text("tuned by hand")
+        result = build_in(tmp_path)
+        check_refused(result, kept.name)
+        assert contents(tmp_path) == {kept.name: b"tuned by hand"}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"name": "my hub project", "kernels": ["flash-attn"], "secret": "only copy"}',
+            '{"schema_version": 1, "kernels": [{"name": "flash-attn"}]}',
+            '{"schema_version": "1", "kernels": []}',
+            'not "kernels" at all',
+        ],
+    )
+    def test_a_manifest_of_another_program_is_refused(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "manifest.json").write_text(text)
+        check_refused(build_in(tmp_path), "manifest.json")
+        assert contents(tmp_path) == {"manifest.json": text.encode()}
+
     @pytest.mark.usefixtures("topk_is_all")
     @pytest.mark.parametrize("dots", [False, True])
     @pytest.mark.parametrize("schema", [1, 2, 3])

@@ -112,7 +112,7 @@ class TestPlan:
             "",
             '{\n "kernels": [',
             '<<<<<<< HEAD\n{\n "kernels": []\n}\n',
-            '{"schema_version": 99, "kernels": {}}',
+            '{"schema_version": 99, "kernels": []}',
         ],
         ids=["empty", "truncated", "conflict", "schema 99"],
     )
@@ -444,7 +444,7 @@ class TestRefusals:
         ptx = ".version 8.8\n.visible .entry k()\n{\n\tret;\n}\n\0"
         written = []
         module = SimpleNamespace(
-            launch_facts=lambda **_: dict.fromkeys(_FACTS, 0) | {"block": [1], "cluster": [1]},
+            launch_properties=lambda **_: dict.fromkeys(_FACTS, 0) | {"block": [1], "cluster": [1]},
             compile_kernel=lambda **_: (b"\x7fELF", written[-1]),
         )
         monkeypatch.setattr(compilers.importlib, "import_module", lambda name: module)

@@ -2,7 +2,8 @@
 
 A build replaces and removes files of the set only: manifest.json, evidence.json, the cubins and the
 PTX that this version's specs name, and those that the manifest in the folder vouches for, name and
-hash. Names that start with a dot belong to editors, notebooks and desktops: they are not looked at.
+hash. Where no manifest vouches for any, one that differs from what the build makes is not replaced.
+Names that start with a dot belong to editors, notebooks and desktops: they are not looked at.
 Everything else is a stranger, and a folder with a stranger in it is refused as a whole.
 """
 
@@ -26,8 +27,8 @@ _SHOWN_STRANGERS = 5
 _MAX_FILE_BYTES = 16 * 2**20
 # The names that a build has given to cubins and PTX, whatever the manifest's schema was.
 _KERNEL_FILE = re.compile(r"[a-z][a-z0-9_]*\.sm_[0-9]+[af]?\.(cubin|ptx)")
-# In every schema so far, and hardly in another program's manifest.json.
-_OUR_KEY = b'"kernels"'
+# How `serialise_manifest` begins every text: what is left of one that was cut off or conflicts.
+_OUR_BEGINNING = b'{\n "kernels": ['
 
 
 class PlaceError(Exception):
@@ -88,6 +89,7 @@ def read_contents(folder: Path, named: Collection[str]) -> Contents:
     dotted = {entry.name for entry in found if entry.name.startswith(".")}
     manifest = read_plain(folder / MANIFEST_NAME)
     vouched = vouched_files(manifest or b"")
+    ours = manifest is not None and _is_ours(manifest)
     made, strangers = set(), []
     for entry in found:
         name = entry.name
@@ -96,9 +98,9 @@ def read_contents(folder: Path, named: Collection[str]) -> Contents:
         if not entry.is_file(follow_symlinks=False):
             strangers.append(_shown(entry))
         elif (
-            name in named
-            or name == EVIDENCE_NAME
-            or (name == MANIFEST_NAME and manifest is not None and _is_ours(manifest))
+            name == EVIDENCE_NAME
+            or (name == MANIFEST_NAME and ours)
+            or (name in named and (ours or manifest is None))
             or (name in vouched and file_sha256(folder / name) == vouched[name])
         ):
             made.add(name)
@@ -130,6 +132,22 @@ def check_contents(folder: Path, contents: Contents) -> None:
         f"folder to itself: move them elsewhere{hint}, or name another folder with "
         "--artifacts FOLDER"
     )
+
+
+def check_replaced(folder: Path, contents: Contents, files: Mapping[str, bytes]) -> None:
+    """Refuse to replace a file that no manifest vouches for by other bytes of the same name.
+
+    A build that was killed before it wrote a first manifest left the same bytes.
+    """
+    if contents.manifest is not None:
+        return
+    for name in sorted(contents.made & files.keys()):
+        if read_plain(folder / name) != files[name]:
+            raise PlaceError(
+                f"cannot build {folder}: {name} is not what this build makes, and no "
+                f"{MANIFEST_NAME} there lists it. Move it elsewhere, delete it if a build made it, or name another "
+                "folder with --artifacts FOLDER"
+            )
 
 
 def vouched_files(manifest: bytes) -> Mapping[str, str]:
@@ -173,8 +191,17 @@ def read_plain(path: Path) -> bytes | None:
 
 
 def _is_ours(manifest: bytes) -> bool:
-    """Is it a manifest of artifacts, of any schema, or what an accident left of one?"""
-    return not manifest.strip() or _OUR_KEY in manifest
+    """Return whether it is a manifest of artifacts, of any schema, or what is left of one."""
+    try:
+        document = json.loads(manifest)
+    except (ValueError, RecursionError):
+        return not manifest.strip() or _OUR_BEGINNING in manifest
+    if not isinstance(document, dict) or not isinstance(document.get("kernels"), list):
+        return False
+    described = all(
+        isinstance(kernel, dict) and "cubin_sha256" in kernel for kernel in document["kernels"]
+    )
+    return described and isinstance(document.get("schema_version"), int)
 
 
 def _shown(entry: os.DirEntry[str]) -> str:

@@ -18,7 +18,13 @@ from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
 from . import compilers
-from .artifact_folder import Contents, check_contents, read_contents, resolve_folder
+from .artifact_folder import (
+    Contents,
+    check_contents,
+    check_replaced,
+    read_contents,
+    resolve_folder,
+)
 from .entry import EntryError, make_entry
 from .plan import PTXAS, Plan, Task, file_names, known_files
 from .publish import NewSet, publish
@@ -152,6 +158,7 @@ def _publish(
     if locked and plan.text != text:
         raise BuildError(_locked_difference(plan.manifest, manifest))
     new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=plan.kept_files)
+    check_replaced(folder, now, new.files)
     strays = publish(folder, private, new, now)
     if strays:
         raise BuildError(

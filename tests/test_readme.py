@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,13 @@ def functions_in(name: str) -> set[str]:
 
 
 def keywords(function) -> set[str]:
+    """Return the names of the keyword arguments, those of `**given` included."""
     parameters = inspect.signature(function).parameters.values()
-    return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    names = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    for hint in typing.get_type_hints(function).values():
+        for unpacked in filter(typing.is_typeddict, typing.get_args(hint)):
+            names.update(typing.get_type_hints(unpacked))
+    return names
 
 
 def test_the_table_has_no_holes():
@@ -71,6 +77,7 @@ def test_every_option_of_a_router_is_a_feature():
 
     options = keywords(Router.__init__) | keywords(Router.__call__)
     words = set(re.findall(r"\w+", " ".join(row[0] for row in features()[1:])))
+    assert "to_physical" in options
     assert options - {"artifacts", "routed_scaling_factor", "pdl"} <= words
     assert "PDL" in words
 

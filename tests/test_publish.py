@@ -525,7 +525,7 @@ class TestWhatHappensDuringABuild:
 _TRY_EVIDENCE = """
 import fcntl, sys
 from pathlib import Path
-from build_kernels.verify import evidence
+from build_kernels.evidence import store as evidence
 def fail(*_): sys.exit(3)
 flock = fcntl.flock
 def flock_now(handle, how):

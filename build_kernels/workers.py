@@ -1,4 +1,4 @@
-"""Run tasks in worker processes of which none outlives this process, however it ends.
+"""Run tasks in worker processes. None outlives this process, however it ends.
 
 The workers and every program that they start form one process group. Its leader is the guard, a
 small process that waits for the end of a pipe whose other end this process holds. When this process
@@ -41,7 +41,7 @@ os.killpg(0, signal.SIGKILL)
 
 
 class WorkerDiedError(Exception):
-    """The process of one task ended before the task did; nothing is known of its result."""
+    """The process of one task ended before the task did, so there is no result."""
 
     def __init__(self) -> None:
         super().__init__("its process died; was the machine out of memory?")
@@ -57,10 +57,10 @@ def run_tasks(
 ) -> Iterator[Iterator[tuple[Key, Value | WorkerDiedError]]]:
     """Call `function(*tasks[key])` for each key in at most `jobs` processes, started by spawn.
 
-    Gives an iterator over (key, result) in the order in which the tasks end; they start in the
-    order of `tasks`. A task whose process dies gives WorkerDiedError, and the others go on. What a
-    task raises is raised here. `prepare` is called once in each worker before its first task.
-    Leaving the block early, by an exception for instance, kills the workers and what they started.
+    Yields an iterator over (key, result) in the order in which the tasks end; they start in the
+    order of `tasks`. If a task's process dies, its result is a WorkerDiedError and the others go
+    on. An exception of a task is raised here. `prepare` is called once per worker, before its first
+    task. Leaving the block early, for instance by an exception, kills workers and their children.
     """
     if not tasks:
         yield iter(())
@@ -127,7 +127,7 @@ def _results(
 
 
 def _start_guard() -> subprocess.Popen[bytes]:
-    """Start the leader of the workers' group; it has made the group when this returns."""
+    """Start the leader of the workers' group, and wait until it has made the group."""
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _GUARD],
         stdin=subprocess.PIPE,
@@ -149,7 +149,7 @@ def _start_worker(parent: int, group: int, prepare: Callable[[], None] | None) -
     """Join the group of the workers, or end if the parent has ended."""
     try:
         os.setpgid(0, group)
-    except OSError:  # the guard is gone, and with it what would end this process
+    except OSError:  # the guard is gone: nothing would end this process
         os._exit(1)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above

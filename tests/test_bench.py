@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result  # noqa: E402
 from conftest import sample_manifest  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from watchdog import ends_within  # noqa: E402
 
 import build_kernels  # noqa: E402
 from build_kernels.bench import (  # noqa: E402
@@ -229,6 +230,18 @@ def test_a_failed_write_leaves_the_old_file(
         write_report(report_file, replace(report, figures=()))
     assert report_file.read_bytes() == before
     assert os.listdir(report_file.parent) == ["report.json"]
+
+
+def test_a_special_file_is_no_report(tmp_path: Path) -> None:
+    """Each of these made `bench --render` wait, fill the memory or end in a traceback."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with (tmp_path / "huge").open("wb") as huge:
+        huge.truncate(2**32)
+    for name in ("fifo", "zero", "deep", "huge", "absent"):
+        with ends_within(20), pytest.raises(ReportError, match=name):
+            read_report(tmp_path / name)
 
 
 @pytest.mark.parametrize(

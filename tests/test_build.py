@@ -59,7 +59,9 @@ def topk_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to start a compiler, once the set that the test spoils is there."""
+
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("a process was started")
 
@@ -397,7 +399,7 @@ class TestRefusals:
     def test_a_parameter_that_the_kernel_never_reads(self, tmp_path: Path) -> None:
         """An option that is passed and ignored would look like one that works."""
         assert isinstance(TOPK.source, CudaSource)
-        text = (Path(build.__file__).parent / TOPK.source.file).read_text()
+        text = (Path(build.__file__).parents[1] / TOPK.source.file).read_text()
         source = tmp_path / "deaf.cu"
         source.write_text(text.replace("lane < top_k + num_shared_slots", "lane < top_k"))
         changed = dataclasses.replace(TOPK.source, file=str(source))
@@ -508,7 +510,7 @@ class TestRefusals:
         assert contents(artifacts) == before
 
 
-_FACTS = ("expert_tile", "dynamic_shared_bytes", "workspace_bytes")
+_FACTS = ("parameters", "expert_tile", "dynamic_shared_bytes", "workspace_bytes")
 
 
 def _die() -> None:

@@ -77,6 +77,7 @@ def test_every_option_of_a_router_is_a_feature():
 
     options = keywords(Router.__init__) | keywords(Router.__call__)
     words = set(re.findall(r"\w+", " ".join(row[0] for row in features()[1:])))
+    assert "to_physical" in options
     assert options - {"artifacts", "routed_scaling_factor", "pdl"} <= words
     assert "PDL" in words
 

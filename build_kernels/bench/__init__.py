@@ -1,10 +1,10 @@
-"""Time the router on this machine's GPU beside what else computes it, checked before it is timed.
+"""Time the router on this machine's GPU beside its peers; every answer is checked first.
 
     measure     the loop over shapes, modes, N and contenders: check, then time
     inputs      weights, bias and hidden states of one shape
     contenders  this project's kernels and torch; peers: other projects' kernels, where staged
     options     for --options: this project's with a server's options on, and for a hash layer
-    check       is a contender's answer the router's answer
+    check       compare a contender's answer with the router's
     stopwatch   CUDA graphs, events and the host's clock
     floors      an empty kernel and a streaming read of the weights
     report      the figures, their ratios, and the JSON file that holds them

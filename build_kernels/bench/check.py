@@ -1,9 +1,9 @@
-"""Is a contender's answer the router's answer: against an FP64 evaluation of the same operands.
+"""Compare a contender's answer with an FP64 evaluation of the same operands.
 
-Two experts whose keys differ by less than FP32 sums can tell may rightly change places, so ids are
-not compared one by one: the chosen keys, sorted, have to reach the best keys rank by rank, but for
-KEY_TOLERANCE. Where the choice is clear, that admits the reference's ids alone. The order in which
-ids are given is not looked at: the tie order is this project's own, and its own tests see to it.
+Two experts whose keys differ by less than the error of FP32 sums may change places, so ids are not
+compared one by one. The chosen keys, sorted, must reach the best keys rank by rank, within
+KEY_TOLERANCE. If the choice is clear, only the reference's ids pass. The order of the ids is not
+compared: the tie rule is this project's own and has its own tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reference:
 
 
 def reference_of(inputs: Inputs, layer: int) -> Reference:
-    """On the device of the operands, in FP64: no kernel under test takes part."""
+    """Evaluate a layer in FP64 on the operands' device, without any kernel under test."""
     logits = inputs.hidden_states.double() @ inputs.weights[layer].double().t()
     keys = selection_keys(logits, inputs.bias)
     return Reference(
@@ -45,7 +45,7 @@ def reference_of(inputs: Inputs, layer: int) -> Reference:
 
 
 def complaint(result: Result, reference: Reference, top_k: int) -> str | None:
-    """What is wrong with an answer, in words; None if nothing is."""
+    """Describe the error of an answer; None if it is right."""
     weights, ids = result
     num_tokens, num_experts = reference.keys.shape
     shape = [num_tokens, top_k]
@@ -69,7 +69,7 @@ def complaint(result: Result, reference: Reference, top_k: int) -> str | None:
 
 
 def exact_complaint(result: Result, expected: Result) -> str | None:
-    """What is wrong with an answer whose every id is known, in its place; None if nothing is."""
+    """Describe the error of an answer of which every id is known; None if it is right."""
     weights, ids = result
     wrong = (ids != expected[1]).any(1)
     if wrong.any():

@@ -1,4 +1,4 @@
-"""Who is timed. A contender is a way to make a call; making it may fail, and then says why."""
+"""Make the calls of this project's kernels and of torch. A call that cannot be made says why."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from .report import OURS, OWN, PEER, Contender
 
 
 class Unavailable(Exception):
-    """A contender that cannot take part, or not at this problem; the message says why."""
+    """A contender cannot be timed, here or at this problem; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """A contender that can be called. `make` prepares its calls for one shape and N; it may raise
-    whatever it likes, and that is reported in place of a figure.
+    """A contender that can be called.
+
+    make: prepares its calls for one shape and N. Any exception is reported in place of a figure.
     """
 
     contender: Contender
     make: Callable[[Inputs], Call]
-    # A layer's answer where it is known to the last id; elsewhere any that `complaint` takes.
+    # A layer's answer if each id is known; else any answer that `complaint` accepts.
     expected: Callable[[Any, int], Result] | None = None
 
 
 def own_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
-    """This project's ways; the first is what the ratios are of."""
+    """Return this project's contenders; the ratios are of the first."""
     plain = Entrant(
         contender=Contender(
             name="ours, no PDL" if pdl else "ours",
@@ -80,8 +81,10 @@ def router_call(
     layers: Sequence[Mapping[str, Any]] = (),
     brings: Mapping[str, Any] | None = None,
 ) -> Call:
-    """layers: what each Router binds beside W_gate, the bias alone unless given; brings: every
-    call's options.
+    """Make the call of one Router per layer.
+
+    layers: what each Router binds beside W_gate; the bias alone by default. brings: options of
+    every call.
     """
     problem = inputs.problem
     layers = layers or [{"e_bias": inputs.bias}] * problem.layers
@@ -121,7 +124,7 @@ def composed_call(inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> Call:
 
 
 class TopkLauncher:
-    """router_topk on its own, for fewer tokens than `Router` would give it."""
+    """Launch router_topk alone, also for the few tokens that `Router` gives to decode kernels."""
 
     def __init__(self, inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> None:
         device = inputs.bias.device.index or 0

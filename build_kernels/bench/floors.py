@@ -15,7 +15,7 @@ import torch
 from .inputs import Inputs
 from .report import in_a_line
 
-# Elements (of 4 bytes) a block, and warps: which is fastest depends on the GPU and the size.
+# Elements (of 4 bytes) per block, and warps: which is fastest depends on the GPU and the size.
 READ_BLOCKS = (2048, 4096, 8192, 16384)
 READ_WARPS = (4, 8)
 

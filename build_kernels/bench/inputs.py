@@ -1,4 +1,4 @@
-"""The operands that every contender of one shape is given: the same values, never zeros."""
+"""Make the operands of one shape, the same values for every contender, never zeros."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Call = Callable[[int], Result]
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """weights: [E, K] BF16, K contiguous, as a checkpoint has them. gates: the same values as
-    W_gate [K, E] in the layout under test. bias: [E] FP32. hidden_states: [N, K] BF16.
+    """Operands of one shape.
+
+    weights: [E, K] BF16, K contiguous, as in a checkpoint. gates: the same values as W_gate [K, E]
+    in the layout under test. bias: [E] FP32. hidden_states: [N, K] BF16.
     """
 
     problem: Problem
@@ -31,7 +33,7 @@ class Inputs:
         return self.hidden_states.shape[0]
 
     def new_outputs(self) -> Result:
-        """out_weights FP32 and out_ids int32, poisoned."""
+        """Allocate out_weights FP32 and out_ids int32, poisoned."""
         shape = (self.num_tokens, self.problem.top_k)
         device = self.hidden_states.device
         weights = torch.empty(shape, device=device)
@@ -40,7 +42,7 @@ class Inputs:
         return weights, ids
 
     def with_tokens(self, num_tokens: int, seed: int) -> Inputs:
-        """The same layers under other hidden states."""
+        """Return the same layers with new hidden states."""
         device = self.bias.device
         random = torch.Generator(device=device).manual_seed(seed + num_tokens)
         shape = (num_tokens, self.problem.k)
@@ -49,7 +51,7 @@ class Inputs:
 
 
 def make_inputs(problem: Problem, layout: str, device: str, seed: int) -> Inputs:
-    """Logits of standard deviation 1; biases between 8 and 8.2, as V4's checkpoints have them."""
+    """Make logits of standard deviation 1 and biases from 8 to 8.2, as in V4's checkpoints."""
     random = torch.Generator(device=device).manual_seed(seed)
     shape = (problem.num_experts, problem.k)
     weights = tuple(
@@ -65,7 +67,7 @@ def make_inputs(problem: Problem, layout: str, device: str, seed: int) -> Inputs
 
 
 def poison(result: Result) -> None:
-    """Overwrite a result with what no right answer holds."""
+    """Overwrite a result with values that no right answer holds."""
     weights, ids = result
     weights.fill_(torch.nan)
     ids.fill_(-1)

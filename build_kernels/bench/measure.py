@@ -1,4 +1,4 @@
-"""The run: for each shape, mode, N and contender, check the answers, then time the same calls."""
+"""Check the answers of each shape, mode, N and contender, then time the same calls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MakeLayers = Callable[[Problem, str, str, int], Inputs]
 
 
 def make_problem(k: int, num_experts: int, top_k: int, l2_bytes: int) -> Problem:
-    """With as many layers as keep a cold run's weights out of an L2 of `l2_bytes`."""
+    """Make a problem with enough layers to keep a cold run's weights out of L2."""
     least = max(MIN_WEIGHT_BYTES, L2_CAPACITIES * l2_bytes)
     return Problem(
         k=k,
@@ -76,9 +76,9 @@ def measure(
     on_figures: OnFigures,
     make_layers: MakeLayers = make_inputs,
 ) -> Report:
-    """Every cell of the report. `on_figures` gets the figures of each shape, N and mode at once.
+    """Measure every cell of the report. `on_figures` gets the figures of one shape, N and mode.
 
-    No failure of a contender ends the run: it becomes the reason in the place of the figure.
+    A contender's failure does not end the run: its reason takes the place of the figure.
     """
     figures: list[Figure] = []
     measured_floors: list[Floor] = []
@@ -119,7 +119,7 @@ def measure(
 
 
 class References:
-    """The right answers of one shape and N, made when a layer is first asked for."""
+    """The right answers of one shape and N, each made on first use."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -132,7 +132,7 @@ class References:
 
 
 def made_call(entrant: Entrant, inputs: Inputs) -> Call | Exception:
-    """The contender's call for these inputs, or what it raised."""
+    """Return the contender's call for these inputs, or its exception."""
     try:
         return entrant.make(inputs)
     except Exception as error:
@@ -160,7 +160,7 @@ def measure_cell(
         if isinstance(call, Exception):
             raise call
         run = stopwatch.prepare(call, order, mode)
-        # What a contender allocates anew, it gets out of these poisoned blocks.
+        # A contender that allocates its outputs gets these poisoned blocks.
         for result in run():
             poison(result)
         results = run()
@@ -186,12 +186,12 @@ def measure_cell(
 
 
 def call_order(problem: Problem, mode: str) -> list[int]:
-    """The layer of each call; one layer over and over where the weight is to stay in L2."""
+    """Return the layer of each call; always the same one if its weight is to stay in L2."""
     return [0] * problem.layers if mode == WARM else list(range(problem.layers))
 
 
 def measure_floors(inputs: Inputs, modes: Sequence[str], stopwatch: Stopwatch) -> Iterator[Floor]:
-    """An empty kernel in every mode, and the read where a graph leaves nothing but the read."""
+    """Time an empty kernel in every mode, and the read of the weights in a graph."""
     for mode in modes:
         yield measure_floor(EMPTY, floors.empty_candidates(inputs), inputs, mode, stopwatch)
         if mode in (COLD, WARM):
@@ -205,7 +205,7 @@ def measure_floor(
     mode: str,
     stopwatch: Stopwatch,
 ) -> Floor:
-    """The fastest candidate."""
+    """Time every candidate and return the fastest."""
     shape, order = inputs.problem.name, call_order(inputs.problem, mode)
     times: list[tuple[float, str]] = []
     try:
@@ -221,7 +221,7 @@ def measure_floor(
 
 
 def this_machine(arch: str) -> Machine:
-    """Torch's current GPU and what drives it."""
+    """Describe torch's current GPU, its driver and the software."""
     return Machine(
         gpu=torch.cuda.get_device_name(),
         arch=arch,
@@ -233,7 +233,7 @@ def this_machine(arch: str) -> Machine:
 
 
 def driver_version() -> str:
-    """The kernel module's version by nvidia-smi; "unknown" where that cannot be asked."""
+    """Return the kernel module's version by nvidia-smi; "unknown" if that fails."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)

@@ -1,4 +1,4 @@
-"""sm_100a on paper: what the measured sm_90a figures become on a B200. A model, not measured.
+"""Predict sm_100a figures on a B200 from those measured on sm_90a: a model, not measured.
 
 A call is taken as the sum of four terms, each from the same cold run on an H200:
 
@@ -34,12 +34,12 @@ ASSUMPTIONS = (
 
 
 class NoModelError(Exception):
-    """The report lacks what the model starts from."""
+    """The report lacks figures that the model starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Microseconds a call; `measured` is ours on the H200, the other terms are the model's."""
+    """Microseconds per call; `measured` is ours on the H200, the other terms are the model's."""
 
     num_tokens: int
     measured: float
@@ -54,12 +54,12 @@ class Prediction:
 
 
 def attained_fraction(weight_bytes: int, read: float, empty: float) -> float:
-    """Of the H200's datasheet bandwidth, by the read-W floor less an empty kernel's time."""
+    """Return the part of the H200's datasheet bandwidth that the read-W floor attained."""
     return weight_bytes / ((read - empty) * 1e-6) / H200_BANDWIDTH
 
 
 def predict(report: Report, shape: str) -> tuple[Prediction, ...]:
-    """One for each N that ours was measured at; NoModelError where the run cannot say."""
+    """Predict for each measured N; NoModelError if the run lacks figures."""
     if report.machine.gpu != H200_NAME:
         raise NoModelError(f"the model starts from an {H200_NAME} (measured: {report.machine.gpu})")
     (problem,) = (problem for problem in report.problems if problem.name == shape)

@@ -1,4 +1,4 @@
-"""`--options`: one Router with its options off, with a server's on, and for a hash layer.
+"""Time one Router with its options off, with a server's on, and for a hash layer (`--options`).
 
 Logits and biases are exact in FP32, and no two keys nearly equal: each id has one right answer.
 """
@@ -29,8 +29,10 @@ RARE = 2.3
 
 @dataclass(frozen=True, kw_only=True)
 class OptionInputs(Inputs):
-    """W_gate of 1 and -1. What a layer binds, one each but for `tables` [vocab, top_k] int64, which
-    the layers take in turn; and the masks and token ids of a call, the same for every layer.
+    """Operands with options; W_gate holds 1 and -1.
+
+    biases to logical_count: one per layer. tables: [vocab, top_k] int64, taken in turn. Masks and
+    token ids are the same for every layer.
     """
 
     biases: tuple[torch.Tensor, ...]
@@ -43,7 +45,7 @@ class OptionInputs(Inputs):
     input_ids: torch.Tensor
 
     def with_tokens(self, num_tokens: int, seed: int) -> OptionInputs:
-        """Images in every other row from the first on, padding in every eighth."""
+        """Add hidden states and masks: every 2nd row an image from row 0 on, every 8th padding."""
         normal = super().with_tokens(num_tokens, seed).hidden_states
         random = torch.Generator(device=normal.device).manual_seed(seed + num_tokens)
         rows = torch.arange(num_tokens, device=normal.device)
@@ -67,7 +69,7 @@ def make_option_inputs(problem: Problem, layout: str, device: str, seed: int) ->
     num_experts, layers = problem.num_experts, range(problem.layers)
 
     def integers(low: int, high: int) -> torch.Tensor:
-        """One for each expert."""
+        """Draw one number per expert."""
         return torch.randint(
             low, high, (num_experts,), generator=random, device=device, dtype=torch.int32
         )
@@ -96,8 +98,10 @@ def make_option_inputs(problem: Problem, layout: str, device: str, seed: int) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """A way to use a Router. binds, brings: what a layer binds and what a call brings, under the
-    names that Router and the reference share.
+    """A way to use a Router.
+
+    binds, brings: arguments of a layer and of a call, under the names that Router and the reference
+    share.
     """
 
     name: str
@@ -145,7 +149,7 @@ USES = (
 
 
 def option_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
-    """Every use, the plain gate first; with PDL, if it is asked for, and then without."""
+    """Return every use, the plain gate first: with PDL if `pdl`, then without."""
     return tuple(
         option_entrant(use, artifacts, pdl=dependent, named=dependent == pdl)
         for dependent in ((True, False) if pdl else (False,))
@@ -154,7 +158,7 @@ def option_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]
 
 
 def option_entrant(use: Use, artifacts: ArtifactSet, *, pdl: bool, named: bool) -> Entrant:
-    """named: by the use alone, and not for the lack of PDL."""
+    """Make the contender of one use; its name says "no PDL" unless `named`."""
     name, role, what = use.name, use.role, use.what
     if not named:
         name, role, what = f"{name}, no PDL", OWN if role == OURS else role, f"{name} without PDL"

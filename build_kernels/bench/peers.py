@@ -1,8 +1,7 @@
-"""Other projects' kernels, as `stage_peers.sh` lays them out: each file alone, without its package.
+"""Load other projects' kernels, each from one staged file without its package.
 
-What those files import from their packages, and what does not matter to a kernel, is stood in for
-by a few modules put into this process. A peer that cannot be loaded stays a contender: each of its
-cells says why it has no figure.
+A few stand-in modules replace the imports of those files from their packages that do not matter to
+a kernel. A peer that cannot be loaded stays a contender: each of its cells gives the reason.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from .contenders import Entrant, Unavailable
 from .inputs import Call, Inputs
 from .report import PEER, Contender
 
-# vLLM takes its low-latency GEMM up to here, and cuBLAS above.
+# vLLM uses its low-latency GEMM up to here, and cuBLAS above.
 VLLM_LL_MAX_TOKENS = 16
 
 
 def peer_entrants(peers: Path, dsl: Path | None) -> tuple[Entrant, ...]:
-    """The peers staged in `peers`; `dsl` is the unpacked CuTeDSL that vLLM's GEMM compiles with.
+    """Return the peers staged in `peers`; `dsl` is the unpacked CuTeDSL of vLLM's GEMM.
 
     Changes sys.path and sys.modules, for good: the peers import more when they first run.
     """
@@ -64,7 +63,7 @@ def peer_entrants(peers: Path, dsl: Path | None) -> tuple[Entrant, ...]:
 
 
 def loaded(name: str, peers: Path) -> types.ModuleType | Unavailable:
-    """The peer's module, or why there is none."""
+    """Return the peer's module, or the reason why there is none."""
     if not (peers / f"{name}.py").is_file():
         return Unavailable(f"{name}.py is not in {peers.name}/ (stage it there)")
     try:
@@ -81,7 +80,7 @@ def required(module: types.ModuleType | Unavailable) -> Any:
 
 
 def product(hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """FP32 logits through cuBLAS, from weights [E, K]."""
+    """Compute FP32 logits by cuBLAS, from weights [E, K]."""
     return torch.mm(hidden_states, weights.t(), out_dtype=torch.float32)
 
 
@@ -99,7 +98,7 @@ def dsv4_call(
     module = required(dsv4_topk)
     select, problem, bias = module.dsv4_topk, inputs.problem, inputs.bias
     hidden_states, weights = inputs.hidden_states, inputs.weights
-    # Only its shape and dtype are looked at.
+    # can_use_dsv4_topk reads its shape and dtype only.
     logits = torch.empty((inputs.num_tokens, problem.num_experts), device=bias.device)
     if not module.can_use_dsv4_topk(logits, bias, problem.top_k, True, torch.int32):
         raise Unavailable(
@@ -124,7 +123,7 @@ def sglang_call(inputs: Inputs, moe_fused_gate: Any) -> Call:
 
 
 def stand_in_for_packages() -> None:
-    """Modules under the names that the peers' files import, holding what they use of them."""
+    """Add stand-in modules under the names that the peers' files import."""
     major, minor = torch.cuda.get_device_capability()
     platform = types.SimpleNamespace(
         is_cuda=lambda: True,
@@ -145,13 +144,13 @@ def stand_in_for_packages() -> None:
     try:
         import triton
     except ImportError:
-        # The peers that need it will say so themselves.
+        # A peer that needs Triton reports that itself.
         return
     _stand_in("vllm.triton_utils", tl=importlib.import_module("triton.language"), triton=triton)
 
 
 class _AllSwitchesOff:
-    """SGLang's environment switches: whichever is asked for is off."""
+    """SGLang's environment switches, each of them off."""
 
     def __getattr__(self, _name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(get=lambda: False)

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from build_kernels.files import replace_file
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
+from dsv4_router_runtime.artifacts.json_reader import read_json
+from dsv4_router_runtime.errors import ManifestError
 
 SCHEMA_VERSION = 1
 
@@ -239,9 +242,13 @@ def write_report(path: Path, report: Report) -> None:
 def read_report(path: Path) -> Report:
     """ReportError, naming the place in the file, for anything that `write_report` did not write."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read as JSON ({error})") from error
+        document = read_json(
+            read_file(path, most_bytes=MAX_JSON_BYTES), lambda node: node.plain(), source=str(path)
+        )
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({reason_of(error)})") from error
+    except ManifestError as error:
+        raise ReportError(f"{path}: {error.path}: {error.problem}") from error
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         got = document.get("schema_version") if isinstance(document, dict) else type(document)
         raise ReportError(

@@ -1,4 +1,4 @@
-"""Clocks: a CUDA graph's replay between two events, the same without a graph, and the host's."""
+"""Time a CUDA graph's replay between two events, calls without a graph, and the host."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HOST_CALLS = 200
 WARM_UP_CALLS = 3
 # Before timing: an idle GPU's clocks take milliseconds to rise.
 WARM_UP_SECONDS = 0.01
-# Calls between two waits of the host's clock: far below the depth of the driver's launch queue.
+# Host-timed calls between two waits: far below the depth of the driver's launch queue.
 HOST_BATCH = 20
-# What has to pass through an L2 to empty it, in its own sizes.
+# How many times the size of L2 is read to empty it.
 L2_CAPACITIES = 4
 
 Result = TypeVar("Result")
@@ -36,14 +36,14 @@ class Timing:
 
 
 class Stopwatch(Protocol):
-    """What `measure` needs of a machine. device: where torch puts the operands."""
+    """The clock that `measure` uses. device: where torch puts the operands."""
 
     device: str
 
     def prepare(
         self, call: Callable[[int], Result], order: Sequence[int], mode: str
     ) -> Callable[[], list[Result]]:
-        """What does every call of `order` once, and gives their results."""
+        """Return a function that makes every call of `order` once and returns their results."""
         ...
 
     def time(self, run: Callable[[], object], calls: int, mode: str) -> Timing: ...
@@ -54,7 +54,7 @@ class Stopwatch(Protocol):
 
 
 class CudaStopwatch:
-    """Torch's current GPU."""
+    """Time calls on torch's current GPU."""
 
     device = "cuda"
 
@@ -81,7 +81,7 @@ class CudaStopwatch:
         return run
 
     def time(self, run: Callable[[], object], calls: int, mode: str) -> Timing:
-        """Between two events around all calls; in COLD the L2 is emptied before each."""
+        """Time all calls between two events; in COLD, empty the L2 before each repetition."""
         end = time.perf_counter() + WARM_UP_SECONDS
         run()
         self.wait()
@@ -105,7 +105,7 @@ class CudaStopwatch:
         return timing_of(samples)
 
     def time_host(self, call: Callable[[int], object], order: Sequence[int]) -> Timing:
-        """Each call on its own, by the host's clock; the waits between batches are not counted."""
+        """Time each call by the host's clock; waits between batches are not counted."""
         samples = []
         for at in range(HOST_CALLS):
             if at % HOST_BATCH == 0:
@@ -127,6 +127,6 @@ class CudaStopwatch:
 
 
 def timing_of(samples: Sequence[float]) -> Timing:
-    """Median and quartiles of at least two samples."""
+    """Compute median and quartiles of at least two samples."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(microseconds=median, low=low, high=high)

@@ -1,4 +1,4 @@
-"""The figures as tables: boxes on a terminal, Markdown where the output goes elsewhere."""
+"""Print the figures as tables: boxes on a terminal, Markdown elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTHING = "-"
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Every table, the ratios over all of it, what was not measured, and the model."""
+    """Print every table, the overall ratios, the missing figures, and the model."""
     machine, method = report.machine, report.method
     _line(
         console,
@@ -84,7 +84,7 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
 
 
 def summary(report: Report) -> Iterator[str]:
-    """Worst ratio and geometric mean of each mode."""
+    """Yield the worst ratio and geometric mean of each mode."""
     for mode in report.modes:
         if mode == HOST:
             continue
@@ -127,7 +127,7 @@ def contender_lines(report: Report) -> Iterator[str]:
 
 
 def missing_lines(report: Report) -> Iterator[str]:
-    """A line for each contender and reason, with the cells that share it."""
+    """Yield a line per contender and reason, with the cells that share it."""
     shared: dict[tuple[str, str], list[tuple[str, ...]]] = {}
     for figure in report.figures:
         if figure.reason is not None:
@@ -142,7 +142,7 @@ def missing_lines(report: Report) -> Iterator[str]:
 
 
 def places(cells: Sequence[tuple[str, ...]]) -> str:
-    """Cells in words; in short where they are all combinations of some shapes, modes and Ns."""
+    """Name cells; in short if they are all combinations of some shapes, modes and Ns."""
     axes = [list(dict.fromkeys(axis)) for axis in zip(*cells, strict=True)]
     if set(itertools.product(*axes)) == set(cells):
         return "; ".join(", ".join(axis) for axis in axes)
@@ -191,7 +191,7 @@ def print_grid(console: Console, columns: Sequence[str], rows: Sequence[Sequence
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table with right-aligned columns, padded so that it also reads as plain text."""
+    """Yield a Markdown table with right-aligned columns, padded to read as plain text."""
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     rule = [f"{'-' * (width - 1)}:" for width in widths]
     for cells in (columns, rule, *rows):

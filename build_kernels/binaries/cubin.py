@@ -19,7 +19,7 @@ from dsv4_router_runtime.errors import ArtifactError
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-# Far above any cubin of one kernel: 60 KB and 40 sections are made now.
+# Far above any cubin of one kernel: now 60 KB and 40 sections.
 MAX_CUBIN_BYTES = 16 * 2**20
 _MAX_SECTIONS = 1024
 _SECTION_BYTES = 64
@@ -89,7 +89,7 @@ def read_cubin(data: bytes) -> Cubin:
 
 
 def _check_bounds(data: bytes) -> None:
-    """Refuse sizes that lead out of the file: pyelftools believes what a header states."""
+    """Refuse sizes that lead out of the file: pyelftools trusts the headers."""
     if len(data) > MAX_CUBIN_BYTES:
         raise CubinError(f"not a readable cubin ({len(data)} bytes; at most {MAX_CUBIN_BYTES})")
     if len(data) < ELF_HEADER_BYTES:

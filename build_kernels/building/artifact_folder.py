@@ -1,4 +1,4 @@
-"""Which files of a folder a build made, and which are somebody else's.
+"""Tell the files that a build made from strangers.
 
 A build replaces and removes files of the set only: manifest.json, evidence.json, the cubins and the
 PTX that this version's specs name, and those that the manifest in the folder vouches for, name and
@@ -32,16 +32,16 @@ _OUR_BEGINNING = b'{\n "kernels": ['
 
 
 class PlaceError(Exception):
-    """The artifacts cannot be where they are asked for; the message names what is in the way."""
+    """The artifacts cannot be in the requested folder; the message names the obstacle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A folder's entries as found, by whose they are.
+    """The entries of a folder, sorted by origin.
 
-    made: names that a build gave, each a plain file. dotted: names that start with a dot.
-    strangers: all others, as they are shown. identity: device and inode of the folder, None if
-    there is none. manifest: the bytes of manifest.json, None if there is none.
+    made: plain files that a build made. dotted: names that start with a dot. strangers: all others,
+    as printed in messages. identity: device and inode of the folder, None if there is no folder.
+    manifest: the bytes of manifest.json, None if there is no such file.
     """
 
     identity: tuple[int, int] | None = None
@@ -51,15 +51,15 @@ class Contents:
     manifest: bytes | None = None
 
     def surplus(self, wanted: Collection[str]) -> tuple[str, ...]:
-        """The kernels' files here that are not `wanted`, sorted."""
+        """Return the kernels' files that are not `wanted`, sorted."""
         return tuple(sorted(self.made - {MANIFEST_NAME, EVIDENCE_NAME} - set(wanted)))
 
 
 def resolve_folder(folder: Path) -> Path:
     """Return the folder that a path leads to; PlaceError if it cannot be a folder of artifacts.
 
-    A symbolic link is followed, so that it stays one. One that leads nowhere is refused: it may
-    lead to a volume that is not mounted now.
+    A symbolic link is followed, so that it stays a link. A dangling link is refused: its target may
+    be on a volume that is not mounted now.
     """
     for link in (folder, *folder.parents):
         if link.is_symlink() and not link.exists():
@@ -145,8 +145,8 @@ def check_replaced(folder: Path, contents: Contents, files: Mapping[str, bytes])
         if read_plain(folder / name) != files[name]:
             raise PlaceError(
                 f"cannot build {folder}: {name} is not what this build makes, and no "
-                f"{MANIFEST_NAME} there lists it. Move it elsewhere, delete it if a build made it, or name another "
-                "folder with --artifacts FOLDER"
+                f"{MANIFEST_NAME} there lists it. Move it elsewhere, delete it if a build made it, "
+                "or name another folder with --artifacts FOLDER"
             )
 
 

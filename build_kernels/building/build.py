@@ -1,4 +1,4 @@
-"""Compile what a plan says in parallel processes, and publish the result: see `plan`, `publish`."""
+"""Compile a plan's stale kernels in parallel processes, then publish the set."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PROBE_BYTES = 2**20
 
 
 class BuildError(Exception):
-    """A build that did not succeed; nothing was published, unless the message says so."""
+    """A build failed; nothing was published unless the message says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a build did, as keys `name.arch` and file names."""
+    """Results of a build: keys `name.arch`, and the names of removed files."""
 
     built: tuple[str, ...]
     up_to_date: tuple[str, ...]
@@ -59,7 +59,7 @@ class Report:
 
 
 def default_artifacts() -> Path:
-    """The checkout's artifacts; BuildError where the package is installed without its checkout."""
+    """Return the checkout's artifacts folder; BuildError if there is no checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():
         raise BuildError("this is not a checkout; say where to build with --artifacts FOLDER")
@@ -90,11 +90,11 @@ def run_build(
     locked: bool = False,
     watch: Callable[[int], AbstractContextManager[Callable[[str], None]]] = _unwatched,
 ) -> Report:
-    """Compile the plan's stale kernels and publish. BuildError if any fails: then nothing changed.
+    """Compile the plan's stale kernels and publish. BuildError if one fails: then nothing changed.
 
-    `locked`: the manifest that results must be the one on disk, byte for byte. `watch` is
-    entered with the number of stale kernels when the build holds the artifacts, and gives what is
-    called with a kernel's key as it finishes.
+    If `locked`, the new manifest must equal the one on disk, byte for byte. `watch` is called with
+    the number of stale kernels once the build holds the artifacts. Its context yields a function,
+    which is called with each kernel's key when that kernel is compiled.
     """
     folder = open_folder(artifacts)
     _check_plan(folder, plan, locked)
@@ -108,14 +108,14 @@ def run_build(
                 built = _compile_all(plan.stale, private / WORK, jobs, on_done)
             report = _publish(folder, private, plan, built, before, locked)
     except KeyboardInterrupt:
-        # Published: only the deletion of the build's own files was cut short. The next one does it.
+        # Published: only the clean-up of private files was cut short. The next build does it.
         if report is None:
             raise
     return report
 
 
 def _look_at(folder: Path) -> Contents:
-    """Read what a folder holds; PlaceError if that is not a build's alone."""
+    """Read a folder's contents; PlaceError if a build did not make all of them."""
     contents = read_contents(folder, known_files())
     check_contents(folder, contents)
     return contents
@@ -138,7 +138,7 @@ def _check_plan(folder: Path, plan: Plan, locked: bool) -> None:
 
 
 def _is_as_planned(folder: Path, plan: Plan) -> bool:
-    """Does the folder hold what the plan ends in? Then a build writes nothing, not even a lock."""
+    """Is the folder the plan's result already? Then a build writes nothing, not even a lock."""
     text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
     contents = _look_at(folder)
     return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)
@@ -147,7 +147,7 @@ def _is_as_planned(folder: Path, plan: Plan) -> bool:
 def _publish(
     folder: Path, private: Path, plan: Plan, built: Sequence[Built], before: Contents, locked: bool
 ) -> Report:
-    """Publish what was built, unless the folder is another one than when the build began."""
+    """Publish the built kernels, unless the folder changed since the build began."""
     now = _look_at(folder)
     if now.identity != before.identity or now.manifest != plan.text:
         raise BuildError(
@@ -162,7 +162,7 @@ def _publish(
     strays = publish(folder, private, new, now)
     if strays:
         raise BuildError(
-            f"published, but {folder} got other files at that moment: see "
+            f"published, but other files came into {folder} at that moment: see "
             f"{', '.join(map(str, strays))}. They are no part of the set: move them elsewhere"
         )
     return _report(plan, built, removed=now.surplus(new.names))
@@ -197,7 +197,7 @@ def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manife
 
 
 def _locked_difference(old: Manifest | None, new: Manifest) -> str:
-    """One line for each kernel and field in which two manifests differ."""
+    """Return the error that lists each kernel and field in which two manifests differ."""
     before = {entry.key: entry for entry in old.kernels} if old else {}
     after = {entry.key: entry for entry in new.kernels}
     lines = []
@@ -222,7 +222,7 @@ def _locked_difference(old: Manifest | None, new: Manifest) -> str:
 def _compile_all(
     tasks: Sequence[Task], folder: Path, jobs: int, on_done: Callable[[str], None]
 ) -> list[Built]:
-    """Every task's result, in order. All are tried; BuildError lists every failure."""
+    """Return each task's result, in order. All are tried; BuildError lists every failure."""
     if not tasks:
         return []
     by_key = {task.key: task for task in tasks}
@@ -253,7 +253,7 @@ def _prepare_compiler() -> None:
 
 
 def build_one(task: Task, dump_folder: Path) -> Built | str:
-    """Compile one kernel and read its cubin back; a string says what went wrong."""
+    """Compile one kernel and read its cubin back; return the error as a string if that fails."""
     dump_folder.mkdir()
     try:
         compiled = compilers.compile_kernel(task.spec, task.arch, dump_folder)
@@ -268,12 +268,12 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
     except Exception as error:
         if why := _why_no_file(dump_folder):
             return f"{why}{error}"
-        # A DSL kernel raises whatever its author's mistake raises: its traceback is the message.
+        # A mistake in a DSL kernel may raise anything: its traceback is the message.
         return traceback.format_exc()
 
 
 def _why_no_file(folder: Path) -> str:
-    """Return why a compiler could not write its files, or nothing: the DSL does not look."""
+    """Return the reason why no file can be written, or "": the DSL does not check its writes."""
     probe = folder / "probe"
     try:
         with probe.open("wb") as file:

@@ -26,7 +26,7 @@ from .compilers import Compiled
 
 
 class EntryError(Exception):
-    """A compiled kernel is not what its spec says it is."""
+    """A compiled kernel differs from its spec."""
 
 
 def make_entry(

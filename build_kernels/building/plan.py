@@ -1,8 +1,8 @@
-"""Which kernels are up to date, which are compiled, and which a build would lose.
+"""Decide which kernels are up to date, which to compile, and which a build would lose.
 
-A kernel is up to date when the manifest's entry has the digest that its sources, spec and toolchain
-have now, and the cubin and the PTX on disk have the hashes of that entry. Deciding that reads files
-and package metadata; neither the DSL nor NVRTC is loaded for it.
+A kernel is up to date if two things hold. Its manifest entry has the digest of the present sources,
+spec and toolchain. Its cubin and PTX on disk have the entry's hashes. A plan reads files and
+package metadata; it loads neither the DSL nor NVRTC.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from . import compilers
 from .artifact_folder import file_sha256, read_plain
 from .entry import sha256
 
-# What turns a spec and its sources into bytes, and bytes into the manifest's entry.
+# They turn a spec and its sources into bytes, and bytes into the manifest's entry.
 _DECIDING_MODULES = (
     *("building/compilers.py", "building/entry.py"),
     *("binaries/cubin.py", "binaries/nvdisasm.py"),
 )
-# The assemblers' version in a manifest's toolchain: read from the cubins, not from a distribution.
+# The assemblers' version in a manifest's toolchain is read from the cubins, not from metadata.
 PTXAS = "ptxas"
 
 
@@ -47,11 +47,11 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`stale` is compiled; `current` was asked for and is up to date; `kept` was not asked for.
+    """Kernels to compile (`stale`), up to date (`current`) and not selected (`kept`).
 
-    `manifest` is the one on disk, None if it is missing or unreadable (`problem` then says why);
-    `text` is its bytes. `lost` is not empty if this is a build of some kernels and others would go
-    from the set: their keys, each with the reason why it cannot be kept.
+    manifest: the one on disk, None if it is missing or unreadable, for the reason in `problem`.
+    text: its bytes. lost: keys of kernels that a build of selected kernels would drop from the set,
+    each with the reason why it cannot be kept.
     """
 
     toolchain: dict[str, str]
@@ -71,7 +71,7 @@ class Plan:
 
 
 def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Plan:
-    """Decide what is up to date and what is not among kernels `names` for `archs`."""
+    """Plan a build of the kernels `names` for `archs`."""
     toolchain = compilers.toolchain_versions()
     text, manifest, problem = read_manifest(artifacts)
     entries = {entry.key: entry for entry in manifest.kernels} if manifest else {}
@@ -122,7 +122,7 @@ def _why_lost(
     whole: set[str],
     asked: set[str],
 ) -> dict[str, str]:
-    """Why each kernel that is there, and not asked for, cannot stay in the set."""
+    """Map each kernel that is there but cannot stay in the set to the reason."""
     listed = {entry.key for entry in manifest.kernels} if manifest else set()
     before = dict(manifest.toolchain) if manifest else {}
     other_tools = [
@@ -145,14 +145,14 @@ def _why_lost(
 
 
 def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str:
-    """sha256 over all that decides the kernel's bytes and what its manifest entry says of them."""
-    facts = {
+    """Return the sha256 of all inputs that decide a kernel's bytes and its manifest entry."""
+    inputs = {
         "arch": arch,
         "spec": asdict(spec),
         "tools": toolchain,
         "schema": SCHEMA_VERSION,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     deciding = (Path(__file__).parents[1] / name for name in _DECIDING_MODULES)
     for file in (*compilers.source_files(spec), *deciding):
         digest.update(f"\n{file.name} {sha256(file.read_bytes())}".encode())
@@ -160,7 +160,7 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
 
 
 def packaging_problem(manifest: Manifest) -> str | None:
-    """Say why a set may not be shipped with these sources; None if it is theirs, and all of them.
+    """Say why a set may not be shipped with these sources; None if they made all of it.
 
     Needs no compiler: the digests are those of the tools that the manifest records.
     """

@@ -1,14 +1,14 @@
-"""How a new set of artifacts takes the place of the old one, so that no moment has half of each.
+"""Replace the old set of artifacts by a new one, so that no moment has half of each.
 
 The new set is written into a folder beside the old one, the manifest last. One
 renameat2(RENAME_EXCHANGE) swaps the two, and the files of the old set are deleted by name. A build
-that is killed at any point leaves the old set or the new one, whole, and the next build clears what
-else it left (see `staging`).
+that is killed at any point leaves the old set or the new one, whole. The next build clears its
+private files (see `staging`).
 
 A folder is kept, and gets its new files one by one, if it cannot be exchanged:
 - it is a mount point, or the file system has no exchange (some network and overlay file systems);
-- the caller stands in it, and would stand in a deleted folder;
-- it holds names that start with a dot: other programs keep these at that place;
+- it is the current folder, which would become a deleted one;
+- it holds names that start with a dot: other programs expect them there;
 - its mode, owner or extended attributes cannot be given to another folder.
 Each file is then replaced by rename, the manifest after all cubins, and surplus files are deleted
 after the manifest. A build that is killed in those milliseconds leaves cubins whose hashes disagree
@@ -40,7 +40,7 @@ _NO_EXCHANGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NewSet:
-    """What a folder is to hold: files with new bytes, the manifest among them, and files it has."""
+    """Contents of the new set: files with new bytes, the manifest included, and kept files."""
 
     files: Mapping[str, bytes]
     kept: Collection[str]
@@ -54,7 +54,7 @@ def publish(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> 
     """Make `artifacts` hold the new set, beside evidence.json and names that start with a dot.
 
     `private` is the build's own folder, `contents` what the artifacts hold just now, no strangers.
-    Returns where those files are that came into the artifacts in the meantime.
+    Returns the paths of files that came into the artifacts in the meantime.
     """
     if contents.identity is None:
         with _uninterrupted():
@@ -83,7 +83,7 @@ def _may_be_exchanged(artifacts: Path, private: Path, contents: Contents) -> boo
 
 
 def _exchange_sets(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> bool:
-    """Swap the new set and the old one, which is then in `private`; False if that is impossible."""
+    """Swap the new set and the old one, which moves to `private`; False if that is impossible."""
     fresh = private / SET
     write_mark(private, Mark(names=(*(new.names | contents.made), EVIDENCE_NAME)))
     fresh.mkdir()
@@ -124,7 +124,7 @@ def _traits(folder: Path) -> tuple[object, ...]:
 
 
 def _link(old: Path, new: Path) -> None:
-    """Give a file a second name: the file itself stays, and so does its owner."""
+    """Give a file a second name; its inode and owner stay."""
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:  # no hard links on this file system, or none to another user's file
@@ -137,13 +137,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _move_newer_evidence(old: Path, new: Path) -> None:
-    """Take over evidence that another program wrote between the second name and the exchange."""
+    """Take over evidence that another program wrote between the link and the exchange."""
     if old.exists() and not (new.exists() and old.samefile(new)):
         old.replace(new)
 
 
 def _replace_files(artifacts: Path, new: NewSet, contents: Contents) -> None:
-    """Move the new files over the old ones, manifest last; surplus files go with the folder."""
+    """Move the new files over the old ones, manifest last, and delete surplus files."""
     vouched = vouched_files(contents.manifest or b"")
     surplus = {name: vouched[name] for name in contents.surplus(new.names) if name in vouched}
     mark = Mark(names=tuple(new.files), surplus=surplus)
@@ -181,7 +181,7 @@ def _hold_evidence(artifacts: Path, stack: contextlib.ExitStack) -> bool:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM pass by: in these milliseconds it is too late to stop."""
+    """Ignore SIGINT and SIGTERM: in these milliseconds it is too late to stop."""
     stops = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:

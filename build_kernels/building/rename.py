@@ -1,4 +1,4 @@
-"""Linux's renameat2: exchange two names in one step, or rename without replacing anything."""
+"""Exchange two names in one step, or rename without replacing anything, by renameat2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RENAME_EXCHANGE = 2
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swap two folders. OSError where the file system cannot; then nothing changed."""
+    """Swap two folders. OSError if the file system cannot; then nothing changed."""
     _renameat2(one, other, _RENAME_EXCHANGE)
 
 

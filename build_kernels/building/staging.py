@@ -1,8 +1,8 @@
-"""The private folders of a build: who holds them, what marks them, how old ones are cleared.
+"""Make, mark, lock and clear the private folders of a build.
 
-A build keeps its own files in `.<name>.build/`, beside the artifacts. They are inside the artifacts
-if these are a mount point, which no rename crosses, or if nothing can be made beside them. A mark
-in the folder says that a build made it: an unmarked folder of that name is the user's and stays.
+A build keeps its private files in `.<name>.build/`, beside the artifacts. That folder is inside the
+artifacts if these are a mount point, which no rename crosses, or if no file can be made beside.
+A mark in the folder shows that a build made it: an unmarked folder is the user's and stays.
 
     .<name>.lock        held while a build runs; never written to
     .<name>.build/      made-by-build-kernels.json   the mark
@@ -10,8 +10,8 @@ in the folder says that a build made it: an unmarked folder of that name is the 
                         set/                         the new set, then the one that it replaced
     .<name>.publish/    the same, inside the artifacts: new files that replace old ones one by one
 
-Nothing in `set/` is deleted but the names in the mark. Another name there got into the artifacts
-just before they were exchanged: it is put back.
+Only the names in the mark are deleted from `set/`. Another name there came into the artifacts just
+before the exchange: it is put back.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LockedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """What may be deleted when the folder is cleared.
+    """Names that may be deleted when the folder is cleared.
 
     names: files of `set/`. surplus: files of the artifacts, by sha256, which the new manifest no
     longer lists; a build that was killed after it wrote that manifest leaves them behind.
@@ -56,7 +56,7 @@ class Mark:
 
 @contextlib.contextmanager
 def build_folder(artifacts: Path) -> Iterator[Path]:
-    """Hold the artifacts, and give a private folder with an empty `work/` in it.
+    """Lock the artifacts, and yield a private folder with an empty `work/` in it.
 
     LockedError if another build holds them, PlaceError if nothing can be made there.
     """
@@ -110,12 +110,12 @@ def marked_folder(folder: Path, artifacts: Path, mark: Mark) -> Iterator[Path]:
 
 
 def _unmarked(folder: Path) -> Path:
-    """Return what a folder is called before it has its mark, and after. The name is the mark."""
+    """Return the folder's name before it has its mark, and after. That name is a mark too."""
     return folder.with_name(f"{folder.name}.{_MARK_NAME}")
 
 
 def _delete_unmarked(unmarked: Path) -> None:
-    """Delete a folder that holds nothing, or a mark; anything else in it stays, and so does it."""
+    """Delete a folder that is empty or holds only its mark; leave any other folder."""
     if not unmarked.is_symlink():
         with contextlib.suppress(OSError):
             for name in (_PARTIAL_MARK_NAME, _MARK_NAME):
@@ -124,14 +124,14 @@ def _delete_unmarked(unmarked: Path) -> None:
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
-    """Say what may be deleted. By rename: a mark that is half written would say too little."""
+    """Write the mark, by rename: half a mark would list too few names."""
     partial = folder / _PARTIAL_MARK_NAME
     partial.write_text(json.dumps(asdict(mark)))
     partial.replace(folder / _MARK_NAME)
 
 
 def clear(folder: Path, artifacts: Path) -> None:
-    """Delete a marked folder, but nothing in it that no build made."""
+    """Delete a marked folder, except files that no build made."""
     mark = _read_mark(folder)
     if mark is None:
         return
@@ -144,7 +144,7 @@ def clear(folder: Path, artifacts: Path) -> None:
 
 
 def put_back(folder: Path, artifacts: Path) -> tuple[Path, ...]:
-    """Delete the marked files of `set/`, move all others into the artifacts; return where they are.
+    """Delete the marked files of `set/`; move all others into the artifacts and return their paths.
 
     A file whose name is taken there stays where it is.
     """
@@ -174,7 +174,7 @@ def _private_folders(artifacts: Path) -> tuple[Path, ...]:
 
 
 def publish_folder(artifacts: Path) -> Path:
-    """Return where the new files lie while they replace the old ones one by one."""
+    """Return the folder of the new files while they replace the old ones one by one."""
     return artifacts / f".{artifacts.name}.publish"
 
 
@@ -202,7 +202,7 @@ def _clear_all(artifacts: Path) -> None:
 
 
 def _remove_surplus(artifacts: Path, surplus: Mapping[str, str]) -> None:
-    """Delete what the manifest no longer lists. An OSError keeps the mark for the next build."""
+    """Delete files that left the manifest. An OSError keeps the mark for the next build."""
     manifest = artifacts / MANIFEST_NAME
     if not surplus or not is_plain(manifest):
         return  # without a manifest they may be all that is left of the set
@@ -214,7 +214,7 @@ def _remove_surplus(artifacts: Path, surplus: Mapping[str, str]) -> None:
 
 
 def _read_mark(folder: Path) -> Mark | None:
-    """Return the mark; None if the folder has none, as a user's own folder of that name."""
+    """Return the mark; None if the folder has none, as a user's folder of that name."""
     data = None if folder.is_symlink() else read_plain(folder / _MARK_NAME)
     try:
         stored = json.loads(data or b"")
@@ -228,7 +228,7 @@ def _read_mark(folder: Path) -> Mark | None:
 
 @contextlib.contextmanager
 def _held(place: Path, artifacts: Path) -> Iterator[None]:
-    """Hold the lock in `place`. It is the kernel's: it goes with the process."""
+    """Hold the lock in `place`. The kernel releases it when the process ends."""
     lock = place / f".{artifacts.name}.lock"
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Hatchling's hook: a wheel or sdist carries every kernel, made from its sources, or is not made.
+"""Hatchling's hook: refuse a wheel or sdist unless it has every kernel, made from its sources.
 
-Runs in the build environment, where hatchling is installed and this project is not: no compiler is
-there. What it imports from the project needs the standard library alone.
+Runs in the build environment, which has hatchling and neither this project nor a compiler. The
+modules that it imports need the standard library alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class ArtifactsHook(BuildHookInterface):
-    """Checks artifacts/ as the loader does, and that no kernel is missing or older than its source.
+    """Check artifacts/ as the loader does; refuse missing kernels and those older than a source.
 
     A wheel then gets manifest, evidence and cubins beside the runtime. An sdist has them anyway.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the artifacts to a wheel, or end with the reason why they cannot be shipped."""
+        """Add the artifacts to a wheel, or abort with the reason why they cannot be shipped."""
         if version == "editable":
             return  # a checkout finds its own artifacts, and finds them as they are rebuilt
         sys.path.insert(0, self.root)
@@ -38,7 +38,7 @@ class ArtifactsHook(BuildHookInterface):
 
 
 class UnfitError(Exception):
-    """The artifacts are whole, and not those of these sources."""
+    """The artifacts are whole, but not made from these sources."""
 
 
 def _checked_names(folder: Path) -> list[str]:
@@ -52,5 +52,5 @@ def _checked_names(folder: Path) -> list[str]:
     if problem := packaging_problem(artifacts.manifest):
         raise UnfitError(f"{folder}: {problem}; make them with `build-kernels build`")
     names = [MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)]
-    # What was shown about these bytes goes where they go.
+    # The evidence goes where its bytes go.
     return [*names, EVIDENCE_NAME] if (folder / EVIDENCE_NAME).is_file() else names

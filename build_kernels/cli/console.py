@@ -1,4 +1,4 @@
-"""How the commands talk: results on stdout, everything else on stderr."""
+"""Print results on stdout and messages on stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stop_like_interrupt() -> None:
 
 
 def results(*, width: int) -> Console:
-    """Give a console on stdout: as wide as the terminal, or `width` columns if it is none."""
+    """Return a console on stdout: as wide as the terminal, else `width` columns."""
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 

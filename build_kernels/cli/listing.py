@@ -1,4 +1,4 @@
-"""What `build-kernels list` shows of a set of artifacts: each kernel's state and its evidence."""
+"""Find and print each kernel's state and evidence in a set of artifacts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .console import fits
 Row = dict[str, str]
 
 BUILT = "built"
-# The sources or the tools of this package are not those that made the kernel.
+# Other sources or tools than those here made the kernel.
 OUT_OF_DATE = "out of date"
 # A file of the kernel is missing or is not the one that the manifest records.
 DAMAGED = "damaged"
 NOT_BUILT = "not built"
-# Without the compilers nobody can say what they would make of the sources.
+# Without the compilers their versions cannot be compared.
 UNKNOWN = "unknown"
 STATES = (BUILT, OUT_OF_DATE, DAMAGED, NOT_BUILT, UNKNOWN)
 
@@ -44,7 +44,7 @@ _NARROW = (
 
 
 def list_rows(folder: Path, names: Collection[str] = (), archs: Collection[str] = ()) -> list[Row]:
-    """Give a row per kernel and architecture that this package can build.
+    """Return a row per kernel and architecture that this package can build.
 
     `names` and `archs` choose among them; empty, they choose all. Needs no compiler: without one,
     states are "unknown". Raises ManifestError and EvidenceError for files that cannot be read.
@@ -91,7 +91,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Kernel], str]:
-    """Give the function that finds the state of a kernel that the manifest lists."""
+    """Return a function that finds the state of a kernel that the manifest lists."""
     artifacts = ArtifactSet(folder=folder, manifest=manifest)
     has_ptx = carries_ptx(folder)
     try:
@@ -117,7 +117,7 @@ def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Ker
 
 
 def explain_states(rows: Iterable[Row], folder: Path) -> list[str]:
-    """Say in a line for each state that is not "built" what it means, and the next step."""
+    """Return a line per state other than "built": how many kernels, and what it means."""
     try:
         compilers.toolchain_versions()
         no_toolchain = ""
@@ -137,7 +137,7 @@ def explain_states(rows: Iterable[Row], folder: Path) -> list[str]:
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """Print one table, or if the console is too narrow for it a small one per kernel."""
+    """Print one table, or one per kernel if the console is too narrow."""
     table = Table(*_WIDE)
     for row in rows:
         table.add_row(*(escape(row[key]) for key in _WIDE_KEYS))
@@ -154,7 +154,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _narrow_table(rows: Iterable[Row]) -> Table:
-    """Give a kernel's architectures in columns that are the same for each kernel."""
+    """Return a table of a kernel's architectures, with the same columns for each kernel."""
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
     for name, width in _NARROW:
         table.add_column(name, width=width, overflow="fold")

@@ -65,6 +65,19 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert not found, " -> ".join(found)
 
 
+def test_the_folders_of_the_emulator_are_layers() -> None:
+    """Text, memory, ordering, launch, execution, access, instructions: each uses those before."""
+    edges = graph(ROOT)
+    prefix = "build_kernels.emulator."
+    folder = {name: name.split(".")[2] for name in edges if name.count(".") == 3 and prefix in name}
+    layers: dict[str, set[str]] = {}
+    for name, own in folder.items():
+        used = {folder[target] for target in edges[name] if target in folder}
+        layers.setdefault(own, set()).update(used - {own})
+    assert len(layers) > 5
+    assert not circle(layers)
+
+
 def test_the_runtime_imports_no_builder() -> None:
     edges = graph(ROOT)
     offenders = [

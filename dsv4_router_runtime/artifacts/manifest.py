@@ -1,16 +1,12 @@
-"""The schema of `artifacts/manifest.json`: what the builder writes and the runtime reads.
+"""The schema of `artifacts/manifest.json`, which the builder writes and the runtime reads.
 
-This is the only statement of the format. The builder imports it to write, the runtime to read; it
-uses nothing but the standard library, so importing it costs neither CUDA nor torch.
+Pure: the standard library alone. JSON keys are the field names in `kernel`; optional keys are left
+out if they are None. An error at parse time names the place in the JSON (see `json_reader`). It is
+raised for an unknown key, kind or schema version, for a number outside `limits`, and for a launch,
+parameters or tensor maps that this runtime cannot fill or that the driver always refuses. Bytes are
+checked when a cubin is read, its parameters against the driver's when it is loaded.
 
-JSON keys are the field names in `kernel`. Optional keys are left out when they are None. An error
-at parse time names the place in the JSON (see `json_reader`). It is raised for an unknown key, kind
-or schema version; for a number outside the bounds of `limits`; and for a launch, parameters or
-tensor maps that this runtime cannot fill, or that the driver would refuse whatever the call is.
-What the file does not say is checked later: the bytes when a cubin is read, its parameters against
-the driver's when it is loaded.
-
-Versions: a runtime reads exactly one, SCHEMA_VERSION; any other is refused with the command that
+A runtime reads exactly one version, SCHEMA_VERSION; any other is refused with the command that
 builds or installs the set anew. A change that adds, drops or renames a key, or gives a key or a
 word another meaning, raises it. A tighter bound does not if nothing that could run is refused.
 """
@@ -107,10 +103,9 @@ class Manifest:
 
 
 def serialise_manifest(manifest: Manifest) -> str:
-    """The manifest's text: sorted keys, kernels sorted, one newline at the end; no timestamps.
+    """Return the manifest's text: keys and kernels sorted, one newline at the end, no timestamps.
 
-    The text is parsed before it is returned, so what does not fit the schema is a ManifestError
-    here, in the builder, and not later in a server.
+    The text is parsed first: what does not fit the schema is a ManifestError in the builder.
     """
     kernels = sorted(manifest.kernels, key=lambda kernel: (kernel.name, kernel.arch))
     document = {

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -523,6 +524,9 @@ class TestWhatHappensDuringABuild:
         how: signal.Signals,
     ) -> None:
         """Else "interrupted; the artifacts are as they were" would be untrue."""
+        over = threading.Event()
+        # A signal that only the main thread blocks would go to this one.
+        threading.Thread(target=over.wait, daemon=True).start()
         meanwhile()
         exchange = publish.exchange
 
@@ -532,6 +536,7 @@ class TestWhatHappensDuringABuild:
 
         monkeypatch.setattr(publish, "exchange", exchange_and_stop)
         assert build_other(artifacts).built
+        over.set()
         check_is_other(artifacts)
         assert leftovers(artifacts) == []
 

@@ -22,6 +22,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,12 +182,17 @@ def _hold_evidence(artifacts: Path, stack: contextlib.ExitStack) -> bool:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore SIGINT and SIGTERM: in these milliseconds it is too late to stop."""
-    stops = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    """Ignore SIGINT and SIGTERM: in these milliseconds it is too late to stop.
+
+    Blocking them would not do: what this thread blocks, the kernel delivers to another thread, and
+    Python then interrupts the main one. In any other thread there is nothing to interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {stop: signal.signal(stop, signal.SIG_IGN) for stop in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        while signal.sigtimedwait(stops, 0):
-            continue
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)

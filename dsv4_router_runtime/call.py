@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_tensor, check_vector, shape_of, strides_of, wrong
+from .checks import check_memory, check_tensor, check_vector, shape_of, strides_of, wrong
 from .layer import ALIGNMENT_BYTES, BF16_BYTES, Layer
 
 
@@ -104,7 +104,8 @@ def _plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
     w_end = w_at + num_tokens * w_stride * 4
     i_end = i_at + num_tokens * i_stride * ids_bytes
     if (
-        x_at % ALIGNMENT_BYTES
+        (num_tokens and not (x_at and w_at and i_at))
+        or x_at % ALIGNMENT_BYTES
         or (w_at < i_end and i_at < w_end)
         or (w_at < x_end and x_at < w_end)
         or (i_at < x_end and x_at < i_end)
@@ -260,6 +261,8 @@ def _vector_at(
         each = "row of hidden_states"
         check_vector(name, vector, *dtypes, length=num_rows, each=each, device=layer.device)
     address = vector.data_ptr()
+    if not address:
+        check_memory(name, vector)
     _check_apart(name, address, num_rows * size, layer, call)
     return address
 

@@ -252,7 +252,7 @@ class TestAPartOfABuild:
         monkeypatch.setattr(plan_module, "KERNELS", (two,))
         self.check_refused(artifacts, "router_topk.sm_103a (no spec names it any more)")
 
-    @pytest.mark.parametrize("text", ['{"schema_version": 1, "kernels": []}', '{"kernels": ['])
+    @pytest.mark.parametrize("text", ['{"schema_version": 1, "kernels": []}', '{\n "kernels": ['])
     def test_beside_a_manifest_that_cannot_be_read(self, artifacts: Path, text: str) -> None:
         for path in artifacts.glob(f"{TOPK.name}.*"):
             path.unlink()
@@ -329,7 +329,7 @@ class TestDeterminism:
 
     def test_nothing_to_do_takes_two_seconds_and_no_compiler(self, artifacts: Path) -> None:
         code = (
-            "import sys\n"
+            "import sys, time\n"
             "from build_kernels.cli.main import main\n"
             f"main(['build', '--kernel', {TOPK.name!r}, '--artifacts', {str(artifacts)!r}],"
             " standalone_mode=False)\n"

@@ -195,11 +195,20 @@ def test_a_step_before_a_gap_hands_over_to_the_product(manifest, change):
     assert steps(manifest) == [(8, "router_decode_kmajor_n8"), (None, "router_topk")]
 
 
+def test_a_hash_layer_hands_over_a_gap_to_the_product_too(manifest):
+    few = tuple(kernel for kernel in manifest.kernels if "n64" not in kernel.name)
+    layer = replace(LAYER, hashed=True)
+    assert steps(replace(manifest, kernels=few), layer) == [
+        (56, "router_hash"),
+        (None, "router_topk"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
         ("decode", "no kernel for role=decode, num_tokens=1"),
-        ("select", "decode kernels end at 64 tokens, and no select kernel goes on"),
+        ("select", "no kernel for role=select, num_tokens=65"),
     ],
 )
 def test_a_layer_that_no_kernels_serve_is_refused(manifest, missing, message):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cutlass", reason="needs the extra `build`")
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
+pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")
 

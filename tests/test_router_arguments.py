@@ -315,6 +315,14 @@ def test_the_quick_check_takes_the_usual_call(ids_dtype):
     assert _plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0
 
 
+@pytest.mark.parametrize("freed", [0, 1, 2])
+def test_a_tensor_whose_memory_was_freed_is_refused(freed):
+    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N, TOP_K).int()
+    usual[freed].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="address 0"):
+        check_call(layer(), *usual)
+
+
 def test_single_expert_reads_as_kmajor():
     assert layout_of(bf16(K, 1)) == "kmajor"
     assert layout_of(bf16(K, 2)[:, :1]) == "emajor"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
 from build_kernels.binaries import cubin
 from build_kernels.building import compilers

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import decode_kernel, sample_manifest, topk_kernel
 
-pytest.importorskip("elftools", reason="needs the extra `build`")
+pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
 from click.testing import CliRunner
 from hardware_record import Tally
@@ -419,7 +419,7 @@ def test_what_an_explanation_rests_on_is_there() -> None:
 
 
 def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: Path) -> None:
-    pytest.importorskip("cutlass", reason="needs the extra `build`")
+    pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     kernel = decode_kernel("sm_100a")
     result = lint.climb(
         Artifact(kernel=kernel, cubin_path=tmp_path / "x", cubin=b"", ptx="another kernel"),
@@ -987,7 +987,7 @@ MISFITS = {
 @pytest.fixture(scope="module")
 def dsl_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decode kernel and the hash kernel, really built: seconds."""
-    pytest.importorskip("cutlass", reason="needs the extra `build`")
+    pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("dsl") / "artifacts"
     names = ["router_decode_kmajor_n8", "router_hash"]

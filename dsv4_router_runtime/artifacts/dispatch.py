@@ -56,12 +56,12 @@ class Rejected:
 
 
 def device_arch(major: int, minor: int) -> str:
-    """The name of a GPU's own architecture. From 9.0 on that is the `a` target."""
+    """Return the name of a GPU's own architecture. From 9.0 on that is the `a` target."""
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 def runs_on(built_for: str, device: str) -> bool:
-    """Whether a cubin built for `built_for` runs on a GPU whose own architecture is `device`.
+    """Return whether a cubin built for `built_for` runs on a GPU whose architecture is `device`.
 
     An `a` target runs on exactly its architecture; an `f` target and a plain one on the same major
     version from their minor version on.
@@ -73,7 +73,7 @@ def runs_on(built_for: str, device: str) -> bool:
 
 
 def resolve(manifest: Manifest, problem: Problem, device: str) -> tuple[Accepted | Rejected, ...]:
-    """An answer for every kernel of the manifest, in its order."""
+    """Judge every kernel of the manifest, in its order."""
     return tuple(judge(kernel, problem, device) for kernel in manifest.kernels)
 
 
@@ -180,15 +180,12 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
     steps: list[Step] = []
     for role in _ROLES[layer.hashed]:
         layout = None if role == "select" else problem.layout
-        try:
-            steps += _steps_of_role(manifest, replace(problem, role=role, layout=layout), arch)
-        except NoKernelError as error:
-            if not steps:
-                raise
-            raise NoKernelError(
-                f"the layer's {steps[-1].kernel.role} kernels end at {steps[-1].max_tokens} "
-                f"tokens, and no {role} kernel goes on: {error}"
-            ) from error
+        wanted = replace(problem, role=role, layout=layout)
+        if role == "decode" and steps and not _accepted(resolve(manifest, wanted, arch)):
+            # A gap hands over to the product; a set without decode kernels is no set for a layer.
+            select_kernel(manifest, replace(wanted, num_tokens=1), arch)
+            continue
+        steps += _steps_of_role(manifest, wanted, arch)
         end = steps[-1].max_tokens
         if end is None:
             break
@@ -210,7 +207,7 @@ def _copy_reason(layer: LayerProblem) -> str | None:
 
 
 def _steps_of_role(manifest: Manifest, problem: Problem, arch: str) -> list[Step]:
-    """Steps of one role from `problem.num_tokens` on; at least one, or NoKernelError."""
+    """Return the steps of one role from `problem.num_tokens` on; NoKernelError if there is none."""
     kernel = select_kernel(manifest, problem, arch)
     steps: list[Step] = []
     while True:

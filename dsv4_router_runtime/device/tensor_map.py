@@ -50,7 +50,7 @@ class EncodeArguments:
 def hidden_states_arguments(
     recipe: TensorMapRecipe, *, address: int, num_tokens: int, k: int, row_stride: int
 ) -> EncodeArguments:
-    """The arguments for hidden_states [num_tokens, k] with unit stride along K.
+    """Return the arguments for hidden_states [num_tokens, k] with unit stride along K.
 
     A recipe may see K whole or as blocks as wide as its box, "K_in_block" by "K_block": then one
     read can bring several blocks, each of which lies in shared memory as a box of its own.
@@ -73,7 +73,7 @@ def encode_arguments(
     sizes: Mapping[str, int],
     strides: Mapping[str, int],
 ) -> EncodeArguments:
-    """The arguments for a tensor at `address`; `sizes` and `strides` are in elements, by dimension.
+    """Return the arguments for a tensor; `sizes` and `strides` are in elements, by dimension.
 
     A dimension of size 1 is never stepped along, so its stride is replaced by a packed one: torch
     leaves any number there. ValueError where the driver would refuse the map.

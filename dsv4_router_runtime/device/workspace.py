@@ -1,4 +1,4 @@
-"""The device memory that kernels scribble in, and whose turn it is.
+"""Scratch memory, and which stream or capture may use it.
 
 Launches on one stream run one after another, so they share one set of scratch; two streams, or two
 CUDA graphs, may run at once and never share. One workspace serves every layer of a device.
@@ -15,7 +15,7 @@ The reserve is topped up when a layer is bound outside capture. A capture that f
 memory of the graph's own and records one memset of it, which then runs in each replay before the
 graph's first router: 1 or 2 us a replay slower, and as right.
 
-Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator knows about
+Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator supports
 capture; and do not run two instances of one captured graph at once: they would share scratch.
 """
 
@@ -49,7 +49,7 @@ class ScratchLayout:
 
 
 def scratch_layout(kernels: Iterable[Kernel]) -> ScratchLayout:
-    """Room for every scratch parameter of `kernels`, by name; the largest size of a name counts."""
+    """Lay out every scratch parameter of `kernels` by name, each at its largest size."""
     sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for kernel in kernels:
         for parameter in kernel.parameters:
@@ -115,7 +115,7 @@ class Workspace:
             self._free += range(chunk.data_ptr(), chunk.data_ptr() + chunk.numel(), size)
 
     def eager_slot(self, stream: int) -> Slot:
-        """The slot of `stream`, which is the current one; made by the stream's first call."""
+        """Return the slot of `stream`, the current one; the stream's first call makes it."""
         identity = stream_identity(stream)
         slot = self._slots.get(identity)
         if slot is None:
@@ -129,14 +129,14 @@ class Workspace:
         return slot
 
     def captured_slot(self, stream: int) -> Slot:
-        """A slot for one launch that `stream`, the current one, records into a graph."""
+        """Return a slot for one launch that `stream`, the current one, records into a graph."""
         plain = self._empty_plain()
         with self._lock:
             zeroed = self._captured_zeroed(stream, capture_id(stream))
         return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=[plain])
 
     def _captured_zeroed(self, stream: int, capture: int) -> int:
-        """The zeroed scratch of `stream` in `capture`, one address for all its layers."""
+        """Return the zeroed scratch of `stream` in `capture`, one address for all its layers."""
         known = self._captured.get((stream, capture))
         if known is not None:
             return known
@@ -150,7 +150,7 @@ class Workspace:
         return memory.data_ptr()
 
     def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
-        """FP32 [num_tokens, num_experts], uninitialised, under `slot.lock`."""
+        """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
         size = num_tokens * num_experts
         if slot.logits is None or slot.logits.numel() < size:
             slot.logits = self._empty(size, torch.float32)
@@ -180,7 +180,7 @@ _workspaces_lock = threading.Lock()
 
 
 def workspace_for(device: torch.device, kernels: Iterable[Kernel]) -> Workspace:
-    """The one workspace that all layers on `device` with such kernels share."""
+    """Return the workspace that all layers on `device` with such kernels share."""
     layout = scratch_layout(kernels)
     with _workspaces_lock:
         workspace = _workspaces.get((device, layout))

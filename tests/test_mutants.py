@@ -251,7 +251,7 @@ def test_a_name_that_no_mutant_has_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"),
+    ("package", "requirement"),
     [
         ("click", "dsv4-router-builder"),
         ("numpy", "dsv4-router-builder[verify]"),

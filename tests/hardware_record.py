@@ -14,7 +14,6 @@ import pytest
 
 from build_kernels.evidence.rungs.hardware import Record, append_record
 from dsv4_router_runtime.device import driver
-from dsv4_router_runtime.device.launch_site import LaunchSite
 
 
 class Tally:
@@ -59,6 +58,9 @@ class HardwareRecord:
         self.kernels: dict = {}
         self.tally = Tally()
         # The class is changed, not an object: sites are made later, and keep a bound launch.
+        # Here, since it needs torch, and the tally below does not.
+        from dsv4_router_runtime.device.launch_site import LaunchSite
+
         launch = LaunchSite.launch
 
         def watched(site: LaunchSite) -> None:

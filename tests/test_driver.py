@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel, topk_kernel
 
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.device import driver, load, tensor_map
 from dsv4_router_runtime.device.launch_site import LaunchSite

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Parameter
 from dsv4_router_runtime.device import driver

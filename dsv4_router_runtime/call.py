@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .artifacts.limits import MAP_ALIGNMENT_BYTES
 from .checks import check_memory, check_tensor, check_vector, shape_of, strides_of, wrong
-from .layer import ALIGNMENT_BYTES, BF16_BYTES, Layer
+from .layer import BF16_BYTES, Layer
 
 
 class Call(NamedTuple):
@@ -105,7 +106,7 @@ def _plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
     i_end = i_at + num_tokens * i_stride * ids_bytes
     if (
         (num_tokens and not (x_at and w_at and i_at))
-        or x_at % ALIGNMENT_BYTES
+        or x_at % MAP_ALIGNMENT_BYTES
         or (w_at < i_end and i_at < w_end)
         or (w_at < x_end and x_at < w_end)
         or (i_at < x_end and x_at < i_end)
@@ -146,16 +147,16 @@ def _check_rows(hidden_states: torch.Tensor) -> None:
     row_stride, along_k = hidden_states.stride()
     if along_k != 1:
         raise wrong("hidden_states", "unit stride along K", strides_of(hidden_states))
-    if num_tokens > 1 and (row_stride < k or row_stride * BF16_BYTES % ALIGNMENT_BYTES):
+    if num_tokens > 1 and (row_stride < k or row_stride * BF16_BYTES % MAP_ALIGNMENT_BYTES):
         raise wrong(
             "hidden_states",
-            f"a row stride of at least K and a multiple of {ALIGNMENT_BYTES // BF16_BYTES} "
+            f"a row stride of at least K and a multiple of {MAP_ALIGNMENT_BYTES // BF16_BYTES} "
             "elements (call .contiguous())",
             strides_of(hidden_states),
         )
-    if hidden_states.data_ptr() % ALIGNMENT_BYTES:
+    if hidden_states.data_ptr() % MAP_ALIGNMENT_BYTES:
         got = f"address {hidden_states.data_ptr():#x}"
-        raise wrong("hidden_states", f"data aligned to {ALIGNMENT_BYTES} bytes", got)
+        raise wrong("hidden_states", f"data aligned to {MAP_ALIGNMENT_BYTES} bytes", got)
 
 
 def _check_output(name: str, out: torch.Tensor, num_tokens: int, layer: Layer) -> None:

@@ -11,7 +11,13 @@ from typing import Any, TypedDict
 
 import torch
 
-from .artifacts.limits import K_MULTIPLE, MAX_EXPERTS, MAX_SHARED_SLOTS, MAX_TOP_K
+from .artifacts.limits import (
+    K_MULTIPLE,
+    MAP_ALIGNMENT_BYTES,
+    MAX_EXPERTS,
+    MAX_SHARED_SLOTS,
+    MAX_TOP_K,
+)
 from .checks import (
     FP32_LEAST_NORMAL,
     FP32_MAX,
@@ -25,7 +31,6 @@ from .checks import (
     wrong,
 )
 
-ALIGNMENT_BYTES = 16
 BF16_BYTES = 2
 
 
@@ -169,12 +174,12 @@ def layout_of(W_gate: torch.Tensor) -> str:
 
 def _check_rows_of_weights(W_gate: torch.Tensor, layout: str) -> bool:
     """Check W_gate's alignment; return whether TMA can step by its row stride."""
-    if W_gate.data_ptr() % ALIGNMENT_BYTES:
+    if W_gate.data_ptr() % MAP_ALIGNMENT_BYTES:
         got = f"address {W_gate.data_ptr():#x}"
-        raise wrong("W_gate", f"data aligned to {ALIGNMENT_BYTES} bytes", got)
+        raise wrong("W_gate", f"data aligned to {MAP_ALIGNMENT_BYTES} bytes", got)
     row_stride = W_gate.stride(1 if layout == "kmajor" else 0)
     rows = W_gate.shape[1 if layout == "kmajor" else 0]
-    loadable = rows == 1 or row_stride * BF16_BYTES % ALIGNMENT_BYTES == 0
+    loadable = rows == 1 or row_stride * BF16_BYTES % MAP_ALIGNMENT_BYTES == 0
     if layout == "kmajor" and not loadable:
         raise wrong("W_gate", "a stride along E in multiples of 8 elements", strides_of(W_gate))
     return loadable

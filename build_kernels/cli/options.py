@@ -32,6 +32,9 @@ class KernelName(click.ParamType):
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU."
+)
 arch_option = click.option(
     "--arch",
     "archs",

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from build_kernels.cli.console import results, say, stop_like_interrupt
-from build_kernels.specs import ARCHITECTURES, KERNELS
+from build_kernels.cli.options import KERNEL_NAMES, arch_option, jobs_option, json_option
 from dsv4_router_runtime.artifacts.folder import find_artifacts
 from dsv4_router_runtime.errors import RouterError
 
@@ -29,18 +29,12 @@ NOT_PROVEN = (
 
 
 @click.command("verify")
-@click.option(
-    "--arch",
-    "archs",
-    multiple=True,
-    type=click.Choice([arch.name for arch in ARCHITECTURES]),
-    help="Only this architecture; repeatable. Default: all.",
-)
+@arch_option
 @click.option(
     "--kernel",
     "kernels",
     multiple=True,
-    type=click.Choice([spec.name for spec in KERNELS]),
+    type=click.Choice(KERNEL_NAMES),
     help="Only this kernel; repeatable. Default: all.",
 )
 @click.option(
@@ -63,8 +57,8 @@ NOT_PROVEN = (
     type=click.Path(path_type=Path, file_okay=False),
     help="The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@jobs_option
+@json_option
 def verify_command(
     archs: tuple[str, ...],
     kernels: tuple[str, ...],

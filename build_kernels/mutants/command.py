@@ -15,6 +15,7 @@ import click
 
 from build_kernels.cli.console import say, stop_like_interrupt
 from build_kernels.cli.extras import why_missing
+from build_kernels.cli.options import jobs_option, json_option
 from build_kernels.evidence.artifact import NO_PTX, ArtifactReadError, carries_ptx, load_artifact
 from build_kernels.evidence.rungs import RUNGS
 from build_kernels.workers import WorkerDiedError, run_tasks
@@ -42,8 +43,8 @@ Verdicts = dict[tuple[str, str], Verdict]
     type=click.Path(path_type=Path, file_okay=False),
     help="The folder of built kernels and their PTX. Default: artifacts/ of this checkout.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes. Default: one per CPU.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@jobs_option
+@json_option
 def mutants_command(
     rungs: tuple[str, ...],
     only: tuple[str, ...],

@@ -39,6 +39,8 @@ MAX_PARAMETER_BYTES = 32764
 MAX_MAP_DIMS = 5
 MAX_BOX_EXTENT = 256
 BOX_ROW_ALIGNMENT_BYTES = 16
+# Of a tensor map's address and of its strides.
+MAP_ALIGNMENT_BYTES = 16
 
 # A kernel's scratch, of which there is one per stream and many in reserve for captures. Four times
 # what FP32 pairs of 64 tokens, 512 experts and 16 splits of K take; those here take 0.26 MB.

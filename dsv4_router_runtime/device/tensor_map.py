@@ -18,11 +18,10 @@ from dsv4_router_runtime.artifacts.kernel import (
     TENSOR_ELEMENT_BYTES,
     TensorMapRecipe,
 )
-from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES
+from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES, MAP_ALIGNMENT_BYTES
 
 from . import driver
 
-ALIGNMENT_BYTES = 16
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
 MAX_CACHED_MAPS = 512
@@ -84,18 +83,18 @@ def encode_arguments(
     fastest = recipe.dims[0]
     if strides[fastest] != 1:
         raise ValueError(f"{name}: expected unit stride along {fastest} (got {strides[fastest]})")
-    if address % ALIGNMENT_BYTES:
-        raise ValueError(f"{name}: expected an address aligned to {ALIGNMENT_BYTES} bytes")
+    if address % MAP_ALIGNMENT_BYTES:
+        raise ValueError(f"{name}: expected an address aligned to {MAP_ALIGNMENT_BYTES} bytes")
     byte_strides: list[int] = []
     packed = dims[0] * element_bytes
     for dim, size in zip(recipe.dims[1:], dims[1:], strict=True):
         stride = strides[dim] * element_bytes
         if size == 1:
-            stride = -(-packed // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        if stride % ALIGNMENT_BYTES or not 0 < stride < 2**40:
+            stride = -(-packed // MAP_ALIGNMENT_BYTES) * MAP_ALIGNMENT_BYTES
+        if stride % MAP_ALIGNMENT_BYTES or not 0 < stride < 2**40:
             raise ValueError(
                 f"{name}: expected a stride along {dim} that is a positive multiple of "
-                f"{ALIGNMENT_BYTES} bytes (got {stride})"
+                f"{MAP_ALIGNMENT_BYTES} bytes (got {stride})"
             )
         byte_strides.append(stride)
         packed = stride * size

@@ -32,6 +32,7 @@ class LaunchParameter:
     shape        sizes of `tensor`, slowest first
     off          value that disables the option; None for a parameter that every launch sets
     after_wait   accessed only after griddepcontrol.wait: the kernel before may still use it
+    int64_flag   the parameter that is 1 if `tensor` holds int64
     """
 
     name: str
@@ -44,6 +45,12 @@ class LaunchParameter:
     shape: tuple[str, ...] = ()
     off: int | float | None = None
     after_wait: bool = False
+    int64_flag: str | None = None
+
+    @property
+    def keyword(self) -> str:
+        """The caller's keyword for it."""
+        return self.argument or self.name
 
     @property
     def is_passed_by_name(self) -> bool:
@@ -97,15 +104,24 @@ PADDING = (
 )
 TABLE = (
     _pointer("tid2eid", "int32", _INT32, "vocab_size", "top_k", given=BOUND, off=0),
-    # Holds int64 if input_ids_are_int64.
-    _pointer("input_ids", "int32", _INTEGERS, "N", given=BROUGHT, off=0),
+    _pointer(
+        "input_ids", "int32", _INTEGERS, "N", given=BROUGHT, off=0, int64_flag="input_ids_are_int64"
+    ),
 )
 OUTPUTS = (
     _pointer("to_physical", "int32", _INT32, "E", "max_replicas", given=BOUND, off=0),
     _pointer("logical_count", "int32", _INT32, "E", given=BOUND, off=0),
     _pointer("out_weights", "float32", _FLOAT32, "N", "columns", given=BROUGHT, after_wait=True),
-    # Holds int64 if ids_are_int64.
-    _pointer("out_ids", "int32", _INTEGERS, "N", "columns", given=BROUGHT, after_wait=True),
+    _pointer(
+        "out_ids",
+        "int32",
+        _INTEGERS,
+        "N",
+        "columns",
+        given=BROUGHT,
+        after_wait=True,
+        int64_flag="ids_are_int64",
+    ),
 )
 NUM_TOKENS = _int32("num_tokens", BROUGHT)
 NUM_EXPERTS = _int32("num_experts", BOUND)
@@ -157,9 +173,13 @@ def tensor_dtypes(role: str) -> dict[str, tuple[str, ...]]:
     return {item.tensor: item.dtypes for item in ABI[role] if item.tensor is not None}
 
 
-# The torch dtypes of every tensor that a layer binds or a call brings: a kernel takes them all.
-DTYPES = {name: dtypes for role in ABI for name, dtypes in tensor_dtypes(role).items()}
+_ALL = tuple(dict.fromkeys(item for abi in ABI.values() for item in abi))
+# The description of every tensor that a layer binds or a call brings.
+TENSORS = {item.tensor: item for item in _ALL if item.tensor is not None}
+# The torch dtypes of these tensors: a kernel takes them all.
+DTYPES = {name: item.dtypes for name, item in TENSORS.items()}
 # Every parameter that the runtime passes by name. Tensor maps and scratch are passed by address.
-NAMES_PASSED = frozenset(
-    item.name for abi in ABI.values() for item in abi if item.is_passed_by_name
-)
+NAMES_PASSED = frozenset(item.name for item in _ALL if item.is_passed_by_name)
+# The parameters of the options, and their values if every option is off.
+OPTIONS = tuple(item for item in _ALL if item.off is not None)
+PARAMETERS_OFF = {item.name: item.off for item in OPTIONS if item.off is not None}

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from dsv4_router_runtime.artifacts.kernel import PARAMETER_KINDS, POINTER_ELEMENT_BYTES
-from dsv4_router_runtime.parameters import ABI, BIASES, BOUND, BROUGHT, LAUNCH, tensor_dtypes
+from dsv4_router_runtime.parameters import (
+    ABI,
+    BIASES,
+    BOUND,
+    BROUGHT,
+    LAUNCH,
+    PARAMETERS_OFF,
+    TENSORS,
+    tensor_dtypes,
+)
 
 ALL = {item.name: item for abi in ABI.values() for item in abi}
 
@@ -59,3 +68,10 @@ def test_a_tensor_has_the_same_dtypes_in_every_kernel() -> None:
     for role in ABI:
         for tensor, dtypes in tensor_dtypes(role).items():
             assert all(tensor_dtypes(other).get(tensor, dtypes) == dtypes for other in ABI)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_of_either_integer_has_a_flag_that_is_off_for_int32(name: str) -> None:
+    flag = TENSORS[name].int64_flag
+    assert (flag is not None) == ("int64" in TENSORS[name].dtypes)
+    assert flag is None or PARAMETERS_OFF[flag] == 0

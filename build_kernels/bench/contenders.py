@@ -14,6 +14,7 @@ from dsv4_router_runtime.device.launch import grid_of
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.device.load import load_once
 from dsv4_router_runtime.device.streams import current_stream
+from dsv4_router_runtime.parameters import PARAMETERS_OFF
 from dsv4_router_runtime.router import Router
 
 from .inputs import Call, Inputs, Result
@@ -142,14 +143,12 @@ class TopkLauncher:
             num_experts=inputs.problem.num_experts,
         )
         self._constants = {
+            **PARAMETERS_OFF,
             "e_bias": inputs.bias.data_ptr(),
             "num_tokens": inputs.num_tokens,
             "num_experts": inputs.problem.num_experts,
             "top_k": inputs.problem.top_k,
             "routed_scaling_factor": inputs.problem.routed_scaling_factor,
-            # Every other option is off at 0.
-            "gate_temp": 1.0,
-            "norm_topk_prob": 1,
         }
 
     def __call__(self, logits: torch.Tensor, outputs: Result) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +11,12 @@ from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.tensor_map import EncodeArguments, encode_arguments
 from dsv4_router_runtime.errors import repair_command
+from dsv4_router_runtime.parameters import PARAMETERS_OFF, TABLE
 
 NO_PTX = (
     "the set carries no PTX, as a wheel's does not; `build-kernels build --artifacts FOLDER` makes "
     "the same bytes with their PTX, for `build-kernels verify --artifacts FOLDER`"
 )
-# Kernel arguments if every option of the call is off.
-OPTIONS_OFF: Mapping[str, int | float] = {
-    **dict.fromkeys(("bias_vl", "image_mask", "padding_mask", "num_valid_tokens"), 0),
-    **dict.fromkeys(("tid2eid", "input_ids", "to_physical", "logical_count"), 0),
-    **dict.fromkeys(("vocab_size", "input_ids_are_int64", "max_replicas", "ids_are_int64"), 0),
-    **{"num_shared_slots": 0, "gate_temp": 1.0, "norm_topk_prob": 1},
-}
 
 
 class ArtifactReadError(Exception):
@@ -101,12 +94,12 @@ def is_hashed(kernel: Kernel) -> bool:
 
 def null_pointers(kernel: Kernel) -> tuple[str, ...]:
     """Return the names of the pointers that are null if every option is off."""
-    given = ("tid2eid", "input_ids") if is_hashed(kernel) else ()
+    given = {item.name for item in TABLE} if is_hashed(kernel) else set()
     return tuple(
         parameter.name
         for parameter in kernel.parameters
         if parameter.kind == "pointer"
-        and parameter.name in OPTIONS_OFF
+        and parameter.name in PARAMETERS_OFF
         and parameter.name not in given
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsv4_router_runtime.artifacts.manifest import Kernel
+from dsv4_router_runtime.parameters import OPTIONS, PARAMETERS_OFF
 
 from .artifact import is_decode, is_hashed
 from .cases import SHARED_SLOTS, VOCABULARY, Case
@@ -22,8 +23,6 @@ CLEAR_MARGIN = 1e-4
 SCALE = 2.5
 # More than the lanes of a warp: above 32 a kernel finds the replica in another way.
 REPLICAS = 36
-# The reference's keyword -> the kernels' parameter, where they differ.
-PARAMETERS = {"num_tokens": "num_valid_tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +74,14 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
             rows[padded] = torch.nan
     expected = select_reference(logits, None if hashed else bias, SCALE, case.top_k, **options)
     tensors = {} if hashed else {"e_bias": bias.float().numpy()}
-    tensors |= {
-        PARAMETERS.get(name, name): value.numpy()
-        for name, value in options.items()
-        if isinstance(value, torch.Tensor)
-    }
-    for mask in {"image_mask", "padding_mask"} & tensors.keys():
-        tensors[mask] = tensors[mask].view("uint8")
+    option_tensors, numbers = _kernel_options(options)
+    tensors |= option_tensors
     if hidden is None or weight is None:
         tensors["logits"] = logits.float().numpy()
     else:
         tensors["hidden_states"] = _bf16_bits(hidden)
         tensors["W_gate"] = _bf16_bits(weight)
     weights, ids = (outputs.numpy() for outputs in expected)
-    numbers = _numbers(case, options)
     return Inputs(case=case, tensors=tensors, weights=weights, ids=ids, numbers=numbers)
 
 
@@ -145,18 +138,22 @@ def _padded(case: Case, options: Mapping[str, Any]) -> Any:
     return padded_rows(case.num_tokens, torch.device("cpu"), *masks)
 
 
-def _numbers(case: Case, options: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the kernels' scalar parameters for the options."""
-    wide = int("int64" in case.options)
-    return {
-        "gate_temp": options.get("gate_temp", 1.0),
-        "norm_topk_prob": int(options.get("norm_topk_prob", True)),
-        "num_shared_slots": options.get("num_shared_slots", 0),
-        "ids_are_int64": wide,
-        "input_ids_are_int64": wide if "input_ids" in options else 0,
-        "vocab_size": VOCABULARY if "tid2eid" in options else 0,
-        "max_replicas": REPLICAS if "to_physical" in options else 0,
-    }
+def _kernel_options(options: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int | float]]:
+    """Return the options as kernels take them: the tensors; the numbers, with tensors' extents."""
+    tensors: dict[str, Array] = {}
+    numbers: dict[str, int | float] = {}
+    for item in OPTIONS:
+        value = options.get(item.keyword)
+        if value is None:
+            continue
+        if item.tensor is None:
+            numbers[item.name] = value
+            continue
+        array = value.numpy()
+        tensors[item.name] = array.view(item.element_type) if "bool" in item.dtypes else array
+        extents = zip(item.shape, array.shape, strict=True)
+        numbers |= {name: extent for name, extent in extents if name in PARAMETERS_OFF}
+    return tensors, numbers
 
 
 def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from build_kernels.binaries.ptx import read_block
 from build_kernels.cli.extras import why_missing
-from build_kernels.evidence.artifact import (
-    OPTIONS_OFF,
-    Artifact,
-    encoded_map,
-    is_decode,
-    is_hashed,
-)
+from build_kernels.evidence.artifact import Artifact, encoded_map, is_decode, is_hashed
 from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
@@ -29,6 +23,7 @@ from build_kernels.specs import KERNELS
 from dsv4_router_runtime.artifacts.json_reader import JsonNode
 from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.device.launch import grid_of
+from dsv4_router_runtime.parameters import PARAMETERS_OFF, TENSORS
 
 from .rung import Checker, Reads, Rung, counted
 
@@ -46,8 +41,6 @@ CANARY_INT = -77
 # Different, so that one output's stride is wrong for the other output.
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
-# Tensors that the preceding kernel may write: readable after griddepcontrol.wait only.
-DEPENDENT = ("hidden_states", "logits", "image_mask", "padding_mask", "num_valid_tokens")
 
 # (policy, seed, alone). Earliest completes an asynchronous operation at issue, latest if all warps
 # are blocked. alone: one cluster runs at a time and the next starts after it, so that a CTA that
@@ -231,7 +224,7 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
         "out_ids": (np.full(ids_shape, CANARY_INT, ids_type), {"dependent": True}),
     }
     for name, tensor in inputs.tensors.items():
-        contents[name] = (tensor, {"read_only": True, "dependent": name in DEPENDENT})
+        contents[name] = (tensor, {"read_only": True, "dependent": TENSORS[name].after_wait})
     if "logits" in inputs.tensors:
         logits = inputs.tensors["logits"]
         padded = np.full((logits.shape[0], logits.shape[1] + 5), np.nan, np.float32)
@@ -257,25 +250,13 @@ def _check_shapes(inputs: Inputs) -> None:
     """Raise LaunchError if the launch would read past a tensor's end, or not up to it."""
     from build_kernels.emulator import LaunchError
 
-    case, numbers = inputs.case, inputs.numbers
-    tokens, experts = case.num_tokens, case.num_experts
-    shapes = {
-        "hidden_states": (tokens, case.k),
-        "W_gate": (case.k, experts),
-        "logits": (tokens, experts),
-        "e_bias": (experts,),
-        "bias_vl": (experts,),
-        "image_mask": (tokens,),
-        "padding_mask": (tokens,),
-        "num_valid_tokens": (1,),
-        "tid2eid": (numbers.get("vocab_size"), case.top_k),
-        "input_ids": (tokens,),
-        "to_physical": (experts, numbers.get("max_replicas")),
-        "logical_count": (experts,),
-    }
+    case = inputs.case
+    sizes: dict[str, Any] = {"N": case.num_tokens, "E": case.num_experts, "K": case.k, "1": 1}
+    sizes |= {"top_k": case.top_k, **inputs.numbers}
     for name, tensor in inputs.tensors.items():
-        if tensor.shape != shapes[name]:
-            raise LaunchError(f"{name}: expected the shape {shapes[name]} (got {tensor.shape})")
+        shape = tuple(sizes.get(size) for size in TENSORS[name].shape)
+        if tensor.shape != shape:
+            raise LaunchError(f"{name}: expected the shape {shape} (got {tensor.shape})")
 
 
 def _with_aligned_rows(rows: Array, beyond: int = 0) -> Array:
@@ -299,7 +280,7 @@ def _arguments(
 
     case = inputs.case
     values: dict[str, Any] = {
-        **OPTIONS_OFF,
+        **PARAMETERS_OFF,
         "e_bias": 0,
         **inputs.numbers,
         "num_tokens": case.num_tokens,
@@ -312,6 +293,9 @@ def _arguments(
         "logits_stride": case.num_experts + 5,
         **arrays,
     }
+    for name in arrays.keys() & TENSORS.keys():
+        if (flag := TENSORS[name].int64_flag) is not None:
+            values[flag] = int(arrays[name].data.itemsize == 8)
     if is_hashed(kernel):
         values["w_stride"] = arrays["w_gate"].data.shape[1]
     arguments: list[Any] = []

@@ -27,7 +27,6 @@ from typing import Any
 from build_kernels.binaries.ptx import parameter_name, read_entry
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import (
-    OPTIONS_OFF,
     Artifact,
     encoded_map,
     is_decode,
@@ -38,6 +37,7 @@ from build_kernels.evidence.cases import VOCABULARY
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.launch import grid_of
+from dsv4_router_runtime.parameters import PARAMETERS_OFF
 
 from .rung import Checker, Reads, Rung, counted
 
@@ -306,7 +306,7 @@ def kernel_input(
 ) -> dict[str, Any]:
     """Return SentryWard's input for one launch: packed tensors, integer parameters by name."""
     integers = {
-        **OPTIONS_OFF,
+        **PARAMETERS_OFF,
         "num_tokens": case.num_tokens,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,

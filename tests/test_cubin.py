@@ -233,7 +233,7 @@ def test_a_table_of_sections_is_as_long_as_the_header_says(count: int) -> None:
 
 def test_a_file_of_another_magnitude_is_not_read() -> None:
     with pytest.raises(CubinError, match="at most"):
-        read_cubin(compiled(PLAIN, "sm_90a") + bytes(cubin.MAX_CUBIN_BYTES))
+        read_cubin(compiled(PLAIN, "sm_90a") + bytes(cubin.MAX_CODE_BYTES))
 
 
 def refused_of(count: int, arch: str, seed: int) -> int:

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES
 from dsv4_router_runtime.artifacts.folder import ELF_HEADER_BYTES, elf_compute_capability
 from dsv4_router_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-# Far above any cubin of one kernel: now 60 KB and 40 sections.
-MAX_CUBIN_BYTES = 16 * 2**20
+# Far above any cubin of one kernel: now 40.
 _MAX_SECTIONS = 1024
 _SECTION_BYTES = 64
 _SYMBOL_BYTES = 24
@@ -90,8 +90,8 @@ def read_cubin(data: bytes) -> Cubin:
 
 def _check_bounds(data: bytes) -> None:
     """Refuse sizes that lead out of the file: pyelftools trusts the headers."""
-    if len(data) > MAX_CUBIN_BYTES:
-        raise CubinError(f"not a readable cubin ({len(data)} bytes; at most {MAX_CUBIN_BYTES})")
+    if len(data) > MAX_CODE_BYTES:
+        raise CubinError(f"not a readable cubin ({len(data)} bytes; at most {MAX_CODE_BYTES})")
     if len(data) < ELF_HEADER_BYTES:
         raise CubinError(f"not a readable cubin ({len(data)} bytes are no ELF header)")
     (table,) = struct.unpack_from("<Q", data, 40)

@@ -19,29 +19,27 @@ from build_kernels.building.plan import make_plan
 
 from .console import say, stop_like_interrupt, talk
 from .errors import reported_errors
-from .options import ARCH_NAMES, KERNEL_NAMES, arch_option, json_option
+from .options import (
+    ARCH_NAMES,
+    KERNEL_NAMES,
+    arch_option,
+    artifacts_option,
+    jobs_option,
+    json_option,
+    kernel_option,
+)
 
 
 @click.command("build")
 @arch_option
-@click.option(
-    "--kernel",
-    "names",
-    multiple=True,
-    type=click.Choice(KERNEL_NAMES),
-    help="Only this kernel; repeatable. Default: all.",
-)
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Compiler processes. Default: one per CPU."
-)
+@kernel_option
+@jobs_option
 @click.option(
     "--locked", is_flag=True, help="Fail unless the new bytes are those that the manifest records."
 )
-@click.option(
-    "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The folder to build in. Files that no build made are refused, names that start with "
-    "a dot are left alone. Default: artifacts/ of this checkout.",
+@artifacts_option(
+    "The folder to build in. Files that no build made are refused, names that start with "
+    "a dot are left alone. Default: artifacts/ of this checkout."
 )
 @json_option
 def build_command(

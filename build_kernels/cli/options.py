@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,8 +52,15 @@ kernel_option = click.option(
     metavar="KERNEL",
     help="Only this kernel; repeatable. Default: all.",
 )
-shown_option = click.option(
-    "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The set to show. Default: artifacts/ of this checkout, or the installed wheel's set.",
+
+
+def artifacts_option(help_text: str) -> Callable[[Any], Any]:
+    """Make the option `--artifacts FOLDER`; the folder need not exist."""
+    return click.option(
+        "--artifacts", type=click.Path(path_type=Path, file_okay=False), help=help_text
+    )
+
+
+shown_option = artifacts_option(
+    "The set to show. Default: artifacts/ of this checkout, or the installed wheel's set."
 )

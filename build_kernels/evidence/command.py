@@ -10,7 +10,13 @@ from pathlib import Path
 import click
 
 from build_kernels.cli.console import results, say, stop_like_interrupt
-from build_kernels.cli.options import KERNEL_NAMES, arch_option, jobs_option, json_option
+from build_kernels.cli.options import (
+    arch_option,
+    artifacts_option,
+    jobs_option,
+    json_option,
+    kernel_option,
+)
 from dsv4_router_runtime.artifacts.folder import find_artifacts
 from dsv4_router_runtime.errors import RouterError
 
@@ -30,13 +36,7 @@ NOT_PROVEN = (
 
 @click.command("verify")
 @arch_option
-@click.option(
-    "--kernel",
-    "kernels",
-    multiple=True,
-    type=click.Choice(KERNEL_NAMES),
-    help="Only this kernel; repeatable. Default: all.",
-)
+@kernel_option
 @click.option(
     "--rung",
     "rungs",
@@ -52,16 +52,14 @@ NOT_PROVEN = (
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="Merge what the gpu tests recorded in this file; repeatable.",
 )
-@click.option(
-    "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set.",
+@artifacts_option(
+    "The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set."
 )
 @jobs_option
 @json_option
 def verify_command(
     archs: tuple[str, ...],
-    kernels: tuple[str, ...],
+    names: tuple[str, ...],
     rungs: tuple[str, ...],
     quick: bool,
     record_files: tuple[Path, ...],
@@ -81,7 +79,7 @@ def verify_command(
         outcomes = verify(
             artifacts or find_artifacts(),
             archs,
-            kernels,
+            names,
             rungs,
             quick=quick,
             records=[record for path in record_files for record in read_records(path)],
@@ -105,8 +103,8 @@ def verify_command(
         console.print(NOT_PROVEN, markup=False, soft_wrap=True)
     failures = [outcome for outcome in outcomes if is_failure(outcome, rungs)]
     if failures:
-        names = ", ".join(f"{outcome.artifact} {outcome.rung}" for outcome in failures)
-        say(f"{len(failures)} not shown: {names}")
+        listed = ", ".join(f"{outcome.artifact} {outcome.rung}" for outcome in failures)
+        say(f"{len(failures)} not shown: {listed}")
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ import click
 
 from build_kernels.cli.console import say, stop_like_interrupt
 from build_kernels.cli.extras import why_missing
-from build_kernels.cli.options import jobs_option, json_option
+from build_kernels.cli.options import artifacts_option, jobs_option, json_option
 from build_kernels.evidence.artifact import NO_PTX, ArtifactReadError, carries_ptx, load_artifact
 from build_kernels.evidence.rungs import RUNGS
 from build_kernels.workers import WorkerDiedError, run_tasks
@@ -38,10 +38,8 @@ Verdicts = dict[tuple[str, str], Verdict]
     help="Ask only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
 )
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
-@click.option(
-    "--artifacts",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The folder of built kernels and their PTX. Default: artifacts/ of this checkout.",
+@artifacts_option(
+    "The folder of built kernels and their PTX. Default: artifacts/ of this checkout."
 )
 @jobs_option
 @json_option

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from test_emulator import run_threads
 
-from build_kernels.emulator import PtxError, instructions, ptx, supported_instructions
+from build_kernels.binaries import ptx
+from build_kernels.binaries.ptx.parser import parse
+from build_kernels.binaries.ptx.syntax import Instruction, UnsupportedPtx
+from build_kernels.emulator import PtxError, instructions, supported_instructions
 from build_kernels.emulator.findings import FindingLog
 from build_kernels.emulator.instructions.table import FAMILIES, INSTRUCTIONS, merge
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.clocks import ClockSpace
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
-from build_kernels.emulator.ptx.parser import parse
-from build_kernels.emulator.ptx.syntax import Instruction, UnsupportedPtx
 
 
 def family(name: str, *prefixes: str) -> ModuleType:
@@ -75,7 +76,8 @@ def test_the_ptx_reader_uses_the_standard_library_and_itself() -> None:
     for path in Path(ptx.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "build_kernels":
-                assert node.module.startswith(ptx.__name__), path
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                assert all(name.startswith(f"{ptx.__name__}.") for name in names), path
             elif isinstance(node, ast.Import):
                 assert {alias.name for alias in node.names} <= {"re", "struct"}, path
 
@@ -91,6 +93,8 @@ def test_the_ptx_reader_reads_a_kernel_without_a_launch() -> None:
     assert [instruction.opcode for instruction in kernel.instructions] == ["ret"]
     with pytest.raises(UnsupportedPtx, match=r"PTX line 1: unknown module directive"):
         parse(".frobnicate")
+    with pytest.raises(UnsupportedPtx, match=r"PTX line 2: a second \.target"):
+        parse(".target sm_90a\n.target sm_100a")
 
 
 def test_an_mbarrier_needs_no_machine() -> None:

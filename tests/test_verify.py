@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from click.testing import CliRunner
 from hardware_record import Tally
 from rich.console import Console
 
-from build_kernels.binaries.ptx import count_opcodes, read_entry, without_target
+from build_kernels.binaries.ptx.parser import parse
 from build_kernels.building import compilers
 from build_kernels.building.build import run_build
 from build_kernels.building.plan import make_plan
@@ -366,16 +367,16 @@ def test_ptx_instructions_are_counted_with_their_modifiers() -> None:
 {   .reg .pred %p<3>;  // tcgen05.mma in a comment
     @%p1 tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p2;
     @!%p1 bra $L__BB0_1;
-    { mbarrier.try_wait.parity.shared.b64 P1, [%r1], %r2; @P1 bra DONE; }
+    { .reg .pred P1; LOOP: mbarrier.try_wait.parity.shared.b64 P1, [%r1], %r2; @P1 bra LOOP; }
 $L__BB0_1: tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p2;
     ret;
 }"""
-    counts = count_opcodes(ptx)
+    kernel = parse(ptx)
+    counts = Counter(item.opcode for item in kernel.instructions)
     assert counts["tcgen05.mma.cta_group::1.kind::f16"] == 2
     assert counts["mbarrier.try_wait.parity.shared.b64"] == 1
-    symbol, parameters = read_entry(ptx)
-    assert symbol == "k"
-    assert [(p.type, p.size) for p in parameters] == [("b8", 128), ("u64", 8), ("f32", 4)]
+    assert (kernel.name, kernel.target) == ("k", "sm_100a")
+    assert [(p.type, p.size) for p in kernel.parameters] == [("b8", 128), ("u64", 8), ("f32", 4)]
 
 
 # ---------------------------------------------------------------- lint
@@ -859,9 +860,9 @@ def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -
     folder = tmp_path / "artifacts"
     run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a", "sm_103a"]), jobs=2)
     first, twin = (load_artifact(folder, f"router_topk.sm_{n}a") for n in (100, 103))
-    assert without_target(first.ptx) == without_target(twin.ptx)
-    assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))
     assert text_and_launch(first) == text_and_launch(twin)
+    trap = replace(first, ptx=first.ptx.replace("ret;", "trap;"))
+    assert text_and_launch(trap) != text_and_launch(twin)
     for changed in (
         {"launch": replace(twin.kernel.launch, block=(64, 1, 1))},
         {"parameters": twin.kernel.parameters[::-1]},
@@ -1095,9 +1096,9 @@ def test_a_case_out_of_range_is_refused(decode: Artifact, what: str, changed: di
     from build_kernels.emulator import LaunchError
 
     case = Case(num_tokens=7, num_experts=100, top_k=6, k=1024)
-    emulated.check_fit(decode.kernel, decode.ptx, case)
+    emulated.check_fit(decode.kernel, case)
     with pytest.raises(LaunchError, match=rf"{what}: expected"):
-        emulated.check_fit(decode.kernel, decode.ptx, replace(case, **changed))
+        emulated.check_fit(decode.kernel, replace(case, **changed))
 
 
 def test_a_ptx_file_of_another_target_is_refused(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from build_kernels.binaries.ptx.parser import parse
+from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
@@ -20,8 +21,6 @@ from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
 from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
 from build_kernels.emulator.launch.variables import place_variables
 from build_kernels.emulator.memory.memory import Memory
-from build_kernels.emulator.ptx.parser import parse
-from build_kernels.emulator.ptx.syntax import UnsupportedPtx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def emulate(
     findings of the result, not exceptions.
     """
     try:
-        kernel = _parsed(ptx, launch.kernel)
+        kernel = parse(ptx, launch.kernel)
         check_launch(kernel, launch)
         check_dynamic_shared(kernel, launch)
         packed = pack(kernel, arguments)
@@ -76,10 +75,6 @@ def emulate(
         for array, placed in arrays.items()
     }
     return Result(memory=memory, findings=machine.grid.log.findings(), steps=machine.grid.steps)
-
-
-# Runs of one text under several schedules parse it once: a quarter of a small run's time.
-_parsed = lru_cache(maxsize=4)(parse)
 
 
 def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memory]:

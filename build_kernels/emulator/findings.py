@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-from build_kernels.emulator.ptx.syntax import Instruction
+from build_kernels.binaries.ptx.syntax import Instruction
 
 TEXT_LIMIT = 160  # characters of an instruction that a finding quotes
 
@@ -119,7 +120,7 @@ class FindingLog:
         return tuple(sorted(self._found.values(), key=lambda f: (f.line, f.kind)))
 
 
-class Reporter:
+class Reporter(ABC):
     """A warp or an asynchronous operation: adds its instruction and thread to each finding.
 
     instruction: the present one. thread: names a lane, or the whole if there is none.
@@ -128,8 +129,9 @@ class Reporter:
     log: FindingLog
     instruction: Instruction
 
+    @abstractmethod
     def thread(self, lane: int | None = None) -> Thread:
-        raise NotImplementedError
+        """Return the identity of a lane, or of the whole."""
 
     def report(
         self,

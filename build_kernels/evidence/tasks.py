@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from build_kernels.binaries.ptx import without_target
 from build_kernels.workers import WorkerDiedError
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
@@ -62,4 +61,5 @@ def results_by_kernel(
 def text_and_launch(artifact: Artifact) -> str:
     """Return all inputs of the rungs that read the PTX and the launch."""
     kernel = artifact.kernel
-    return repr((without_target(artifact.ptx), kernel.launch, kernel.parameters, kernel.problem))
+    ptx = artifact.ptx.replace(f".target {kernel.arch}", ".target", 1)
+    return repr((ptx, kernel.launch, kernel.parameters, kernel.problem))

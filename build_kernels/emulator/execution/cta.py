@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.memory.access_records import CLUSTER_SCOPE, CTA_SCOPE
 from build_kernels.emulator.memory.memory import Memory
@@ -13,7 +14,6 @@ from build_kernels.emulator.memory.windows import SHARED_RANK_SHIFT
 from build_kernels.emulator.ordering.barriers import ClusterBarrier, NamedBarrier
 from build_kernels.emulator.ordering.clocks import Clock
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
-from build_kernels.emulator.ptx.syntax import Instruction
 
 Dim = tuple[int, int, int]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.warp import Warp
@@ -14,7 +15,6 @@ from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.lanes import ALL
 from build_kernels.emulator.memory.access_records import WEAK, actor_of, pack, tick_of
 from build_kernels.emulator.ordering.clocks import GENERIC, join
-from build_kernels.emulator.ptx.syntax import Instruction
 
 Ticks = NDArray[np.int32]  # [actors]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Instruction, Kernel
 from build_kernels.emulator.execution.cta import Cta, Released
 from build_kernels.emulator.findings import FindingLog, Thread
 from build_kernels.emulator.lanes import LANES
@@ -17,12 +19,11 @@ from build_kernels.emulator.memory.access_records import actor_of, instruction_o
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.barriers import Signal
 from build_kernels.emulator.ordering.clocks import ClockSpace, Slot
-from build_kernels.emulator.ptx.syntax import Instruction, Kernel
 
 AGENTS_PER_CTA = 64
 
 
-class Task:
+class Task(ABC):
     """Work in flight: in a slot of the clocks, perhaps after other work.
 
     after: the task that must be done before this one. signal: notifies when this one is done.
@@ -35,9 +36,9 @@ class Task:
         self.done = False
         self.signal = Signal()
 
+    @abstractmethod
     def perform(self) -> None:
         """Do the work."""
-        raise NotImplementedError
 
 
 class Grid:

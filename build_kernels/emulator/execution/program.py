@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from build_kernels.binaries.ptx.syntax import Kernel
 from build_kernels.emulator.execution.warp import DecodedInstruction
 from build_kernels.emulator.launch.variables import VariableLayout
-from build_kernels.emulator.ptx.syntax import Kernel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.lanes import Mask
-from build_kernels.emulator.ptx.syntax import Instruction
 
 
 @dataclass(eq=False, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, Instruction
 from build_kernels.emulator.execution.cta import Cta, Released
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.interruption import Interruption, Partial, Wait
@@ -24,7 +25,6 @@ from build_kernels.emulator.lanes import ALL, EVERY_LANE, LANES, Array, Mask, bi
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.numerics.types import STORAGE
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, Instruction
 
 Run = Callable[["Warp"], Interruption]
 

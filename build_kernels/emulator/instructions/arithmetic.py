@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.execution.warp import Run
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.instructions.elementwise import (
@@ -17,7 +18,6 @@ from build_kernels.emulator.instructions.elementwise import (
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.numerics import floats
 from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES
-from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 _SUMS: dict[str, tuple[Compute, Compute]] = {
     "add": (np.add, floats.add32),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, Sink
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
 from build_kernels.emulator.access.state_spaces import Place, locate
 from build_kernels.emulator.access.thread_access import ThreadAccess
@@ -22,7 +23,6 @@ from build_kernels.emulator.lanes import LANES, Array
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.numerics import floats
 from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, Sink
 
 ATOMIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda old, v: old + v,

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.execution.warp import Run
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.instructions.elementwise import Compute, build, runner
 from build_kernels.emulator.lanes import LANES, Array
 from build_kernels.emulator.numerics.types import DTYPE
-from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 _LOGIC: dict[str, tuple[int, Compute, Compute]] = {
     "and": (2, np.bitwise_and, np.logical_and),

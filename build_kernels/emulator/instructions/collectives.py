@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Pair
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import among
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
 from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array, Mask, bits_of, indices_of, lowest
 from build_kernels.emulator.numerics import floats
-from build_kernels.emulator.ptx.syntax import Pair
 
 _REDUCE: dict[str, Callable[[Array], Any]] = {
     "add": lambda v: v.sum(dtype=v.dtype),

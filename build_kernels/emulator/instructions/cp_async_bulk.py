@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Address, Operand
 from build_kernels.emulator.access.state_spaces import check_dependent, find_tensor_map, locate
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.operation import Operation
@@ -30,7 +31,6 @@ from build_kernels.emulator.lanes import Ints, numbers_of
 from build_kernels.emulator.launch.tensor_map import TensorMap
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.memory.windows import SHARED_ADDRESS, split_shared
-from build_kernels.emulator.ptx.syntax import Address, Operand
 
 _DIRECTIONS = (
     ("shared::cluster", "global"), ("shared::cta", "global"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.execution.warp import Run
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.instructions.elementwise import Compute, build
 from build_kernels.emulator.lanes import LANES, Array
 from build_kernels.emulator.numerics import floats
 from build_kernels.emulator.numerics.types import DTYPE
-from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 
 def convert(d: Decoding) -> Run:

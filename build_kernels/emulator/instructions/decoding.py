@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from build_kernels.binaries.ptx import syntax
 from build_kernels.emulator.access.release import SCOPES
 from build_kernels.emulator.access.state_spaces import SPACES
 from build_kernels.emulator.execution.special_registers import SPECIALS, special
@@ -15,21 +16,6 @@ from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.lanes import LANES, Array, Mask
 from build_kernels.emulator.memory.access_records import GPU_SCOPE, WEAK
 from build_kernels.emulator.numerics.types import DTYPE, STORAGE
-from build_kernels.emulator.ptx.syntax import (
-    TYPE_BITS,
-    Address,
-    Immediate,
-    Instruction,
-    Negated,
-    Operand,
-    Pair,
-    Register,
-    Sink,
-    Special,
-    Symbol,
-    UnsupportedPtx,
-    Vector,
-)
 
 Write = Callable[[Warp, Array, Mask | None], None]
 
@@ -68,14 +54,14 @@ class Decoding:
     one that stays is an error.
     """
 
-    def __init__(self, instruction: Instruction, context: Context, prefix: int) -> None:
+    def __init__(self, instruction: syntax.Instruction, context: Context, prefix: int) -> None:
         self.instruction = instruction
         self.context = context
         self.name = ".".join(instruction.words[:prefix])
         self.left = list(instruction.words[prefix:])
         self.operands = instruction.operands
 
-    def error(self, why: str) -> UnsupportedPtx:
+    def error(self, why: str) -> syntax.UnsupportedPtx:
         return self.instruction.error(why)
 
     def take(self, *words: str) -> bool:
@@ -137,38 +123,38 @@ class Decoding:
             return order, WEAK
         return order, SCOPES[scope] if scope else GPU_SCOPE
 
-    def source(self, operand: Operand, kind: str) -> Source:
+    def source(self, operand: syntax.Operand, kind: str) -> Source:
         """Return an operand as a source of 32 values of `kind`."""
         dtype = DTYPE[kind]
-        if isinstance(operand, Register):
+        if isinstance(operand, syntax.Register):
             return self._register(operand, kind)
-        if isinstance(operand, Immediate):
+        if isinstance(operand, syntax.Immediate):
             values = self._constant(operand, kind)
             return Source(lambda w: values, (), operand.value)
-        if isinstance(operand, Negated):
+        if isinstance(operand, syntax.Negated):
             index = operand.register.index
             return Source(lambda w: ~w.r[index], (index,))
-        if isinstance(operand, Special):
+        if isinstance(operand, syntax.Special):
             name = operand.name
             if name not in SPECIALS:
                 raise self.error(f"unknown special register {name}")
             return Source(lambda w: special(w, name, dtype))
-        if isinstance(operand, Symbol):
+        if isinstance(operand, syntax.Symbol):
             return self._symbol(operand.name, dtype)
         raise self.error(f"operand {operand} cannot be read as .{kind}")
 
-    def _register(self, register: Register, kind: str) -> Source:
-        dtype, index, width = DTYPE[kind], register.index, TYPE_BITS[register.type]
-        if width < TYPE_BITS[kind] or (kind == "pred") != (register.type == "pred"):
+    def _register(self, register: syntax.Register, kind: str) -> Source:
+        dtype, index, width = DTYPE[kind], register.index, syntax.TYPE_BITS[register.type]
+        if width < syntax.TYPE_BITS[kind] or (kind == "pred") != (register.type == "pred"):
             raise self.error(f"{register.name} (.{register.type}) is read as .{kind}")
         if STORAGE[width] is dtype:
             return Source(lambda w: w.r[index], (index,))
-        if width == TYPE_BITS[kind]:
+        if width == syntax.TYPE_BITS[kind]:
             return Source(lambda w: w.r[index].view(dtype), (index,))
-        narrow = STORAGE[TYPE_BITS[kind]]
+        narrow = STORAGE[syntax.TYPE_BITS[kind]]
         return Source(lambda w: w.r[index].astype(narrow).view(dtype), (index,))
 
-    def _constant(self, literal: Immediate, kind: str) -> Array:
+    def _constant(self, literal: syntax.Immediate, kind: str) -> Array:
         dtype, value = np.dtype(DTYPE[kind]), literal.value
         if literal.bits is not None:
             if kind == "f64" and literal.bits < 1 << 32:
@@ -195,20 +181,20 @@ class Decoding:
             return Source(lambda w: values)
         raise self.error(f"unknown symbol {name}")
 
-    def destination(self, operand: Operand, kind: str) -> Write:
+    def destination(self, operand: syntax.Operand, kind: str) -> Write:
         """Return a function that writes 32 values of `kind`, and their poison, to the operand.
 
         A register wider than the value is zero-extended, or sign-extended for signed kinds
         (PTX ISA, "Operand Size Exceeding Instruction-Type Size")."""
-        if isinstance(operand, Sink):
+        if isinstance(operand, syntax.Sink):
             return lambda w, value, taint: None
-        if not isinstance(operand, Register):
+        if not isinstance(operand, syntax.Register):
             raise self.error(f"cannot write to {operand}")
-        index, width = operand.index, TYPE_BITS[operand.type]
+        index, width = operand.index, syntax.TYPE_BITS[operand.type]
         storage = STORAGE[width]
-        if width < TYPE_BITS[kind] or (kind == "pred") != (operand.type == "pred"):
+        if width < syntax.TYPE_BITS[kind] or (kind == "pred") != (operand.type == "pred"):
             raise self.error(f"{operand.name} (.{operand.type}) is written as .{kind}")
-        if width == TYPE_BITS[kind]:
+        if width == syntax.TYPE_BITS[kind]:
             if STORAGE[width] is DTYPE[kind]:
                 return lambda w, value, taint: w.put(index, value, taint)
             return lambda w, value, taint: w.put(index, value.view(storage), taint)
@@ -221,16 +207,16 @@ class Decoding:
     def pair(self, first: str, second: str) -> tuple[Write, Write]:
         """Return the destinations of d|p; the second writes nothing if there is none."""
         target = self.operands[0]
-        if not isinstance(target, Pair):
-            target = Pair(target, Sink())
+        if not isinstance(target, syntax.Pair):
+            target = syntax.Pair(target, syntax.Sink())
         return self.destination(target.first, first), self.destination(target.second, second)
 
-    def address(self, operand: Operand) -> Source:
+    def address(self, operand: syntax.Operand) -> Source:
         """Return an address operand as a source of 32 int64 byte addresses."""
-        if not isinstance(operand, Address):
+        if not isinstance(operand, syntax.Address):
             raise self.error(f"expected an address (got {operand})")
         base, offset = operand.base, operand.offset
-        narrow = isinstance(base, Register) and TYPE_BITS[base.type] != 64
+        narrow = isinstance(base, syntax.Register) and syntax.TYPE_BITS[base.type] != 64
         inner = self.source(base, "u32" if narrow else "u64")
         if offset == 0:
             return Source(lambda w: inner.get(w).astype(np.int64), inner.registers)
@@ -245,9 +231,9 @@ def always(run: Run) -> Decoder:
     return lambda d: run
 
 
-def items(operand: Operand) -> tuple[Operand, ...]:
+def items(operand: syntax.Operand) -> tuple[syntax.Operand, ...]:
     """Return the parts of a vector operand, or the operand alone."""
-    return operand.items if isinstance(operand, Vector) else (operand,)
+    return operand.items if isinstance(operand, syntax.Vector) else (operand,)
 
 
 def registers_of(sources: Iterable[Source]) -> tuple[int, ...]:

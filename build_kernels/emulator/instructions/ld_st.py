@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
 from build_kernels.emulator.access.state_spaces import locate
 from build_kernels.emulator.access.thread_access import ThreadAccess
@@ -19,7 +20,6 @@ from build_kernels.emulator.instructions.generic_access import (
 from build_kernels.emulator.lanes import LANES, Mask
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.numerics.types import DTYPE
-from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
 

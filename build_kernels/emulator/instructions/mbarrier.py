@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Address, Immediate, Sink
 from build_kernels.emulator.access.state_spaces import reach
 from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.interruption import Interruption, Wait
@@ -13,7 +14,6 @@ from build_kernels.emulator.lanes import LANES, Array, Mask, indices_of, lowest
 from build_kernels.emulator.memory.memory import BARRIER, POISON
 from build_kernels.emulator.memory.windows import SHARED_ADDRESS, SHARED_RESERVED, split_shared
 from build_kernels.emulator.ordering.mbarrier import MAX_COUNT, Mbarrier
-from build_kernels.emulator.ptx.syntax import Address, Immediate, Sink
 
 SIZE = 8
 

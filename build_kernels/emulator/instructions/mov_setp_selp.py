@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, Operand, Register, Vector
 from build_kernels.emulator.execution.interruption import Interruption
 from build_kernels.emulator.execution.registers import Pending
 from build_kernels.emulator.execution.warp import Run, Warp
@@ -14,7 +15,6 @@ from build_kernels.emulator.instructions.elementwise import build, runner
 from build_kernels.emulator.lanes import LANES, Array, Mask
 from build_kernels.emulator.numerics import floats
 from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, Operand, Register, Vector
 
 
 def move(d: Decoding) -> Run:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.access.state_spaces import locate
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.operation import Operation
@@ -19,7 +20,6 @@ from build_kernels.emulator.lanes import Array, Ints
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.numerics.types import DTYPE
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
-from build_kernels.emulator.ptx.syntax import TYPE_BITS
 
 
 class Piece(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import ModuleType
 
+from build_kernels.binaries.ptx.syntax import Instruction, Kernel
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.execution.warp import DecodedInstruction, Run
 from build_kernels.emulator.instructions import (
@@ -35,7 +36,6 @@ from build_kernels.emulator.instructions import (
 from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.launch.variables import VariableLayout
-from build_kernels.emulator.ptx.syntax import Instruction, Kernel
 
 FAMILIES = (
     arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Operand, Register, Sink
 from build_kernels.emulator.access.tensor_access import TensorAccess, TensorOperation
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.registers import Move, Pending
@@ -16,7 +17,6 @@ from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Sour
 from build_kernels.emulator.lanes import ALL, LANES, Array, Ints, Mask, lanes_of
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.memory.tensor_memory import COLUMNS, ROWS
-from build_kernels.emulator.ptx.syntax import Operand, Register, Sink
 
 
 class TensorMemoryLoad(TensorOperation):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Address, Vector
 from build_kernels.emulator.access.tensor_access import TensorAccess, TensorOperation
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.warp import Run, Warp
@@ -25,7 +26,6 @@ from build_kernels.emulator.instructions.tcgen05_commit_fence import ctas_of
 from build_kernels.emulator.lanes import Array, numbers_of
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.memory.tensor_memory import COLUMNS, ROWS
-from build_kernels.emulator.ptx.syntax import Address, Vector
 
 
 class TensorMma(TensorOperation):

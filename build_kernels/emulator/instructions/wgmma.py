@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Register, Vector
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.operation import Operation
 from build_kernels.emulator.execution.registers import Move, Pending, Taint
@@ -19,7 +20,6 @@ from build_kernels.emulator.instructions import matrix
 from build_kernels.emulator.instructions.convergence import aligned
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items, registers_of
 from build_kernels.emulator.lanes import ALL, LANES, Array, Mask
-from build_kernels.emulator.ptx.syntax import Register, Vector
 
 _WAIT = "wgmma.wait_group"
 

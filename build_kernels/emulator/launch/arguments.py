@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, EntryParameter, Kernel
 from build_kernels.emulator.findings import LaunchError
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.tensor_map import TensorMap
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, EntryParameter, Kernel
 
 Argument = int | float | bytes | np.generic | DeviceArray | TensorMap | tuple[Any, ...]
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from build_kernels.emulator.findings import LaunchError
-from build_kernels.emulator.launch.launch import Launch
-from build_kernels.emulator.ptx.syntax import (
+from build_kernels.binaries.ptx.syntax import (
     TYPE_BITS,
     Address,
     Immediate,
@@ -23,6 +21,8 @@ from build_kernels.emulator.ptx.syntax import (
     Symbol,
     Vector,
 )
+from build_kernels.emulator.findings import LaunchError
+from build_kernels.emulator.launch.launch import Launch
 
 # Instructions that copy an address that is the same in every lane.
 _COPIES = ("mov", "cvta", "cvt", "shfl")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Kernel
 from build_kernels.emulator.findings import LaunchError
 from build_kernels.emulator.memory.windows import SHARED_CAPACITY, SHARED_RESERVED
-from build_kernels.emulator.ptx.syntax import Kernel
 
 POLICIES = ("earliest", "latest", "random")
 MAX_THREADS = 1024

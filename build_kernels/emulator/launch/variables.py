@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Kernel
 from build_kernels.emulator.findings import LaunchError
 from build_kernels.emulator.memory.memory import GlobalMemory, Memory
 from build_kernels.emulator.memory.windows import SHARED_CAPACITY, SHARED_RESERVED
-from build_kernels.emulator.ptx.syntax import Kernel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import random
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import Reporter
 from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.memory.memory import POISON, Memory
-from build_kernels.emulator.ptx.syntax import Instruction
 
 ROWS, COLUMNS = 128, 512
 SMALLEST = 32  # columns that can be allocated

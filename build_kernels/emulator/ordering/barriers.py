@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.ordering.clocks import Clock, join
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
-from build_kernels.emulator.ptx.syntax import Instruction
 
 
 class Waiter(Protocol):

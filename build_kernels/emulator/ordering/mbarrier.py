@@ -7,13 +7,13 @@ from typing import Protocol
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import Reporter
 from build_kernels.emulator.lanes import indices_of, lanes_of
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.barriers import Signal
 from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, INIT, Clock, join
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
-from build_kernels.emulator.ptx.syntax import Instruction
 
 MAX_COUNT = (1 << 20) - 1
 

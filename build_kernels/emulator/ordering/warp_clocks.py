@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import FindingLog, Reporter, Thread
 from build_kernels.emulator.lanes import LANE_INDEX, LANES, indices_of, lanes_of, lowest
 from build_kernels.emulator.memory.access_records import WEAK
 from build_kernels.emulator.ordering.clocks import GENERIC, INIT, Clock, ClockSpace, join
-from build_kernels.emulator.ptx.syntax import Instruction
 
 
 class WarpClocks(Reporter):

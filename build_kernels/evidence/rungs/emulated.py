@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from build_kernels.binaries.ptx import read_block
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import Artifact, encoded_map, is_decode, is_hashed
 from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
-from build_kernels.specs import KERNELS
+from build_kernels.specs import KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.json_reader import JsonNode
 from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.device.launch import grid_of
@@ -128,7 +127,7 @@ def run(
     """
     from build_kernels.emulator import Launch, emulate
 
-    check_fit(kernel, ptx, inputs.case)
+    check_fit(kernel, inputs.case)
     _check_shapes(inputs)
     case, launch = inputs.case, kernel.launch
     arrays = _device_arrays(kernel, inputs)
@@ -161,11 +160,12 @@ def run(
     )
 
 
-def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
+def check_fit(kernel: Kernel, case: Case) -> None:
     """Raise LaunchError unless the manifest's entry launches the kernel as its source intends.
 
-    The grid, the cluster, the tiles and the boxes must be those of the source, the block that of
-    the PTX, the case in the kernel's range. The emulator checks dynamic shared memory.
+    The grid, the cluster, the tiles and the boxes must be those of the source, the case in the
+    kernel's range. The emulator checks dynamic shared memory, and the block that a PTX requires:
+    that of the CUDA source states an upper bound alone.
     """
     from build_kernels.emulator import LaunchError
 
@@ -188,7 +188,8 @@ def check_fit(kernel: Kernel, ptx: str, case: Case) -> None:
         raise LaunchError(f"no source makes a kernel {kernel.name}")
     names = ("cluster", "grid", "k_splits", "expert_tile", "token_tile")
     compared = [(f"launch.{name}", getattr(launch, name), getattr(spec, name)) for name in names]
-    compared.append(("launch.block", launch.block, read_block(ptx) or launch.block))
+    if isinstance(spec.source, CudaSource):
+        compared.append(("launch.block", launch.block, spec.source.block))
     found = {parameter.name: parameter for parameter in kernel.parameters}
     compared.append(("parameters", list(found), [wanted.name for wanted in spec.parameters]))
     for wanted in spec.parameters:

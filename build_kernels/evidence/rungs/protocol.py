@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from build_kernels.binaries.ptx import parameter_name, read_entry
+from build_kernels.binaries.ptx.parser import parse
+from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import (
     Artifact,
@@ -124,7 +125,7 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     # SentryWard takes every pointer argument for an object, never for null.
     nulls = tuple(
         Rewrite(
-            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{parameter_name(kernel.symbol, index)}\];",
+            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{kernel.symbol}_param_{index}\];",
             replacement=r"mov.b64\1, 0;",
             why=OPTIONS_ARE_OFF,
         )
@@ -137,9 +138,8 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
         return (NO_COLLECTOR, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
-    any_index = r"\d+"
     pointers = Rewrite(
-        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({parameter_name(kernel.symbol, any_index)})",
+        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({kernel.symbol}_param_\d+)",
         replacement=r".param .u64 .ptr .align 1 \1",
         why=DECLARED_POINTERS,
     )
@@ -238,9 +238,9 @@ def prove(
             ptx_path, input_path = Path(folder, "kernel.ptx"), Path(folder, "input.json")
             try:
                 text = rewritten(artifact.ptx, case.rewrites)
-            except ProtocolError as error:
+                given = kernel_input(kernel, artifact.ptx, case, tensor_map_changes or {})
+            except (ProtocolError, UnsupportedPtx) as error:
                 return not_run(f"{case}: {error}")
-            given = kernel_input(kernel, artifact.ptx, case, tensor_map_changes or {})
             ptx_path.write_text(text)
             input_path.write_text(json.dumps(given))
             report = sentryward.verify(
@@ -317,7 +317,7 @@ def kernel_input(
     }
     if is_hashed(kernel):
         integers |= {"vocab_size": VOCABULARY, "w_stride": case.k}
-    _, declared = read_entry(ptx)
+    declared = parse(ptx).parameters
     arguments, descriptors = [], []
     for index, parameter in enumerate(kernel.parameters):
         place = {"parameter": index, "offset": 0}

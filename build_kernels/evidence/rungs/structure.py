@@ -16,13 +16,8 @@ from math import prod
 from typing import Any
 
 from build_kernels.binaries import cubin, nvdisasm
-from build_kernels.binaries.ptx import (
-    PtxReadError,
-    count_opcodes,
-    count_starting,
-    read_entry,
-    read_target,
-)
+from build_kernels.binaries.ptx.parser import parse
+from build_kernels.binaries.ptx.syntax import Kernel, UnsupportedPtx
 from build_kernels.binaries.wheels import ToolError
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.result import FAILED, PASSED, QUICK, Result, not_run
@@ -85,67 +80,74 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     A set without PTX is compared with its manifest alone. That pass covers less, so it is quick.
     """
     try:
-        facts = cubin.read_cubin(artifact.cubin)
+        read = cubin.read_cubin(artifact.cubin)
         sass = nvdisasm.sass_opcodes(artifact.cubin_path)
-        problems = [*_against_manifest(artifact, facts, sass)]
+        problems = [*_against_manifest(artifact, read, sass)]
+        paired: dict[str, int] = {}
         if artifact.has_ptx:
-            problems += [*_between_manifest_and_ptx(artifact), *_against_ptx(artifact, sass)]
+            ptx = parse(artifact.ptx)
+            paired = {pairing.ptx: _count(ptx, pairing.ptx) for pairing in PAIRINGS}
+            problems += [
+                *_between_manifest_and_ptx(artifact, ptx),
+                *_pairing_problems(paired, sass),
+            ]
     except ToolError as error:
         return not_run(str(error))
-    except (cubin.CubinError, PtxReadError) as error:
+    except (cubin.CubinError, UnsupportedPtx) as error:
         return Result(status=FAILED, reason=str(error))
     if problems:
         return Result(status=FAILED, reason="; ".join(problems))
-    result = Result(status=PASSED, figures=_figures(artifact, facts, sass))
+    result = Result(status=PASSED, figures=_figures(artifact, read, sass, paired))
     return result if artifact.has_ptx else replace(result, scope=QUICK, assumptions=(NO_PTX,))
 
 
-def _figures(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> dict[str, Any]:
+def _figures(
+    artifact: Artifact, read: cubin.Cubin, sass: Counter[str], paired: Mapping[str, int]
+) -> dict[str, Any]:
     return {
-        "registers": facts.registers,
-        "stack_bytes": facts.stack_bytes,
+        "registers": read.registers,
+        "stack_bytes": read.stack_bytes,
         "local_memory_instructions": sass["LDL"] + sass["STL"],
-        "static_shared_bytes": facts.static_shared_bytes,
+        "static_shared_bytes": read.static_shared_bytes,
         "dynamic_shared_bytes": artifact.kernel.launch.dynamic_shared_bytes,
         "elf_flags": f"{elf_flags(artifact.cubin):#x}",
-        "parameters": len(facts.parameters),
-        "paired_instructions": dict(_paired_counts(count_opcodes(artifact.ptx))),
+        "parameters": len(read.parameters),
+        "paired_instructions": {name: count for name, count in sorted(paired.items()) if count},
     }
 
 
-def _against_manifest(artifact: Artifact, facts: cubin.Cubin, sass: Counter[str]) -> Iterator[str]:
+def _against_manifest(artifact: Artifact, read: cubin.Cubin, sass: Counter[str]) -> Iterator[str]:
     kernel, launch = artifact.kernel, artifact.kernel.launch
     listed = [(parameter.offset, parameter.size) for parameter in kernel.parameters]
     compared = (
         ("cubin sha256", artifact.cubin_sha256, kernel.cubin_sha256),
-        ("ELF compute capability", facts.compute_capability, compute_capability(kernel.arch)),
-        ("cubin symbol", facts.symbol, kernel.symbol),
-        ("parameters in .nv.info", [(p.offset, p.size) for p in facts.parameters], listed),
-        ("registers", facts.registers, kernel.resources.registers),
-        ("stack bytes", facts.stack_bytes, 0),
+        ("ELF compute capability", read.compute_capability, compute_capability(kernel.arch)),
+        ("cubin symbol", read.symbol, kernel.symbol),
+        ("parameters in .nv.info", [(p.offset, p.size) for p in read.parameters], listed),
+        ("registers", read.registers, kernel.resources.registers),
+        ("stack bytes", read.stack_bytes, 0),
         ("stack bytes in the manifest", kernel.resources.stack_bytes, 0),
         ("spill bytes in the manifest", kernel.resources.spill_bytes, 0),
         ("local loads and stores", sass["LDL"] + sass["STL"], 0),
-        ("static shared", facts.static_shared_bytes, kernel.resources.static_shared_bytes),
-        ("required block", facts.required_block or launch.block, launch.block),
-        ("required cluster", facts.cluster or launch.cluster, launch.cluster),
+        ("static shared", read.static_shared_bytes, kernel.resources.static_shared_bytes),
+        ("required block", read.required_block or launch.block, launch.block),
+        ("required cluster", read.cluster or launch.cluster, launch.cluster),
         ("opcode counts", nvdisasm.watched(sass), dict(kernel.resources.opcodes)),
     )
     yield from _differences(compared)
-    if prod(launch.block) > prod(facts.max_block or launch.block):
-        yield f"block {launch.block} is over the cubin's limit {facts.max_block}"
+    if prod(launch.block) > prod(read.max_block or launch.block):
+        yield f"block {launch.block} is over the cubin's limit {read.max_block}"
 
 
-def _between_manifest_and_ptx(artifact: Artifact) -> Iterator[str]:
+def _between_manifest_and_ptx(artifact: Artifact, ptx: Kernel) -> Iterator[str]:
     kernel = artifact.kernel
-    symbol, parameters = read_entry(artifact.ptx)
     sizes = [parameter.size for parameter in kernel.parameters]
     yield from _differences(
         (
             ("PTX sha256", artifact.ptx_sha256, kernel.ptx_sha256),
-            ("PTX .target", read_target(artifact.ptx), kernel.arch),
-            ("PTX symbol", symbol, kernel.symbol),
-            ("parameter sizes in the PTX", [p.size for p in parameters], sizes),
+            ("PTX .target", ptx.target, kernel.arch),
+            ("PTX symbol", ptx.name, kernel.symbol),
+            ("parameter sizes in the PTX", [p.size for p in ptx.parameters], sizes),
         )
     )
 
@@ -156,10 +158,9 @@ def _differences(compared: Iterable[tuple[str, object, object]]) -> Iterator[str
             yield f"{what}: {got}, expected {expected}"
 
 
-def _against_ptx(artifact: Artifact, sass: Counter[str]) -> Iterator[str]:
-    ptx = count_opcodes(artifact.ptx)
+def _pairing_problems(paired: Mapping[str, int], sass: Counter[str]) -> Iterator[str]:
     for pairing in PAIRINGS:
-        wanted = count_starting(ptx, pairing.ptx)
+        wanted = paired[pairing.ptx]
         found = sum(count for name, count in sass.items() if re.fullmatch(pairing.sass, name))
         if found != wanted if pairing.exact else wanted and not found:
             relation = "as many" if pairing.exact else "some"
@@ -169,10 +170,9 @@ def _against_ptx(artifact: Artifact, sass: Counter[str]) -> Iterator[str]:
             )
 
 
-def _paired_counts(ptx: Counter[str]) -> Iterator[tuple[str, int]]:
-    for name in sorted({pairing.ptx for pairing in PAIRINGS}):
-        if count := count_starting(ptx, name):
-            yield name, count
+def _count(ptx: Kernel, prefix: str) -> int:
+    """Count an opcode with any further modifiers: "st.async" includes "st.async.shared"."""
+    return sum(f"{item.opcode}.".startswith(f"{prefix}.") for item in ptx.instructions)
 
 
 def elf_flags(data: bytes) -> int:

@@ -6,35 +6,22 @@ from collections import ChainMap
 from dataclasses import replace
 from typing import NamedTuple
 
-from build_kernels.emulator.ptx.declarations import read_variable
-from build_kernels.emulator.ptx.syntax import (
-    TYPE_BITS,
-    Address,
-    Instruction,
-    Kernel,
-    Negated,
-    Operand,
-    Pair,
-    Register,
-    Sink,
-    Special,
-    Symbol,
-    Vector,
-)
-from build_kernels.emulator.ptx.tokens import TokenCursor
+from build_kernels.binaries.ptx import syntax
+from build_kernels.binaries.ptx.declarations import read_variable
+from build_kernels.binaries.ptx.tokens import TokenCursor
 
 
 class _Scope(NamedTuple):
     """Registers and labels of one { } block and those around it (PTX ISA, "Identifiers")."""
 
-    registers: ChainMap[str, Register]
+    registers: ChainMap[str, syntax.Register]
     labels: ChainMap[str, int]
 
 
 class BodyReader:
     """Read the braces of one .entry into its kernel."""
 
-    def __init__(self, cursor: TokenCursor, kernel: Kernel) -> None:
+    def __init__(self, cursor: TokenCursor, kernel: syntax.Kernel) -> None:
         self._cursor = cursor
         self._kernel = kernel
         self._branches: list[tuple[int, str, _Scope, int]] = []
@@ -79,7 +66,7 @@ class BodyReader:
         line = cursor.line
         cursor.expect(".reg")
         kind = cursor.next()[1:]
-        if kind not in TYPE_BITS:
+        if kind not in syntax.TYPE_BITS:
             raise cursor.error(f"unknown register type .{kind}", line)
         while True:
             name = cursor.next()
@@ -88,7 +75,7 @@ class BodyReader:
                 names = [f"{name}{i}" for i in range(cursor.integer())]
                 cursor.expect(">")
             for each in names:
-                scope.registers[each] = Register(len(registers), kind, each)
+                scope.registers[each] = syntax.Register(len(registers), kind, each)
                 registers.append(scope.registers[each])
             if not cursor.accept(","):
                 break
@@ -105,7 +92,7 @@ class BodyReader:
                 raise cursor.error("the guard is not a predicate register", line)
             guard = (register, negated)
         opcode = cursor.next()
-        operands: list[Operand] = []
+        operands: list[syntax.Operand] = []
         while not cursor.accept(";"):
             operands.append(self._operand(scope))
             if not cursor.accept(","):
@@ -113,19 +100,19 @@ class BodyReader:
                 break
         index = len(instructions)
         if opcode.split(".")[0] == "bra":
-            if len(operands) != 1 or not isinstance(operands[0], Symbol):
+            if len(operands) != 1 or not isinstance(operands[0], syntax.Symbol):
                 raise cursor.error("a branch takes one label", line)
             self._branches.append((index, operands[0].name, scope, line))
         text = cursor.source(start)
-        instructions.append(Instruction(index, line, text, opcode, tuple(operands), guard))
+        instructions.append(syntax.Instruction(index, line, text, opcode, tuple(operands), guard))
 
-    def _operand(self, scope: _Scope) -> Operand:
+    def _operand(self, scope: _Scope) -> syntax.Operand:
         first = self._simple(scope)
         if self._cursor.accept("|"):
-            return Pair(first, self._simple(scope))
+            return syntax.Pair(first, self._simple(scope))
         return first
 
-    def _simple(self, scope: _Scope) -> Operand:
+    def _simple(self, scope: _Scope) -> syntax.Operand:
         cursor = self._cursor
         line, word = cursor.line, cursor.peek()
         if word == "[":
@@ -138,20 +125,20 @@ class BodyReader:
             while not cursor.accept("}"):
                 items.append(self._simple(scope))
                 cursor.accept(",")
-            return Vector(tuple(items))
+            return syntax.Vector(tuple(items))
         if word == "!":
             register = scope.registers.get(cursor.next())
             if register is None:
                 raise cursor.error("`!` takes a predicate register", line)
-            return Negated(register)
+            return syntax.Negated(register)
         if word == "_":
-            return Sink()
+            return syntax.Sink()
         register = scope.registers.get(word)
         if register is not None:
             return register
-        return Special(word) if word.startswith("%") else Symbol(word)
+        return syntax.Special(word) if word.startswith("%") else syntax.Symbol(word)
 
-    def _address(self, scope: _Scope) -> Address:
+    def _address(self, scope: _Scope) -> syntax.Address:
         cursor = self._cursor
         cursor.expect("[")
         base = self._simple(scope)
@@ -159,8 +146,8 @@ class BodyReader:
         coordinates = None
         if cursor.accept(","):
             vector = self._simple(scope)
-            if not isinstance(vector, Vector):
+            if not isinstance(vector, syntax.Vector):
                 raise cursor.error("tensor coordinates take braces")
             coordinates = vector.items
         cursor.expect("]")
-        return Address(base, offset, coordinates)
+        return syntax.Address(base, offset, coordinates)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from build_kernels.emulator.ptx.syntax import TYPE_BITS, EntryParameter, Variable
-from build_kernels.emulator.ptx.tokens import TokenCursor
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, EntryParameter, Variable
+from build_kernels.binaries.ptx.tokens import TokenCursor
 
 
 def read_variable(cursor: TokenCursor, space: str, line: int) -> Variable:

@@ -6,7 +6,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from build_kernels.emulator.ptx.syntax import Immediate, UnsupportedPtx
+from build_kernels.binaries.ptx.syntax import Immediate, UnsupportedPtx
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+) | (?P<newline>\n) | (?P<comment>//[^\n]*|/\*.*?\*/)

@@ -6,10 +6,12 @@ far as CuTeDSL and NVRTC emit it. Any other text raises UnsupportedPtx with its 
 
 from __future__ import annotations
 
-from build_kernels.emulator.ptx.body import BodyReader
-from build_kernels.emulator.ptx.declarations import read_parameter, read_variable
-from build_kernels.emulator.ptx.syntax import Kernel, UnsupportedPtx, Variable
-from build_kernels.emulator.ptx.tokens import TokenCursor
+from functools import lru_cache
+
+from build_kernels.binaries.ptx.body import BodyReader
+from build_kernels.binaries.ptx.declarations import read_parameter, read_variable
+from build_kernels.binaries.ptx.syntax import Kernel, UnsupportedPtx, Variable
+from build_kernels.binaries.ptx.tokens import TokenCursor
 
 _LINKAGE = (".visible", ".weak", ".extern", ".common")
 _DIRECTIVES = (
@@ -18,8 +20,10 @@ _DIRECTIVES = (
 )  # fmt: skip
 
 
+# Several schedules run one text: parsing it is a quarter of a small run's time.
+@lru_cache(maxsize=4)
 def parse(text: str, kernel: str | None = None) -> Kernel:
-    """Parse the module and return its kernel.
+    """Parse the module and return its kernel, which callers of the same text share.
 
     kernel: the entry's name; may be None if the module has exactly one entry.
     Raises UnsupportedPtx for text that cannot be read, or if the entry cannot be chosen.
@@ -47,6 +51,8 @@ def parse_module(text: str) -> list[Kernel]:
         if word in (".version", ".address_size"):
             cursor.next()
         elif word == ".target":
+            if target:
+                raise cursor.error("a second .target", line)
             target = cursor.next()
             while cursor.accept(","):
                 cursor.next()

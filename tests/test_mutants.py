@@ -52,7 +52,7 @@ WANTED = {
     "tie rule reversed",
     "bias in the weight",
     "missing grid dependency",
-    "wrong name",
+    "wrong physical id",
     "option ignored",
     "half of an id",
     "unchecked token id",

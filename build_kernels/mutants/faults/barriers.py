@@ -78,7 +78,7 @@ DECODE = (
         ("producer does not wait for empty", no_wait(0), BOTH),
         ("MMA does not wait for full", no_wait(1), BOTH),
         ("epilogue does not wait for the accumulator", no_wait(2), BOTH),
-        ("epilogue does not wait for the facts", no_wait(_ROW_FLAGS_WAIT), BEFORE_ROW_FLAGS),
+        ("epilogue does not wait for the row flags", no_wait(_ROW_FLAGS_WAIT), BEFORE_ROW_FLAGS),
         ("owner does not wait for the sums", no_wait(4), BOTH),
         complaint="race",
     ),
@@ -103,9 +103,9 @@ DECODE = (
         *(_decode, "wrong arrive count"),
         ("full needs two arrivals", arrivals(2, 0), BEFORE_ROW_FLAGS),
         ("empty needs two arrivals", arrivals(2, 1), BEFORE_ROW_FLAGS),
-        ("facts_full needs 33 arrivals", arrivals(33, _ROW_FLAGS_FULL), BEFORE_ROW_FLAGS),
+        ("row_flags_full needs 33 arrivals", arrivals(33, _ROW_FLAGS_FULL), BEFORE_ROW_FLAGS),
         # In the emulator the lanes of a warp arrive together.
-        ("facts_full needs 31 arrivals", arrivals(31, _ROW_FLAGS_FULL), PROTOCOL),
+        ("row_flags_full needs 31 arrivals", arrivals(31, _ROW_FLAGS_FULL), PROTOCOL),
     ),
     *of_kind(
         *(_decode, "stage off by one"),
@@ -121,10 +121,14 @@ DECODE = (
 # A count of 31 would drop one lane's ids. No rung finds it: in the emulator the lanes of a warp
 # arrive together, and SentryWard runs no options.
 PHYSICAL_IDS = (
-    _physical("epilogue does not wait for the names", "dropped wait", no_wait(_PHYSICAL_IDS_WAIT)),
-    _physical("no arrival on names_full", "dropped arrive", deleted(ARRIVE, _PHYSICAL_IDS_ARRIVE)),
     _physical(
-        *("names_full needs 33 arrivals", "wrong arrive count"),
+        "epilogue does not wait for the physical ids", "dropped wait", no_wait(_PHYSICAL_IDS_WAIT)
+    ),
+    _physical(
+        "no arrival on physical_ids_full", "dropped arrive", deleted(ARRIVE, _PHYSICAL_IDS_ARRIVE)
+    ),
+    _physical(
+        *("physical_ids_full needs 33 arrivals", "wrong arrive count"),
         arrivals(33, _PHYSICAL_IDS_FULL),
     ),
 )
@@ -135,7 +139,7 @@ SM90 = (
         *(_sm90, "dropped wait"),
         ("sm_90: producer does not wait for empty", no_wait(0)),
         ("sm_90: warpgroup does not wait for full", no_wait(1)),
-        ("sm_90: epilogue does not wait for the facts", no_wait(_ROW_FLAGS_WAIT)),
+        ("sm_90: epilogue does not wait for the row flags", no_wait(_ROW_FLAGS_WAIT)),
         complaint="race",
     ),
     *of_kind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from build_kernels.mutants.mutant import Edit
+from dsv4_router_runtime.parameters import ABI
 
 # One mbarrier wait as the DSL writes it, and its test made always true.
 WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, (\[[^\]]+\]), (%r\d+|\d+), 10000000;"
@@ -27,10 +28,11 @@ def arrivals(count: int, nth: int) -> Edit:
     return Edit(pattern=_INIT, replacement=rf"\g<1>{count};", nth=nth)
 
 
-def parameter_as(parameter: int, value: str) -> Edit:
-    """Read a constant in place of a 32-bit parameter."""
+def parameter_as(role: str, parameter: str, value: str) -> Edit:
+    """Read a constant in place of a 32-bit parameter of a role's kernels."""
+    index = [item.name for item in ABI[role]].index(parameter)
     return Edit(
-        pattern=rf"ld\.param\.b32( \t%r\d+), \[\w+_param_{parameter}\];",
+        pattern=rf"ld\.param\.b32( \t%r\d+), \[\w+_param_{index}\];",
         replacement=rf"mov.b32\1, {value};",
     )
 

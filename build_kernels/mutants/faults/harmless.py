@@ -23,7 +23,7 @@ DECODE = (
             (
                 "no griddepcontrol.launch_dependents",
                 deleted(r"griddepcontrol\.launch_dependents;"),
-                "a CTA that ends has said it: the grid after this one starts later, and it waits "
+                "the end of a CTA has the same effect: the next grid starts later, and it waits "
                 "for this one's end in any case before it touches what this one writes",
             ),
             (
@@ -34,12 +34,12 @@ DECODE = (
             (
                 "no .collector::a::discard",
                 deleted(r"\.collector::a::discard"),
-                "it is what tcgen05.mma does where no collector usage is written",
+                "it is the default of tcgen05.mma if no collector usage is written",
             ),
             (
                 "no time limit on mbarrier.try_wait",
                 Edit(pattern=r"(mbarrier\.try_wait[^;]*), 10000000;", replacement=r"\1;"),
-                "the limit says how long one try may sleep, and each try is in a loop that ends "
+                "the limit bounds the sleep of one try, and each try is in a loop that ends "
                 "when the phase has",
             ),
         )
@@ -49,7 +49,7 @@ DECODE = (
         deleted(r"griddepcontrol\.wait;", 1),
         rejected_by=(),
         case=replace(TWO_TILES, options=("images", "padding")),
-        harmless="an epilogue warp touches what the grid before may use after its wait for "
-        "facts_full, on which the producer's lanes arrive after a griddepcontrol.wait of their own",
+        harmless="an epilogue warp touches memory of the grid before after its wait for "
+        "row_flags_full, and the producer's lanes arrive there after their griddepcontrol.wait",
     ),
 )

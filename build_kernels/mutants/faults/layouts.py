@@ -98,7 +98,7 @@ DECODE = (
         *("second K step of hidden_states reads the third's bytes", "wrong descriptor start"),
         _K_STEP,
     ),
-    _ids("instruction descriptor says W_gate is MN-major", _INSTRUCTION, _MN_MAJOR),
+    _ids("instruction descriptor with an MN-major W_gate", _INSTRUCTION, _MN_MAJOR),
     _ids("tcgen05.ld eight columns on", "wrong TMEM column", _COLUMN),
     *of_kind(
         *(_ids, "stale block"),
@@ -113,7 +113,7 @@ DECODE = (
         case=replace(ONE_BLOCK, num_tokens=16),
         complaint=WRONG_IDS,
     ),
-    emajor("emajor: instruction descriptor says W_gate is K-major", _INSTRUCTION, _K_MAJOR),
+    emajor("emajor: instruction descriptor with a K-major W_gate", _INSTRUCTION, _K_MAJOR),
     sm100(
         *("hidden_states box of two blocks", "wrong tensor-map box"),
         maps={"x_map": {"box": (64, 8, 2)}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from build_kernels.mutants.mutant import Edit
 
 from .edits import deleted, parameter_as, unchecked_token_id
@@ -30,10 +32,12 @@ _NO_TABLE = Edit(pattern=_IS_PADDING, replacement=r"mov.b32 \1, \2;\4")
 _NO_MASKS = Edit(pattern=_IS_PADDING, replacement=r"mov.b32 \1, \3;\4")
 
 
+_fixed = partial(parameter_as, "decode")
 _OUT = "a token id out of the table is looked up"
 _HAS_ROW = "a token id out of the table has a row"
 _OUT_OF_BOUNDS = "out-of-bounds"
 _ONE = "0f3F800000"
+_HASH_GATE_TEMP = parameter_as("hash", "gate_temp", _ONE)
 
 DECODE = (
     *of_kind(
@@ -41,9 +45,9 @@ DECODE = (
         ("image_mask ignored", _IMAGES, given("images"), WRONG_IDS),
         ("padding ignored", _PADDING, given("padding"), WRONG_IDS),
         ("num_valid_tokens ignored", _COUNT, given("count"), WRONG_IDS),
-        ("gate_temp ignored", parameter_as(19, _ONE), given("temperature"), WRONG_WEIGHT),
-        ("norm_topk_prob ignored", parameter_as(20, "1"), given("unnormed"), WRONG_WEIGHT),
-        ("num_shared_slots ignored", parameter_as(24, "0"), given("shared"), WRONG_IDS),
+        ("gate_temp ignored", _fixed("gate_temp", _ONE), given("temperature"), WRONG_WEIGHT),
+        ("norm_topk_prob ignored", _fixed("norm_topk_prob", "1"), given("unnormed"), WRONG_WEIGHT),
+        ("num_shared_slots ignored", _fixed("num_shared_slots", "0"), given("shared"), WRONG_IDS),
     ),
     *of_kind(
         *(sm100, "half of an id"),
@@ -73,6 +77,6 @@ HASH = (
     *of_kind(
         *(hash_layer, "option ignored"),
         ("hash: padding ignored", _NO_MASKS, given("padding"), WRONG_IDS),
-        ("hash: gate_temp ignored", parameter_as(16, _ONE), given("temperature"), WRONG_WEIGHT),
+        ("hash: gate_temp ignored", _HASH_GATE_TEMP, given("temperature"), WRONG_WEIGHT),
     ),
 )

@@ -51,10 +51,10 @@ _ONE_WORD = Edit(
     replacement=r"\1mov.pred \t\3, 0;",
 )
 
-_NAME = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
+_PHYSICAL_ID = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
 _ROW = r"shl\.b32( \t%r\d+, )%r\d+, 9(;(?:\s+(?:add|shl)[^;]*;){3}\s+ld\.shared)"
 _FIRST_WARP = Edit(pattern=_ROW, replacement=r"mov.b32\g<1>0\2", nth=0)
-_NEXT = Edit(pattern=_NAME, replacement=r"\g<1>81924];", nth=0)
+_NEXT = Edit(pattern=_PHYSICAL_ID, replacement=r"\g<1>81924];", nth=0)
 _REPLICA = Edit(
     pattern=r"selp\.b32( \t%r\d+), %r\d+, 0, (%p\d+;\s+add\.s32 \t%r\d+, %r\d+, -1;)",
     replacement=r"selp.b32\1, 0, 0, \2",
@@ -83,15 +83,15 @@ DECODE = (
 )
 
 PHYSICAL_IDS = of_kind(
-    *(sm100, "wrong name"),
-    ("every warp takes the first warp's names", _FIRST_WARP),
-    ("the next expert's name", _NEXT),
+    *(sm100, "wrong physical id"),
+    ("every warp takes the first warp's physical ids", _FIRST_WARP),
+    ("the next expert's physical id", _NEXT),
     case=given("physical"),
     complaint=WRONG_IDS,
 )
 
 HASH = of_kind(
-    *(hash_layer, "wrong name"),
+    *(hash_layer, "wrong physical id"),
     ("hash: every token's replica is the first token's", _REPLICA, given("physical"), WRONG_IDS),
 )
 

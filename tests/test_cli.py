@@ -58,7 +58,7 @@ def test_build_prints_json_on_stdout_and_talks_on_stderr(tmp_path: Path) -> None
 def test_build_says_what_it_did(artifacts: Path) -> None:
     result = call("build", "--kernel", TOPK, "--arch", "sm_90a", "--artifacts", artifacts)
     assert result.exit_code == 0
-    assert result.stdout.startswith("0 built, 1 up to date, 2 not asked for in ")
+    assert result.stdout.startswith("0 built, 1 up to date, 2 not requested in ")
     assert result.stderr == ""
 
 

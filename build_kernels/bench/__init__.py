@@ -2,15 +2,15 @@
 
     measure     the loop over shapes, modes, N and contenders: check, then time
     inputs      weights, bias and hidden states of one shape
-    contenders  this project's kernels and torch; peers: other projects' kernels, where staged
+    contenders  this project's kernels and torch; peers: other projects' staged kernels
     options     for --options: this project's with a server's options on, and for a hash layer
     check       compare a contender's answer with the router's
     stopwatch   CUDA graphs, events and the host's clock
     floors      an empty kernel and a streaming read of the weights
     report      the figures, their ratios, and the JSON file that holds them
     model       sm_100a on paper, from sm_90a's figures
-    table, plot the figures for people
+    table, plot the figures as text and as a picture
 
 Importing the command, or drawing a stored report, needs neither a GPU nor torch. Importing this
-package imports nothing, so that `__main__` can name what a machine lacks.
+package imports nothing, so that `__main__` can name a missing package.
 """

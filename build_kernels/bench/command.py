@@ -30,48 +30,42 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-class Shapes(click.ParamType):
-    """Parse comma-separated KxE to pairs of integers."""
+class Distinct(click.ParamType):
+    """Parse comma-separated items. `parse` raises ValueError for text that is not an item."""
 
-    name = "shapes"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[int, int], ...]:
-        shapes = []
-        for part in str(value).split(","):
-            match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
-            if match is None:
-                self.fail(f"expected shapes such as 7168x384 (got {part!r})", param, ctx)
-            k, num_experts = int(match[1]), int(match[2])
-            if k == 0 or k % K_MULTIPLE:
-                self.fail(f"{part}: K must be a multiple of {K_MULTIPLE} (got {k})", param, ctx)
-            if not 1 <= num_experts <= MAX_EXPERTS:
-                self.fail(f"{part}: E must be 1 to {MAX_EXPERTS} (got {num_experts})", param, ctx)
-            shapes.append((k, num_experts))
-        return _distinct(shapes, self, param, ctx)
-
-
-class TokenCounts(click.ParamType):
-    """Parse comma-separated positive integers."""
-
-    name = "token counts"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        counts = []
-        for part in str(value).split(","):
-            if not part.strip().isdecimal() or int(part) < 1:
-                self.fail(f"expected numbers of tokens, each at least 1 (got {part!r})", param, ctx)
-            counts.append(int(part))
-        return _distinct(counts, self, param, ctx)
+    ) -> tuple[Any, ...]:
+        try:
+            items = tuple(self._parse(part) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if len(set(items)) != len(items):
+            self.fail("the same one is given twice", param, ctx)
+        return items
 
 
-def _distinct(values, kind, param, ctx):
-    if len(set(values)) != len(values):
-        kind.fail("the same one is given twice", param, ctx)
-    return tuple(values)
+def _shape(text: str) -> tuple[int, int]:
+    """Parse KxE."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"expected shapes such as 7168x384 (got {text!r})")
+    k, num_experts = int(match[1]), int(match[2])
+    if k == 0 or k % K_MULTIPLE:
+        raise ValueError(f"{text}: K must be a multiple of {K_MULTIPLE} (got {k})")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"{text}: E must be 1 to {MAX_EXPERTS} (got {num_experts})")
+    return k, num_experts
+
+
+def _token_count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"expected numbers of tokens, each at least 1 (got {text!r})")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +100,7 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
 @click.option("--dsl", type=existing_folder, help="The CuTeDSL that vLLM's kernel compiles with.")
 @click.option(
     "--shapes",
-    type=Shapes(),
+    type=Distinct("shapes", _shape),
     metavar="KxE,...",
     default="7168x384,4096x256,5120x384",
     show_default=True,
@@ -115,7 +109,7 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
 @click.option(
     "--n",
     "num_tokens",
-    type=TokenCounts(),
+    type=Distinct("token counts", _token_count),
     metavar="N,...",
     default="1,4,6,8,16,32,64",
     show_default=True,
@@ -189,7 +183,7 @@ def bench_command(context: click.Context, **values: Any) -> None:
 
 
 class BenchError(Exception):
-    """The bench cannot run here; the message says what to do."""
+    """The bench cannot run here; the message gives the next step."""
 
 
 def missing_of_ours(report: Report) -> list[str]:

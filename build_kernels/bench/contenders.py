@@ -1,4 +1,4 @@
-"""Make the calls of this project's kernels and of torch. A call that cannot be made says why."""
+"""Make the calls of this project's kernels and of torch, or raise Unavailable with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .report import OURS, OWN, PEER, Contender
 
 
 class Unavailable(Exception):
-    """A contender cannot be timed, here or at this problem; the message says why."""
+    """A contender cannot be timed, here or at this problem; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def router_call(
 ) -> Call:
     """Make the call of one Router per layer.
 
-    layers: what each Router binds beside W_gate; the bias alone by default. brings: options of
+    layers: each Router's arguments beside W_gate; the bias alone by default. brings: options of
     every call.
     """
     problem = inputs.problem

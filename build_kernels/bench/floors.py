@@ -1,7 +1,7 @@
 """Time the floors of a router call without overlap: one launch, and one read of W_gate.
 
 Triton's kernels if Triton can launch them on the inputs' device. If it cannot, torch's nearest
-operation, whose name in the report says why.
+operation, whose name in the report gives the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def triton_version() -> str | None:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Say why Triton cannot launch a kernel on tensors of `device`; None if it can."""
+    """Return why Triton cannot launch a kernel on tensors of `device`; None if it can."""
     if device.type != "cuda":
         return f"Triton takes CUDA tensors, these are on {device}"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import subprocess
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from build_kernels.building.entry import sha256
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, ArtifactSet
 
 from . import floors
@@ -243,4 +243,4 @@ def driver_version() -> str:
 
 
 def manifest_sha256(artifacts: ArtifactSet) -> str:
-    return hashlib.sha256((Path(artifacts.folder) / MANIFEST_NAME).read_bytes()).hexdigest()
+    return sha256((Path(artifacts.folder) / MANIFEST_NAME).read_bytes())

@@ -158,7 +158,7 @@ def option_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]
 
 
 def option_entrant(use: Use, artifacts: ArtifactSet, *, pdl: bool, named: bool) -> Entrant:
-    """Make the contender of one use; its name says "no PDL" unless `named`."""
+    """Make the contender of one use; its name ends in "no PDL" unless `named`."""
     name, role, what = use.name, use.role, use.what
     if not named:
         name, role, what = f"{name}, no PDL", OWN if role == OURS else role, f"{name} without PDL"

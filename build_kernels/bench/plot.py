@@ -1,4 +1,4 @@
-"""The figures as a picture: latency over N, a panel a shape, a line a contender, both floors."""
+"""Draw the figures: latency over N, one panel per shape, one line per contender, both floors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from build_kernels.files import replace_file
 
 from .report import COLD, EMPTY, OURS, OWN, READ, Problem, Report
 
-# Colours of equal weight that the colour-blind tell apart (Okabe and Ito), ours the strongest.
+# Colours of equal weight, distinct to the colour-blind (Okabe and Ito); ours is the strongest.
 OURS_COLOUR = "#D55E00"
 OWN_COLOURS = ("#E69F00", "#CC79A7", "#8C6D1F")
 PEER_COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#777777", "#333333")
 FLOOR_COLOUR = "#9A9A9A"
-PANELS_A_ROW = 3
+PANELS_PER_ROW = 3
 PANEL_INCHES = (2.75, 3.9)
 LABEL_INCHES = 1.7
 DOTS_PER_INCH = 150
-# Least distance of two labels, in parts of the axis' height.
+# Least distance between two labels, as a fraction of the axis height.
 LABEL_STEP = 0.052
 
 
@@ -32,7 +32,7 @@ def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
     from matplotlib.figure import Figure
 
     mode = mode or (COLD if COLD in report.modes else report.modes[0])
-    columns = min(PANELS_A_ROW, len(report.problems))
+    columns = min(PANELS_PER_ROW, len(report.problems))
     rows = math.ceil(len(report.problems) / columns)
     width, height = PANEL_INCHES
     figure = Figure(figsize=(columns * width + LABEL_INCHES, rows * height), dpi=DOTS_PER_INCH)
@@ -52,7 +52,7 @@ def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
             axes.set_ylabel("µs per call")
     separator = ":\n" if columns == 1 else ": "
     figure.suptitle(separator.join(heading(report, mode)), x=0.012, ha="left", fontsize=10.5)
-    # Room for the labels is found by the layout itself.
+    # The layout itself finds room for the labels.
     figure.tight_layout(w_pad=0.8)
     buffer = io.BytesIO()
     # No version of matplotlib in the file: the same figures give the same bytes.
@@ -71,7 +71,7 @@ def heading(report: Report, mode: str) -> tuple[str, str]:
 
 
 def colours_of(report: Report) -> dict[str, str]:
-    """By contender's name; a palette that runs out starts again."""
+    """Return each contender's colour by name; a palette that runs out starts again."""
     counts = {OURS: 0, OWN: 0}
     colours = {}
     for contender in report.contenders:
@@ -87,7 +87,7 @@ def colours_of(report: Report) -> dict[str, str]:
 
 
 def limits(report: Report, mode: str) -> tuple[float, float]:
-    """Of the common axis: all figures and floors, and some air."""
+    """Return the limits of the common axis: all figures and floors, with a margin."""
     times = [f.microseconds for f in report.figures if f.mode == mode]
     times += [f.microseconds for f in report.floors if f.mode == mode]
     known = [time for time in times if time is not None and time > 0] or [1.0]
@@ -155,14 +155,14 @@ def points_of(
 def label_lines(
     axes: Any, report: Report, problem: Problem, mode: str, colours: Mapping[str, str]
 ) -> None:
-    """Each line's name beside its last point, moved apart where lines end close together."""
+    """Write each line's name beside its last point, moved apart if lines end close together."""
     ends = []
     for contender in report.contenders:
         if points := points_of(report, problem, mode, contender.name):
             ends.append((contender, points[-1]))
     transform = axes.transAxes.inverted()
-    wanted = [transform.transform(axes.transData.transform(point))[1] for _, point in ends]
-    places = spread(wanted, LABEL_STEP)
+    heights = [transform.transform(axes.transData.transform(point))[1] for _, point in ends]
+    places = spread(heights, LABEL_STEP)
     for (contender, point), place in zip(ends, places, strict=True):
         axes.annotate(
             contender.name,
@@ -185,16 +185,16 @@ def label_lines(
         )
 
 
-def spread(wanted: Sequence[float], step: float) -> list[float]:
-    """Places at least `step` apart, in the order of `wanted` and near it.
+def spread(ends: Sequence[float], step: float) -> list[float]:
+    """Return places at least `step` apart, in the order of `ends` and near them.
 
-    Neighbours that are too close become one block, centred on the mean of what its members want.
+    Neighbours that are too close become one block, centred on the mean of its members.
     """
-    order = sorted(range(len(wanted)), key=lambda at: wanted[at])
+    order = sorted(range(len(ends)), key=lambda at: ends[at])
     blocks: list[list[int]] = []
 
     def bottom(block: list[int]) -> float:
-        centre = sum(wanted[at] for at in block) / len(block)
+        centre = sum(ends[at] for at in block) / len(block)
         return centre - step * (len(block) - 1) / 2
 
     for at in order:
@@ -204,7 +204,7 @@ def spread(wanted: Sequence[float], step: float) -> list[float]:
             if bottom(above) - (bottom(below) + step * (len(below) - 1)) >= step - 1e-12:
                 break
             blocks[-2:] = [below + above]
-    places = [0.0] * len(wanted)
+    places = [0.0] * len(ends)
     for block in blocks:
         start = bottom(block)
         for rank, at in enumerate(block):

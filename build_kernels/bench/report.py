@@ -1,4 +1,4 @@
-"""What a run of the bench found: figures, the ratios among them, and the JSON file of both.
+"""Hold a run's figures: their ratios, and the JSON file that keeps them.
 
 Pure: no torch. Times are microseconds per call.
 """
@@ -26,7 +26,7 @@ MODE_WORDS = {
     COLD: "CUDA graph, a weight of its own for every call: W_gate comes from HBM",
     WARM: "CUDA graph, one weight for all calls: W_gate stays in L2",
     EAGER: "no graph: host and device together",
-    HOST: "no graph: until the call returns to its caller, nothing awaited",
+    HOST: "no graph: until the call returns to its caller, without a wait for the device",
 }
 OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
 EMPTY, READ = "empty", "read W"
@@ -40,7 +40,7 @@ class ReportError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where it was measured. driver: the kernel module's version, or "unknown"."""
+    """The machine of a run. driver: the kernel module's version, or "unknown"."""
 
     gpu: str
     arch: str
@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Say how the figures were measured: the matrix of runs, repetitions, seed and tolerances."""
+    """The method of a run: the matrix of runs, repetitions, seed and tolerances."""
 
     date: str
     modes: tuple[str, ...]
@@ -88,8 +88,9 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """role: `ours` is what the ratios are of, `peer` what they are to, `own` neither. A `variant`
-    is compared with the last contender before it that is none.
+    """One implementation. role: the ratios divide `ours` by the best `peer`; `own` is in neither.
+
+    A `variant` is divided by the last contender before it that is no variant.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One cell. microseconds: the median, low and high the quartiles; None where not measured."""
+    """One cell. microseconds: the median, low and high the quartiles; None if not measured."""
 
     shape: str
     mode: str
@@ -113,7 +114,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """What no contender gets below without overlap: `name` is EMPTY or READ, `how` the kernel."""
+    """A time that no contender without overlap beats: `name` is EMPTY or READ, `how` the kernel."""
 
     shape: str
     mode: str
@@ -154,7 +155,7 @@ class Report:
 
     @property
     def variants(self) -> tuple[tuple[str, str], ...]:
-        """Each variant, and what it is compared with."""
+        """Return each variant and the contender that it is divided by."""
         pairs, base = [], ""
         for contender in self.contenders:
             if contender.role == VARIANT:
@@ -165,7 +166,7 @@ class Report:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes that have figures, in the order of MODE_WORDS."""
+        """Return the modes that have figures, in the order of MODE_WORDS."""
         return tuple(mode for mode in MODE_WORDS if any(f.mode == mode for f in self.figures))
 
 
@@ -182,7 +183,7 @@ class Ratio:
 
 
 def ratio_at(report: Report, shape: str, mode: str, num_tokens: int) -> Ratio:
-    """None where there is no figure of ours, no peer's, or no floor."""
+    """Return the ratios at one N; None without a figure of ours, a peer's, or a floor."""
     (ours_name,) = report.of_role(OURS)
     ours = report.microseconds(shape, mode, num_tokens, ours_name)
     peers = [
@@ -203,7 +204,7 @@ def ratio_at(report: Report, shape: str, mode: str, num_tokens: int) -> Ratio:
 
 
 def ratios(report: Report, mode: str) -> tuple[Ratio, ...]:
-    """Every shape and N of a mode."""
+    """Return the ratios of every shape and N of a mode."""
     return tuple(
         ratio_at(report, problem.name, mode, num_tokens)
         for problem in report.problems
@@ -214,13 +215,13 @@ def ratios(report: Report, mode: str) -> tuple[Ratio, ...]:
 def variant_ratio(
     report: Report, shape: str, mode: str, num_tokens: int, pair: tuple[str, str]
 ) -> float | None:
-    """Of one of `Report.variants`; None where either has no figure."""
+    """Return the ratio of one of `Report.variants`; None if either has no figure."""
     variant, base = (report.microseconds(shape, mode, num_tokens, name) for name in pair)
     return variant / base if variant and base else None
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of at least one positive number."""
+    """Return the geometric mean of at least one positive number."""
     logarithms = [math.log(value) for value in values]
     if not logarithms:
         raise ValueError("geometric_mean: expected at least one value (got none)")
@@ -234,13 +235,13 @@ def in_a_line(error: Exception) -> str:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """As JSON, by rename: the file is either the old one or the whole new one."""
+    """Write JSON by rename: the file is either the old one or the whole new one."""
     document = {"schema_version": SCHEMA_VERSION} | asdict(report)
     replace_file(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_report(path: Path) -> Report:
-    """ReportError, naming the place in the file, for anything that `write_report` did not write."""
+    """Read a file of `write_report`; ReportError, with the place in the file, for any other."""
     try:
         document = read_json(
             read_file(path, most_bytes=MAX_JSON_BYTES), lambda node: node.plain(), source=str(path)
@@ -266,7 +267,7 @@ def read_report(path: Path) -> Report:
 
 
 def _parsed(kind: Any, value: Any, path: str) -> Any:
-    """`value`, out of JSON, as the annotated type `kind`; ValueError names the path."""
+    """Convert a JSON value to the annotated type `kind`; ValueError names the path."""
     if is_dataclass(kind):
         return _parsed_dataclass(kind, value, path)
     if get_origin(kind) is tuple:

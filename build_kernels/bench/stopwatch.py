@@ -36,7 +36,7 @@ class Timing:
 
 
 class Stopwatch(Protocol):
-    """The clock that `measure` uses. device: where torch puts the operands."""
+    """The clock that `measure` uses. device: torch's device of the operands."""
 
     device: str
 

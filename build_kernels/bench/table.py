@@ -118,7 +118,7 @@ def summary(report: Report) -> Iterator[str]:
 
 def contender_lines(report: Report) -> Iterator[str]:
     for contender in report.contenders:
-        mark = {OURS: ", what the ratios are of", PEER: ", a peer"}.get(contender.role, "")
+        mark = {OURS: ", the numerator of the ratios", PEER: ", a peer"}.get(contender.role, "")
         yield f"{contender.name}{mark}: {contender.what}"
     for name in (EMPTY, READ):
         ways = sorted({floor.how for floor in report.floors if floor.name == name and floor.how})

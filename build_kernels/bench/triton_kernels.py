@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def empty_kernel(sink):
-    """Do nothing: what a launch costs."""
+    """Do nothing: the time of a launch."""
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""The command `build-kernels`: one file per subcommand, and what they share."""
+"""The command `build-kernels`: one file per subcommand, and their shared parts."""

@@ -50,7 +50,7 @@ def build_command(
     artifacts: Path | None,
     as_json: bool,
 ) -> None:
-    """Compile what is out of date and publish cubins and manifest.
+    """Compile the kernels that are out of date and publish cubins and manifest.
 
     A build of some kernels (--arch, --kernel) keeps the others, or is refused if it cannot.
     """
@@ -72,7 +72,7 @@ def build_command(
     if as_json:
         print(json.dumps(asdict(report) | {"seconds": seconds}, indent=1, sort_keys=True))
         return
-    left = f", {len(report.kept)} not asked for" if report.kept else ""
+    left = f", {len(report.kept)} not requested" if report.kept else ""
     print(
         f"{len(report.built)} built, {len(report.up_to_date)} up to date{left} "
         f"in {seconds} s: {_shown(folder)}"

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-_UNBOUND = 10_000  # columns: a table takes what it needs
+_UNBOUND = 10_000  # columns: a table takes all that it needs
 
 talk = Console(stderr=True, highlight=False)
 
@@ -29,6 +29,6 @@ def results(*, width: int) -> Console:
 
 
 def fits(console: Console, table: Table) -> bool:
-    """Is the console wide enough for the table without folding or cutting a cell?"""
+    """Return whether the table fits the console without a folded or cut cell."""
     unbound = console.options.update(width=_UNBOUND)
     return console.measure(table, options=unbound).maximum <= console.width

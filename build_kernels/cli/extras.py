@@ -25,7 +25,7 @@ def how_to_install(package: str) -> str:
 
 
 def why_missing(package: str) -> str | None:
-    """Say that `package` is not installed and how to install it; None if it is installed."""
+    """Return that `package` is not installed and how to install it; None if it is installed."""
     if _is_installed(package):
         return None
     return f"the package {package} is not installed; {how_to_install(package)}"

@@ -81,7 +81,7 @@ def _print_entry(entry: Kernel) -> None:
     table = Table()
     for heading in ("parameter", "kind", "offset", "size"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("what")
+    table.add_column("contents")
     for parameter in entry.parameters:
         table.add_row(
             parameter.name,

@@ -117,7 +117,7 @@ def _state_reader(folder: Path, manifest: Manifest) -> Callable[[KernelSpec, Ker
 
 
 def explain_states(rows: Iterable[Row], folder: Path) -> list[str]:
-    """Return a line per state other than "built": how many kernels, and what it means."""
+    """Return a line per state other than "built": the number of kernels, and its meaning."""
     try:
         compilers.toolchain_versions()
         no_toolchain = ""

@@ -14,9 +14,9 @@ from .inspect import inspect_command
 from .list import list_command
 
 
-def print_versions(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+def print_versions(context: click.Context, _option: click.Parameter, given: bool) -> None:
     """Print the versions that decide a build, and exit."""
-    if not wanted or context.resilient_parsing:
+    if not given or context.resilient_parsing:
         return
     print(f"dsv4-router {dsv4_router_runtime.__version__}")
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_kernels.building.entry import sha256
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
@@ -38,11 +38,11 @@ class Artifact:
 
     @property
     def cubin_sha256(self) -> str:
-        return _sha256(self.cubin)
+        return sha256(self.cubin)
 
     @property
     def ptx_sha256(self) -> str:
-        return _sha256(self.ptx.encode())
+        return sha256(self.ptx.encode())
 
 
 def load_artifact(folder: Path, key: str) -> Artifact:
@@ -65,7 +65,7 @@ def load_artifact(folder: Path, key: str) -> Artifact:
             ptx = read_file(ptx_path, most_bytes=MAX_CODE_BYTES)
     except OSError as error:
         raise ArtifactReadError(f"{error}; {repair}") from error
-    found = (_sha256(cubin), kernel.ptx_sha256 if ptx is None else _sha256(ptx))
+    found = (sha256(cubin), kernel.ptx_sha256 if ptx is None else sha256(ptx))
     if found != (kernel.cubin_sha256, kernel.ptx_sha256):
         raise ArtifactReadError(
             f"{key}: cubin or PTX in {folder} is not the one that the manifest records; {repair}"
@@ -73,28 +73,14 @@ def load_artifact(folder: Path, key: str) -> Artifact:
     return Artifact(kernel=kernel, cubin_path=cubin_path, cubin=cubin, ptx=(ptx or b"").decode())
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def carries_ptx(folder: Path) -> bool:
     """Return whether the set carries PTX: a build's does, a wheel's does not."""
     return any(folder.glob("*.ptx"))
 
 
-def is_decode(kernel: Kernel) -> bool:
-    """Return whether the kernel multiplies (and so reads tensor maps) or only selects."""
-    return any(parameter.kind == "tensor_map" for parameter in kernel.parameters)
-
-
-def is_hashed(kernel: Kernel) -> bool:
-    """Return whether a table gives the experts, so that only their rows of W_gate are read."""
-    return kernel.role == "hash"
-
-
 def null_pointers(kernel: Kernel) -> tuple[str, ...]:
     """Return the names of the pointers that are null if every option is off."""
-    given = {item.name for item in TABLE} if is_hashed(kernel) else set()
+    given = {item.name for item in TABLE} if kernel.role == "hash" else set()
     return tuple(
         parameter.name
         for parameter in kernel.parameters

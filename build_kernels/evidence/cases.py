@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
-from .artifact import is_decode, is_hashed
-
 # Rows of a hash layer's table.
 VOCABULARY = 11
 SHARED_SLOTS = 2
@@ -58,7 +56,7 @@ class Case:
 
     @property
     def columns(self) -> int:
-        """The number of columns of the outputs."""
+        """Return the number of columns of the outputs."""
         return self.top_k + (SHARED_SLOTS if "shared" in self.options else 0)
 
 
@@ -152,6 +150,5 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return the kernel's cases."""
-    if is_hashed(kernel):
-        return hash_cases(kernel, quick=quick)
-    return (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
+    cases = {"decode": decode_cases, "hash": hash_cases, "select": topk_cases}
+    return cases[kernel.role](kernel, quick=quick)

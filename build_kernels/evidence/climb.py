@@ -106,7 +106,7 @@ def _choose(
     ]
     if not chosen:
         raise ArtifactReadError(
-            f"{folder} has none of the kernels asked for; it has "
+            f"{folder} has none of the requested kernels; it has "
             f"{', '.join(kernel.key for kernel in listed) or 'none at all'}"
         )
     return chosen
@@ -126,7 +126,7 @@ def _with_records(
 
 @dataclass
 class _Evidence:
-    """The evidence of one run, also on disk unless `problem` says why that is impossible."""
+    """The evidence of one run, also on disk unless `problem` gives the reason why not."""
 
     path: Path
     evidence: Evidence
@@ -164,19 +164,19 @@ def _standing(evidence: Evidence, kernel: Kernel, rung: str, found: Result | Non
     if (stale := evidence.stored(kernel).get(rung)) is not None:
         judge = stale.checker or "a checker without a name"
         present = RUNGS[rung].present_checker()
-        return not_run(f"not asked for, and {judge} is not the present checker ({present})")
-    return not_run("not asked for, and no evidence is stored for these bytes")
+        return not_run(f"not requested, and {judge} is not the present checker ({present})")
+    return not_run("not requested, and no evidence is stored for these bytes")
 
 
-def is_failure(outcome: Outcome, asked: Iterable[str]) -> bool:
-    """Return whether this outcome makes the command fail; `asked`: the rungs named in the command.
+def is_failure(outcome: Outcome, named: Iterable[str]) -> bool:
+    """Return whether this outcome makes the command fail; `named`: the rungs named in the command.
 
     A stored failure counts as long as the bytes are the same. "Not run" counts if the rung was
     named and applies to the artifact.
     """
     result = outcome.result
     if result.status == NOT_RUN:
-        return result.applies and outcome.rung in asked
+        return result.applies and outcome.rung in named
     return result.status != PASSED
 
 
@@ -187,8 +187,8 @@ def _refuse_strangers(records: Iterable[Record], listed: Iterable[Kernel]) -> No
         built_for = known.get((record.cubin_sha256, record.ptx_sha256))
         if built_for is not None and not runs_on(built_for, record.arch):
             raise EvidenceError(
-                f"the record of {record.artifact} on {record.gpu} ({record.date}) says that it ran "
-                f"on {record.arch}, where a cubin for {built_for} cannot load"
+                f"the record of {record.artifact} on {record.gpu} ({record.date}) is of a run "
+                f"on {record.arch}, which cannot load a cubin for {built_for}"
             )
         if built_for is None:
             raise EvidenceError(

@@ -42,7 +42,7 @@ NOT_PROVEN = (
     "rungs",
     multiple=True,
     type=click.Choice(tuple(RUNGS)),
-    help="Climb only this rung, and fail where it cannot be climbed; repeatable. Default: all.",
+    help="Climb only this rung, and fail if it cannot be climbed; repeatable. Default: all.",
 )
 @click.option("--quick", is_flag=True, help="Fewer cases and schedules: minutes, not tens of them.")
 @click.option(
@@ -50,7 +50,7 @@ NOT_PROVEN = (
     "record_files",
     multiple=True,
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Merge what the gpu tests recorded in this file; repeatable.",
+    help="Merge this file of the GPU tests' records; repeatable.",
 )
 @artifacts_option(
     "The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set."

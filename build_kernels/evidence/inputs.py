@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.parameters import OPTIONS, PARAMETERS_OFF
 
-from .artifact import is_decode, is_hashed
 from .cases import SHARED_SLOTS, VOCABULARY, Case
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
     )
 
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
-    hashed = is_hashed(kernel) or "table" in case.options
+    hashed = kernel.role == "hash" or "table" in case.options
     options = _draw_options(generator, case, hashed=hashed)
     images = options.get("bias_vl"), options.get("image_mask")
     for _ in range(100):
@@ -170,7 +169,7 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
         bias = 8.0 + integers(-16, 16, e) / 64
     if case.kind == "ties":
         bias = torch.zeros(e).double()
-    if not is_decode(kernel):
+    if kernel.role == "select":
         logits = integers(-6, 6, n, e)
         if case.kind == "extreme":
             logits *= 40
@@ -187,7 +186,7 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
     hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
     if case.kind == "extreme":
         # A table may choose an expert with a logit below -174, whose score would be denormal.
-        hidden *= 5 if is_hashed(kernel) else 16
+        hidden *= 5 if kernel.role == "hash" else 16
     if case.kind == "ties":
         weight[:] = weight[:, :1]
     if case.kind == "low":

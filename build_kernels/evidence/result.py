@@ -46,11 +46,13 @@ class Result:
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {SCOPES} (got {self.scope!r})")
         if self.status != PASSED and not self.reason:
-            raise ValueError(f"reason: a result that is {self.status!r} says why")
+            raise ValueError(
+                f"reason: expected a text for a result that is {self.status!r} (got none)"
+            )
 
     @property
     def shown_status(self) -> str:
-        """The status for `list`: "passed", "passed (quick)", "failed", "does not apply", ..."""
+        """Return the status for `list`, such as "passed (quick)" or "does not apply"."""
         if not self.applies:
             return DOES_NOT_APPLY
         quick = self.status == PASSED and self.scope == QUICK

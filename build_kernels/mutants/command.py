@@ -35,7 +35,7 @@ Verdicts = dict[tuple[str, str], Verdict]
     "rungs",
     multiple=True,
     type=click.Choice(tuple(JUDGES)),
-    help="Ask only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
+    help="Climb only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
 )
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
 @artifacts_option(
@@ -52,19 +52,19 @@ def mutants_command(
 ) -> None:
     """Put known faults into the built PTX and show which rung rejects each.
 
-    A mutant said to do no harm is put to the emulated rung, and must be accepted.
+    The emulated rung must accept a mutant that is stated to be harmless.
     """
     started = time.monotonic()
     chosen = choose(only)
-    asked = [(mutant, rung) for mutant in chosen for rung in rungs or own_rungs(mutant)]
-    require_packages({rung for _, rung in asked})
+    tasks = [(mutant, rung) for mutant in chosen for rung in rungs or own_rungs(mutant)]
+    require_packages({rung for _, rung in tasks})
     processes = jobs or len(os.sched_getaffinity(0))
     verdicts: Verdicts = {}
 
     def on_verdict(verdict: Verdict) -> None:
         verdicts[verdict.mutant, verdict.rung] = verdict
         why = f": {verdict.reason}" if verdict.word == UNDECIDED else ""
-        done = f"[{len(verdicts)}/{len(asked)}]"
+        done = f"[{len(verdicts)}/{len(tasks)}]"
         say(f"{done} {verdict.word} by {verdict.rung}: {verdict.mutant}{why}")
 
     stop_like_interrupt()
@@ -74,13 +74,13 @@ def mutants_command(
         open_artifacts(folder)
         if not carries_ptx(folder):
             raise ArtifactReadError(f"{folder}: {NO_PTX}")
-        judge_all(folder, asked, jobs=processes, on_verdict=on_verdict)
+        judge_all(folder, tasks, jobs=processes, on_verdict=on_verdict)
     except (ArtifactReadError, RouterError, OSError) as error:
         say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         interrupted = True
-        asked = [(mutant, rung) for mutant, rung in asked if (mutant.name, rung) in verdicts]
+        tasks = [(mutant, rung) for mutant, rung in tasks if (mutant.name, rung) in verdicts]
         chosen = [mutant for mutant in chosen if any(mutant.name == name for name, _ in verdicts)]
     if as_json:
         print(json.dumps([row(mutant, verdicts) for mutant in chosen], indent=1))
@@ -88,7 +88,7 @@ def mutants_command(
         print("\n".join(table(chosen, verdicts)))
         seconds = round(time.monotonic() - started)
         print(f"\n{summary(chosen, verdicts)}; {seconds} s in {processes} processes")
-    wrong = [(m.name, rung) for m, rung in asked if not is_right(m, verdicts[m.name, rung])]
+    wrong = [(m.name, rung) for m, rung in tasks if not is_right(m, verdicts[m.name, rung])]
     for name, rung in wrong:
         say(f"not as it must be, by {rung}: {name}")
     if interrupted:
@@ -130,13 +130,13 @@ def own_rungs(mutant: Mutant) -> tuple[str, ...]:
 
 def judge_all(
     folder: Path,
-    asked: Sequence[tuple[Mutant, str]],
+    tasks: Sequence[tuple[Mutant, str]],
     *,
     jobs: int,
     on_verdict: Callable[[Verdict], None],
 ) -> None:
     """Call `on_verdict` with each verdict when it is found. The longest rung starts first."""
-    in_order = sorted(asked, key=lambda pair: -RUNGS[pair[1]].cost)
+    in_order = sorted(tasks, key=lambda pair: -RUNGS[pair[1]].cost)
     calls = {(mutant.name, rung): (folder, mutant.name, rung) for mutant, rung in in_order}
     with run_tasks(judge_one, calls, jobs=jobs) as verdicts:
         for (name, rung), verdict in verdicts:

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from build_kernels.cli.extras import why_missing
-from build_kernels.evidence.artifact import Artifact, encoded_map, is_decode, is_hashed
+from build_kernels.evidence.artifact import Artifact, encoded_map
 from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
@@ -177,7 +177,7 @@ def check_fit(kernel: Kernel, case: Case) -> None:
     ):
         if value not in allowed:
             raise LaunchError(f"{kernel.key}: {what}: expected {allowed} (got {value})")
-    if is_decode(kernel) and (case.k < 1 or case.k % problem.k_multiple):
+    if kernel.role != "select" and (case.k < 1 or case.k % problem.k_multiple):
         raise LaunchError(
             f"{kernel.key}: k: expected a multiple of {problem.k_multiple} (got {case.k})"
         )
@@ -191,12 +191,12 @@ def check_fit(kernel: Kernel, case: Case) -> None:
     if isinstance(spec.source, CudaSource):
         compared.append(("launch.block", launch.block, spec.source.block))
     found = {parameter.name: parameter for parameter in kernel.parameters}
-    compared.append(("parameters", list(found), [wanted.name for wanted in spec.parameters]))
-    for wanted in spec.parameters:
-        if wanted.name in found:
-            at, got = f"parameters.{wanted.name}", found[wanted.name]
-            compared.append((f"{at}.tensor_map", got.tensor_map, wanted.tensor_map))
-            compared.append((f"{at}.scratch", got.scratch, wanted.scratch))
+    compared.append(("parameters", list(found), [item.name for item in spec.parameters]))
+    for item in spec.parameters:
+        if item.name in found:
+            at, got = f"parameters.{item.name}", found[item.name]
+            compared.append((f"{at}.tensor_map", got.tensor_map, item.tensor_map))
+            compared.append((f"{at}.scratch", got.scratch, item.scratch))
     for what, has, expected in compared:
         if has != expected:
             raise LaunchError(
@@ -234,16 +234,16 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     else:
         weight = inputs.tensors["W_gate"]
         rows = _with_aligned_rows(weight if layout == "emajor" else weight.T, beyond=8)
-        contents["w_gate" if is_hashed(kernel) else "W_gate"] = (rows, {"read_only": True})
+        contents["w_gate" if kernel.role == "hash" else "W_gate"] = (rows, {"read_only": True})
         hidden = _with_aligned_rows(inputs.tensors["hidden_states"])
         contents["hidden_states"] = (hidden, {"read_only": True, "dependent": True})
     for parameter in kernel.parameters:
         if parameter.scratch is not None and parameter.element_type is not None:
             zeros = np.zeros(parameter.scratch.elements, parameter.element_type)
-            facts = {"initialised": parameter.scratch.zeroed, "dependent": True}
-            contents[parameter.name] = (zeros, facts)
+            flags = {"initialised": parameter.scratch.zeroed, "dependent": True}
+            contents[parameter.name] = (zeros, flags)
     return {
-        name: DeviceArray(name=name, data=data, **facts) for name, (data, facts) in contents.items()
+        name: DeviceArray(name=name, data=data, **flags) for name, (data, flags) in contents.items()
     }
 
 
@@ -297,7 +297,7 @@ def _arguments(
     for name in arrays.keys() & TENSORS.keys():
         if (flag := TENSORS[name].int64_flag) is not None:
             values[flag] = int(arrays[name].data.itemsize == 8)
-    if is_hashed(kernel):
+    if kernel.role == "hash":
         values["w_stride"] = arrays["w_gate"].data.shape[1]
     arguments: list[Any] = []
     for parameter in kernel.parameters:

@@ -6,7 +6,7 @@ other bytes is refused.
 
 Records add up: a run on another GPU, driver or day is one more record. A failure on these bytes
 stays, whatever passes later. To remove a wrong record (a fault of the test), edit evidence.json by
-hand in a change that says why.
+hand, and give the reason in the commit.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ note records the assembler's options.) These passes caught none of six mutants: 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_kernels.building.entry import sha256
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.result import FAILED, PASSED, Result, not_run
 from build_kernels.specs import KERNELS, DslSource, KernelSpec
@@ -145,10 +145,10 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[str, str]:
         output = process.stdout + process.stderr
         if process.returncode or not report.exists():
             raise LintError(f"does not compile with diagnostics on: {output.strip()[-500:]}")
-        facts = json.loads(report.read_text())
-    if "missing" in facts:
-        raise ModuleNotFoundError(facts["missing"])
-    return output, facts["ptx_sha256"]
+        written = json.loads(report.read_text())
+    if "missing" in written:
+        raise ModuleNotFoundError(written["missing"])
+    return output, written["ptx_sha256"]
 
 
 def compile_here(name: str, arch: str, folder: str, report: str) -> None:
@@ -158,10 +158,10 @@ def compile_here(name: str, arch: str, folder: str, report: str) -> None:
     spec = next(item for item in KERNELS if item.name == name)
     try:
         compiled = compilers.compile_kernel(spec, arch, Path(folder))
-        facts = {"ptx_sha256": hashlib.sha256(compiled.ptx.encode()).hexdigest()}
+        written = {"ptx_sha256": sha256(compiled.ptx.encode())}
     except ModuleNotFoundError as error:
-        facts = {"missing": str(error)}
-    Path(report).write_text(json.dumps(facts))
+        written = {"missing": str(error)}
+    Path(report).write_text(json.dumps(written))
 
 
 RUNG = Rung(

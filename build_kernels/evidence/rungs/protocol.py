@@ -30,8 +30,6 @@ from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import (
     Artifact,
     encoded_map,
-    is_decode,
-    is_hashed,
     null_pointers,
 )
 from build_kernels.evidence.cases import VOCABULARY
@@ -132,9 +130,9 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
         for index, parameter in enumerate(kernel.parameters)
         if parameter.name in null_pointers(kernel)
     )
-    if is_hashed(kernel):
+    if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
-    if is_decode(kernel):
+    if kernel.role == "decode":
         return (NO_COLLECTOR, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
@@ -205,12 +203,9 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Prove the kernel's cases."""
-    kernel = artifact.kernel
-    if is_hashed(kernel):
-        cases = hash_cases(kernel, quick=quick)
-    else:
-        cases = (decode_cases if is_decode(kernel) else topk_cases)(kernel, quick=quick)
-    return replace(prove(artifact, cases), scope=QUICK if quick else FULL)
+    cases = {"decode": decode_cases, "hash": hash_cases, "select": topk_cases}
+    proven = prove(artifact, cases[artifact.kernel.role](artifact.kernel, quick=quick))
+    return replace(proven, scope=QUICK if quick else FULL)
 
 
 def prove(
@@ -315,7 +310,7 @@ def kernel_input(
         "out_ids_stride": case.top_k,
         "logits_stride": case.num_experts,
     }
-    if is_hashed(kernel):
+    if kernel.role == "hash":
         integers |= {"vocab_size": VOCABULARY, "w_stride": case.k}
     declared = parse(ptx).parameters
     arguments, descriptors = [], []

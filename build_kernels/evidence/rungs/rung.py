@@ -44,7 +44,7 @@ class Rung:
     """One kind of check.
 
     climb: the check, `(artifact, *, quick) -> Result`; quick requests fewer cases. checker: None if
-    stored results never become stale: what a GPU did stays done. cost: rungs of the greatest cost
+    stored results never become stale, such as a GPU's. cost: rungs of the greatest cost
     start first. figures: the figures that `describe` reads, each with its check; all of them if the
     first is stored. required: the figure that every passed or failed result must have. packages:
     imported by the processes that climb.

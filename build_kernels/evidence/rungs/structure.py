@@ -160,12 +160,12 @@ def _differences(compared: Iterable[tuple[str, object, object]]) -> Iterator[str
 
 def _pairing_problems(paired: Mapping[str, int], sass: Counter[str]) -> Iterator[str]:
     for pairing in PAIRINGS:
-        wanted = paired[pairing.ptx]
+        in_ptx = paired[pairing.ptx]
         found = sum(count for name, count in sass.items() if re.fullmatch(pairing.sass, name))
-        if found != wanted if pairing.exact else wanted and not found:
+        if found != in_ptx if pairing.exact else in_ptx and not found:
             relation = "as many" if pairing.exact else "some"
             yield (
-                f"{wanted} {pairing.ptx} in the PTX, {found} of {pairing.sass} in the SASS: "
+                f"{in_ptx} {pairing.ptx} in the PTX, {found} of {pairing.sass} in the SASS: "
                 f"expected {relation}"
             )
 

@@ -24,7 +24,7 @@ DECODE = (
                 "no griddepcontrol.launch_dependents",
                 deleted(r"griddepcontrol\.launch_dependents;"),
                 "the end of a CTA has the same effect: the next grid starts later, and it waits "
-                "for this one's end in any case before it touches what this one writes",
+                "for this one's end in any case before it touches this one's outputs",
             ),
             (
                 "no prefetch.tensormap",

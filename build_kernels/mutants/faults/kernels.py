@@ -61,7 +61,7 @@ def of_kind(
 ) -> tuple[Mutant, ...]:
     """Return the mutants of one class.
 
-    rows: name, edit, and what differs from `common`: the rungs, the case, the complaint.
+    rows: name, edit, and the differences from `common`: the rungs, the case, the complaint.
     """
     return tuple(
         make(name, kind, edit, **{**common, **{_FIELDS[type(each)]: each for each in own}})

@@ -104,7 +104,7 @@ DECODE = (
         *(_ids, "stale block"),
         ("a ragged chunk multiplies a block that was not loaded", _RAGGED, WRAPS),
     ),
-    sm100("first MMA accumulates onto what TMEM held", "wrong accumulate flag", _ACCUMULATE),
+    sm100("first MMA accumulates onto old contents of TMEM", "wrong accumulate flag", _ACCUMULATE),
     sm100("tcgen05.ld of another warp's lanes", "wrong TMEM lane", _LANE),
     # A tile of 8 tokens has no second group of 8 rows, and its stride is never used.
     emajor(

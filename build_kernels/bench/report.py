@@ -5,20 +5,17 @@ Pure: no torch. Times are microseconds per call.
 
 from __future__ import annotations
 
-import json
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from build_kernels.evidence.document import Document
 from build_kernels.files import replace_file
-from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
-from dsv4_router_runtime.artifacts.json_reader import read_json
-from dsv4_router_runtime.errors import ManifestError
-
-SCHEMA_VERSION = 1
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES
+from dsv4_router_runtime.artifacts.json_reader import MAX_INTEGER, JsonNode
 
 COLD, WARM, EAGER, HOST = "cold", "warm", "eager", "host"
 MODES = (COLD, WARM, EAGER)
@@ -236,61 +233,47 @@ def in_a_line(error: Exception) -> str:
 
 def write_report(path: Path, report: Report) -> None:
     """Write JSON by rename: the file is either the old one or the whole new one."""
-    document = {"schema_version": SCHEMA_VERSION} | asdict(report)
-    replace_file(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    replace_file(path, _DOCUMENT.text(asdict(report)))
 
 
 def read_report(path: Path) -> Report:
     """Read a file of `write_report`; ReportError, with the place in the file, for any other."""
-    try:
-        document = read_json(
-            read_file(path, most_bytes=MAX_JSON_BYTES), lambda node: node.plain(), source=str(path)
-        )
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({reason_of(error)})") from error
-    except ManifestError as error:
-        raise ReportError(f"{path}: {error.path}: {error.problem}") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-        got = document.get("schema_version") if isinstance(document, dict) else type(document)
-        raise ReportError(
-            f"{path}: schema_version: expected {SCHEMA_VERSION} (got {got}); "
-            "write it with `build-kernels bench --json FILE`"
-        )
-    del document["schema_version"]
-    try:
-        report: Report = _parsed(Report, document, "")
-    except ValueError as error:
-        raise ReportError(f"{path}: {error}") from error
+    return _DOCUMENT.read(path)
+
+
+def _parse_report(node: JsonNode) -> Report:
+    report: Report = _parse(Report, node, "schema_version")
     if len(report.of_role(OURS)) != 1:
-        raise ReportError(f'{path}: contenders: expected one with the role "{OURS}"')
+        raise node.member("contenders").error(f'expected one with the role "{OURS}"')
     return report
 
 
-def _parsed(kind: Any, value: Any, path: str) -> Any:
-    """Convert a JSON value to the annotated type `kind`; ValueError names the path."""
-    if is_dataclass(kind):
-        return _parsed_dataclass(kind, value, path)
+def _parse(kind: Any, node: JsonNode, *more: str) -> Any:
+    """Read a value as the annotated type `kind`. more: further keys of an object."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        at = node.members(*hints, *more)
+        return kind(**{name: _parse(hint, at[name]) for name, hint in hints.items()})
     if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{path}: expected a list (got {value!r})")
         item = get_args(kind)[0]
-        return tuple(_parsed(item, entry, f"{path}[{at}]") for at, entry in enumerate(value))
+        return tuple(_parse(item, entry) for entry in node.items("a list"))
     if get_origin(kind) is types.UnionType:
-        if value is None:
+        if node.value is None:
             return None
         (kind,) = (option for option in get_args(kind) if option is not types.NoneType)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{path}: expected {kind.__name__} (got {value!r})")
-    return value
+    if kind is str:
+        return node.text("a text", MAX_JSON_BYTES)
+    if kind is int:
+        return node.integer(low=-MAX_INTEGER)
+    if not node.is_int() and not isinstance(node.value, float):
+        raise node.expected("a number")
+    return float(node.value)
 
 
-def _parsed_dataclass(kind: Any, value: Any, path: str) -> Any:
-    names = [field.name for field in fields(kind)]
-    if not isinstance(value, dict) or sorted(value) != sorted(names):
-        got = sorted(value) if isinstance(value, dict) else repr(value)
-        raise ValueError(f"{path or 'report'}: expected {sorted(names)} (got {got})")
-    hints = get_type_hints(kind)
-    prefix = f"{path}." if path else ""
-    return kind(**{name: _parsed(hints[name], value[name], prefix + name) for name in names})
+_DOCUMENT = Document(
+    version=1,
+    parse=_parse_report,
+    unreadable="{}",
+    invalid="{}; write the file with `build-kernels bench --json FILE`",
+    error=ReportError,
+)

@@ -1,4 +1,4 @@
-"""Read and write the JSON documents of evidence, each of one schema version and bounded in size."""
+"""Read and write JSON documents, each of one schema version and bounded in size."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Document(Generic[T]):
 
     unreadable, invalid: the formats of the problem if a file cannot be read, or is read and does
     not follow the schema. missing: the content of a file that does not exist; None is an error.
+    error: the exception to raise.
     """
 
     version: int
@@ -42,24 +43,25 @@ class Document(Generic[T]):
     unreadable: str
     invalid: str
     missing: T | None = None
+    error: type[Exception] = EvidenceError
 
     def read(self, path: Path) -> T:
-        """Read a file; EvidenceError names the file and the place in it."""
+        """Read a file; `error` names the file and the place in it."""
         try:
             return self.parse_text(read_file(path, most_bytes=MAX_JSON_BYTES), path)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.missing is not None:
                 return self.missing
             problem = self.unreadable.format(f"cannot be read ({reason_of(error)})")
-            raise EvidenceError(f"{_shown(path)}: {problem}") from error
+            raise self.error(f"{_shown(path)}: {problem}") from error
 
     def parse_text(self, text: bytes, path: Path) -> T:
-        """Parse the text of the file `path`; EvidenceError as for `read`."""
+        """Parse the text of the file `path`; `error` as for `read`."""
         try:
             return read_json(text, self._content, source=str(path))
         except ManifestError as error:
             problem = f"{error.path}: {printable(error.problem, MAX_PROBLEM_SHOWN)}"
-            raise EvidenceError(f"{_shown(path)}: {self.invalid.format(problem)}") from error
+            raise self.error(f"{_shown(path)}: {self.invalid.format(problem)}") from error
 
     def text(self, members: Mapping[str, Any]) -> bytes:
         """Return a document's text. Sorted and without times: equal members give equal bytes."""

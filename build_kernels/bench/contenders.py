@@ -38,40 +38,42 @@ class Entrant:
     expected: Callable[[Any, int], Result] | None = None
 
 
+def entrant(
+    name: str,
+    role: str,
+    what: str,
+    make: Callable[[Inputs], Call],
+    expected: Callable[[Any, int], Result] | None = None,
+) -> Entrant:
+    """Return a contender that `make` calls; see `Contender` and `Entrant`."""
+    contender = Contender(name=name, role=role, what=what)
+    return Entrant(contender=contender, make=make, expected=expected)
+
+
 def own_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
     """Return this project's contenders; the ratios are of the first."""
-    plain = Entrant(
-        contender=Contender(
-            name="ours, no PDL" if pdl else "ours",
-            role=OWN if pdl else OURS,
-            what="Router: one launch up to 64 tokens",
-        ),
-        make=lambda inputs: router_call(inputs, artifacts, pdl=False),
+    plain = entrant(
+        *(("ours, no PDL", OWN) if pdl else ("ours", OURS)),
+        "Router: one launch up to 64 tokens",
+        lambda inputs: router_call(inputs, artifacts, pdl=False),
     )
-    composed = Entrant(
-        contender=Contender(
-            name="cuBLAS + router_topk",
-            role=OWN,
-            what="torch.mm(out_dtype=float32), then this project's prefill selection",
-        ),
-        make=lambda inputs: composed_call(inputs, artifacts, pdl=pdl),
+    composed = entrant(
+        *("cuBLAS + router_topk", OWN),
+        "torch.mm(out_dtype=float32), then this project's prefill selection",
+        lambda inputs: composed_call(inputs, artifacts, pdl=pdl),
     )
     if not pdl:
         return plain, composed
-    dependent = Entrant(
-        contender=Contender(
-            name="ours",
-            role=OURS,
-            what="Router with programmatic dependent launch: one launch up to 64 tokens",
-        ),
-        make=lambda inputs: router_call(inputs, artifacts, pdl=True),
+    dependent = entrant(
+        *("ours", OURS),
+        "Router with programmatic dependent launch: one launch up to 64 tokens",
+        lambda inputs: router_call(inputs, artifacts, pdl=True),
     )
     return dependent, plain, composed
 
 
 def torch_entrant() -> Entrant:
-    contender = Contender(name="torch", role=PEER, what="eager torch operations, FP32 logits")
-    return Entrant(contender=contender, make=torch_call)
+    return entrant("torch", PEER, "eager torch operations, FP32 logits", torch_call)
 
 
 def router_call(

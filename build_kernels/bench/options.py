@@ -14,9 +14,9 @@ import torch
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.reference import router_reference
 
-from .contenders import Entrant, router_call
+from .contenders import Entrant, entrant, router_call
 from .inputs import Call, Inputs, Result, make_inputs
-from .report import OURS, OWN, VARIANT, Contender, Problem
+from .report import OURS, OWN, VARIANT, Problem
 
 VOCAB_SIZE = 129_280
 NUM_TABLES = 4
@@ -181,5 +181,4 @@ def option_entrant(use: Use, artifacts: ArtifactSet, *, pdl: bool, named: bool) 
             **({"e_bias": None} | use.binds(inputs, layer) | use.brings(inputs)),
         )
 
-    contender = Contender(name=name, role=role, what=what)
-    return Entrant(contender=contender, make=make, expected=expected)
+    return entrant(name, role, what, make, expected)

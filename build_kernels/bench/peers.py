@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .contenders import Entrant, Unavailable
+from .contenders import Entrant, Unavailable, entrant
 from .inputs import Call, Inputs
-from .report import PEER, Contender
+from .report import PEER
 
 # vLLM uses its low-latency GEMM up to here, and cuBLAS above.
 VLLM_LL_MAX_TOKENS = 16
@@ -34,30 +34,21 @@ def peer_entrants(peers: Path, dsl: Path | None) -> tuple[Entrant, ...]:
     stand_in_for_packages()
     dsv4_topk = loaded("dsv4_topk", peers)
     return (
-        Entrant(
-            contender=Contender(
-                name="vllm",
-                role=PEER,
-                what=f"vLLM: ll_bf16 GEMM (CuTeDSL) up to {VLLM_LL_MAX_TOKENS} tokens, cuBLAS "
-                "above; then dsv4_topk (Triton), with PDL",
-            ),
-            make=lambda inputs: vllm_call(inputs, dsv4_topk, loaded("ll_bf16", peers)),
+        entrant(
+            *("vllm", PEER),
+            f"vLLM: ll_bf16 GEMM (CuTeDSL) up to {VLLM_LL_MAX_TOKENS} tokens, cuBLAS above; then "
+            "dsv4_topk (Triton), with PDL",
+            lambda inputs: vllm_call(inputs, dsv4_topk, loaded("ll_bf16", peers)),
         ),
-        Entrant(
-            contender=Contender(
-                name="cuBLAS + dsv4_topk",
-                role=PEER,
-                what="torch.mm(out_dtype=float32), then vLLM's dsv4_topk (Triton)",
-            ),
-            make=lambda inputs: dsv4_call(inputs, dsv4_topk, product),
+        entrant(
+            *("cuBLAS + dsv4_topk", PEER),
+            "torch.mm(out_dtype=float32), then vLLM's dsv4_topk (Triton)",
+            lambda inputs: dsv4_call(inputs, dsv4_topk, product),
         ),
-        Entrant(
-            contender=Contender(
-                name="sglang",
-                role=PEER,
-                what="SGLang: torch.mm(out_dtype=float32), then moe_fused_gate (Triton)",
-            ),
-            make=lambda inputs: sglang_call(inputs, loaded("moe_fused_gate", peers)),
+        entrant(
+            *("sglang", PEER),
+            "SGLang: torch.mm(out_dtype=float32), then moe_fused_gate (Triton)",
+            lambda inputs: sglang_call(inputs, loaded("moe_fused_gate", peers)),
         ),
     )
 

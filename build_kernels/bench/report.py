@@ -131,21 +131,13 @@ class Report:
     floors: tuple[Floor, ...]
 
     def microseconds(self, shape: str, mode: str, num_tokens: int, contender: str) -> float | None:
-        for figure in self.figures:
-            if (figure.shape, figure.mode, figure.num_tokens, figure.contender) == (
-                shape,
-                mode,
-                num_tokens,
-                contender,
-            ):
-                return figure.microseconds
-        return None
+        cell = shape, mode, num_tokens, contender
+        found = (f for f in self.figures if (f.shape, f.mode, f.num_tokens, f.contender) == cell)
+        return next((figure.microseconds for figure in found), None)
 
     def floor(self, shape: str, mode: str, name: str) -> float | None:
-        for floor in self.floors:
-            if (floor.shape, floor.mode, floor.name) == (shape, mode, name):
-                return floor.microseconds
-        return None
+        found = (f for f in self.floors if (f.shape, f.mode, f.name) == (shape, mode, name))
+        return next((floor.microseconds for floor in found), None)
 
     def of_role(self, role: str) -> tuple[str, ...]:
         return tuple(contender.name for contender in self.contenders if contender.role == role)

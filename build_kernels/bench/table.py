@@ -84,36 +84,26 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
 
 
 def summary(report: Report) -> Iterator[str]:
-    """Yield the worst ratio and geometric mean of each mode."""
+    """Yield the worst value and the geometric mean of each ratio in each mode."""
     for mode in report.modes:
         if mode == HOST:
             continue
         found = ratios(report, mode)
-        to_peer = [(r.to_peer, r) for r in found if r.to_peer is not None]
-        if to_peer:
-            worst, at = max(to_peer, key=lambda pair: pair[0])
-            yield (
-                f"{mode}: ours / best peer: worst {worst:.3f} ({at.shape}, N={at.num_tokens}, "
-                f"{at.best_peer}), geometric mean {geometric_mean(v for v, _ in to_peer):.3f} "
-                f"of {len(to_peer)} points"
-            )
+        kinds = {"ours / best peer": [(r.to_peer, r, f", {r.best_peer}") for r in found]}
         for pair in report.variants:
-            to_base = [
-                (ratio, r)
-                for r in found
-                if (ratio := variant_ratio(report, r.shape, mode, r.num_tokens, pair)) is not None
+            kinds[" / ".join(pair)] = [
+                (variant_ratio(report, r.shape, mode, r.num_tokens, pair), r, "") for r in found
             ]
-            if to_base:
-                worst, at = max(to_base, key=lambda entry: entry[0])
-                mean = geometric_mean(ratio for ratio, _ in to_base)
+        kinds["ours / read W"] = [(r.to_read, r, "") for r in found]
+        for kind, values in kinds.items():
+            known = [(ratio, at, peer) for ratio, at, peer in values if ratio is not None]
+            if known:
+                worst, at, peer = max(known, key=lambda value: value[0])
                 yield (
-                    f"{mode}: {' / '.join(pair)}: worst {worst:.3f} ({at.shape}, "
-                    f"N={at.num_tokens}), geometric mean {mean:.3f}"
+                    f"{mode}: {kind}: worst {worst:.3f} ({at.shape}, N={at.num_tokens}{peer}), "
+                    f"geometric mean {geometric_mean(ratio for ratio, _, _ in known):.3f} of "
+                    f"{len(known)} points"
                 )
-        to_read = [(r.to_read, r) for r in found if r.to_read is not None]
-        if to_read:
-            worst, at = max(to_read, key=lambda pair: pair[0])
-            yield f"{mode}: ours / read W: worst {worst:.3f} ({at.shape}, N={at.num_tokens})"
 
 
 def contender_lines(report: Report) -> Iterator[str]:

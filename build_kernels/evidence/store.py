@@ -82,8 +82,8 @@ def _replaces(old: Result, new: Result) -> bool:
     if new.status == NOT_RUN:
         return old.status == NOT_RUN
     # A quick pass covers less than a full climb that passed or failed.
-    says_less = (new.status, new.scope, old.scope) == (PASSED, QUICK, FULL)
-    return old.status == NOT_RUN or not says_less
+    covers_less = (new.status, new.scope, old.scope) == (PASSED, QUICK, FULL)
+    return old.status == NOT_RUN or not covers_less
 
 
 def read_evidence(path: Path) -> Evidence:

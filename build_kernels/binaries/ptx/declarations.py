@@ -6,8 +6,8 @@ from build_kernels.binaries.ptx.syntax import TYPE_BITS, EntryParameter, Variabl
 from build_kernels.binaries.ptx.tokens import TokenCursor
 
 
-def read_variable(cursor: TokenCursor, space: str, line: int) -> Variable:
-    """Read a variable, from behind its state space to its semicolon."""
+def _alignment_and_type(cursor: TokenCursor, what: str, line: int) -> tuple[int, str]:
+    """Read the words before a name; the target of a .ptr is passed over."""
     align, kind = 1, ""
     while cursor.peek().startswith("."):
         word = cursor.next()
@@ -15,8 +15,18 @@ def read_variable(cursor: TokenCursor, space: str, line: int) -> Variable:
             align = cursor.integer()
         elif word[1:] in TYPE_BITS:
             kind = word[1:]
-        elif word not in (".attribute", ".ptr"):
-            raise cursor.error(f"unknown variable attribute {word!r}", line)
+        elif word == ".ptr":
+            while cursor.peek() in (".global", ".shared", ".const", ".local", ".align"):
+                if cursor.next() == ".align":
+                    cursor.integer()
+        else:
+            raise cursor.error(f"unknown {what} attribute {word!r}", line)
+    return align, kind
+
+
+def read_variable(cursor: TokenCursor, space: str, line: int) -> Variable:
+    """Read a variable, from behind its state space to its semicolon."""
+    align, kind = _alignment_and_type(cursor, "variable", line)
     name = cursor.next()
     unit = TYPE_BITS[kind] // 8
     size: int | None = unit
@@ -56,19 +66,7 @@ def read_parameter(cursor: TokenCursor, end: int) -> EntryParameter:
     """Read a parameter of an .entry; `end` is the end of the one before it."""
     line = cursor.line
     cursor.expect(".param")
-    align, kind = 1, ""
-    while cursor.peek().startswith("."):
-        word = cursor.next()
-        if word == ".align":
-            align = cursor.integer()
-        elif word[1:] in TYPE_BITS:
-            kind = word[1:]
-        elif word == ".ptr":
-            while cursor.peek() in (".global", ".shared", ".const", ".local", ".align"):
-                if cursor.next() == ".align":
-                    cursor.integer()
-        else:
-            raise cursor.error(f"unknown parameter attribute {word!r}", line)
+    align, kind = _alignment_and_type(cursor, "parameter", line)
     name = cursor.next()
     size = TYPE_BITS[kind] // 8
     align = max(align, size)

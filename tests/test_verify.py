@@ -1065,6 +1065,15 @@ def test_a_launch_that_does_not_fit_is_refused_before_it_starts(
     assert "refused: " in result.reason
 
 
+def test_a_block_below_the_bound_of_the_ptx_is_refused_before_it_starts(
+    topk: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The PTX of topk.cu states .maxntid, which a smaller block would pass."""
+    kernel = replace(topk.kernel, launch=replace(topk.kernel.launch, block=(96, 1, 1)))
+    inputs = make_inputs(kernel, Case(num_tokens=3, num_experts=70, top_k=4))
+    assert "launch.block" in _refusal(topk, kernel, monkeypatch, inputs)
+
+
 def test_half_a_box_is_refused_before_it_starts(
     decode: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

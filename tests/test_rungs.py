@@ -1,277 +1,39 @@
-"""The ladder: evidence on file, what each rung refuses, and the command's exit status."""
+"""What each rung refuses, and what it takes to pass."""
 
 from __future__ import annotations
 
-import errno
-import io
-import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import decode_kernel, sample_manifest, topk_kernel
+from conftest import decode_kernel, sample_manifest
 
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
-from click.testing import CliRunner
+from builds import topk_set
 from hardware_record import Tally
-from rich.console import Console
+from test_evidence import KERNEL, record_of
 
-from build_kernels.binaries.ptx import count_opcodes, read_entry, without_target
+from build_kernels.binaries.ptx import count_opcodes, read_entry
 from build_kernels.building import compilers
 from build_kernels.building.build import run_build
 from build_kernels.building.plan import make_plan
-from build_kernels.evidence import (
-    RUNGS,
-    Evidence,
-    Result,
-    climb,
-    read_evidence,
-    standing,
-    validated_on,
-    verify,
-    verify_command,
-)
-from build_kernels.evidence.artifact import Artifact, ArtifactReadError, load_artifact
+from build_kernels.evidence import Evidence, Result, validated_on
+from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
-from build_kernels.evidence.climb import Outcome, climb_one, is_failure
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
-from build_kernels.evidence.result import not_run
-from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, rung, structure
-from build_kernels.evidence.store import update_evidence, write_evidence
-from build_kernels.evidence.table import cell, print_evidence
-from build_kernels.evidence.tasks import text_and_launch
+from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, structure
 from build_kernels.specs import KERNELS
 
-KERNEL = topk_kernel()
-TOPK_KEY = "router_topk.sm_100a"
-# By the present checker of the rung that most of these tests are about.
-JUDGE = protocol.RUNG.present_checker()
-PASSED = Result(
-    status="passed",
-    figures={"launches": 3},
-    assumptions=("one launch at a time",),
-    checker=JUDGE,
-)
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """router_topk for sm_100a, really built: it takes a fraction of a second. Not to be changed."""
-    folder = tmp_path_factory.mktemp("verify") / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a"]), jobs=1)
-    return folder
-
 
 @pytest.fixture
-def artifacts(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy for one test to keep evidence in, or to spoil."""
-    return Path(shutil.copytree(pristine, tmp_path_factory.mktemp("verify") / "artifacts"))
-
-
-@pytest.fixture
-def topk(pristine: Path) -> Artifact:
-    return load_artifact(pristine, "router_topk.sm_100a")
-
-
-# ---------------------------------------------------------------- evidence on file
-
-
-def test_evidence_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "evidence.json"
-    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
-    evidence = evidence.with_result(KERNEL, "lint", not_run("a CUDA kernel", applies=False))
-    write_evidence(path, evidence)
-    assert read_evidence(path) == evidence
-    first = path.read_bytes()
-    write_evidence(path, read_evidence(path))
-    assert path.read_bytes() == first
-    assert [item.name for item in tmp_path.iterdir()] == ["evidence.json"]
-
-
-def test_no_file_is_no_evidence(tmp_path: Path) -> None:
-    assert read_evidence(tmp_path / "evidence.json") == Evidence()
-    assert standing(Evidence(), KERNEL) == dict.fromkeys(
-        ("structure", "lint", "protocol", "emulated", "hardware"), "not run"
-    )
-
-
-@pytest.mark.parametrize("hash_name", ["cubin_sha256", "ptx_sha256"])
-def test_evidence_does_not_outlive_the_bytes(hash_name: str) -> None:
-    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
-    rebuilt = replace(KERNEL, **{hash_name: "f" * 64})
-    assert standing(evidence, KERNEL)["protocol"] == "passed"
-    assert standing(evidence, rebuilt)["protocol"] == "not run"
-    assert evidence.only([rebuilt]) == Evidence()
-
-
-QUICK = replace(PASSED, scope="quick")
-FAILED = Result(status="failed", reason="a race", checker=JUDGE)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "kept"),
-    [
-        (PASSED, QUICK, PASSED),
-        (PASSED, not_run("no SentryWard"), PASSED),
-        (FAILED, not_run("no SentryWard"), FAILED),
-        (PASSED, FAILED, FAILED),
-        (QUICK, PASSED, PASSED),
-        (FAILED, QUICK, FAILED),
-        (replace(FAILED, scope="quick"), QUICK, QUICK),
-        (FAILED, PASSED, PASSED),
-        (QUICK, FAILED, FAILED),
-        (not_run("no SentryWard"), not_run("out of time"), not_run("out of time")),
-    ],
-)
-def test_a_run_that_says_less_does_not_erase_one_that_says_more(
-    old: Result, new: Result, kept: Result
-) -> None:
-    evidence = Evidence().with_result(KERNEL, "protocol", old)
-    assert evidence.with_result(KERNEL, "protocol", new).stored(KERNEL)["protocol"] == kept
-
-
-@pytest.mark.parametrize(
-    "judge",
-    ["", "protocol 0, sentryward 0.1.1", "emulated 1", "protocol 1, sentryward 0.0.9"],
-)
-@pytest.mark.parametrize("old", [PASSED, FAILED])
-def test_evidence_does_not_outlive_its_checker(
-    old: Result, judge: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rung, "installed_version", lambda distribution: "0.1.1")
-    stale = replace(old, checker=judge)
-    evidence = Evidence().with_result(KERNEL, "protocol", stale)
-    assert standing(evidence, KERNEL)["protocol"] == "not run"
-    assert evidence.of(KERNEL) == {}
-    assert evidence.stored(KERNEL)["protocol"] == stale
-    for new in (QUICK, not_run("out of time"), PASSED):
-        new = replace(new, checker=protocol.RUNG.present_checker())
-        assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == new
-    # What GPUs did stays done, whoever reads the records.
-    assert hardware.RUNG.checker is None
-    ran = hardware.result_of(KERNEL, [_record()])
-    assert ran is not None
-    assert Evidence().with_result(KERNEL, "hardware", ran).of(KERNEL)["hardware"] == ran
-
-
-def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A machine that only lists the evidence need not have the tools that made it."""
-    assert {name for name in RUNGS if RUNGS[name].checker is None} == {"hardware"}
-    monkeypatch.setattr(rung, "installed_version", lambda distribution: None)
-    assert protocol.RUNG.present_checker() == "protocol 1"
-    assert protocol.RUNG.is_present("protocol 1, sentryward 0.1.1")
-    assert not protocol.RUNG.is_present("protocol 0, sentryward 0.1.1")
-
-
-def test_a_result_names_its_checker_and_a_stale_one_says_so(
-    artifacts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (kernel,) = {item.artifact for item in verify(artifacts, rungs=["structure"])}
-    path = artifacts / "evidence.json"
-    (entry,) = read_evidence(path).entries.values()
-    assert entry.rungs["structure"].checker == structure.RUNG.present_checker()
-    newer = replace(structure.RUNG, checker=rung.Checker(number=99))
-    monkeypatch.setitem(RUNGS, "structure", newer)
-    by_rung = {item.rung: item.result for item in verify(artifacts, rungs=["hardware"])}
-    assert by_rung["structure"].status == "not run"
-    assert f"{entry.rungs['structure'].checker} is not the present checker" in (
-        by_rung["structure"].reason
-    )
-    assert kernel == "router_topk.sm_100a"
-
-
-def test_a_result_that_shows_nothing_says_why() -> None:
-    with pytest.raises(ValueError, match="says why"):
-        Result(status="not run")
-    with pytest.raises(ValueError, match="expected one of"):
-        Result(status="ok")
-    with pytest.raises(ValueError, match="rung: expected one of"):
-        Evidence().with_result(KERNEL, "proved", PASSED)
-
-
-def _entry_text(rung: str, result: dict) -> str:
-    entry = {"artifact": KERNEL.key, "cubin_sha256": "0" * 64, "ptx_sha256": "1" * 64}
-    document = {"schema_version": 1, "evidence": [entry | {"rungs": {rung: result}}]}
-    return json.dumps(document)
-
-
-FULL_PASS = {"status": "passed", "scope": "full"}
-
-
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("{", r"\$: not valid JSON"),
-        ("[]", r"\$: expected an object"),
-        ('{"schema_version": 2, "evidence": []}', "schema_version: expected 1"),
-        ('{"schema_version": 1}', "evidence: missing"),
-        ('{"schema_version": 1, "evidence": [{"artifact": "a"}]}', r"evidence\[0\]\.\w+: missing"),
-        (_entry_text("lint", FULL_PASS | {"status": "ok"}), r"rungs\.lint\.status: expected one"),
-        (_entry_text("lint", {"scope": "full"}), r"rungs\.lint\.status: missing"),
-        (_entry_text("proved", FULL_PASS), 'rungs: unknown key "proved"'),
-        (_entry_text("hardware", FULL_PASS), "hardware passed without its records"),
-        (
-            _entry_text(
-                "hardware",
-                {"status": "failed", "scope": "full", "reason": "x"}
-                | {"figures": {"records": [{"cases": 3, "failed": []}]}},
-            ),
-            r"records\[0\]\.gpu: missing",
-        ),
-    ],
-)
-def test_an_unreadable_evidence_file_is_an_error_and_not_no_evidence(
-    tmp_path: Path, text: str, place: str
-) -> None:
-    path = tmp_path / "evidence.json"
-    path.write_text(text)
-    with pytest.raises(EvidenceError, match=rf"evidence\.json: .*{place}") as caught:
-        read_evidence(path)
-    # To delete it would lose what GPUs did.
-    assert "restore it with git" in str(caught.value)
-    assert "delete" not in str(caught.value)
-
-
-ADD_ONE = """
-import sys
-from pathlib import Path
-from conftest import topk_kernel
-from dataclasses import replace
-from build_kernels.evidence.result import Result
-from build_kernels.evidence.store import update_evidence
-path, number = Path(sys.argv[1]), int(sys.argv[2])
-for step in range(40):
-    kernel = replace(topk_kernel(), cubin_sha256=f"{number * 1000 + step:064d}")
-    add = lambda known: known.with_result(kernel, "lint", Result(status="passed"))
-    update_evidence(path, add)
-"""
-
-
-def test_two_runs_on_one_folder_keep_what_both_found(tmp_path: Path) -> None:
-    folder = tmp_path / "artifacts"
-    folder.mkdir()
-    path = folder / "evidence.json"
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", ADD_ONE, str(path), str(number)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        for number in (1, 2, 3)
-    ]
-    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0]
-    assert len(read_evidence(path).entries) == 3 * 40
-    assert [item.name for item in folder.iterdir()] == ["evidence.json"]
+def topk(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = topk_set(tmp_path_factory.mktemp("topk") / "artifacts", ["sm_100a"])
+    return load_artifact(folder, "router_topk.sm_100a")
 
 
 # ---------------------------------------------------------------- structure
@@ -418,6 +180,12 @@ def test_what_an_explanation_rests_on_is_there() -> None:
     assert set(named.rejected_by) == {"emulated", "protocol"}
 
 
+def test_the_lint_rung_knows_every_dsl_kernel() -> None:
+    names = {spec.name for spec in KERNELS}
+    assert {kernel.name for kernel in sample_manifest().kernels} <= names
+    assert compilers.NVRTC_OPTIONS, "the CUDA kernels are compiled by NVRTC, not linted"
+
+
 def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: Path) -> None:
     pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     kernel = decode_kernel("sm_100a")
@@ -510,23 +278,9 @@ def test_wgmma_is_beyond_the_protocol_rung(topk: Artifact) -> None:
 # ---------------------------------------------------------------- hardware
 
 
-def _record(kernel=KERNEL, **changed) -> hardware.Record:
-    facts = {
-        "artifact": kernel.key,
-        "cubin_sha256": kernel.cubin_sha256,
-        "ptx_sha256": kernel.ptx_sha256,
-        "gpu": "NVIDIA H200",
-        "arch": kernel.arch,
-        "driver": "580.0",
-        "date": "2026-01-31",
-        "cases": {"test_models": 24, "test_ties": 8},
-    }
-    return hardware.Record(**{**facts, **changed})
-
-
 def test_records_are_appended_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    records = (_record(), _record(gpu="NVIDIA H100", failed=("test_ties[1]",)))
+    records = (record_of(), record_of(gpu="NVIDIA H100", failed=("test_ties[1]",)))
     for record in records:
         hardware.append_record(path, record)
     assert hardware.read_records(path) == records
@@ -541,14 +295,14 @@ def test_records_are_appended_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_record_validates_its_own_bytes_only() -> None:
-    result = hardware.result_of(KERNEL, [_record()])
+    result = hardware.result_of(KERNEL, [record_of()])
     assert result is not None
     assert result.figures["cases"] == 32, "cases are summed, not the tests that ran them"
     evidence = Evidence().with_result(KERNEL, "hardware", result)
     assert validated_on(evidence, KERNEL) == "NVIDIA H200"
     assert validated_on(evidence, replace(KERNEL, cubin_sha256="f" * 64)) == "nowhere"
-    assert hardware.result_of(replace(KERNEL, ptx_sha256="f" * 64), [_record()]) is None
-    failed = hardware.result_of(KERNEL, [_record(), _record(failed=("test_models[1]",))])
+    assert hardware.result_of(replace(KERNEL, ptx_sha256="f" * 64), [record_of()]) is None
+    failed = hardware.result_of(KERNEL, [record_of(), record_of(failed=("test_models[1]",))])
     assert failed is not None
     assert (failed.status, failed.reason) == ("failed", "test_models[1]")
     assert validated_on(Evidence().with_result(KERNEL, "hardware", failed), KERNEL) == "nowhere"
@@ -566,12 +320,12 @@ def test_a_record_validates_its_own_bytes_only() -> None:
     ],
 )
 def test_records_add_up(changed: dict, records: int, cases: int) -> None:
-    first = hardware.result_of(KERNEL, [_record()])
-    both = hardware.result_of(KERNEL, [_record(**changed)], first)
+    first = hardware.result_of(KERNEL, [record_of()])
+    both = hardware.result_of(KERNEL, [record_of(**changed)], first)
     assert both is not None
     assert len(both.figures["records"]) == records
     assert both.figures["cases"] == cases
-    assert hardware.result_of(KERNEL, [_record(), _record(**changed)]) == both
+    assert hardware.result_of(KERNEL, [record_of(), record_of(**changed)]) == both
 
 
 def test_cases_are_counted_by_what_was_launched() -> None:
@@ -600,8 +354,8 @@ def test_cases_are_counted_by_what_was_launched() -> None:
 
 
 def test_a_failure_on_record_stays_visible() -> None:
-    first = hardware.result_of(KERNEL, [_record(failed=("test_ties[2]",))])
-    for later in (_record(), _record(date="2026-02-01"), _record(gpu="NVIDIA H100")):
+    first = hardware.result_of(KERNEL, [record_of(failed=("test_ties[2]",))])
+    for later in (record_of(), record_of(date="2026-02-01"), record_of(gpu="NVIDIA H100")):
         again = hardware.result_of(KERNEL, [later], first)
         assert again is not None
         assert (again.status, again.reason) == ("failed", "test_ties[2]")
@@ -610,269 +364,10 @@ def test_a_failure_on_record_stays_visible() -> None:
 def test_a_record_of_before_there_were_counts_is_kept() -> None:
     old = {"gpu": "NVIDIA H200", "driver": "580.0", "date": "2026-01-31", "cases": 24, "failed": []}
     stored = Result(status="passed", figures={"records": [old], "cases": ["test_models: 24"]})
-    both = hardware.result_of(KERNEL, [_record()], stored)
+    both = hardware.result_of(KERNEL, [record_of()], stored)
     assert both is not None
     assert old in both.figures["records"]
     assert both.figures["cases"] == 24 + 32
-
-
-# ---------------------------------------------------------------- the climb and the command
-
-
-def _call(*arguments: str | Path):
-    return CliRunner().invoke(verify_command, [str(argument) for argument in arguments])
-
-
-def test_the_command_prints_a_table_and_keeps_the_evidence(artifacts: Path) -> None:
-    result = _call("--artifacts", artifacts, "--rung", "structure")
-    assert result.exit_code == 0, result.stderr
-    assert "router_topk.sm_100a" in result.stdout
-    assert "not run" in result.stdout
-    stored = read_evidence(artifacts / "evidence.json")
-    (entry,) = stored.entries.values()
-    assert entry.rungs["structure"].status == "passed"
-    shown = _call("--artifacts", artifacts, "--rung", "structure", "--json")
-    rows = {row["rung"]: row for row in json.loads(shown.stdout)}
-    assert rows["structure"]["status"] == "passed"
-    assert rows["emulated"]["status"] == "not run"
-
-
-def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
-    result = _call("--artifacts", artifacts, "--rung", "hardware")
-    assert result.exit_code == 1
-    assert "router_topk.sm_100a hardware" in result.stderr
-    lint_result = _call("--artifacts", artifacts, "--rung", "lint")
-    assert lint_result.exit_code == 0, "the lint rung does not apply to a CUDA kernel"
-
-
-def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(artifacts: Path) -> None:
-    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
-    failed = Result(
-        status="failed", scope="full", reason="a race", checker=emulated.RUNG.present_checker()
-    )
-    update_evidence(
-        artifacts / "evidence.json", lambda known: known.with_result(kernel, "emulated", failed)
-    )
-    result = _call("--artifacts", artifacts, "--rung", "emulated", "--quick")
-    assert result.exit_code == 1
-    assert "a race" in result.stdout
-
-
-def test_what_counts_as_failure() -> None:
-    def outcome(result: Result) -> Outcome:
-        return Outcome(artifact="a", rung="protocol", result=result, climbed=True)
-
-    missing = not_run("no SentryWard")
-    assert not is_failure(outcome(PASSED), ("protocol",))
-    assert is_failure(outcome(FAILED), ())
-    assert is_failure(outcome(missing), ("protocol",))
-    assert not is_failure(outcome(missing), ())
-    assert not is_failure(outcome(replace(missing, applies=False)), ("protocol",))
-
-
-def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_path: Path) -> None:
-    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
-    good, stale = tmp_path / "good.json", tmp_path / "stale.json"
-    hardware.append_record(good, _record(kernel))
-    hardware.append_record(stale, _record(kernel, cubin_sha256="f" * 64))
-    refused = _call("--artifacts", artifacts, "--rung", "hardware", "--record", stale)
-    assert refused.exit_code == 1
-    assert "stale" in refused.stderr
-    elsewhere = tmp_path / "elsewhere.json"
-    hardware.append_record(elsewhere, _record(kernel, arch="sm_90a"))
-    impossible = _call("--artifacts", artifacts, "--rung", "hardware", "--record", elsewhere)
-    assert impossible.exit_code == 1
-    assert "where a cubin for sm_100a cannot load" in impossible.stderr
-    merged = _call("--artifacts", artifacts, "--rung", "hardware", "--record", good)
-    assert merged.exit_code == 0, merged.stderr
-    assert "NVIDIA H200, 32 cases" in merged.stdout
-    second = tmp_path / "second.json"
-    hardware.append_record(second, _record(kernel, date="2026-02-01"))
-    again = _call("--artifacts", artifacts, "--rung", "structure", "--record", second, "--json")
-    assert again.exit_code == 0, again.stderr
-    (row,) = (row for row in json.loads(again.stdout) if row["rung"] == "hardware")
-    assert [run["date"] for run in row["figures"]["records"]] == ["2026-01-31", "2026-02-01"]
-
-
-def test_the_cells_of_the_table() -> None:
-    launch = replace(PASSED, scope="quick", figures={"race_free": ["N=1"]})
-    assert cell("protocol", launch) == "passed, quick, 1 launch"
-    assert cell("protocol", replace(PASSED, figures={"race_free": ["a", "b"]})) == (
-        "passed, 2 launches"
-    )
-    emulation = replace(PASSED, figures={"cases": ["a"], "runs": 2})
-    assert cell("emulated", emulation) == "passed, 1 case, 2 runs"
-    assert cell("lint", not_run("a CUDA kernel", applies=False)) == "does not apply"
-    assert cell("lint", not_run("no compiler")) == "not run"
-    shown = replace(not_run("CUDA", applies=False), checker=lint.RUNG.present_checker())
-    evidence = Evidence().with_result(KERNEL, "lint", shown)
-    assert standing(evidence, KERNEL)["lint"] == "does not apply"
-
-
-def test_a_damaged_artifact_is_not_climbed(tmp_path: Path) -> None:
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
-    ptx = folder / "router_topk.sm_100a.ptx"
-    for text in (ptx.read_text() + "\n// one line more\n", ""):
-        ptx.write_text(text)
-        result = _call("--artifacts", folder, "--rung", "structure")
-        assert result.exit_code == 1
-        assert "not the one that the manifest records" in result.stderr
-    ptx.unlink()
-    with pytest.raises(ArtifactReadError, match="build-kernels build"):
-        verify(folder, rungs=["structure"])
-
-
-def test_a_kernel_that_the_set_lacks_is_an_error(artifacts: Path) -> None:
-    """An empty table and exit status 0 would look like a pass."""
-    for options in (("--kernel", "router_hash"), ("--arch", "sm_90a")):
-        result = _call("--artifacts", artifacts, *options)
-        assert result.exit_code == 1
-        assert "has none of the kernels asked for; it has router_topk.sm_100a" in result.stderr
-
-
-def _read_only(path: Path, change: object) -> Evidence:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-
-def test_a_read_only_folder_is_verified_and_its_evidence_not_kept(
-    artifacts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(climb, "update_evidence", _read_only)
-    result = _call("--artifacts", artifacts, "--rung", "structure", "--json")
-    assert result.exit_code == 0
-    rows = {row["rung"]: row["status"] for row in json.loads(result.stdout)}
-    assert rows["structure"] == "passed"
-    assert "printed and not kept" in result.stderr
-    assert "Read-only file system" in result.stderr
-    record = artifacts.parent / "record.json"
-    hardware.append_record(record, _record(load_artifact(artifacts, TOPK_KEY).kernel))
-    refused = _call("--artifacts", artifacts, "--record", record)
-    assert refused.exit_code == 1
-    assert "the records cannot be merged" in refused.stderr
-
-
-def test_a_full_disk_is_an_error(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was to be kept, and could be but for its size, must not be dropped."""
-
-    def full(path: Path, change: object) -> Evidence:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(climb, "update_evidence", full)
-    result = _call("--artifacts", artifacts, "--rung", "structure")
-    assert result.exit_code == 1
-    assert "error: [Errno 28] No space left on device" in result.stderr
-
-
-@pytest.mark.parametrize("width", [80, 240])
-def test_what_evidence_says_of_a_gpu_is_no_markup(artifacts: Path, width: int) -> None:
-    kernel = load_artifact(artifacts, TOPK_KEY).kernel
-    ran = hardware.result_of(kernel, [_record(kernel, gpu="[/red] [bold]H200")])
-    assert ran is not None
-    outcomes = [
-        Outcome(artifact=kernel.key, rung=rung, result=ran if rung == "hardware" else PASSED,
-                climbed=False)
-        for rung in RUNGS
-    ]  # fmt: skip
-    output = io.StringIO()
-    print_evidence(Console(file=output, width=width), outcomes)
-    lines = output.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    assert any("[/red] [bold]H200, 32 cases" in line for line in lines)
-    for words in (kernel.key, *RUNGS):
-        assert any(words in line for line in lines)
-
-
-def test_a_rung_that_breaks_off_is_a_failure_without_paths(
-    artifacts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(artifact: Artifact, *, quick: bool) -> Result:
-        raise LookupError("no such figure")
-
-    monkeypatch.setitem(RUNGS, "structure", replace(structure.RUNG, climb=refused))
-    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
-    expected = (kernel.cubin_sha256, kernel.ptx_sha256)
-    result = climb_one(artifacts, kernel.key, expected, "structure", True)
-    assert result.status == "failed"
-    assert result.reason == "the rung broke off: LookupError: no such figure"
-
-
-def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:
-    kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
-    expected = ("f" * 64, kernel.ptx_sha256)
-    result = climb_one(artifacts, kernel.key, expected, "structure", True)
-    assert (result.status, "built anew" in result.reason) == ("not run", True)
-
-
-def test_a_record_without_cases_is_refused(tmp_path: Path) -> None:
-    hardware.append_record(tmp_path / "record.json", _record(cases={}))
-    with pytest.raises(EvidenceError, match="names no case"):
-        hardware.read_records(tmp_path / "record.json")
-
-
-def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
-    outcomes = verify(folder, rungs=["structure"], jobs=2)
-    names = [item.artifact for item in outcomes[::5]]
-    assert names == ["router_topk.sm_100a", "router_topk.sm_90a"]
-    assert len(outcomes) == 10
-    assert [item.rung for item in outcomes if item.climbed] == ["structure"] * 2
-    only = verify(folder, archs=["sm_90a"], rungs=["lint"])
-    assert {item.artifact for item in only} == {"router_topk.sm_90a"}
-    assert {item.rung: item.result.status for item in only}["structure"] == "passed"
-
-
-def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
-    """The full emulated rung of router_topk takes tens of seconds."""
-    pytest.importorskip("torch")
-    code = "from build_kernels.evidence import verify_command as c; c()"
-    options = ["--artifacts", str(artifacts), "--rung", "emulated"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *options], stderr=subprocess.PIPE, start_new_session=True
-    )
-    time.sleep(4)
-    process.terminate()
-    _, stderr = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert b"what was found so far is kept" in stderr
-
-
-def test_importing_the_package_is_cheap() -> None:
-    """`list` asks it for the evidence: no torch, no DSL, no emulator."""
-    code = (
-        "import sys, build_kernels.evidence;"
-        "print([m for m in ('torch', 'cutlass', 'sentryward', 'numpy') if m in sys.modules])"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert process.stdout.strip() == b"[]"
-
-
-def test_the_lint_rung_knows_every_dsl_kernel() -> None:
-    names = {spec.name for spec in KERNELS}
-    assert {kernel.name for kernel in sample_manifest().kernels} <= names
-    assert compilers.NVRTC_OPTIONS, "the CUDA kernels are compiled by NVRTC, not linted"
-
-
-def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -> None:
-    pytest.importorskip("sentryward", reason="needs the extra `verify`")
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a", "sm_103a"]), jobs=2)
-    first, twin = (load_artifact(folder, f"router_topk.sm_{n}a") for n in (100, 103))
-    assert without_target(first.ptx) == without_target(twin.ptx)
-    assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))
-    assert text_and_launch(first) == text_and_launch(twin)
-    for changed in (
-        {"launch": replace(twin.kernel.launch, block=(64, 1, 1))},
-        {"parameters": twin.kernel.parameters[::-1]},
-        {"problem": replace(twin.kernel.problem, k_multiple=128)},
-    ):
-        other = replace(twin, kernel=replace(twin.kernel, **changed))
-        assert text_and_launch(first) != text_and_launch(other), changed
-    outcomes = [item for item in verify(folder, rungs=["protocol"], quick=True) if item.climbed]
-    assert [item.result.status for item in outcomes] == ["passed", "passed"]
-    shared = [any(".target line alone" in a for a in o.result.assumptions) for o in outcomes]
-    assert shared == [False, True]
 
 
 # ---------------------------------------------------------------- emulated

@@ -1,4 +1,4 @@
-"""Small builds for the tests of the builder: router_topk takes a fraction of a second."""
+"""Sets of kernels for the tests; a build of router_topk takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from build_kernels.building.build import Report, run_build
-from build_kernels.building.plan import make_plan
+from build_kernels.building.plan import file_names, make_plan
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
-from dsv4_router_runtime.artifacts.folder import open_artifacts
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, open_artifacts
+from dsv4_router_runtime.artifacts.manifest import serialise_manifest
 
+CHECKOUT = Path(__file__).parents[1] / "artifacts"
 ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
 DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
@@ -31,16 +34,29 @@ def make(
 
 
 @lru_cache
-def _pristine(archs: tuple[str, ...]) -> Path:
+def _pristine(names: tuple[str, ...], archs: tuple[str, ...]) -> Path:
+    """Build a set once per session: of the checkout's kernels if their sources made them."""
     home = Path(tempfile.mkdtemp(prefix="dsv4-router-test-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
-    make(home / "artifacts", archs=archs)
-    return home / "artifacts"
+    artifacts = home / "artifacts"
+    plan = make_plan(CHECKOUT, names, archs)
+    if plan.manifest is not None:
+        artifacts.mkdir()
+        for file in (file for entry in plan.current for file in file_names(entry)):
+            shutil.copy(CHECKOUT / file, artifacts)
+        manifest = replace(plan.manifest, kernels=plan.current)
+        (artifacts / MANIFEST_NAME).write_text(serialise_manifest(manifest))
+    make(artifacts, names, archs)
+    return artifacts
 
 
-def topk_set(folder: Path, archs: Sequence[str] = ARCHS) -> Path:
-    """A set of router_topk for `archs`, as `folder`; the test's own, to spoil."""
-    return Path(shutil.copytree(_pristine(tuple(archs)), folder))
+def kernel_set(folder: Path, names: Iterable[str], archs: Iterable[str]) -> Path:
+    """A set of the kernels `names` for `archs`, as `folder`; the test's own, to spoil."""
+    return Path(shutil.copytree(_pristine(tuple(names), tuple(archs)), folder))
+
+
+def topk_set(folder: Path, archs: Iterable[str] = ARCHS) -> Path:
+    return kernel_set(folder, [TOPK.name], archs)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

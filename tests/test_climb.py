@@ -22,8 +22,6 @@ from rich.console import Console
 from test_evidence import FAILED, KERNEL, PASSED, record_of
 
 from build_kernels.binaries.ptx import without_target
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.evidence import (
     RUNGS,
     Evidence,
@@ -158,8 +156,7 @@ def test_the_cells_of_the_table() -> None:
 
 
 def test_a_damaged_artifact_is_not_climbed(tmp_path: Path) -> None:
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
+    folder = topk_set(tmp_path / "artifacts", ["sm_90a", "sm_100a"])
     ptx = folder / "router_topk.sm_100a.ptx"
     for text in (ptx.read_text() + "\n// one line more\n", ""):
         ptx.write_text(text)
@@ -253,8 +250,7 @@ def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:
 
 
 def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_90a", "sm_100a"]), jobs=2)
+    folder = topk_set(tmp_path / "artifacts", ["sm_90a", "sm_100a"])
     outcomes = verify(folder, rungs=["structure"], jobs=2)
     names = [item.artifact for item in outcomes[::5]]
     assert names == ["router_topk.sm_100a", "router_topk.sm_90a"]
@@ -292,8 +288,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -> None:
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
-    folder = tmp_path / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a", "sm_103a"]), jobs=2)
+    folder = topk_set(tmp_path / "artifacts", ["sm_100a", "sm_103a"])
     first, twin = (load_artifact(folder, f"router_topk.sm_{n}a") for n in (100, 103))
     assert without_target(first.ptx) == without_target(twin.ptx)
     assert without_target(first.ptx) != without_target(first.ptx.replace("ret;", "trap;"))

@@ -16,10 +16,9 @@ pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")
 
+from builds import kernel_set
 from click.testing import CliRunner
 
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.emulator import Schedule
 from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.inputs import make_inputs
@@ -71,12 +70,10 @@ TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels that the mutants are made from, built."""
-    made = tmp_path_factory.mktemp("mutants") / "artifacts"
     keys = {mutant.artifact for mutant in MUTANTS}
     names = sorted({key.partition(".")[0] for key in keys})
     archs = sorted({key.partition(".")[2] for key in keys})
-    run_build(made, make_plan(made, names, archs), jobs=2)
-    return made
+    return kernel_set(tmp_path_factory.mktemp("mutants") / "artifacts", names, archs)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,12 @@ from conftest import decode_kernel, sample_manifest
 
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
-from builds import topk_set
+from builds import kernel_set, topk_set
 from hardware_record import Tally
 from test_evidence import KERNEL, record_of
 
 from build_kernels.binaries.ptx import count_opcodes, read_entry
 from build_kernels.building import compilers
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.evidence import Evidence, Result, validated_on
 from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
@@ -481,13 +479,11 @@ MISFITS = {
 
 @pytest.fixture(scope="module")
 def dsl_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decode kernel and the hash kernel, really built: seconds."""
+    """A decode kernel and the hash kernel."""
     pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("dsl") / "artifacts"
     names = ["router_decode_kmajor_n8", "router_hash"]
-    run_build(folder, make_plan(folder, names, ["sm_100a"]), jobs=2)
-    return folder
+    return kernel_set(tmp_path_factory.mktemp("dsl") / "artifacts", names, ["sm_100a"])
 
 
 @pytest.fixture

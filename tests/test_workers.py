@@ -14,10 +14,9 @@ import pytest
 pytest.importorskip("click", reason="needs the builder")
 pytest.importorskip("elftools", reason="needs the builder")
 
+from builds import topk_set
 from processes import family
 
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.workers import WorkerDiedError, run_tasks
 
 WAYS = [
@@ -31,9 +30,7 @@ LONG = "sleep 617"
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers") / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a"]), jobs=1)
-    return folder
+    return topk_set(tmp_path_factory.mktemp("workers") / "artifacts", ["sm_100a"])
 
 
 @pytest.fixture

@@ -25,7 +25,14 @@ from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.rungs import emulated
 from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
-from build_kernels.mutants.faults import MUTANTS
+from build_kernels.mutants.faults import (
+    MUTANTS,
+    barriers,
+    layouts,
+    options,
+    ordering,
+    selection,
+)
 from build_kernels.mutants.judge import JUDGES, Verdict, is_right, judge
 from build_kernels.mutants.mutant import Edit, Mutant, MutantError, mutated
 from build_kernels.workers import WorkerDiedError
@@ -59,9 +66,15 @@ WANTED = {
     "wrong row of W_gate",
     "store beside the outputs",
 }
-# One of each class is enough for every run of the tests; the command runs them all.
+# One of each class is enough for the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
+# A second each: one of each kind of fault for each kernel is quick.
+GROUPS = (
+    *(barriers.DECODE, ordering.DECODE, layouts.DECODE, selection.DECODE, options.DECODE),
+    *(ordering.SM90, layouts.HASH, (selection.TOPK_STORE,)),
+)
+QUICK = [next(mutant for mutant in group if mutant in EMULATED) for group in GROUPS]
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
@@ -98,12 +111,16 @@ def test_every_mutant_still_changes_the_kernel(
     assert mutated(mutant, ptx) != ptx or mutant.maps
 
 
-@pytest.mark.parametrize("mutant", EMULATED, ids=lambda mutant: mutant.name)
+@pytest.mark.quick(len(QUICK))
+@pytest.mark.parametrize(
+    "mutant", sorted(EMULATED, key=lambda each: each not in QUICK), ids=lambda each: each.name
+)
 def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     verdict = judge(mutant, artifacts[mutant.artifact], "emulated")
     assert verdict.word == "rejected", verdict.reason
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
 def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     quicker = replace(mutant, schedules=(("random", 1),))
@@ -125,6 +142,7 @@ def test_a_complaint_about_another_fault_is_no_rejection(artifacts: dict[str, Ar
     assert not is_right(broken, other)
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_are_accepted_on_the_same_cases(
     artifacts: dict[str, Artifact],
 ) -> None:
@@ -137,6 +155,7 @@ def test_the_kernels_themselves_are_accepted_on_the_same_cases(
         assert outcome.problems == (), f"{key} on {case}"
 
 
+@pytest.mark.slow
 def test_the_protocol_rung_rejects(artifacts: dict[str, Artifact]) -> None:
     """Two that take seconds; the table of all is made by the command."""
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
@@ -171,6 +190,7 @@ def test_what_is_right() -> None:
     assert not is_right(harmless, said("rejected"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command_fails_for_a_survivor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool

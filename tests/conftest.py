@@ -102,6 +102,14 @@ def seed(request) -> int:
     return zlib.crc32(request.node.nodeid.encode())
 
 
+@pytest.fixture
+def compile_once(monkeypatch):
+    """Let builds in this process take what a kernel was compiled to before: a second each."""
+    import builds
+
+    monkeypatch.setattr(builds.build, "_compile_all", builds.compile_once)
+
+
 def cubin_bytes(arch: str, payload: bytes = b"") -> bytes:
     """A valid 64-byte ELF header of a cubin for `arch`, and a payload."""
     flags, abi = ELF_FLAGS[arch]

@@ -68,6 +68,7 @@ def no_compiler(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ProcessPoolExecutor", refuse)
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestPlan:
     def test_a_build_makes_a_whole_set(self, artifacts: Path) -> None:
         check_whole(artifacts)
@@ -207,6 +208,7 @@ class TestPlan:
         assert contents(folder) == wanted
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestAPartOfABuild:
     """A build of some kernels never drops the others: it keeps them, or is refused."""
 
@@ -301,6 +303,7 @@ class TestAPartOfABuild:
 
 
 class TestDeterminism:
+    @pytest.mark.quick(1)
     @pytest.mark.parametrize(
         ("name", "arch"), [(TOPK.name, "sm_90a"), (DECODE.name, "sm_90a"), (DECODE.name, "sm_100a")]
     )
@@ -517,6 +520,7 @@ def _die() -> None:
     os._exit(1)
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestLocked:
     def test_the_same_bytes_pass(self, artifacts: Path) -> None:
         wanted = contents(artifacts)
@@ -555,8 +559,10 @@ class TestLocked:
             make(tmp_path / "artifacts", locked=True)
 
 
-def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
-    """Every kernel that is built went through a process boundary and kept its launch facts."""
+def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
+    """A kernel that is compiled went through a process boundary and kept its launch facts."""
+    artifacts = tmp_path / "artifacts"
+    assert make(artifacts, archs=["sm_90a"]).built
     for kernel in open_artifacts(artifacts).manifest.kernels:
         assert isinstance(TOPK, KernelSpec)
         assert kernel.launch.block == (128, 1, 1)

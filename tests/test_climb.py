@@ -91,6 +91,7 @@ def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
     assert lint_result.exit_code == 0, "the lint rung does not apply to a CUDA kernel"
 
 
+@pytest.mark.slow
 def test_a_quick_pass_does_not_clear_a_failure_of_a_full_climb(artifacts: Path) -> None:
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     failed = Result(

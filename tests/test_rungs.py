@@ -436,6 +436,7 @@ def test_the_emulated_rung_tells_the_outputs_strides_apart(topk: Artifact) -> No
     assert "ids" in result.reason
 
 
+@pytest.mark.slow
 def test_the_emulated_rung_sees_the_denominators_epsilon(topk: Artifact) -> None:
     """1e-20 left out: all scores are near 1e-22."""
     pytest.importorskip("torch")

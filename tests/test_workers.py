@@ -50,6 +50,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("number", "group"), WAYS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stopped_command_leaves_no_process_behind(
@@ -93,6 +94,7 @@ def double(number: int) -> int:
     return 2 * number
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("jobs", [1, 2, 9])
 def test_every_task_gives_its_result(jobs: int) -> None:
     with run_tasks(double, {n: (n,) for n in (1, 2, 3, 4)}, jobs=jobs) as results:

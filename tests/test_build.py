@@ -435,6 +435,7 @@ class TestRefusals:
         with pytest.raises(EntryError, match=message):
             entry.make_parameters(DECODE, found)
 
+    @pytest.mark.slow
     def test_an_architecture_that_the_dsl_does_not_know(self, tmp_path: Path) -> None:
         plan = make_plan(tmp_path / "a", [DECODE.name], ["sm_90a"])
         tasks = (Task(spec=DECODE, arch="sm_101a", digest="0" * 64),)
@@ -460,7 +461,8 @@ class TestRefusals:
             with pytest.raises(compilers.CompileError, match="wrote for sm_90a is cut off"):
                 compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
 
-    @pytest.mark.parametrize(("name", "size"), [(DECODE.name, 120), (TOPK.name, 40)])
+    @pytest.mark.quick(1)
+    @pytest.mark.parametrize(("name", "size"), [(TOPK.name, 40), (DECODE.name, 120)])
     def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
         with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
             with pytest.raises(BuildError) as caught:

@@ -1,4 +1,4 @@
-"""Small builds for the tests of the builder: router_topk takes a fraction of a second."""
+"""Sets of kernels for the tests; a build of router_topk takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from build_kernels.building.build import Report, run_build
-from build_kernels.building.plan import make_plan
+from build_kernels.building import build
+from build_kernels.building.build import Built, Report, run_build
+from build_kernels.building.plan import Task, file_names, make_plan
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
+CHECKOUT = Path(__file__).parents[1] / "artifacts"
+COMPILE_ALL = build._compile_all
 ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
 DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
@@ -30,17 +34,56 @@ def make(
     return run_build(artifacts, make_plan(artifacts, names, archs), jobs=2, **options)
 
 
+def _of_the_checkout() -> dict[str, Built]:
+    """Return the checkout's kernels that the present sources made, by spec and architecture."""
+    known = {}
+    for entry in make_plan(CHECKOUT, [spec.name for spec in KERNELS], ARCHS).current:
+        cubin, ptx = ((CHECKOUT / name).read_bytes() for name in file_names(entry))
+        spec = next(spec for spec in KERNELS if spec.name == entry.name)
+        known[repr((spec, entry.arch))] = Built(entry=entry, cubin=cubin, ptx=ptx.decode())
+    return known
+
+
+# Read before a test changes a plan's inputs; compile_once adds to it.
+COMPILED = _of_the_checkout()
+
+
+def compile_once(
+    tasks: Sequence[Task], folder: Path, jobs: int, on_done: Callable[[str], None]
+) -> list[Built]:
+    """Compile what was not compiled before; stands in for build._compile_all."""
+    sources = [repr((task.spec, task.arch)) for task in tasks]
+    new = {
+        source: task for source, task in zip(sources, tasks, strict=True) if source not in COMPILED
+    }
+    made = COMPILE_ALL(list(new.values()), folder, jobs, on_done)
+    COMPILED.update(zip(new, made, strict=True))
+    built = []
+    for source, task in zip(sources, tasks, strict=True):
+        before = COMPILED[source]
+        built.append(replace(before, entry=replace(before.entry, source_digest=task.digest)))
+        if source not in new:
+            on_done(task.key)
+    return built
+
+
 @lru_cache
-def _pristine(archs: tuple[str, ...]) -> Path:
+def _pristine(names: tuple[str, ...], archs: tuple[str, ...]) -> Path:
     home = Path(tempfile.mkdtemp(prefix="dsv4-router-test-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
-    make(home / "artifacts", archs=archs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_compile_all", compile_once)
+        make(home / "artifacts", names, archs)
     return home / "artifacts"
 
 
-def topk_set(folder: Path, archs: Sequence[str] = ARCHS) -> Path:
-    """A set of router_topk for `archs`, as `folder`; the test's own, to spoil."""
-    return Path(shutil.copytree(_pristine(tuple(archs)), folder))
+def kernel_set(folder: Path, names: Iterable[str], archs: Iterable[str]) -> Path:
+    """A set of the kernels `names` for `archs`, as `folder`; the test's own, to spoil."""
+    return Path(shutil.copytree(_pristine(tuple(names), tuple(archs)), folder))
+
+
+def topk_set(folder: Path, archs: Iterable[str] = ARCHS) -> Path:
+    return kernel_set(folder, [TOPK.name], archs)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,10 +1,11 @@
-"""Fixtures for the runtime's tests: sample manifests, artifacts on disk, and the gpu marker."""
+"""Fixtures for the runtime's tests: sample manifests, artifacts on disk, and what marks do."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
 import zlib
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -69,7 +70,14 @@ def why_no_gpu() -> str | None:
     return None if kernels else f"the artifacts hold no kernel for this GPU's {arch}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    seen: Counter[object] = Counter()
+    for item in items:
+        if quick := item.get_closest_marker("quick"):
+            seen[item.function] += 1
+            if seen[item.function] > quick.args[0]:
+                item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if marked else None
     if reason:
@@ -92,6 +100,14 @@ def record_cases(request):
 def seed(request) -> int:
     """A seed of the test's own: the same on every run, another for every test and parameter."""
     return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture
+def compile_once(monkeypatch):
+    """Let builds in this process take what a kernel was compiled to before: a second each."""
+    import builds
+
+    monkeypatch.setattr(builds.build, "_compile_all", builds.compile_once)
 
 
 def cubin_bytes(arch: str, payload: bytes = b"") -> bytes:

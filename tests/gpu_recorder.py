@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -88,6 +89,65 @@ def replace_gpu(monkeypatch) -> Gpu:
 
 def workspace_of(bound: Router) -> workspace.Workspace:
     return bound._binding._workspace
+
+
+def workspaces() -> list[workspace.Workspace]:
+    return list(workspace._workspaces.values())
+
+
+def free_slots(space: workspace.Workspace) -> list[int]:
+    """Return the addresses that no capture has taken yet: the workspace's own list."""
+    return space._free
+
+
+def reserve_chunks(space: workspace.Workspace) -> list[torch.Tensor]:
+    return space._reserve
+
+
+def eager_slots(space: workspace.Workspace) -> list[workspace.Slot]:
+    return list(space._slots.values())
+
+
+@contextlib.contextmanager
+def reserve_used_up(bound: Router):
+    """Leave a capture within the block no zeroed slot."""
+    space = workspace_of(bound)
+    kept, space._free = space._free, []
+    try:
+        yield
+    finally:
+        space._free = kept
+
+
+def note_zeroing(monkeypatch, note: Callable[[int], object]) -> None:
+    """Call `note` with the size of each piece of memory that a workspace zeroes."""
+    zeros = workspace.Workspace._zeros
+    noted = lambda space, size: (note(size), zeros(space, size))[1]  # noqa: E731
+    monkeypatch.setattr(workspace.Workspace, "_zeros", noted)
+
+
+def fill_plain_scratch(monkeypatch, value: int) -> None:
+    """Let memory that is not zeroed come with `value` in each byte."""
+    filled = lambda _, size, dtype=torch.uint8: torch.full((size,), value, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(workspace.Workspace, "_empty", filled)
+
+
+def remembered_layers() -> list[tuple[binding.Binding, torch.Tensor | None]]:
+    """Return the binding of each layer that dense_router_dispatch keeps, and the W_gate kept."""
+    return [(bound, kept) for bound, kept, _ in router._remembered.values()]
+
+
+@contextlib.contextmanager
+def interrupt_at_last_parameter(monkeypatch, site: LaunchSite):
+    """Raise KeyboardInterrupt where `site` writes the last parameter of a call."""
+
+    class Interrupted:
+        def __setattr__(self, name, value):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "_call_cells", (*site._call_cells[:-1], Interrupted()))
+        yield
 
 
 def w_copy_of(bound: Router) -> torch.Tensor | None:

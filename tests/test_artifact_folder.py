@@ -223,6 +223,7 @@ class TestAFolderWithStrangersIsRefused:
         check_refused(build_in(artifacts), "thesis.tex")
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestAFolderOfOurs:
     def test_an_empty_one(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()

@@ -54,6 +54,7 @@ print([name for name in {FOREIGN} if name in sys.modules])
     assert python(code) == "[]"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference"])
 def test_the_rest_brings_in_torch_and_no_builder(module):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")

@@ -68,6 +68,7 @@ def no_compiler(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ProcessPoolExecutor", refuse)
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestPlan:
     def test_a_build_makes_a_whole_set(self, artifacts: Path) -> None:
         check_whole(artifacts)
@@ -207,6 +208,7 @@ class TestPlan:
         assert contents(folder) == wanted
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestAPartOfABuild:
     """A build of some kernels never drops the others: it keeps them, or is refused."""
 
@@ -301,6 +303,7 @@ class TestAPartOfABuild:
 
 
 class TestDeterminism:
+    @pytest.mark.quick(1)
     @pytest.mark.parametrize(
         ("name", "arch"), [(TOPK.name, "sm_90a"), (DECODE.name, "sm_90a"), (DECODE.name, "sm_100a")]
     )
@@ -432,6 +435,7 @@ class TestRefusals:
         with pytest.raises(EntryError, match=message):
             entry.make_parameters(DECODE, found)
 
+    @pytest.mark.slow
     def test_an_architecture_that_the_dsl_does_not_know(self, tmp_path: Path) -> None:
         plan = make_plan(tmp_path / "a", [DECODE.name], ["sm_90a"])
         tasks = (Task(spec=DECODE, arch="sm_101a", digest="0" * 64),)
@@ -457,7 +461,8 @@ class TestRefusals:
             with pytest.raises(compilers.CompileError, match="wrote for sm_90a is cut off"):
                 compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
 
-    @pytest.mark.parametrize(("name", "size"), [(DECODE.name, 120), (TOPK.name, 40)])
+    @pytest.mark.quick(1)
+    @pytest.mark.parametrize(("name", "size"), [(TOPK.name, 40), (DECODE.name, 120)])
     def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
         with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
             with pytest.raises(BuildError) as caught:
@@ -517,6 +522,7 @@ def _die() -> None:
     os._exit(1)
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestLocked:
     def test_the_same_bytes_pass(self, artifacts: Path) -> None:
         wanted = contents(artifacts)
@@ -555,8 +561,10 @@ class TestLocked:
             make(tmp_path / "artifacts", locked=True)
 
 
-def test_kernel_specs_pickle_into_the_compilers(artifacts: Path) -> None:
-    """Every kernel that is built went through a process boundary and kept its launch facts."""
+def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
+    """A kernel that is compiled went through a process boundary and kept its launch facts."""
+    artifacts = tmp_path / "artifacts"
+    assert make(artifacts, archs=["sm_90a"]).built
     for kernel in open_artifacts(artifacts).manifest.kernels:
         assert isinstance(TOPK, KernelSpec)
         assert kernel.launch.block == (128, 1, 1)

@@ -78,6 +78,7 @@ def test_the_assembler_is_known_where_the_cubin_says_it() -> None:
     assert re.fullmatch(r"12\.9\.\d+", cubin.stated_ptxas(compiled(PLAIN, "sm_100a")) or "")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_local_memory_is_seen(arch: str, tmp_path: Path) -> None:
     data = compiled(LOCAL, arch)
@@ -113,6 +114,7 @@ def test_opcodes_are_counted_without_their_modifiers(
     assert nvdisasm.watched(counts) == {opcode: 1, "LDG": 1, "STG": 1, "LDL": 0, "STL": 0}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
     """Predicated ones too: an instruction is 16 bytes of the kernel's .text section."""
@@ -266,6 +268,7 @@ def refused_of(count: int, arch: str, seed: int) -> int:
     return refused
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_mutation_raises_anything_else(arch: str, seed: int) -> None:
     assert 100 < refused_of(1000, arch, seed) < 1000

@@ -1,8 +1,11 @@
-"""Evidence and record files by other hands: whatever they hold, an answer or an EvidenceError."""
+"""Evidence on file: what stays and what goes stale. Files by other hands: an answer or an error."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +16,9 @@ from watchdog import ends_within
 
 from build_kernels.evidence import RUNGS, standing, validated_on
 from build_kernels.evidence.document import EvidenceError
-from build_kernels.evidence.result import Result
-from build_kernels.evidence.rungs import lint
-from build_kernels.evidence.rungs.hardware import append_record, read_records, result_of
+from build_kernels.evidence.result import Result, not_run
+from build_kernels.evidence.rungs import hardware, lint, protocol, rung
+from build_kernels.evidence.rungs.hardware import Record, append_record, read_records, result_of
 from build_kernels.evidence.rungs.rung import Checker
 from build_kernels.evidence.store import Evidence, read_evidence, write_evidence
 from build_kernels.evidence.table import cell
@@ -31,9 +34,30 @@ RECORD = {
     "arch": "sm_90a",
     "driver": "580.0",
     "date": "2026-01-31",
-    "cases": {"test_models": 24},
+    "cases": {"test_models": 24, "test_ties": 8},
     "failed": [],
 }
+# By the present checker of the rung that most results here are of.
+CHECKER = protocol.RUNG.present_checker()
+PASSED = Result(
+    status="passed",
+    figures={"launches": 3},
+    assumptions=("one launch at a time",),
+    checker=CHECKER,
+)
+QUICK = replace(PASSED, scope="quick")
+FAILED = Result(status="failed", reason="a race", checker=CHECKER)
+
+
+def record_of(kernel=KERNEL, **changed) -> Record:
+    """A record of the test run RECORD for the bytes of `kernel`."""
+    own = {
+        "artifact": kernel.key,
+        "cubin_sha256": kernel.cubin_sha256,
+        "ptx_sha256": kernel.ptx_sha256,
+        "arch": kernel.arch,
+    }
+    return Record(**{**RECORD, "failed": (), **own, **changed})
 
 
 def entry_text(rung="lint", **result) -> str:
@@ -59,7 +83,7 @@ def test_a_right_file_is_read(tmp_path):
     assert validated_on(evidence, KERNEL) == "NVIDIA H200"
     path = tmp_path / "record.json"
     path.write_text(record_text())
-    assert read_records(path)[0].cases == {"test_models": 24}
+    assert read_records(path)[0].cases == RECORD["cases"]
     append_record(path, read_records(path)[0])
     assert len(read_records(path)) == 2
 
@@ -67,6 +91,19 @@ def test_a_right_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "place"),
     [
+        ("{", "$: not valid JSON"),
+        ("[]", "$: expected an object"),
+        ('{"schema_version": 2, "evidence": []}', "schema_version: expected 1"),
+        ('{"schema_version": 1}', "evidence: missing"),
+        ('{"schema_version": 1, "evidence": [{"artifact": "a"}]}', "evidence[0].cubin_sha256: m"),
+        (entry_text(status="ok"), "rungs.lint.status: expected one"),
+        (entry_text().replace('"status": "passed", ', ""), "rungs.lint.status: missing"),
+        (entry_text("proved"), 'rungs: unknown key "proved"'),
+        (entry_text("hardware"), "hardware passed without its records"),
+        (
+            entry_text("hardware", figures={"records": [{"cases": 3, "failed": []}]}),
+            "records[0].gpu: missing",
+        ),
         (entry_text(checker=7), "rungs.lint.checker: expected a checker, a string of 0 to 400"),
         (entry_text(checker=None), "rungs.lint.checker: expected a checker"),
         (entry_text(checker="x" * 401), "rungs.lint.checker: expected a checker"),
@@ -110,7 +147,10 @@ def test_what_does_not_fit_says_where(tmp_path, text, place):
     with pytest.raises(EvidenceError) as caught:
         evidence_of(tmp_path, text)
     assert place in str(caught.value)
+    assert "evidence.json: " in str(caught.value)
+    # To delete it would lose what GPUs did.
     assert "restore it with git" in str(caught.value)
+    assert "delete" not in str(caught.value)
     assert len(str(caught.value)) <= 1024 + len(str(tmp_path))
 
 
@@ -265,3 +305,128 @@ def test_a_file_by_other_hands_is_an_error_of_the_command(tmp_path):
     assert shown.exit_code == 1
     assert "rungs.lint.checker: expected a checker" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_evidence_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
+    evidence = evidence.with_result(KERNEL, "lint", not_run("a CUDA kernel", applies=False))
+    write_evidence(path, evidence)
+    assert read_evidence(path) == evidence
+    first = path.read_bytes()
+    write_evidence(path, read_evidence(path))
+    assert path.read_bytes() == first
+    assert [item.name for item in tmp_path.iterdir()] == ["evidence.json"]
+
+
+def test_no_file_is_no_evidence(tmp_path: Path) -> None:
+    assert read_evidence(tmp_path / "evidence.json") == Evidence()
+    assert standing(Evidence(), KERNEL) == dict.fromkeys(
+        ("structure", "lint", "protocol", "emulated", "hardware"), "not run"
+    )
+
+
+@pytest.mark.parametrize("hash_name", ["cubin_sha256", "ptx_sha256"])
+def test_evidence_does_not_outlive_the_bytes(hash_name: str) -> None:
+    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
+    rebuilt = replace(KERNEL, **{hash_name: "f" * 64})
+    assert standing(evidence, KERNEL)["protocol"] == "passed"
+    assert standing(evidence, rebuilt)["protocol"] == "not run"
+    assert evidence.only([rebuilt]) == Evidence()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [
+        (PASSED, QUICK, PASSED),
+        (PASSED, not_run("no SentryWard"), PASSED),
+        (FAILED, not_run("no SentryWard"), FAILED),
+        (PASSED, FAILED, FAILED),
+        (QUICK, PASSED, PASSED),
+        (FAILED, QUICK, FAILED),
+        (replace(FAILED, scope="quick"), QUICK, QUICK),
+        (FAILED, PASSED, PASSED),
+        (QUICK, FAILED, FAILED),
+        (not_run("no SentryWard"), not_run("out of time"), not_run("out of time")),
+    ],
+)
+def test_a_run_that_says_less_does_not_erase_one_that_says_more(
+    old: Result, new: Result, kept: Result
+) -> None:
+    evidence = Evidence().with_result(KERNEL, "protocol", old)
+    assert evidence.with_result(KERNEL, "protocol", new).stored(KERNEL)["protocol"] == kept
+
+
+@pytest.mark.parametrize(
+    "judge",
+    ["", "protocol 0, sentryward 0.1.1", "emulated 1", "protocol 1, sentryward 0.0.9"],
+)
+@pytest.mark.parametrize("old", [PASSED, FAILED])
+def test_evidence_does_not_outlive_its_checker(
+    old: Result, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rung, "installed_version", lambda distribution: "0.1.1")
+    stale = replace(old, checker=judge)
+    evidence = Evidence().with_result(KERNEL, "protocol", stale)
+    assert standing(evidence, KERNEL)["protocol"] == "not run"
+    assert evidence.of(KERNEL) == {}
+    assert evidence.stored(KERNEL)["protocol"] == stale
+    for new in (QUICK, not_run("out of time"), PASSED):
+        new = replace(new, checker=protocol.RUNG.present_checker())
+        assert evidence.with_result(KERNEL, "protocol", new).of(KERNEL)["protocol"] == new
+    # What GPUs did stays done, whoever reads the records.
+    assert hardware.RUNG.checker is None
+    ran = result_of(KERNEL, [record_of()])
+    assert ran is not None
+    assert Evidence().with_result(KERNEL, "hardware", ran).of(KERNEL)["hardware"] == ran
+
+
+def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that only lists the evidence need not have the tools that made it."""
+    assert {name for name in RUNGS if RUNGS[name].checker is None} == {"hardware"}
+    monkeypatch.setattr(rung, "installed_version", lambda distribution: None)
+    assert protocol.RUNG.present_checker() == "protocol 1"
+    assert protocol.RUNG.is_present("protocol 1, sentryward 0.1.1")
+    assert not protocol.RUNG.is_present("protocol 0, sentryward 0.1.1")
+
+
+def test_a_result_that_shows_nothing_says_why() -> None:
+    with pytest.raises(ValueError, match="expected a text"):
+        Result(status="not run")
+    with pytest.raises(ValueError, match="expected one of"):
+        Result(status="ok")
+    with pytest.raises(ValueError, match="rung: expected one of"):
+        Evidence().with_result(KERNEL, "proved", PASSED)
+
+
+ADD_ONE = """
+import sys
+from pathlib import Path
+from conftest import topk_kernel
+from dataclasses import replace
+from build_kernels.evidence.result import Result
+from build_kernels.evidence.store import update_evidence
+path, number = Path(sys.argv[1]), int(sys.argv[2])
+for step in range(40):
+    kernel = replace(topk_kernel(), cubin_sha256=f"{number * 1000 + step:064d}")
+    add = lambda known: known.with_result(kernel, "lint", Result(status="passed"))
+    update_evidence(path, add)
+"""
+
+
+def test_two_runs_on_one_folder_keep_what_both_found(tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    path = folder / "evidence.json"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADD_ONE, str(path), str(number)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        for number in (1, 2, 3)
+    ]
+    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0]
+    assert len(read_evidence(path).entries) == 3 * 40
+    assert [item.name for item in folder.iterdir()] == ["evidence.json"]

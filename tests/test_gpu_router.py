@@ -28,6 +28,7 @@ from gpu_calls import (  # noqa: E402
     logits_of,
     outputs,
 )
+from gpu_recorder import reserve_used_up  # noqa: E402
 
 from dsv4_router_runtime import Router, dense_router_dispatch  # noqa: E402
 from dsv4_router_runtime.reference import (  # noqa: E402
@@ -336,17 +337,11 @@ def test_graph_without_prepared_scratch(random):
     x, W, bias = integers(random, 40, 4096, 256)
     router = bound(W, bias, 1.5, 6)
     weights, ids = outputs(40, 6)
-    reserve = router._binding._workspace
-    kept, reserve._free = reserve._free, []
-    try:
+    router(x, weights, ids)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with reserve_used_up(router), torch.cuda.graph(graph):
         router(x, weights, ids)
-        reserve._free = []
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            router(x, weights, ids)
-    finally:
-        reserve._free = kept
     for _ in range(3):
         weights.fill_(CANARY)
         graph.replay()

@@ -16,17 +16,23 @@ pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")
 
+from builds import kernel_set
 from click.testing import CliRunner
 
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.emulator import Schedule
 from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.rungs import emulated
 from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
-from build_kernels.mutants.faults import MUTANTS
+from build_kernels.mutants.faults import (
+    MUTANTS,
+    barriers,
+    layouts,
+    options,
+    ordering,
+    selection,
+)
 from build_kernels.mutants.judge import JUDGES, Verdict, is_right, judge
 from build_kernels.mutants.mutant import Edit, Mutant, MutantError, mutated
 from build_kernels.workers import WorkerDiedError
@@ -60,9 +66,15 @@ WANTED = {
     "wrong row of W_gate",
     "store beside the outputs",
 }
-# One of each class is enough for every run of the tests; the command runs them all.
+# One of each class is enough for the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
+# A second each: one of each kind of fault for each kernel is quick.
+GROUPS = (
+    *(barriers.DECODE, ordering.DECODE, layouts.DECODE, selection.DECODE, options.DECODE),
+    *(ordering.SM90, layouts.HASH, (selection.TOPK_STORE,)),
+)
+QUICK = [next(mutant for mutant in group if mutant in EMULATED) for group in GROUPS]
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
@@ -71,12 +83,10 @@ TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels that the mutants are made from, built."""
-    made = tmp_path_factory.mktemp("mutants") / "artifacts"
     keys = {mutant.artifact for mutant in MUTANTS}
     names = sorted({key.partition(".")[0] for key in keys})
     archs = sorted({key.partition(".")[2] for key in keys})
-    run_build(made, make_plan(made, names, archs), jobs=2)
-    return made
+    return kernel_set(tmp_path_factory.mktemp("mutants") / "artifacts", names, archs)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +111,16 @@ def test_every_mutant_still_changes_the_kernel(
     assert mutated(mutant, ptx) != ptx or mutant.maps
 
 
-@pytest.mark.parametrize("mutant", EMULATED, ids=lambda mutant: mutant.name)
+@pytest.mark.quick(len(QUICK))
+@pytest.mark.parametrize(
+    "mutant", sorted(EMULATED, key=lambda each: each not in QUICK), ids=lambda each: each.name
+)
 def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     verdict = judge(mutant, artifacts[mutant.artifact], "emulated")
     assert verdict.word == "rejected", verdict.reason
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
 def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     quicker = replace(mutant, schedules=(("random", 1),))
@@ -128,6 +142,7 @@ def test_a_complaint_about_another_fault_is_no_rejection(artifacts: dict[str, Ar
     assert not is_right(broken, other)
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_are_accepted_on_the_same_cases(
     artifacts: dict[str, Artifact],
 ) -> None:
@@ -140,6 +155,7 @@ def test_the_kernels_themselves_are_accepted_on_the_same_cases(
         assert outcome.problems == (), f"{key} on {case}"
 
 
+@pytest.mark.slow
 def test_the_protocol_rung_rejects(artifacts: dict[str, Artifact]) -> None:
     """Two that take seconds; the table of all is made by the command."""
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
@@ -174,6 +190,7 @@ def test_what_is_right() -> None:
     assert not is_right(harmless, said("rejected"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command_fails_for_a_survivor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool

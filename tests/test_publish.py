@@ -18,7 +18,17 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the builder")
 
-from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
+from builds import (
+    ARCHS,
+    TOPK,
+    check_whole,
+    compile_once,
+    contents,
+    leftovers,
+    make,
+    mounted,
+    topk_set,
+)
 
 from build_kernels.building import build, publish, staging
 from build_kernels.building import plan as plan_module
@@ -167,6 +177,7 @@ class TestACrash:
         assert contents(artifacts) == contents(topk_set(artifacts.parent / "wanted"))
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestAKilledBuild:
     """SIGKILL leaves its private folders; the next build clears them, whatever it finds to do."""
 
@@ -441,6 +452,7 @@ class TestWhatHappensDuringABuild:
             build.open_folder(artifacts)  # with nothing to do, too
         shutil.rmtree(aside)
         monkeypatch.undo()
+        monkeypatch.setattr(build, "_compile_all", compile_once)
         assert make(artifacts).built
         assert leftovers(artifacts) == []
 

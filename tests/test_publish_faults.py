@@ -140,6 +140,7 @@ def each_call(artifacts: Path, tmp_path: Path) -> object:
     raise AssertionError(f"a build makes more than {_MOST_CALLS} calls")
 
 
+@pytest.mark.slow
 def test_each_call_fails(artifacts: Path, tmp_path: Path, watch: Watch) -> None:
     before = the_users(artifacts)
 
@@ -157,6 +158,7 @@ def test_each_call_fails(artifacts: Path, tmp_path: Path, watch: Watch) -> None:
     assert at > 50
 
 
+@pytest.mark.slow
 def test_each_call_is_the_last(artifacts: Path, tmp_path: Path, watch: Watch) -> None:
     before = the_users(artifacts)
 

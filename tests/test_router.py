@@ -20,7 +20,21 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from gpu_recorder import replace_gpu, sites_of, table_of, w_copy_of, workspace_of
+from gpu_recorder import (
+    eager_slots,
+    fill_plain_scratch,
+    free_slots,
+    interrupt_at_last_parameter,
+    note_zeroing,
+    remembered_layers,
+    replace_gpu,
+    reserve_chunks,
+    sites_of,
+    table_of,
+    w_copy_of,
+    workspace_of,
+    workspaces,
+)
 from watchdog import ends_within
 
 from dsv4_router_runtime import Router, binding, router
@@ -277,8 +291,7 @@ def test_each_scratch_starts_on_256_bytes():
 
 
 def test_counters_of_a_stream_are_zeroed_even_in_used_memory(gpu, make, monkeypatch):
-    used = lambda self, size, dtype=torch.uint8: torch.full((size,), 0x7F, dtype=dtype)  # noqa: E731
-    monkeypatch.setattr(workspace.Workspace, "_empty", used)
+    fill_plain_scratch(monkeypatch, 0x7F)
     bound = make()
     bound(*step(4))
     assert ctypes.string_at(gpu.last["counters"], 256) == bytes(256)
@@ -288,35 +301,30 @@ def test_counters_of_a_stream_are_zeroed_even_in_used_memory(gpu, make, monkeypa
 def test_reserve_is_kept_and_shared_only_once_zeroed(gpu, make, monkeypatch):
     """The zeroing runs on the stream that asked for it; captures come on others."""
     events = []
-    zeros = workspace.Workspace._zeros
 
     def wait(device):
-        [space] = workspace._workspaces.values()
-        events.append(f"waited with {len(space._free)} shared")
+        [space] = workspaces()
+        events.append(f"waited with {len(free_slots(space))} shared")
 
-    monkeypatch.setattr(
-        workspace.Workspace,
-        "_zeros",
-        lambda self, size: events.append("zeroed") or zeros(self, size),
-    )
+    note_zeroing(monkeypatch, lambda size: events.append("zeroed"))
     monkeypatch.setattr(workspace, "wait_for_current_stream", wait)
     reserve = workspace_of(make())
     assert events == ["zeroed", "waited with 0 shared"]
-    [chunk] = reserve._reserve
+    [chunk] = reserve_chunks(reserve)
     start, end = chunk.data_ptr(), chunk.data_ptr() + chunk.numel()
-    assert all(start <= address < end for address in reserve._free)
+    assert all(start <= address < end for address in free_slots(reserve))
     assert chunk.numel() == workspace.RESERVE_SLOTS * reserve.layout.zeroed_bytes
 
 
 def test_reserve_is_topped_up_by_a_new_stream_when_low(gpu, make):
     bound = make()
     reserve = workspace_of(bound)
-    reserve._free.clear()
+    free_slots(reserve).clear()
     bound(*step(4))
-    assert len(reserve._free) == workspace.RESERVE_SLOTS
-    assert len(reserve._reserve) == 2
+    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS
+    assert len(reserve_chunks(reserve)) == 2
     bound(*step(40))
-    assert len(reserve._reserve) == 2
+    assert len(reserve_chunks(reserve)) == 2
 
 
 def test_call_from_another_current_device_runs_on_the_layers_own(gpu, make, monkeypatch):
@@ -350,7 +358,7 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
     """Another layer's prefill on the stream writes the same logits: it must not come between."""
     bound = make()
     bound(*step(100))
-    [slot] = workspace_of(bound)._slots.values()
+    [slot] = eager_slots(workspace_of(bound))
     held = []
     product, launch = binding.multiply, LaunchSite.launch
     monkeypatch.setattr(
@@ -372,15 +380,15 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
 def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
     bound = make()
     reserve = workspace_of(bound)
-    assert len(reserve._free) == workspace.RESERVE_SLOTS
-    assert all(not chunk.any() for chunk in reserve._reserve)
+    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS
+    assert all(not chunk.any() for chunk in reserve_chunks(reserve))
     seen = set()
     for gpu.capture in range(1, 20):
         bound(*step(4))
         seen.add(gpu.last["counters"])
     assert len(seen) == 19
     assert all(b - a >= 256 for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False))
-    assert len(reserve._free) == workspace.RESERVE_SLOTS - 19
+    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS - 19
 
 
 def test_reserve_is_topped_up_by_new_layers_when_low(gpu, make, monkeypatch):
@@ -392,27 +400,22 @@ def test_reserve_is_topped_up_by_new_layers_when_low(gpu, make, monkeypatch):
         bound(*step(4))
     gpu.capture = 0
     make()
-    assert len(reserve._free) == 2
+    assert len(free_slots(reserve)) == 2
     gpu.capture = 7
     bound(*step(4))
     make()
-    assert len(reserve._free) == 1
+    assert len(free_slots(reserve)) == 1
     gpu.capture = 0
     make()
-    assert len(reserve._free) == 9
+    assert len(free_slots(reserve)) == 9
 
 
 def test_capture_that_finds_the_reserve_empty_zeroes_memory_of_its_own_once(gpu, make, monkeypatch):
     zeroed = []
-    plain_zeros = workspace.Workspace._zeros
-    monkeypatch.setattr(
-        workspace.Workspace,
-        "_zeros",
-        lambda self, size: zeroed.append(size) or plain_zeros(self, size),
-    )
+    note_zeroing(monkeypatch, zeroed.append)
     bound = make()
     bound(*step(4))
-    workspace_of(bound)._free.clear()
+    free_slots(workspace_of(bound)).clear()
     zeroed.clear()
     for gpu.capture in (1, 1, 1, 2, 2):
         bound(*step(4))
@@ -744,16 +747,8 @@ def test_an_interrupted_write_does_not_pass_for_done(gpu, make, monkeypatch):
     first, second = step(4), step(5)
     bound(*first)
     site = sites_of(bound)[0]
-
-    class Interrupted:
-        def __setattr__(self, name, value):
-            raise KeyboardInterrupt
-
-    cells = site._call_cells
-    monkeypatch.setattr(site, "_call_cells", (*cells[:-1], Interrupted()))
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_at_last_parameter(monkeypatch, site), pytest.raises(KeyboardInterrupt):
         bound(*second)
-    monkeypatch.setattr(site, "_call_cells", cells)
     bound(*first)
     assert gpu.last["num_tokens"] == 4
     assert gpu.last["out_weights"] == first[1].data_ptr()
@@ -989,7 +984,7 @@ def test_dispatch_prepares_a_layer_once(gpu, dispatch):
         dispatch(x, W, bias, 2.5, TOP_K, w, ids)
     # A fresh view of the same weights is the same layer.
     dispatch(x, W.t().t(), bias, 2.5, TOP_K, w, ids)
-    assert len(router._remembered) == 1
+    assert len(remembered_layers()) == 1
     assert len(gpu.launches) == 4
     assert len({item["w_map"] for item in gpu.launches}) == 1
 
@@ -1002,7 +997,7 @@ def test_dispatch_tells_layers_apart(gpu, dispatch):
     dispatch(x, W, torch.ones(E), 2.5, TOP_K, w, ids)
     dispatch(x, W, bias, 1.5, TOP_K, w, ids)
     dispatch(x, W, bias, 2.5, TOP_K - 1, w, ids)
-    assert len(router._remembered) == 5
+    assert len(remembered_layers()) == 5
 
 
 @pytest.mark.parametrize("top_k", [float(TOP_K), True])
@@ -1025,7 +1020,7 @@ def test_dispatch_copies_again_what_was_modified(gpu, dispatch):
     dispatch(x, W, bias, 2.5, TOP_K, w, ids)
     W.add_(1)
     dispatch(x, W, bias, 2.5, TOP_K, w, ids)
-    [(bound, kept, _)] = router._remembered.values()
+    [(bound, kept)] = remembered_layers()
     assert kept is W
     assert torch.equal(bound.w_copy, W)
 
@@ -1033,7 +1028,7 @@ def test_dispatch_copies_again_what_was_modified(gpu, dispatch):
 def test_dispatch_keeps_no_weights_alive_that_it_reads_in_place(gpu, dispatch):
     x, w, ids = step(4)
     dispatch(x, weights(), torch.zeros(E), 2.5, TOP_K, w, ids)
-    [(_, kept, _)] = router._remembered.values()
+    [(_, kept)] = remembered_layers()
     assert kept is None
 
 
@@ -1043,7 +1038,7 @@ def test_dispatch_forgets_the_oldest_layer(gpu, dispatch, monkeypatch):
     layers = [(weights(), torch.zeros(E)) for _ in range(3)]
     for W, bias in layers:
         dispatch(x, W, bias, 2.5, TOP_K, w, ids)
-    assert len(router._remembered) == 2
+    assert len(remembered_layers()) == 2
 
 
 def test_threads_on_one_router_do_not_mix_their_arguments(gpu, make):

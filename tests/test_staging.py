@@ -26,6 +26,7 @@ from build_kernels.building.entry import sha256
 
 COMMAND = [sys.executable, "-c", "from build_kernels.__main__ import main; main()", "build"]
 CUBIN = f"{TOPK.name}.sm_90a.cubin"
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture
@@ -154,6 +155,7 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_build_leaves_the_old_set(artifacts: Path, how: signal.Signals) -> None:
     """Stopped for real while compilers run: the decode kernels are not built yet."""

@@ -195,25 +195,29 @@ def clear_gaussians(
     return np.concatenate(rows), bias
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.quick(9)
 @pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_real_bias_scale(ptx: dict[str, str], arch: str, num_experts: int, top_k: int) -> None:
     logits, bias = clear_gaussians(3, num_experts, top_k, 8.08)
     check(ptx, arch, logits, bias, top_k)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 9])
 def test_every_number_of_tokens_in_a_block(ptx: dict[str, str], num_tokens: int) -> None:
     logits, bias = clear_gaussians(num_tokens, 160, 6, 0.0)
     check(ptx, "sm_100a", logits, bias, 6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("top_k", range(1, 9))
 def test_every_top_k(ptx: dict[str, str], top_k: int) -> None:
     logits, bias = clear_gaussians(2, 144, top_k, 0.0)
     check(ptx, "sm_90a", logits, bias, top_k)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 8), (132, 4), (384, 6)])
 def test_equal_keys_go_to_the_lower_expert(
     ptx: dict[str, str], num_experts: int, top_k: int
@@ -244,10 +248,9 @@ def test_nan_and_infinity(ptx: dict[str, str]) -> None:
 
 def test_extreme_logits(ptx: dict[str, str]) -> None:
     """Where naive formulas of softplus overflow, underflow or lose all digits."""
-    steps = np.linspace(1.0, 1.7, 128, dtype=np.float32)
-    for scale in (-100.0, -88.0, -20.0, -16.6, -1.0, -1e-3, 1e-3, 20.0, 88.7, 100.0, 1e30):
-        logits = (steps * np.float32(scale))[None, :].copy()
-        check(ptx, "sm_90a", logits, np.zeros(128, np.float32), 8)
+    scales = (-100.0, -88.0, -20.0, -16.6, -1.0, -1e-3, 1e-3, 20.0, 88.7, 100.0, 1e30)
+    logits = np.outer(np.float32(scales), np.linspace(1.0, 1.7, 128, dtype=np.float32))
+    check(ptx, "sm_90a", logits, np.zeros(128, np.float32), 8)
 
 
 # ------------------------------------------------------------------ options
@@ -280,6 +283,7 @@ def scalar(value: int) -> Array:
     return np.array([value], np.int32)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_rows_of_the_image_mask_select_with_bias_vl(ptx: dict[str, str], arch: str) -> None:
     options = Options(bias_vl=wide_bias(1, 144), image_mask=mask(0, 1, 1, 0, 1))
@@ -290,6 +294,7 @@ def test_rows_of_the_image_mask_select_with_bias_vl(ptx: dict[str, str], arch: s
     np.testing.assert_array_equal(differ, options.image_mask)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
 def test_gate_temp(ptx: dict[str, str], arch: str, num_experts: int, top_k: int) -> None:
@@ -298,6 +303,7 @@ def test_gate_temp(ptx: dict[str, str], arch: str, num_experts: int, top_k: int)
     check(ptx, arch, logits, bias, top_k, options)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("gate_temp", [1e-38, 1e-3, 1.7, 3.0, 1e30])
 def test_gate_temp_divides_before_nan_and_infinity_count(
     ptx: dict[str, str], gate_temp: float
@@ -340,6 +346,7 @@ def test_rows_of_the_padding_mask_are_not_read(ptx: dict[str, str]) -> None:
     assert (ids[padding] == -1).all()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("num_valid", "rows"), [(0, 1), (1, 1), (3, 3), (6, 6), (9, 6), (-1, 1), (INT32_MIN, 1)]
 )
@@ -360,6 +367,7 @@ def test_a_mask_and_a_count_pad_together(ptx: dict[str, str]) -> None:
     assert (ids[:, 0] == -1).tolist() == [False, True, False, False, True, False, True, True]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("ids_type", [np.int32, np.int64])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 8), (132, 6), (512, 1)])
 def test_hash_rows_take_ids_from_the_table(
@@ -413,6 +421,7 @@ def test_whatever_the_table_holds_reads_stay_inside(ptx: dict[str, str]) -> None
     assert np.isfinite(weights).all()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("replicas", [1, 2, 5])
 def test_physical_ids_replace_logical_ones(ptx: dict[str, str], arch: str, replicas: int) -> None:
@@ -433,6 +442,7 @@ def test_whatever_the_map_holds_reads_stay_inside(ptx: dict[str, str]) -> None:
     check(ptx, "sm_100a", logits, bias, 8, replace(options, to_physical=numbers))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("top_k", "num_shared_slots"), [(1, 1), (6, 2), (8, 8)])
 def test_shared_experts_have_columns(
     ptx: dict[str, str], top_k: int, num_shared_slots: int
@@ -486,6 +496,7 @@ def drawn_options(
     return options
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("seed", range(24))
 def test_options_combined(ptx: dict[str, str], seed: int) -> None:
     generator = np.random.default_rng(seed)

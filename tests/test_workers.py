@@ -14,10 +14,9 @@ import pytest
 pytest.importorskip("click", reason="needs the builder")
 pytest.importorskip("elftools", reason="needs the builder")
 
+from builds import topk_set
 from processes import family
 
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.workers import WorkerDiedError, run_tasks
 
 WAYS = [
@@ -31,9 +30,7 @@ LONG = "sleep 617"
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers") / "artifacts"
-    run_build(folder, make_plan(folder, ["router_topk"], ["sm_100a"]), jobs=1)
-    return folder
+    return topk_set(tmp_path_factory.mktemp("workers") / "artifacts", ["sm_100a"])
 
 
 @pytest.fixture
@@ -53,6 +50,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("number", "group"), WAYS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stopped_command_leaves_no_process_behind(
@@ -96,6 +94,7 @@ def double(number: int) -> int:
     return 2 * number
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("jobs", [1, 2, 9])
 def test_every_task_gives_its_result(jobs: int) -> None:
     with run_tasks(double, {n: (n,) for n in (1, 2, 3, 4)}, jobs=jobs) as results:

@@ -128,7 +128,7 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     hardware.append_record(elsewhere, record_of(kernel, arch="sm_90a"))
     impossible = _call("--artifacts", artifacts, "--rung", "hardware", "--record", elsewhere)
     assert impossible.exit_code == 1
-    assert "where a cubin for sm_100a cannot load" in impossible.stderr
+    assert "which cannot load a cubin for sm_100a" in impossible.stderr
     merged = _call("--artifacts", artifacts, "--rung", "hardware", "--record", good)
     assert merged.exit_code == 0, merged.stderr
     assert "NVIDIA H200, 32 cases" in merged.stdout

@@ -44,16 +44,18 @@ Changes = Mapping[int, int]
 class Scenario:
     """A fault that the emulator can make, and the launches that it is made in.
 
-    roles: of the kernels that it is about. num_tokens, options: of the cases. experts, quick: the
-    numbers of experts of a full and of a quick run. tears: changes of arrays, all from the same
-    load on; made from the inputs, and with the rows that may differ then. at_every_load: one launch
-    for each load that can be torn, else one for each number of experts. contents: initial contents
-    of the workspace, one launch each. edits: of the PTX, for a peer that misbehaves.
+    roles: of the kernels that it is about. num_tokens, options, kind: of the cases. experts, quick:
+    the numbers of experts of a full and of a quick run. tears: from the inputs, changes of arrays,
+    all from the same load on. torn_rows: the rows that may differ then. at_every_load: one launch
+    for each load that can be torn, else one for each number of experts. contents: from zeros, the
+    initial contents of the workspace, a few launches each. edits: of the PTX, for a peer that
+    misbehaves.
     """
 
     roles: tuple[str, ...] = ("decode",)
     num_tokens: int = 2
     options: tuple[str, ...] = ()
+    kind: str = "integers"
     experts: tuple[int, ...] = (65, 128, 384)
     quick: tuple[int, ...] = (65,)
     tears: Callable[[Inputs], Mapping[str, Changes]] | None = None

@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 # The 8-byte words that two tokens' candidates take: the tickets are the first 256 bytes.
 FIRST_CANDIDATE = 32
 CANDIDATES = 2 * 128
-# The best key there is, and score 1.0: it would be taken.
-STRANGER = 0xFFFF_FFFF_3F80_0000
+# The word of a padded row, and a key that would be taken, with score 1.0.
+STRANGERS = (0xFFFF_FFFF_0000_0000, 0xFFFF_0000_3F80_0000)
 # A candidate's store; the merger clears with .v2.
-PUBLISH = r"st\.relaxed\.gpu\.global\.b64 [^;]*;"
+SILENT = (Edit(pattern=r"st\.relaxed\.gpu\.global\.b64 [^;]*;", replacement=""),)
 
 
-def with_word(zeros: Array, *, word: int, value: int) -> Array:
-    """Return the workspace with one 8-byte word set."""
+def with_words(zeros: Array, *, first: int, value: int, count: int = 1) -> Array:
+    """Return the workspace with some of its 8-byte words set."""
     import numpy as np
 
     raw = zeros.copy().view(np.uint8)
-    raw[8 * word : 8 * word + 8] = np.array([value], np.uint64).view(np.uint8)
+    raw[8 * first : 8 * (first + count)] = np.full(count, value, np.uint64).view(np.uint8)
     return raw.view(zeros.dtype)
 
 
 def with_ticket(zeros: Array, *, ticket: int) -> Array:
     """Return the workspace with the ticket counter of the first token set."""
-    return with_word(zeros, word=0, value=ticket)
+    return with_words(zeros, first=0, value=ticket)
 
 
 def filled(zeros: Array, *, byte: int) -> Array:
@@ -57,7 +57,9 @@ def random(zeros: Array, *, seed: int) -> Array:
     return raw.view(zeros.dtype)
 
 
-def left(name: str, what: str, *contents: Callable[[Array], Array]) -> Fault:
+def left(
+    name: str, what: str, *contents: Callable[[Array], Array], edits: tuple[Edit, ...] = ()
+) -> Fault:
     """Return a row of the table."""
     return Fault(
         name=name,
@@ -65,7 +67,7 @@ def left(name: str, what: str, *contents: Callable[[Array], Array]) -> Fault:
         what=what,
         place=Place.CPU,
         expected=Expected.ENDS,
-        scenario=Scenario(contents=contents, experts=(65,)),
+        scenario=Scenario(contents=contents, experts=(65,), edits=edits),
     )
 
 
@@ -74,9 +76,18 @@ RESIDUE = (
         "word-left",
         "one candidate word",
         *(
-            partial(with_word, word=FIRST_CANDIDATE + word, value=STRANGER)
+            partial(with_words, first=FIRST_CANDIDATE + word, value=STRANGERS[word % 2])
             for word in range(0, CANDIDATES, 37)
         ),
+    ),
+    left(
+        "row-left",
+        "every candidate of a token, and owners that come too late",
+        *(
+            partial(with_words, first=FIRST_CANDIDATE, count=CANDIDATES // 2, value=value)
+            for value in STRANGERS
+        ),
+        edits=SILENT,
     ),
     left(
         "ticket-left",
@@ -91,6 +102,15 @@ RESIDUE = (
         what="a CTA that never publishes its candidates",
         place=Place.CPU,
         expected=Expected.ENDS,
-        scenario=Scenario(edits=(Edit(pattern=PUBLISH, replacement=""),), experts=(65,)),
+        scenario=Scenario(edits=SILENT, experts=(65,)),
     ),
+)
+
+NAN = Fault(
+    name="nan",
+    hazard="",
+    what="an expert's weights NaN, and a row of hidden_states infinite",
+    place=Place.CPU,
+    expected=Expected.LEAVES_ZERO,
+    scenario=Scenario(roles=("decode", "hash", "select"), num_tokens=3, kind="nan"),
 )

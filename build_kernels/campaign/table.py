@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .fault import Fault
-from .residue import RESIDUE
+from .residue import NAN, RESIDUE
 from .tears import TEARS
 
-FAULTS: tuple[Fault, ...] = (*TEARS, *RESIDUE)
+FAULTS: tuple[Fault, ...] = (*TEARS, *RESIDUE, NAN)
 BY_NAME = {fault.name: fault for fault in FAULTS}

@@ -66,6 +66,7 @@ def _launches(
             top_k=TOP_K,
             k=kernel.problem.k_multiple if is_decode(kernel) else 0,
             options=scenario.options,
+            kind=scenario.kind,
         )
         inputs = make_inputs(kernel, case)
         if scenario.tears is not None:

@@ -20,7 +20,8 @@ from build_kernels.emulator.launch.launch import Launch, Schedule
 QUANTUM = 400  # instructions a warp runs before another may
 IDLE_TURNS = 3  # turns of every warp without an event before an operation must finish
 STUCK_TURNS = 2000  # and before warps that spin count as stuck
-LULL_TURNS = 100  # and before time leaps ahead for warps that look at it
+LULL_TURNS = 100  # and before warps that spin get longer turns, and time leaps if they look at it
+LULL_TURN = 16  # as many turns in one: a bounded wait may look once in a thousand polls
 LEAP = 60_000_000_000  # ns: beyond the bound of any wait of a kernel
 MAX_LEAPS = 4  # without an event; a spin that goes on is endless
 EAGERNESS = 0.3  # chance per turn that an operation finishes, under random schedules
@@ -95,15 +96,15 @@ class Machine:
                 grid.perform_one()
             if runnable and idle > IDLE_TURNS * len(runnable) and grid.perform_one():
                 continue
-            looked = grid.timer_reads > reads and idle > LULL_TURNS * max(1, len(runnable))
-            if looked and leaps < MAX_LEAPS:
+            grid.lull = idle > LULL_TURNS * max(1, len(runnable))
+            if grid.lull and grid.timer_reads > reads and leaps < MAX_LEAPS:
                 grid.nanoseconds += LEAP
                 idle, reads, leaps = 0, grid.timer_reads, leaps + 1
             if idle > STUCK_TURNS * max(1, len(runnable)):
                 self._report_stuck("spins and nothing else happens")
                 return False
             if runnable:
-                idle += 1
+                idle += LULL_TURN if grid.lull else 1
                 self._turn()
             elif not grid.perform_one():
                 # All are blocked. A try_wait may give up; if that changes nothing, all is lost.
@@ -119,6 +120,8 @@ class Machine:
         if policy == "random":
             runnable.rotate(self._random.randrange(len(runnable)))
             quantum = self._random.randrange(1, QUANTUM)
+        if self.grid.lull:
+            quantum = LULL_TURN * QUANTUM
         warp = runnable.popleft() if policy != "latest" else runnable.pop()
         if warp.rest:
             warp.rest -= 1

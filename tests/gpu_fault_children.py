@@ -42,7 +42,7 @@ def torn(kind: str, num_tokens: int, launches: int) -> dict[str, Any]:
         "padding_mask": ({"padding_mask": mask}, mask, (0, 0x010101, 0x0100), whole),
         "image_mask": ({"image_mask": mask}, mask, (0, 0x010101, 0x0100), whole),
         "num_tokens": ({"num_tokens": count}, count, (n, n // 2, 2**31 - 1), slice(0, n // 2)),
-        "num_tokens negative": ({"num_tokens": count}, count, (n, -1, 0), slice(0, 0)),
+        "num_tokens_negative": ({"num_tokens": count}, count, (n, -1, 0), slice(0, 0)),
         "input_ids": ({"input_ids": ids}, ids[: n // 2], (0, -1, VOCABULARY, 7), slice(n // 2, n)),
     }
     call, words, values, rows = cases[kind]

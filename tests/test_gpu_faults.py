@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 CHILDREN = Path(__file__).with_name("gpu_fault_children.py")
 SOAK_SECONDS = float(os.environ.get("DSV4_FAULT_SECONDS", "20"))
-TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens negative", "input_ids"]
+TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "input_ids"]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -82,9 +82,9 @@ RESIDUE = (
     ),
     left(
         "row-left",
-        "every candidate of a token, and owners that come too late",
+        "every candidate, and owners that come too late",
         *(
-            partial(with_words, first=FIRST_CANDIDATE, count=CANDIDATES // 2, value=value)
+            partial(with_words, first=FIRST_CANDIDATE, count=CANDIDATES, value=value)
             for value in STRANGERS
         ),
         edits=SILENT,

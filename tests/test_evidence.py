@@ -232,10 +232,10 @@ def test_a_rung_is_added_in_one_place(tmp_path, monkeypatch):
 
 
 def test_the_rungs_have_one_order_in_tables_and_one_by_cost():
-    assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "hardware")
+    assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "faults", "hardware")
     assert all(RUNGS[name].name == name for name in RUNGS)
     by_cost = sorted(RUNGS, key=lambda name: -RUNGS[name].cost)
-    assert by_cost == ["protocol", "emulated", "lint", "structure", "hardware"]
+    assert by_cost == ["faults", "protocol", "emulated", "lint", "structure", "hardware"]
 
 
 @pytest.mark.parametrize("rung", RUNGS)

@@ -100,7 +100,7 @@ def test_evidence_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_no_file_is_no_evidence(tmp_path: Path) -> None:
     assert read_evidence(tmp_path / "evidence.json") == Evidence()
     assert standing(Evidence(), KERNEL) == dict.fromkeys(
-        ("structure", "lint", "protocol", "emulated", "hardware"), "not run"
+        ("structure", "lint", "protocol", "emulated", "faults", "hardware"), "not run"
     )
 
 

@@ -81,6 +81,7 @@ def test_a_decode_kernel_survives(decode: Artifact, name: str) -> None:
     assert trial.runs > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guard", "name"),
     [(guard, name) for guard in GUARDS for name in guard.faults],

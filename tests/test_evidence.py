@@ -272,10 +272,10 @@ def test_a_rung_is_added_in_one_place(tmp_path, monkeypatch):
 
 
 def test_the_rungs_have_one_order_in_tables_and_one_by_cost():
-    assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "hardware")
+    assert tuple(RUNGS) == ("structure", "lint", "protocol", "emulated", "faults", "hardware")
     assert all(RUNGS[name].name == name for name in RUNGS)
     by_cost = sorted(RUNGS, key=lambda name: -RUNGS[name].cost)
-    assert by_cost == ["protocol", "emulated", "lint", "structure", "hardware"]
+    assert by_cost == ["faults", "protocol", "emulated", "lint", "structure", "hardware"]
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -322,7 +322,7 @@ def test_evidence_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_no_file_is_no_evidence(tmp_path: Path) -> None:
     assert read_evidence(tmp_path / "evidence.json") == Evidence()
     assert standing(Evidence(), KERNEL) == dict.fromkeys(
-        ("structure", "lint", "protocol", "emulated", "hardware"), "not run"
+        ("structure", "lint", "protocol", "emulated", "faults", "hardware"), "not run"
     )
 
 

@@ -54,6 +54,7 @@ def evidence_text() -> str:
         "lint": {"diagnostics": 1, "explained": 1},
         "protocol": {"race_free": ["N=1"]},
         "emulated": {"cases": ["N=1"], "runs": 6, "worst_weight_error": 2e-07},
+        "faults": {"faults": ["padding-set"], "runs": 2},
         "hardware": {"records": [{**RUN, "arch": "sm_90a", "tests": {"test_a": 3}}]},
     }
     rungs = {rung: {**checked, "figures": figures[rung]} for rung in RUNGS}

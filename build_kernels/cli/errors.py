@@ -11,11 +11,15 @@ from build_kernels.building.build import BuildError
 from build_kernels.building.compilers import CompileError
 from build_kernels.building.staging import LockedError
 from build_kernels.evidence import EvidenceError
+from build_kernels.evidence.artifact import ArtifactReadError
 from dsv4_router_runtime.errors import RouterError
 
 from .console import say
 
-_EXPECTED = (BuildError, CompileError, LockedError, PlaceError, EvidenceError, RouterError, OSError)
+_EXPECTED = (
+    *(BuildError, CompileError, LockedError, PlaceError),
+    *(ArtifactReadError, EvidenceError, RouterError, OSError),
+)
 
 
 @contextmanager

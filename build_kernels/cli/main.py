@@ -7,6 +7,7 @@ import click
 import dsv4_router_runtime
 from build_kernels.bench.command import bench_command
 from build_kernels.building.compilers import CompileError, toolchain_versions
+from build_kernels.campaign.command import faults_command
 from build_kernels.evidence import verify_command
 
 from .build import build_command
@@ -40,5 +41,8 @@ def main() -> None:
     """Build the DeepSeek-V4 router's kernels ahead of time, without a GPU or a CUDA toolkit."""
 
 
-for command in (build_command, list_command, inspect_command, verify_command, bench_command):
+for command in (
+    *(build_command, list_command, inspect_command),
+    *(verify_command, faults_command, bench_command),
+):
     main.add_command(command)

@@ -27,6 +27,10 @@ Findings by kind
     out-of-bounds, misaligned, read-only, tensor-map, inactive-lane, member-mask, trap
     deadlock                    with the event that each thread waits for
 
+A trap ends the launch (`Result.trapped`). Time passes with the steps of the warps. If all that is
+left to run are warps that spin and look at %globaltimer, it leaps ahead, so that a bounded wait
+ends. Tear changes an array between two loads of one launch.
+
 Not modelled
     the order in which tensor cores round (exact on integers); the last bits of approximate
     functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` is given);
@@ -49,6 +53,7 @@ from build_kernels.emulator.findings import (
 from build_kernels.emulator.instructions.table import supported_instructions
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.launch import Launch, Schedule
+from build_kernels.emulator.launch.tear import Tear
 from build_kernels.emulator.launch.tensor_map import TensorMap
 
 __all__ = [
@@ -61,6 +66,7 @@ __all__ = [
     "PtxError",
     "Result",
     "Schedule",
+    "Tear",
     "TensorMap",
     "Thread",
     "emulate",

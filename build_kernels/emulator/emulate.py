@@ -19,6 +19,7 @@ from build_kernels.emulator.launch.arguments import Argument, PackedArguments, p
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
 from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
+from build_kernels.emulator.launch.tear import Tear
 from build_kernels.emulator.launch.variables import place_variables
 from build_kernels.emulator.memory.memory import Memory
 
@@ -30,11 +31,15 @@ class Result:
     memory: array name -> contents after the run (dtype and shape of its DeviceArray); bytes of an
     array that was not initialised and never written are 0xFF.
     findings: by PTX line; empty for a clean run. steps: instructions of all warps, about.
+    loads: array name -> its loads; see Tear. trapped: a thread executed trap, which ended the
+    launch there; the finding `trap` says which.
     """
 
     memory: dict[str, NDArray[Any]]
     findings: tuple[Finding, ...]
     steps: int
+    loads: dict[str, int]
+    trapped: bool
 
 
 def emulate(
@@ -44,6 +49,7 @@ def emulate(
     schedule: Schedule | None = None,
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
+    tears: Sequence[Tear] = (),
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -51,7 +57,8 @@ def emulate(
     kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a pointer;
     a TensorMap; or a tuple of these for a struct. schedule: Schedule() if None.
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
-    use a GPU's own results where the emulator would round correctly.
+    use a GPU's own results where the emulator would round correctly. tears: changes of arrays in
+    the middle of the launch.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -67,6 +74,7 @@ def emulate(
         program = make_program(kernel, layout, launch.arch, approximate or {})
         machine = Machine(program, launch, packed, schedule or Schedule())
         arrays = _place_arrays(machine.grid, packed)
+        _place_tears(arrays, tears)
         machine.run()
     except UnsupportedPtx as error:
         raise PtxError(str(error)) from None
@@ -74,7 +82,13 @@ def emulate(
         array.name: placed.data.view(array.data.dtype).reshape(array.data.shape)
         for array, placed in arrays.items()
     }
-    return Result(memory=memory, findings=machine.grid.log.findings(), steps=machine.grid.steps)
+    return Result(
+        memory=memory,
+        findings=machine.grid.log.findings(),
+        steps=machine.grid.steps,
+        loads={array.name: placed.loads for array, placed in arrays.items()},
+        trapped=machine.trapped,
+    )
 
 
 def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memory]:
@@ -100,3 +114,11 @@ def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memo
     for offset, described in packed.tensor_maps.items():
         grid.tensor_maps[offset] = (described, place(described.array))
     return arrays
+
+
+def _place_tears(arrays: Mapping[DeviceArray, Memory], tears: Sequence[Tear]) -> None:
+    """Hand the tears to the memories of their arrays, in the order of their loads."""
+    named = {array.name: array for array in arrays}
+    for tear in sorted(tears, key=lambda tear: tear.load):
+        patches = tear.patches(named)
+        arrays[named[tear.array]].patches += [(tear.load, *patch) for patch in patches]

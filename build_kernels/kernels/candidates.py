@@ -3,9 +3,12 @@
 See decode.py for which CTA writes, which one merges, and why that ends.
 
 workspace
-    candidates   [token, MAX_EXPERTS] uint64, key << 32 | score bits, in the order of the merge
-    tickets      [token] int32
-Both are zero between launches.
+    tickets      [MAX_DECODE_TOKENS] int32
+    candidates   [token, EXPERT_TILE * num_tiles] uint64, key << 32 | score bits, in the order of
+                 the merge
+Both are zero between launches. Every owner publishes whatever it reads in the masks, and the merger
+clears whatever it merges: no input, whenever it changes, stops a launch or leaves a word behind. A
+word that something else left there ends the launch by a trap.
 """
 
 import cutlass
@@ -13,14 +16,51 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
 from build_kernels.kernels.partial_sums import lane_expert
-from build_kernels.kernels.score import bits_of, float_of
-from build_kernels.kernels.shapes import (
-    CANDIDATE_BYTES,
-    EXPERT_TILE,
-    MAX_DECODE_TOKENS,
-    MAX_EXPERTS,
-)
-from build_kernels.kernels.top_k import NOT_A_CANDIDATE, take_top_k
+from build_kernels.kernels.score import bits_of, choose, float_of
+from build_kernels.kernels.shapes import EXPERT_TILE, MERGE_WAIT_LIMIT_MS, TICKET_BYTES
+from build_kernels.kernels.top_k import NOT_A_CANDIDATE, PADDING_KEY, take_top_k
+
+# Polls between two looks at the clock: about a millisecond.
+POLLS_PER_LOOK = 1024
+
+
+@cute.jit
+def trap_if(condition):
+    """End the launch by a trap if the condition holds. A predicate, not a branch."""
+    cute.arch.inline_ptx(
+        "{ .reg .pred fault; setp.ne.s32 fault, {$r0}, 0; @fault trap; }",
+        read_only_args=[choose(condition, Int32(1), Int32(0))],
+    )
+
+
+@cute.jit
+def neighbours_of(tile: Int32, num_tiles: Int32) -> Int32:
+    """Return the index, within a token, of the candidates of experts 2 l and 2 l + 1 of a tile.
+
+    They are neighbours, aligned to 16 bytes. In assembly, which hides that it is not negative.
+    """
+    expert = EXPERT_TILE * tile + 2 * cute.arch.lane_idx()
+    run = 2 * num_tiles
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};",
+        write_only_types=[Int32],
+        read_only_args=[place_of(expert // run, expert % run)],
+    )
+
+
+@cute.jit
+def load_neighbours(candidates: cute.Pointer, is_there) -> tuple:
+    """Load two candidates, or zeros if they are not there.
+
+    A predicate: at the end of a branch the warp would wait for the words.
+    """
+    return cute.arch.inline_ptx(
+        "{{ .reg .pred is_there; setp.ne.s32 is_there, {$r0}, 0; "
+        "mov.b64 {$w0}, 0; mov.b64 {$w1}, 0; "
+        "@is_there ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r1}]; }}",
+        write_only_types=[Uint64, Uint64],
+        read_only_args=[choose(is_there, Int32(1), Int32(0)), candidates],
+    )
 
 
 @cute.jit
@@ -55,26 +95,36 @@ def merge(
 ):
     """Wait for all of a token's candidates, clear them and take the top_k, by one warp.
 
-    A lane takes 2 * num_tiles consecutive experts. `max_tiles` is the number of tiles that there
-    are registers for, and the width of the tree of each round.
+    Return take_top_k's values, and whether a tile takes the row for padding. A lane takes
+    2 * num_tiles consecutive experts. `max_tiles` is the number of tiles that there are registers
+    for, and the width of the tree of each round. A wait of MERGE_WAIT_LIMIT_MS ends by a trap.
     """
     lane = cute.arch.lane_idx()
+    candidates = candidates_of(workspace, token, num_tiles)
     # (2 * max_tiles,): candidates that do not exist stay out of the selection
     words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
     words.fill(Uint64(NOT_A_CANDIDATE << 32))
     waiting = Int32(1)
+    started = Uint64(0)
     while waiting != 0:
-        missing = Int32(0)
-        for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
-            if i < 2 * num_tiles:
-                words[i], words[i + 1] = cute.arch.inline_ptx(
-                    "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r0}];",
-                    write_only_types=[Uint64, Uint64],
-                    read_only_args=[candidate_of(workspace, token, lane, i)],
-                )
-                if words[i] == 0 or words[i + 1] == 0:
-                    missing = Int32(1)
-        waiting = Int32(cute.arch.vote_ballot_sync(missing != 0))
+        polls = Int32(POLLS_PER_LOOK)
+        while waiting != 0 and polls != 0:
+            missing = Int32(0)
+            for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
+                if i < 2 * num_tiles:
+                    words[i], words[i + 1] = cute.arch.inline_ptx(
+                        "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r0}];",
+                        write_only_types=[Uint64, Uint64],
+                        read_only_args=[candidates + place_of(lane, i)],
+                    )
+                    if words[i] == 0 or words[i + 1] == 0:
+                        missing = Int32(1)
+            waiting = Int32(cute.arch.vote_ballot_sync(missing != 0))
+            polls -= 1
+        if waiting != 0:
+            now = Uint64(cute.arch.globaltimer())
+            started = choose(started == 0, now, started)
+            trap_if(now - started > MERGE_WAIT_LIMIT_MS * 1_000_000)
 
     keys = cute.make_rmem_tensor((2 * max_tiles,), Uint32)
     scores = cute.make_rmem_tensor((2 * max_tiles,), Float32)
@@ -86,24 +136,31 @@ def merge(
         if i < 2 * num_tiles:
             cute.arch.inline_ptx(
                 "st.relaxed.gpu.global.v2.b64 [{$r0}], {{$r1}, {$r1}};",
-                read_only_args=[candidate_of(workspace, token, lane, i), Uint64(0)],
+                read_only_args=[candidates + place_of(lane, i), Uint64(0)],
             )
-    return take_top_k(keys, scores, 2 * num_tiles * lane, top_k, otherwise)
+    # Some lane's first candidate is of each tile, and all candidates of a tile say the same.
+    is_padding = cute.arch.vote_ballot_sync(keys[0] == PADDING_KEY) != 0
+    return *take_top_k(keys, scores, 2 * num_tiles * lane, top_k, otherwise), is_padding
 
 
 @cute.jit
-def candidate_of(workspace: cute.Pointer, token: Int32, lane: Int32, register: Int32):
-    """Return a pointer to the candidate that `lane` merges in `register`.
-
-    Pairs of registers are 64 candidates apart, so that a warp's 16-byte loads coalesce.
-    """
+def candidates_of(workspace: cute.Pointer, token: Int32, num_tiles: Int32) -> cute.Pointer:
+    """Return a pointer to a token's candidates."""
     return cute.recast_ptr(workspace, dtype=Uint64) + (
-        token * MAX_EXPERTS + (register // 2) * 64 + lane * 2 + register % 2
+        TICKET_BYTES // 8 + token * num_tiles * EXPERT_TILE
     )
 
 
+def place_of(lane: Int32, register: Int32) -> Int32:
+    """Return the index, within a token, of the candidate that `lane` merges in `register`.
+
+    Pairs of registers are 64 candidates apart, so that a warp's 16-byte loads coalesce.
+    """
+    return register // 2 * EXPERT_TILE + lane * 2 + register % 2
+
+
 @cute.jit
-def own_candidates(workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32):
+def own_candidates(workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32) -> tuple:
     """Return pointers to the candidates of a lane's two experts, as the merge addresses them.
 
     The division is why a kernel computes them before it multiplies.
@@ -113,12 +170,12 @@ def own_candidates(workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles
         expert = EXPERT_TILE * tile + lane_expert(half)
         # Experts per lane of the merging warp.
         run = 2 * num_tiles
-        pointers.append(candidate_of(workspace, token, expert // run, expert % run))
-    return pointers
+        place = place_of(expert // run, expert % run)
+        pointers.append(candidates_of(workspace, token, num_tiles) + place)
+    return tuple(pointers)
 
 
 @cute.jit
 def ticket_of(workspace: cute.Pointer, token: Int32):
-    """Return a pointer to a token's ticket counter, behind all candidates."""
-    counters = cute.recast_ptr(workspace, dtype=Int32)
-    return counters + MAX_DECODE_TOKENS * MAX_EXPERTS * CANDIDATE_BYTES // 4 + token
+    """Return a pointer to a token's ticket counter, before all candidates."""
+    return cute.recast_ptr(workspace, dtype=Int32) + token

@@ -12,12 +12,13 @@ Decomposition, the same on every architecture
 Exchanges
     partial sums   st.async into the owner's shared memory, completing on its `sums_full` mbarrier
     candidates     (key, score) of every expert, through the global `workspace`, which is zero
-                   between launches. Each of a token's T owners draws a ticket while it multiplies;
-                   the last one to draw merges. The other owners have started by then and wait only
-                   within their own cluster, so the merging warp's wait ends in any schedule and on
-                   any number of streams. A candidate is one 8-byte relaxed store and never zero: a
-                   nonzero word is complete, without a fence or a flag. The merging warp stores the
-                   zeros back; a dependent launch draws its tickets after that.
+                   between launches. Each of a token's T owners draws a ticket while it multiplies
+                   and publishes, whatever it reads in the masks; the last one to draw merges. The
+                   other owners have started by then and wait only within their own cluster, so the
+                   merging warp's wait ends in any schedule and on any number of streams. A
+                   candidate is one 8-byte relaxed store and never zero: a nonzero word is complete,
+                   without a fence or a flag. The merging warp stores the zeros back; a dependent
+                   launch draws its tickets after that.
 """
 
 import cutlass
@@ -26,16 +27,31 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import draw_ticket, merge, own_candidates, publish
+from build_kernels.kernels.candidates import (
+    candidates_of,
+    draw_ticket,
+    load_neighbours,
+    merge,
+    neighbours_of,
+    own_candidates,
+    publish,
+    trap_if,
+)
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.masks import is_padding, read_mask
-from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_padding
+from build_kernels.kernels.outputs import OutputColumn, output_column, store
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.score import choose, reciprocal, router_score, tempered
 from build_kernels.kernels.shapes import EXPERT_TILE, K_BLOCK, MAX_EXPERTS, NUM_SPLITS
-from build_kernels.kernels.top_k import NOT_A_CANDIDATE, ranked_key, selection_key, take_top_k
+from build_kernels.kernels.top_k import (
+    NOT_A_CANDIDATE,
+    PADDING_KEY,
+    ranked_key,
+    selection_key,
+    take_top_k,
+)
 
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
 # The row flags of a token in one word: the ticket in the low bits, then two flags.
@@ -53,7 +69,8 @@ class RouterDecode:
     Warp roles (see TileGemm)
         0-3                   epilogue: read the accumulators, send, sum, select, store
         mma_warp              issues the MMAs on sm_100, where one thread does that
-        producer_warp         loads W_gate and hidden_states by TMA, then reads the row flags
+        producer_warp         loads W_gate and hidden_states by TMA
+        row_flags_warp        draws the tickets and reads the masks
         physical_ids_warp     reads the physical ids of all experts, if there is a physical map
 
     Pipelines (producer -> consumer: arrivals to fill / to empty)
@@ -63,7 +80,7 @@ class RouterDecode:
         sums_full             cluster's epilogue -> owner's: 1 + 512 B per source and token pair;
                               used once
         accumulator_full      see TileGemm
-        row_flags_full        producer -> epilogue: 32 lanes; used once
+        row_flags_full        row-flags warp -> epilogue: 32 lanes; used once
         physical_ids_full     physical-ids warp -> epilogue: 32 lanes; used once
     Warps off the epilogue's path read the flags and the map. In the epilogue, which multiplies on
     sm_90, a mask cost 0.4 us at N = 64, and a map 0.4 us without PDL.
@@ -83,7 +100,8 @@ class RouterDecode:
         self.exchange = PairExchange(gemm)
         # Maximum tokens owned by one CTA (one per epilogue warp).
         self.max_owned = 2 * self.exchange.max_pairs
-        self.physical_ids_warp = gemm.producer_warp + 1
+        self.row_flags_warp = gemm.producer_warp + 1
+        self.physical_ids_warp = gemm.producer_warp + 2
         self.num_threads = 32 * (self.physical_ids_warp + 1)
 
     def shared_storage(self) -> type:
@@ -168,7 +186,8 @@ class RouterDecode:
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
             self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, first_block, num_blocks)
-            self.publish_row_flags(storage, args, split, num_tiles)
+        if warp == self.row_flags_warp:
+            self.publish_row_flags(storage, args, split, tile, num_tiles)
         if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
             self.publish_physical_ids(storage, args, split)
         self.gemm.issue_mma(storage, warp, num_blocks)
@@ -195,31 +214,33 @@ class RouterDecode:
                 is_image = row_flags & IS_IMAGE
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                if unknown == 0 and row_flags & IS_PADDING == 0:
-                    keys, scores = self.score(
-                        *(storage, args, pair, column, experts),
-                        *(biases, is_image, ranks, inverse_temp),
-                    )
-                    if num_tiles == 1:
-                        best = self.select_alone(keys, scores, args.top_k, output.shared_id)
-                        self.store(storage, args, output, warp, best)
-                    else:
-                        for i in cutlass.range_constexpr(2):
-                            publish(candidates[i], keys[i], scores[i])
-                        if row_flags & MAX_TICKET == num_tiles - 1:
-                            # E up to 256, 384 and 512: as few registers as hold the candidates.
-                            merged = (args.workspace, token, num_tiles, args.top_k)
-                            if num_tiles <= 4:
-                                best = merge(4, *merged, output.shared_id)
-                                self.store(storage, args, output, warp, best)
-                            elif num_tiles <= 6:
-                                best = merge(6, *merged, output.shared_id)
-                                self.store(storage, args, output, warp, best)
-                            else:
-                                best = merge(MAX_TILES, *merged, output.shared_id)
-                                self.store(storage, args, output, warp, best)
-                elif tile == 0:
-                    store_padding(output)
+                keys, scores = self.score(
+                    *(storage, args, pair, column, experts),
+                    *(biases, is_image, ranks, inverse_temp),
+                )
+                # No row of the table: padding, unless the row is an image row.
+                is_unknown = choose(is_image != 0, Int32(0), unknown)
+                is_padded = ((row_flags & IS_PADDING) | is_unknown) != 0
+                for i in cutlass.range_constexpr(2):
+                    keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
+                if num_tiles == 1:
+                    best = self.select_alone(keys, scores, args.top_k, output.shared_id)
+                    self.store(storage, args, output, warp, (*best, is_padded))
+                else:
+                    for i in cutlass.range_constexpr(2):
+                        publish(candidates[i], keys[i], scores[i])
+                    if row_flags & MAX_TICKET == num_tiles - 1:
+                        # E up to 256, 384 and 512: as few registers as hold the candidates.
+                        merged = (args.workspace, token, num_tiles, args.top_k)
+                        if num_tiles <= 4:
+                            best = merge(4, *merged, output.shared_id)
+                            self.store(storage, args, output, warp, best)
+                        elif num_tiles <= 6:
+                            best = merge(6, *merged, output.shared_id)
+                            self.store(storage, args, output, warp, best)
+                        else:
+                            best = merge(MAX_TILES, *merged, output.shared_id)
+                            self.store(storage, args, output, warp, best)
 
     @cute.jit
     def load(
@@ -306,13 +327,29 @@ class RouterDecode:
         )
 
     @cute.jit
-    def publish_row_flags(self, storage, args: Arguments, split: Int32, num_tiles: Int32):
-        """Draw a ticket and read the masks for each of the CTA's tokens, by the producer warp.
+    def publish_row_flags(
+        self, storage, args: Arguments, split: Int32, tile: Int32, num_tiles: Int32
+    ):
+        """Draw a ticket and read the masks for each of the CTA's tokens.
 
-        After the loads: the masks may be in the making until the grid before has ended.
+        The masks and the workspace may be in use until the grid before has ended.
         """
         lane = cute.arch.lane_idx()
         token = owned_token(split, lane)
+        ticket = Int32(0)
+        neighbours = neighbours_of(tile, num_tiles)
+        # Always true: makes the wait depend on the division, which the compiler would do after it.
+        if neighbours >= 0:
+            cute.arch.griddepcontrol_wait()
+        # Read before the tickets are drawn, so before any merge: a word that no owner published
+        # cannot pass for a candidate.
+        left_over = []
+        for warp in cutlass.range_constexpr(self.max_owned):
+            owned = owned_token(split, warp)
+            left_over += load_neighbours(
+                candidates_of(args.workspace, owned, num_tiles) + neighbours,
+                num_tiles > 1 and owned < args.num_tokens,
+            )
         if lane < self.max_owned and token < args.num_tokens:
             ticket = draw_ticket(args.workspace, token, num_tiles)
             is_image = read_mask(args.image_mask, token, args.num_tokens)
@@ -320,6 +357,12 @@ class RouterDecode:
             row_flags = self.row_flags(storage)
             row_flags[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padding, IS_PADDING)
         cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
+        # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no
+        # warp merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
+        is_damaged = Uint32(ticket) >= Uint32(num_tiles)
+        for word in left_over:
+            is_damaged = is_damaged | (word != 0)
+        trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
 
     @cute.jit
     def publish_physical_ids(self, storage, args: Arguments, split: Int32):
@@ -380,7 +423,7 @@ class RouterDecode:
             score = router_score(tempered(logit, args.gate_temp, inverse_temp))
             key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
             if args.tid2eid.toint() != 0:
-                key = ranked_key(ranks[i])
+                key = choose(is_image != 0, key, ranked_key(ranks[i]))
             if experts[i] >= args.num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
             # A NaN counts as 0 in the sum of the weights.
@@ -416,13 +459,13 @@ class RouterDecode:
 
     @cute.jit
     def store(self, storage, args: Arguments, output: OutputColumn, warp: Int32, best: tuple):
-        """Store the token's row of (expert, score, total), by physical id if there is a map."""
-        expert, score, total = best
+        """Store the token's row of (expert, score, total, is_padding), by physical id if mapped."""
+        expert, score, total, is_padding = best
         if args.to_physical.toint() != 0:
             cute.arch.mbarrier_wait(storage.physical_ids_full.data_ptr(), 0)
             if cute.arch.lane_idx() < args.top_k:
                 expert = self.physical_ids(storage)[expert, warp]
-        store(output, expert, score, total)
+        store(output, expert, score, total, is_padding)
 
 
 def flag(value: Int32, bit: int) -> Int32:

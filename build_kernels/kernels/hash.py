@@ -20,7 +20,7 @@ from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.masks import is_padding
-from build_kernels.kernels.outputs import output_column, store, store_padding
+from build_kernels.kernels.outputs import output_column, store
 from build_kernels.kernels.partial_sums import add_splits
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.score import bits_of, choose, reciprocal, router_score, tempered
@@ -81,10 +81,6 @@ class RouterHash:
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
             accumulator_full: gemm.barrier
-            # Two barriers that are initialised and never used. Their removal changes the kernel's
-            # bytes: remove them with its next change.
-            unused_0: gemm.barrier
-            unused_1: gemm.barrier
             tmem_address: gemm.tmem_address
 
         return SharedStorage
@@ -118,7 +114,7 @@ class RouterHash:
             warp,
             1 + LOAD_WARPS,
             choose(is_owner, Int32(SUMS_BYTES), Int32(0)),
-            ("unused_0", "unused_1"),
+            (),
         )
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
         cute.arch.griddepcontrol_launch_dependents()
@@ -155,11 +151,9 @@ class RouterHash:
             if warp == 0 and is_owner:
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                if padding == 0 and unknown == 0:
-                    score, total = self.score(storage, args, inverse_temp)
-                    store(output, choose(lane < args.top_k, ids[0], output.shared_id), score, total)
-                else:
-                    store_padding(output)
+                score, total = self.score(storage, args, inverse_temp)
+                expert = choose(lane < args.top_k, ids[0], output.shared_id)
+                store(output, expert, score, total, padding != 0 or unknown != 0)
 
     @cute.jit
     def load_x(

@@ -54,25 +54,21 @@ def output_column(args, token: Int32) -> OutputColumn:
 
 
 @cute.jit
-def store(column: OutputColumn, expert_id: Int32, score: Float32, total: Float32):
-    """Compute the weight of the lane's expert and store its column.
+def store(
+    column: OutputColumn,
+    expert_id: Int32,
+    score: Float32,
+    total: Float32,
+    is_padding: cutlass.Boolean,
+):
+    """Compute the weight of the lane's expert and store its column; id -1, weight 0 for padding.
 
     A lane of a shared expert passes `shared_id` and score 0.
     """
     divisor = fused(total, column.norm, column.otherwise)
     weight = fused(quotient(score, divisor, reciprocal(divisor)), column.scale, column.added)
-    store_column(column, expert_id, weight)
-
-
-@cute.jit
-def store_padding(column: OutputColumn):
-    """Store id -1 and weight 0."""
-    store_column(column, Int32(-1), Float32(0.0))
-
-
-@cute.jit
-def store_column(column: OutputColumn, expert_id: Int32, weight: Float32):
-    """Store the lane's id and weight, if the lane has a column."""
+    weight = choose(is_padding, Float32(0.0), weight)
+    expert_id = choose(is_padding, Int32(-1), expert_id)
     if column.is_stored:
         cute.make_tensor(column.weight, cute.make_layout(1))[0] = weight
         # (low word, high word) of an int64, or one int32

@@ -18,9 +18,14 @@ MAX_DECODE_TOKENS = 64
 EXPERT_TILE = TILE_M
 HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
 
-# router_decode: an 8-byte candidate per token and expert, then a 4-byte ticket counter per token.
+# router_decode's workspace: a 4-byte ticket counter per token, then an 8-byte candidate per token
+# and expert.
+TICKET_BYTES = 4 * MAX_DECODE_TOKENS
 CANDIDATE_BYTES = 8
-WORKSPACE_BYTES = MAX_DECODE_TOKENS * (MAX_EXPERTS * CANDIDATE_BYTES + 4)
+WORKSPACE_BYTES = TICKET_BYTES + MAX_DECODE_TOKENS * MAX_EXPERTS * CANDIDATE_BYTES
+# A merging warp that still misses a candidate after this time traps. A launch takes microseconds;
+# a process whose GPU is shared may stand still for seconds.
+MERGE_WAIT_LIMIT_MS = 10_000
 
 # router_topk: one warp per token.
 TOPK_WARPS = 4

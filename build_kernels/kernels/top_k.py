@@ -12,11 +12,17 @@ from cutlass import Float32, Int32, Uint32
 from build_kernels.kernels.score import bits_of, choose
 from build_kernels.kernels.shapes import MAX_TOP_K
 
-# Keys that no number has: floats from -inf on map to 0x007fffff and above. 0 also stands for a
-# candidate that was not written to the workspace yet.
+# Keys that no number has: floats from -inf on map to 0x007fffff and above, floats to +inf to
+# 0xff800000 and below. 0 also stands for a candidate that was not written to the workspace yet.
+# Experts of a token's row of the hash table get FIRST_RANK and below. An expert outside the row may
+# only be taken if the row changed while it was read.
 TAKEN = 0
 NOT_A_CANDIDATE = 1
-NAN_KEY = 2
+NOT_IN_ROW = 2
+NAN_KEY = 3
+FIRST_RANK = 0xFFFFFFFE
+# Every candidate of a tile that takes the row for padding: one such tile makes the row padding.
+PADDING_KEY = 0xFFFFFFFF
 
 
 @cute.jit
@@ -31,8 +37,8 @@ def selection_key(score: Float32, bias: Float32) -> Uint32:
 
 @cute.jit
 def ranked_key(rank: Int32) -> Uint32:
-    """Return a key that takes rank 0 first and MAX_TOP_K never: the order of a hash table's row."""
-    return choose(rank < MAX_TOP_K, Uint32(0xFFFFFFFF) - Uint32(rank), Uint32(NOT_A_CANDIDATE))
+    """Return a key that takes rank 0 first and MAX_TOP_K last: the order of a hash table's row."""
+    return choose(rank < MAX_TOP_K, Uint32(FIRST_RANK) - Uint32(rank), Uint32(NOT_IN_ROW))
 
 
 @cute.jit

@@ -15,7 +15,8 @@
 //     padding_mask,               rows with the mask set, and rows from *num_valid_tokens on, are
 //     num_valid_tokens            padding: id -1 and weight 0 in every column
 //     tid2eid, input_ids          ids = tid2eid[input_ids[row]], in the table's order, without a
-//                                 bias; a row whose token id is not in the table is padding
+//                                 bias; a row whose token id is not in the table is padding. An
+//                                 image row selects by bias_vl, and its token id is not used
 //     to_physical, logical_count  id e is stored as to_physical[e, row % logical_count[e]]
 //     num_shared_slots            columns from top_k on: id num_experts + column - top_k, weight 1
 //     norm_topk_prob              0: weights = scores[ids] * routed_scaling_factor
@@ -260,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   const int token = static_cast<int>(index);
 
   // ------------------------------------------------------------------ row flags
-  const bool from_table = tid2eid != nullptr;
+  bool from_table = tid2eid != nullptr;
   const float* row_bias = e_bias;
   unsigned long long token_id = 0;  // a negative one is beyond every table
   bool padded = false;
@@ -276,6 +277,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
                                      : static_cast<const int*>(input_ids)[token];
     }
     row_bias = image != 0 ? bias_vl : e_bias;
+    from_table = from_table && image == 0;
     padded = padding != 0 || token >= num_valid ||
              (from_table && token_id >= static_cast<unsigned>(vocab_size));
   }

@@ -45,7 +45,9 @@ class Grid:
     """Own global memory, parameters, clocks, asynchronous operations and findings.
 
     released: the clocks of strong writes, by memory and offset. events: counts whatever another
-    warp may be waiting for. steps: instructions of all warps, about.
+    warp may be waiting for. steps: instructions of all warps, about. nanoseconds: of %globaltimer,
+    beside one for each step. timer_reads: its reads so far. lull: all that is left are warps that
+    spin.
     """
 
     def __init__(
@@ -73,6 +75,9 @@ class Grid:
         self.released: dict[tuple[Memory, int], Released] = {}
         self.events = 0
         self.steps = 0
+        self.nanoseconds = 0
+        self.timer_reads = 0
+        self.lull = False
         # Operations that may act now; one that comes after another is among its followers.
         self.pending: list[Task] = []
         self.pipes: dict[tuple[Cta, int], Task] = {}  # the last operation of each in-order unit

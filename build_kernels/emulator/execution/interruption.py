@@ -22,6 +22,10 @@ class Wait:
     convergence: bool = False
 
 
+class Trapped(Exception):
+    """A thread executed trap, which ends the launch of every thread."""
+
+
 class Exited:
     """The lanes have left the kernel."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from build_kernels.emulator.execution.cta import Cluster, Cta
 from build_kernels.emulator.execution.exit_checks import check_exit
 from build_kernels.emulator.execution.grid import Grid
+from build_kernels.emulator.execution.interruption import Trapped
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.execution.warp import Warp
 from build_kernels.emulator.lanes import LANES, lowest
@@ -19,6 +20,10 @@ from build_kernels.emulator.launch.launch import Launch, Schedule
 QUANTUM = 400  # instructions a warp runs before another may
 IDLE_TURNS = 3  # turns of every warp without an event before an operation must finish
 STUCK_TURNS = 2000  # and before warps that spin count as stuck
+LULL_TURNS = 100  # and before warps that spin get longer turns, and time leaps if they look at it
+LULL_TURN = 16  # as many turns in one: a bounded wait may look once in a thousand polls
+LEAP = 60_000_000_000  # ns: beyond the bound of any wait of a kernel
+MAX_LEAPS = 4  # without an event; a spin that goes on is endless
 EAGERNESS = 0.3  # chance per turn that an operation finishes, under random schedules
 
 
@@ -35,9 +40,16 @@ class Machine:
         self._runnable: deque[Warp] = deque()
         self._active: list[Cluster] = []
         self._warps: dict[Cta, list[Warp]] = {}
+        self.trapped = False
 
     def run(self) -> None:
-        """Run every cluster of the grid, as many at a time as are resident."""
+        """Run every cluster of the grid, as many at a time as are resident, or until a trap."""
+        try:
+            self._run()
+        except Trapped:
+            self.trapped = True
+
+    def _run(self) -> None:
         grid, launch = self.grid, self.grid.launch
         origins = itertools.product(
             *(range(0, g, c) for g, c in zip(launch.grid[::-1], launch.cluster[::-1], strict=True))
@@ -75,18 +87,24 @@ class Machine:
         """Run until some cluster has exited; False on a deadlock."""
         grid, runnable = self.grid, self._runnable
         idle, events, stuck_at = 0, grid.events, -1
+        reads, leaps = grid.timer_reads, 0
         while not any(cluster.exited for cluster in self._active):
             if grid.events != events:
                 idle, events = 0, grid.events
+                reads, leaps = grid.timer_reads, 0
             if self._policy == "random" and grid.pending and self._random.random() < EAGERNESS:
                 grid.perform_one()
             if runnable and idle > IDLE_TURNS * len(runnable) and grid.perform_one():
                 continue
+            grid.lull = idle > LULL_TURNS * max(1, len(runnable))
+            if grid.lull and grid.timer_reads > reads and leaps < MAX_LEAPS:
+                grid.nanoseconds += LEAP
+                idle, reads, leaps = 0, grid.timer_reads, leaps + 1
             if idle > STUCK_TURNS * max(1, len(runnable)):
                 self._report_stuck("spins and nothing else happens")
                 return False
             if runnable:
-                idle += 1
+                idle += LULL_TURN if grid.lull else 1
                 self._turn()
             elif not grid.perform_one():
                 # All are blocked. A try_wait may give up; if that changes nothing, all is lost.
@@ -102,6 +120,8 @@ class Machine:
         if policy == "random":
             runnable.rotate(self._random.randrange(len(runnable)))
             quantum = self._random.randrange(1, QUANTUM)
+        if self.grid.lull:
+            quantum = LULL_TURN * QUANTUM
         warp = runnable.popleft() if policy != "latest" else runnable.pop()
         if warp.rest:
             warp.rest -= 1

@@ -11,7 +11,8 @@ from build_kernels.emulator.execution.warp import Warp
 from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array
 from build_kernels.emulator.memory.windows import SHARED_RESERVED
 
-_CLOCKS = ("%clock", "%clock64", "%globaltimer", "%globaltimer_lo")
+_TIMERS = ("%globaltimer", "%globaltimer_lo")
+_CLOCKS = ("%clock", "%clock64", *_TIMERS)
 
 _LANE = LANE_INDEX.astype(np.int64)
 _ONE = np.int64(1) << _LANE
@@ -56,6 +57,9 @@ SPECIALS = {*_CLOCKS, *_SCALARS, *(f"{name}.{axis}" for name in _VECTORS for axi
 
 def special(w: Warp, name: str, dtype: Any) -> Array:
     """Return a special register as 32 values."""
+    if name in _TIMERS:
+        w.grid.timer_reads += 1
+        return np.full(LANES, w.grid.nanoseconds + w.grid.steps, dtype=np.uint64).astype(dtype)
     if name in _CLOCKS:
         return np.full(LANES, w.grid.steps, dtype=np.uint64).astype(dtype)
     values = w.specials.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from build_kernels.emulator.execution.interruption import EXITED, Interruption
+from build_kernels.emulator.execution.interruption import EXITED, Trapped
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import aligned
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, always
@@ -27,9 +27,9 @@ def leave(d: Decoding) -> Run:
     return lambda w: EXITED
 
 
-def trap(w: Warp) -> Interruption:
+def trap(w: Warp) -> None:
     w.report("trap", "the kernel traps", lane=w.first_lane())
-    return EXITED
+    raise Trapped
 
 
 def pause(d: Decoding) -> Run:

@@ -27,7 +27,7 @@ def lane_by_lane(run: Run) -> Run:
     def some(w: Warp) -> Interruption:
         schedule, random = w.grid.schedule, w.grid.random
         count = w.bits.bit_count()
-        if schedule.policy != "random" or count == 1 or random.random() >= PARTED:
+        if schedule.policy != "random" or count == 1 or w.grid.lull or random.random() >= PARTED:
             return run(w)
         every = w.bits
         # One comes first, one comes last, or half of them do: the lanes that are left may part

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from . import emulated, hardware, lint, protocol, structure
+from . import emulated, faults, hardware, lint, protocol, structure
 from .rung import Rung
 
 RUNGS: dict[str, Rung] = {
     rung.name: rung
-    for rung in (structure.RUNG, lint.RUNG, protocol.RUNG, emulated.RUNG, hardware.RUNG)
+    for rung in (
+        *(structure.RUNG, lint.RUNG, protocol.RUNG),
+        *(emulated.RUNG, faults.RUNG, hardware.RUNG),
+    )
 }

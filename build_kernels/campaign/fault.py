@@ -1,0 +1,82 @@
+"""One row of the fault campaign. Pure: imports neither NumPy nor the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from build_kernels.mutants.mutant import Edit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from build_kernels.evidence.inputs import Inputs
+
+    Array = NDArray[Any]
+
+
+class Expected(Enum):
+    """The outcome that a fault must have."""
+
+    REFUSED = "refused in words, before anything is launched or written"
+    FALLBACK = "another step takes the call, visibly"
+    RIGHT = "every row is right"
+    WRONG_ROW_ONLY = "ends, no trace is left, and only the rows whose input was torn may differ"
+    ENDS = "ends by the trap, or with every row right; never wrong in silence"
+    LEAVES_ZERO = "every row is right, and the workspace is zero afterwards"
+
+
+class Place(Enum):
+    """The machine that a fault needs."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    GPUS = "gpus"
+
+
+# Changes of one array: flat index of an element -> new value.
+Changes = Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A fault that the emulator can make, and the launches that it is made in.
+
+    roles: of the kernels that it is about. num_tokens, options, kind: of the cases. experts, quick:
+    the numbers of experts of a full and of a quick run. tears: from the inputs, changes of arrays,
+    all from the same load on. torn_rows: the rows that may differ then. at_every_load: one launch
+    for each load that can be torn, else one for each number of experts. contents: from zeros, the
+    initial contents of the workspace, a few launches each. edits: of the PTX, for a peer that
+    misbehaves.
+    """
+
+    roles: tuple[str, ...] = ("decode",)
+    num_tokens: int = 2
+    options: tuple[str, ...] = ()
+    kind: str = "integers"
+    experts: tuple[int, ...] = (65, 128, 384)
+    quick: tuple[int, ...] = (65,)
+    tears: Callable[[Inputs], Mapping[str, Changes]] | None = None
+    torn_rows: tuple[int, ...] = ()
+    at_every_load: bool = True
+    contents: tuple[Callable[[Array], Array], ...] = ()
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A row: one fault, and how it is shown that its outcome is the expected one.
+
+    hazard: H1 .. H11 of the production contract, or "" for a fault beside that list. scenario: for
+    the emulator, or else tests: the ids of the pytest nodes that show it.
+    """
+
+    name: str
+    hazard: str
+    what: str
+    place: Place
+    expected: Expected
+    scenario: Scenario | None = None
+    tests: tuple[str, ...] = field(default=())

@@ -1,0 +1,68 @@
+"""The parts of the decode kernels that the rows depend on, each with the edit that removes it.
+
+A row that stays as expected without its guard would show nothing: the tests put each of these
+kernels to its row, which must then fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from build_kernels.mutants.mutant import Edit
+
+# `trap_if` as the kernels write it: before the tickets are drawn, after, and in each merge's wait.
+TRAP = r"@\w+ trap;"
+PADDING_KEY = 0xFFFF_FFFF
+_KEY = f"shr.u64 key, \\2, 32; setp.ne.u64 publishes, key, {PADDING_KEY};"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """A part of a kernel, the rows that show it, and the edits of the PTX that remove it."""
+
+    name: str
+    faults: tuple[str, ...]
+    edits: tuple[Edit, ...]
+
+
+GUARDS = (
+    Guard(
+        name="an owner publishes a padded row too",
+        faults=("padding-set", "padding-clear", "count-up", "count-down", "token-id-leaves"),
+        edits=(
+            Edit(
+                pattern=r"(st\.relaxed\.gpu\.global\.b64 \[%rd\d+\], (%rd\d+);)",
+                replacement="{ .reg .pred publishes; .reg .b64 key; " + _KEY + r" @publishes \1 }",
+            ),
+        ),
+    ),
+    Guard(
+        name="the merger clears what it merged",
+        faults=("padding-set", "image-set"),
+        edits=(
+            Edit(
+                pattern=r"st\.relaxed\.gpu\.global\.v2\.b64 \[%rd\d+\], \{0, 0\};", replacement=""
+            ),
+        ),
+    ),
+    Guard(
+        name="an owner finds its words zero before it draws its tickets",
+        faults=("row-left",),
+        edits=(Edit(pattern=TRAP, replacement="", nth=0),),
+    ),
+    Guard(
+        name="a ticket is less than the number of tiles",
+        faults=("ticket-left",),
+        edits=(Edit(pattern=TRAP, replacement="", nth=1),),
+    ),
+    Guard(
+        name="the merger's wait has a bound",
+        faults=("silent-peer",),
+        # The first two are those above.
+        edits=(
+            Edit(
+                pattern=rf"(?<=globaltimer;)((?:[^;]*;){{1,24}}?[^;]*;\s*){TRAP}", replacement=r"\1"
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,160 @@
+"""The fault campaign: its table, its command, and that its rows can fail."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
+pytest.importorskip("elftools", reason="needs dsv4-router-builder")
+pytest.importorskip("numpy", reason="needs the extra `verify`")
+pytest.importorskip("torch", reason="needs the extra `torch`")
+
+from click.testing import CliRunner
+
+from build_kernels.building.build import run_build
+from build_kernels.building.plan import make_plan
+from build_kernels.campaign import run
+from build_kernels.campaign.command import faults_command
+from build_kernels.campaign.fault import Expected, Fault, Place
+from build_kernels.campaign.guards import GUARDS
+from build_kernels.campaign.run import AS_EXPECTED, NOT_RUN, WRONG, run_one
+from build_kernels.campaign.table import BY_NAME, FAULTS
+from build_kernels.campaign.trial import applies, try_fault
+from build_kernels.evidence.artifact import Artifact, load_artifact
+
+ROOT = Path(__file__).parents[1]
+KEY = "router_decode_kmajor_n8.sm_90a"
+EMULATED = tuple(fault.name for fault in FAULTS if fault.scenario is not None)
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """One decode kernel, built."""
+    folder = tmp_path_factory.mktemp("faults") / "artifacts"
+    name, _, arch = KEY.partition(".")
+    run_build(folder, make_plan(folder, [name], [arch]), jobs=1)
+    return load_artifact(folder, KEY)
+
+
+def tests_of(path: Path) -> set[str]:
+    """Return the names of a module's tests and test classes."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+    return found
+
+
+def test_the_table_has_every_hazard_and_a_proof_for_each_row() -> None:
+    assert len(FAULTS) >= 65
+    assert len(BY_NAME) == len(FAULTS)
+    assert {fault.hazard for fault in FAULTS} == {"", *(f"H{n}" for n in range(1, 12))}
+    for fault in FAULTS:
+        assert (fault.scenario is None) == bool(fault.tests), fault.name
+        assert fault.what, fault.name
+    places = [fault.place for fault in FAULTS]
+    assert places.count(Place.CPU) >= 38
+    assert places.count(Place.GPU) >= 25
+    assert places.count(Place.GPUS) >= 6
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_every_named_test_exists(fault: Fault) -> None:
+    for test in fault.tests:
+        module, _, name = test.partition("::")
+        assert (ROOT / module).is_file(), test
+        assert re.sub(r"\[.*", "", name) in tests_of(ROOT / module), test
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_a_decode_kernel_survives(decode: Artifact, name: str) -> None:
+    fault = BY_NAME[name]
+    assert applies(fault, decode)
+    trial = try_fault(fault, decode, quick=True)
+    assert trial.problems == ()
+    assert trial.runs > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("guard", "name"),
+    [(guard, name) for guard in GUARDS for name in guard.faults],
+    ids=lambda part: part if isinstance(part, str) else part.name,
+)
+def test_a_row_fails_without_its_guard(decode: Artifact, guard, name: str) -> None:
+    ptx = decode.ptx
+    for edit in guard.edits:
+        ptx = edit(ptx)
+    assert try_fault(BY_NAME[name], replace(decode, ptx=ptx), quick=True).problems
+
+
+def test_a_trap_is_no_way_to_survive_a_torn_input(decode: Artifact) -> None:
+    """ENDS allows the trap; a torn input must not lead to it."""
+    ptx = decode.ptx.replace("griddepcontrol.wait;", "trap;", 1)
+    trapping = replace(decode, ptx=ptx)
+    assert "trapped" in try_fault(BY_NAME["image-set"], trapping, quick=True).problems[0]
+    ends = replace(BY_NAME["image-set"], expected=Expected.ENDS)
+    assert try_fault(ends, trapping, quick=True).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "detail"),
+    [
+        ("def test_it(): pass", AS_EXPECTED, "1 passed"),
+        ("def test_it(): assert False", WRONG, "1 failed"),
+        ("import pytest\ndef test_it(): pytest.skip('no driver')", NOT_RUN, "1 skipped"),
+        ("def test_other(): pass", WRONG, ""),
+    ],
+)
+def test_the_outcome_of_a_row_is_that_of_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, status: str, detail: str
+) -> None:
+    (tmp_path / "test_row.py").write_text(body)
+    fault = replace(BY_NAME["first-use-twice"], tests=("test_row.py::test_it",))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setitem(BY_NAME, fault.name, fault)
+    outcome = run_one(tmp_path, fault.name, "", True)
+    assert outcome.status == status
+    assert detail in outcome.detail
+
+
+def test_a_checkout_without_the_tests_runs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    outcome = run_one(tmp_path, "first-use-twice", "", True)
+    assert outcome.status == NOT_RUN
+    assert "the checkout has no tests/test_faults_runtime.py" in outcome.detail
+
+
+def test_a_kernel_that_is_not_there_is_no_success(tmp_path: Path) -> None:
+    assert run_one(tmp_path, "padding-set", KEY, True).status == WRONG
+
+
+def test_the_list_names_every_row_and_runs_none() -> None:
+    shown = CliRunner().invoke(faults_command, ["--list", "--json"])
+    rows = json.loads(shown.stdout)
+    assert [row["id"] for row in rows] == [fault.name for fault in FAULTS]
+    assert {row["status"] for row in rows} == {NOT_RUN}
+    assert "gpu-soak" in CliRunner().invoke(faults_command, ["--list"]).stdout
+
+
+def test_an_unknown_row_is_a_usage_error() -> None:
+    shown = CliRunner().invoke(faults_command, ["--only", "padding-sat"])
+    assert shown.exit_code == 2
+    assert "padding-set" in shown.stderr
+
+
+def test_a_row_for_a_gpu_is_not_run_and_its_command_is_printed(decode: Artifact) -> None:
+    folder = str(decode.cubin_path.parent)
+    arguments = ["--only", "gpu-nan", "--only", "gpus-reset", "--artifacts", folder]
+    shown = CliRunner().invoke(faults_command, arguments)
+    assert shown.exit_code == 0
+    assert "python -m pytest -m gpu tests/test_gpu_faults.py::test_nan_everywhere" in shown.stdout
+    assert "0 not as expected, 2 not run" in shown.stdout

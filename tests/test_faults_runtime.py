@@ -1,0 +1,147 @@
+"""Faults inside the process: an interrupt at every line of a call, and first use by two threads."""
+
+from __future__ import annotations
+
+import linecache
+import random
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
+import torch
+from conftest import sample_manifest
+from gpu_recorder import replace_gpu
+from watchdog import ends_within
+
+import dsv4_router_runtime
+from dsv4_router_runtime import Router
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
+
+K, E, TOP_K = 512, 80, 6
+PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
+SEEDS = 1000
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return replace_gpu(monkeypatch)
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())
+
+
+@pytest.fixture
+def make(artifacts):
+    def made(**more) -> Router:
+        W = torch.zeros(E, K, dtype=torch.bfloat16).t()
+        given = {"top_k": TOP_K, "routed_scaling_factor": 2.5, "artifacts": artifacts}
+        return Router(W, torch.zeros(E), **given, **more)
+
+    return made
+
+
+def step(num_tokens: int):
+    return (
+        torch.zeros(num_tokens, K, dtype=torch.bfloat16),
+        torch.zeros(num_tokens, TOP_K),
+        torch.zeros(num_tokens, TOP_K, dtype=torch.int32),
+    )
+
+
+def call_interrupted_at(line: int, call) -> bool:
+    """Make the call with a KeyboardInterrupt at the nth line of the package; False if none came.
+
+    The end of a `with` block is left out: it has a line event, but CPython handles a signal after
+    the block's last call, which the block still covers.
+    """
+    seen = 0
+    entered: set[tuple[object, int]] = set()
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        place = (frame, frame.f_lineno)
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and place not in entered:
+            seen += 1
+            if seen == line:
+                raise KeyboardInterrupt
+        if text.startswith("with "):
+            entered.add(place)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("num_tokens", [5, 65])
+def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(gpu, make, num_tokens):
+    """Ctrl-C between two writes passes for no whole write, and leaves no lock held."""
+    bound = make(bias_vl=torch.zeros(E))
+    plain, masked = step(num_tokens), step(num_tokens + 1)
+    mask = torch.zeros(num_tokens + 1, dtype=torch.bool)
+
+    def other() -> None:
+        bound(*masked, image_mask=mask, padding_mask=mask)
+
+    other()
+    bound(*plain)
+    expected = gpu.last
+    line = 1
+    with ends_within(120):
+        while call_interrupted_at(line, other):
+            bound(*plain)
+            assert gpu.last == expected, line
+            line += 1
+    # A call has a few dozen lines; fewer would mean that the loop saw none of them.
+    assert line > 20
+
+
+def test_first_use_by_two_threads(gpu, make):
+    """Whichever comes first, both launch with their own arguments, on one stream's one scratch."""
+    cases = [step(3), step(4)]
+    scratch = {
+        parameter.name
+        for kernel in sample_manifest().kernels
+        for parameter in kernel.parameters
+        if parameter.scratch is not None
+    }
+    interval = sys.getswitchinterval()
+    try:
+        for seed in range(SEEDS):
+            # Threads change places within a call, after another number of instructions each time.
+            sys.setswitchinterval(random.Random(seed).choice((1e-6, 3e-6, 1e-5, 1e-4)))
+            bound, together = make(), threading.Barrier(2)
+            gpu.stream = 100 + seed
+            gpu.launches.clear()
+
+            def work(case, bound=bound, together=together) -> None:
+                together.wait()
+                bound(*case)
+
+            threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert {(each["num_tokens"], each["out_ids"]) for each in gpu.launches} == {
+                (len(case[0]), case[2].data_ptr()) for case in cases
+            }
+            used = [{name: each[name] for name in scratch if name in each} for each in gpu.launches]
+            assert used[0] == used[1]
+    finally:
+        sys.setswitchinterval(interval)

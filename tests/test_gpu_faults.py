@@ -1,0 +1,158 @@
+"""Faults on a GPU, each in a process of its own with a time limit: a hang is a failed test.
+
+DSV4_FAULT_SECONDS: how long the soak runs; 20 by default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+pytestmark = pytest.mark.gpu
+
+CHILDREN = Path(__file__).with_name("gpu_fault_children.py")
+SOAK_SECONDS = float(os.environ.get("DSV4_FAULT_SECONDS", "20"))
+TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "input_ids"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment, with the package under test first."""
+    places = os.pathsep.join([str(CHILDREN.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": places, **more}
+
+
+def command(name: str, *arguments: Any) -> list[str]:
+    return [sys.executable, str(CHILDREN), name, json.dumps(arguments)]
+
+
+def child(
+    name: str, *arguments: Any, seconds: float = 120, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run one function of gpu_fault_children.py; return its figures, or fail the test."""
+    try:
+        done = subprocess.run(
+            command(name, *arguments),
+            env=environment(**(env or {})),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"{name}{arguments} hangs: still running after {seconds} s; {late.stderr}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(name, *arguments, figures)
+    return figures
+
+
+@pytest.mark.parametrize("num_tokens", [8, 64])
+@pytest.mark.parametrize("kind", TORN)
+def test_an_input_that_is_rewritten_all_the_while(kind, num_tokens):
+    assert child("torn", kind, num_tokens, 1_000_000)["launches"] >= 1_000_000
+
+
+def test_a_neighbour_on_any_number_of_sms():
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    waited = child("spinner", num_sms)["waited_for_the_neighbour"]
+    # With every SM taken it has to wait; with none it does not.
+    assert num_sms in waited
+    assert 0 not in waited
+
+
+def test_threads_and_streams_and_graphs_for_a_while():
+    assert child("load", SOAK_SECONDS, seconds=SOAK_SECONDS + 180)["rounds"] > 0
+
+
+def test_graphs_that_are_destroyed_at_random():
+    child("graphs_destroyed")
+
+
+def test_one_graph_in_two_parents():
+    child("one_graph_in_two_parents")
+
+
+def test_nan_everywhere():
+    child("nan_everywhere")
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_launch():
+    """The next process finds the GPU as it was."""
+    victim = subprocess.Popen(
+        command("launches_until_killed"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    # readline would wait for ever on a child that hangs before it says anything.
+    watchdog = threading.Timer(120, victim.kill)
+    watchdog.start()
+    try:
+        assert victim.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            victim.wait(timeout=2)
+    finally:
+        watchdog.cancel()
+        victim.kill()
+    assert victim.wait(timeout=60) == -signal.SIGKILL
+    child("clean")
+
+
+def test_two_processes_at_once():
+    """Neither knows of the other; each has scratch of its own."""
+    others = [
+        subprocess.Popen(
+            command("load", 10.0), env=environment(), stderr=subprocess.PIPE, text=True
+        )
+    ]
+    try:
+        child("nan_everywhere")
+        child("clean")
+        _, errors = others[0].communicate(timeout=180)
+        # Its device bytes are not its own alone while another process runs.
+        assert others[0].returncode == 0 or "device bytes grew" in errors, errors
+    finally:
+        others[0].kill()
+
+
+def test_a_million_tokens():
+    child("a_million_tokens", seconds=300)
+
+
+def test_a_chain_with_a_kernel_that_never_waits():
+    child("chain_that_never_waits")
+
+
+@pytest.mark.parametrize("allocator", ["", "expandable_segments:True"])
+def test_empty_cache_between(allocator):
+    child("empty_cache_between", env={"PYTORCH_CUDA_ALLOC_CONF": allocator} if allocator else None)
+
+
+@pytest.mark.parametrize("byte", [1, 0xFF, 0x5A])
+def test_a_launch_on_scratch_that_is_not_zero(byte):
+    child("poisoned_launch", byte)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", *command("clean")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

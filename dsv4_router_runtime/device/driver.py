@@ -250,10 +250,9 @@ def refuse_foreign_context(index: int) -> None:
     driver = bindings()
     # Written out, since every call with a matrix product comes here.
     code, current = driver.cuCtxGetCurrent()
-    if code == 0 and int(current) == int(_primary_context(index)):
+    if code == 0 and int(current) in (int(_primary_context(index)), 0):
         return
-    if is_primary_current(index):
-        return
+    checked("reading the current context", (code, current))
     # The null stream's green context is that of the current context.
     green = driver.cuStreamGetGreenCtx(driver.CUstream(0))
     device = checked("reading the current context's GPU", driver.cuCtxGetDevice())

@@ -16,7 +16,7 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not install
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from fake_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
+from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
 from watchdog import ends_within
 
 from dsv4_router_runtime import Router, dense_router_dispatch, router

@@ -19,7 +19,7 @@ from conftest import decode_kernel, sample_manifest, topk_kernel
 from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, dense_router_dispatch, router
+from dsv4_router_runtime import Router, binding, dense_router_dispatch, router
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
@@ -200,6 +200,19 @@ def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
     assert "an earlier kernel, of any library, may be to blame" in message
     assert message.endswith("the GPU's context is lost: restart the process")
     assert ("wait_limit_ms" in message) == (code in (715, 719))
+
+
+def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind):
+    bound = bind()
+
+    def is_capturing():
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for ...")
+
+    monkeypatch.setattr(binding, "is_capturing", is_capturing)
+    with pytest.raises(DriverError) as caught:
+        call(bound)
+    assert "CUDA driver: CUDA error: unspecified launch failure; an earlier" in str(caught.value)
+    assert str(caught.value).endswith("restart the process")
 
 
 @pytest.mark.parametrize("code", [4, 400, 709])

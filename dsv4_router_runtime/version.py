@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
 from pathlib import Path
 
 from .artifacts.files import MAX_JSON_BYTES, read_file
@@ -26,6 +25,9 @@ def package_version() -> str:
     settings = checkout_settings(Path(__file__).resolve().parents[1])
     if stated := re.search(r'^version = "([^"]+)"$', settings or "", re.M):
         return stated.group(1)
+    # Here, since it takes 20 ms, and every import of the package comes by.
+    from importlib import metadata
+
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

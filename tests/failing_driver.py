@@ -47,7 +47,7 @@ class FakeDriver:
         self.room = 7
         self.launch_code = 0
         self.launched: list[int] = []
-        self.products: list[Any] = []
+        self.gpu: Any = None
         self.handles: dict[int, Any] = {}
         integer, pointer = ctypes.c_uint32, ctypes.c_void_p
         kind = ctypes.CFUNCTYPE(
@@ -174,7 +174,7 @@ def replace_driver(monkeypatch, kernels) -> FakeDriver:
     for owner, name, value in _REAL:
         monkeypatch.setattr(owner, name, value)
     fake = plug_in(monkeypatch, FakeDriver(kernels))
-    fake.products = gpu.products
+    fake.gpu = gpu
     return fake
 
 

@@ -32,7 +32,6 @@ class Gpu:
         self.launches: list[dict] = []
         self.products: list = []
         self.pdl: list[bool] = []
-        self.unfit: dict[str, str] = {}
 
     @property
     def last(self) -> dict:
@@ -43,7 +42,7 @@ class Gpu:
         return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
 
     def room(self, loaded, stream):
-        return occupancy.Room(exclusive_clusters=0, reason=self.unfit.get(loaded.kernel.key))
+        return occupancy.Room(exclusive_clusters=0)
 
     def encode(self, arguments):
         self.maps.append(arguments)

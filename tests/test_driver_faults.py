@@ -179,14 +179,14 @@ def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
     bound = bind()
     for n in (3, 70):
         call(bound, n)
-    fake.products.clear()
+    fake.gpu.products.clear()
     fake.launched, fake.stack = [], [FOREIGN]
     for n in (3, 70):
         with pytest.raises(RouterError, match="allowed: the primary context, or a green context"):
             call(bound, n)
     with pytest.raises(RouterError, match="call cuCtxPopCurrent before"):
         bind()
-    assert (fake.launched, fake.products, fake.stack) == ([], [], [FOREIGN])
+    assert (fake.launched, fake.gpu.products, fake.stack) == ([], [], [FOREIGN])
 
 
 @pytest.mark.parametrize("code", [700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 999])
@@ -262,6 +262,14 @@ class TestWithoutRoomForACluster:
         call(bound)
         names = [fake.handles[handle].name for handle in fake.launched]
         assert names == ["router_topk", "router_decode_kmajor_n8"]
+
+    def test_a_capture_takes_the_next_step_too(self, fake, bind):
+        bound = bind()
+        fake.gpu.capture, fake.room = 5, 0
+        for _ in range(2):
+            call(bound)
+        assert [fake.handles[handle].name for handle in fake.launched] == ["router_topk"] * 2
+        assert occupancy.fallbacks()[0].times == 2
 
     def test_no_step_is_left(self, monkeypatch, fake, bind):
         bound = bind()

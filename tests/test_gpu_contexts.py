@@ -226,8 +226,10 @@ def foreign() -> dict:
     torch.cuda.synchronize()
     weights, bias = router.W_gate, router.e_bias
     cuda = driver.bindings()
-    # Bindings of CUDA 13 take the context's parameters first.
-    made = ask("context", cuda.cuCtxCreate(*[None] * hasattr(cuda, "CUctxCreateParams"), 0, 0))
+    try:
+        made = ask("context", cuda.cuCtxCreate(None, 0, 0))
+    except TypeError:  # Bindings of CUDA 12 take no parameters of the context.
+        made = ask("context", cuda.cuCtxCreate(0, 0))
     refused = []
     for call in (
         lambda: router(x[:8], *out[8]),

@@ -1299,7 +1299,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             noted.append(self.facts | values)
 
     def loaded(artifacts, kernel, device):
-        return load.LoadedKernel(kernel=kernel, device=device, library=None, function=None)
+        return load.LoadedKernel(
+            kernel=kernel, device=device, library=None, handle=None, function=None
+        )
 
     monkeypatch.setattr(driver, "arch_of_device", lambda index: "sm_90a")
     monkeypatch.setattr(contenders, "LaunchSite", Site)

@@ -1,0 +1,669 @@
+"""`doctor` gives the right verdict, exit code and repair in each fault that it must catch."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+
+from dsv4_router_runtime import doctor
+from dsv4_router_runtime.__main__ import main
+from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.doctor import finding, installation, machine
+from dsv4_router_runtime.errors import DriverError, DriverMissingError, RouterError
+
+torch = pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
+from dsv4_router_runtime.device import load  # noqa: E402
+from dsv4_router_runtime.doctor import selftest  # noqa: E402
+from dsv4_router_runtime.reference import router_reference  # noqa: E402
+
+ENVIRONMENT = [variable.name for variable in machine.VARIABLES]
+
+
+class Words:
+    """An enumeration of the driver's: each member is its own name."""
+
+    def __getattr__(self, name):
+        return name
+
+
+class FakeCuda:
+    """A driver of one H200: what it answers is in `facts`, what it lacks succeeds with 0."""
+
+    def __init__(self, parameters):
+        self.facts = {
+            "COMPUTE_CAPABILITY_MAJOR": 9,
+            "COMPUTE_CAPABILITY_MINOR": 0,
+            "MULTIPROCESSOR_COUNT": 132,
+            "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232_448,
+            "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": 233_472,
+            "ECC_ENABLED": 1,
+            "MPS_ENABLED": 0,
+        }
+        self.version, self.count, self.name = 13000, 1, b"NVIDIA H200"
+        self.clusters, self.load_code = 7, 0
+        self.parameters = parameters
+        self.CUdevice_attribute = self.CUfunction_attribute = Words()
+
+    def __getattr__(self, name):
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        return lambda *given: (0, 0)
+
+    def cuDriverGetVersion(self):
+        return 0, self.version
+
+    def cuDeviceGetCount(self):
+        return 0, self.count
+
+    def cuDeviceGetName(self, most, device):
+        return 0, self.name + bytes(most - len(self.name))
+
+    def cuDeviceGetAttribute(self, which, device):
+        value = self.facts.get(which.removeprefix("CU_DEVICE_ATTRIBUTE_"))
+        return (1, 0) if value is None else (0, value)
+
+    def cuLibraryLoadData(self, cubin, *more):
+        return self.load_code, None
+
+    def cuLibraryGetKernel(self, library, symbol):
+        return 0, symbol.decode()
+
+    def cuKernelGetParamInfo(self, handle, index):
+        known = self.parameters[handle]
+        if index >= len(known):
+            return 1, 0, 0
+        return 0, known[index].offset, known[index].size
+
+    def cuOccupancyMaxActiveClusters(self, function, config):
+        return 0, self.clusters
+
+
+class RightRouter:
+    """A Router that routes as the reference does."""
+
+    def __init__(self, W_gate, e_bias, *, top_k, routed_scaling_factor, artifacts, tid2eid):
+        self.layer = (W_gate, e_bias, routed_scaling_factor, top_k)
+        self.table = tid2eid
+
+    def __call__(self, x, weights, ids, *, input_ids):
+        right, right_ids = router_reference(x, *self.layer, tid2eid=self.table, input_ids=input_ids)
+        weights.copy_(right)
+        ids.copy_(right_ids)
+
+
+def zero_workspace(device):
+    """A check that finds nothing."""
+
+
+@pytest.fixture
+def world(monkeypatch, write_artifacts, manifest):
+    """A machine in good order: a whole set with evidence, a driver, a GPU and its kernels."""
+    folder = write_artifacts(manifest)
+    entries = [
+        {
+            "artifact": kernel.key,
+            "cubin_sha256": kernel.cubin_sha256,
+            "ptx_sha256": kernel.ptx_sha256,
+            "rungs": {
+                "hardware": {"status": "passed", "figures": {"records": [{"gpu": "NVIDIA H200"}]}},
+                "emulated": {"status": "passed"},
+            },
+        }
+        for kernel in manifest.kernels
+    ]
+    cuda = FakeCuda({kernel.symbol: kernel.parameters for kernel in manifest.kernels})
+    world = SimpleNamespace(
+        folder=folder, manifest=manifest, cuda=cuda, monkeypatch=monkeypatch, entries=entries
+    )
+    world.write_evidence = lambda: (folder / "evidence.json").write_text(
+        json.dumps({"schema_version": 1, "evidence": entries})
+    )
+    world.write_evidence()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(driver, "bindings", lambda: cuda)
+    driver._primary_context.cache_clear()
+    monkeypatch.setattr(load, "launch_config", lambda *given, **more: None)
+    monkeypatch.setattr(selftest, "device_name", lambda index: "cpu")
+    monkeypatch.setattr(selftest, "run_eagerly", lambda call: call())
+    monkeypatch.setattr(selftest, "run_replayed", lambda call: call())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(selftest.dsv4_router_runtime, "Router", RightRouter, raising=False)
+    monkeypatch.setattr(selftest.dsv4_router_runtime, "check", zero_workspace, raising=False)
+    yield world
+    driver._primary_context.cache_clear()
+
+
+@pytest.fixture
+def examine(world, capsys):
+    """Run `doctor --json` on the world; returns the exit code and the findings by check."""
+
+    def run(*arguments):
+        code = main(["doctor", "--json", "--artifacts", str(world.folder), *arguments])
+        document = json.loads(capsys.readouterr().out)
+        assert document["exit"] == code
+        return code, {each["check"]: each for each in document["findings"]}
+
+    return run
+
+
+def raises(error):
+    def fail(*given, **more):
+        raise error
+
+    return fail
+
+
+def without_driver(world, error, cause=None):
+    error.__cause__ = cause
+    world.monkeypatch.setattr(driver, "bindings", raises(error))
+
+
+def cubin(world):
+    return world.folder / "router_topk.sm_90a.cubin"
+
+
+def flip_a_byte(world):
+    data = bytearray(cubin(world).read_bytes())
+    data[-1] ^= 1
+    cubin(world).write_bytes(data)
+
+
+def put_a_fifo(world):
+    cubin(world).unlink()
+    os.mkfifo(cubin(world))
+
+
+def put_stale_schema(world):
+    path = world.folder / "manifest.json"
+    document = json.loads(path.read_text())
+    document["schema_version"] -= 1
+    path.write_text(json.dumps(document))
+
+
+def fail_a_rung(world):
+    for entry in world.entries:
+        entry["rungs"]["emulated"] = {"status": "failed", "reason": "a race"}
+    world.write_evidence()
+
+
+def forget_the_hardware(world):
+    for entry in world.entries:
+        entry["rungs"]["hardware"] = {"status": "not run", "reason": "no GPU"}
+    world.write_evidence()
+
+
+def set_floor(world, floor):
+    world.monkeypatch.setattr(machine, "driver_floor", lambda manifest, arch: floor)
+
+
+def shorten_parameters(world):
+    known = world.cuda.parameters
+    known["router_topk"] = known["router_topk"][:-1]
+
+
+def route_wrongly(change):
+    """Replace the Router by one that changes right outputs."""
+
+    class WrongRouter(RightRouter):
+        def __call__(self, x, weights, ids, *, input_ids):
+            super().__call__(x, weights, ids, input_ids=input_ids)
+            change(weights, ids)
+
+    return lambda world: world.monkeypatch.setattr(
+        selftest.dsv4_router_runtime, "Router", WrongRouter
+    )
+
+
+def swap_last(weights, ids):
+    ids[-1, :2] = ids[-1, :2].flip(0)
+
+
+def fact(**values):
+    return lambda world: world.cuda.facts.update(values)
+
+
+def attribute(**values):
+    return lambda world: [setattr(world.cuda, name, values[name]) for name in values]
+
+
+def without_torch(world):
+    known = metadata.version
+
+    def version(name):
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    world.monkeypatch.setattr(installation.metadata, "version", version)
+    world.monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+
+
+def environment(**values):
+    return lambda world: [world.monkeypatch.setenv(name, values[name]) for name in values]
+
+
+def not_zero(world):
+    error = RouterError("scratch of stream 0 is not zero: 3 words; call reset()")
+    world.monkeypatch.setattr(selftest.dsv4_router_runtime, "check", raises(error))
+
+
+NO_LIBRARY = RuntimeError("libcuda.so.1: cannot open shared object file")
+BUILD = "build-kernels build --artifacts "
+SELF_TEST, TOPK = "self-test gpu 0", "kernel router_topk.sm_90a gpu 0"
+
+# name -> (fault, check, status, what was found, repair)
+FAULTS = {
+    "no driver": (
+        lambda w: without_driver(w, DriverMissingError("no CUDA driver here"), NO_LIBRARY),
+        *("driver", "FAIL", "no CUDA driver here", "docker run --gpus all"),
+    ),
+    "no bindings": (
+        lambda w: without_driver(w, DriverMissingError("no package"), ImportError("cuda")),
+        *("driver", "FAIL", "no package", "pip install cuda-bindings"),
+    ),
+    "no GPU": (
+        lambda w: without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
+        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "nvidia-smi -L"),
+    ),
+    "the GPUs hidden": (
+        lambda w: (
+            environment(CUDA_VISIBLE_DEVICES="")(w),
+            without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
+        ),
+        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "unset CUDA_VISIBLE_DEVICES"),
+    ),
+    "no fabric manager": (
+        lambda w: without_driver(w, DriverMissingError("CUDA_ERROR_SYSTEM_NOT_READY")),
+        *("driver", "FAIL", "NOT_READY", "systemctl start nvidia-fabricmanager"),
+    ),
+    "no device counted": (
+        attribute(count=0),
+        *("driver", "FAIL", "the driver sees no GPU", "nvidia-smi -L"),
+    ),
+    "a forked child": (
+        lambda w: without_driver(w, RouterError("CUDA cannot be used in a forked child")),
+        *("driver", "FAIL", "forked child", "restart the process"),
+    ),
+    "an old driver": (
+        lambda w: set_floor(w, 13010),
+        *("driver for sm_90a", "FAIL", "CUDA 13.0", "install NVIDIA's driver"),
+    ),
+    "another architecture": (
+        fact(COMPUTE_CAPABILITY_MAJOR=8),
+        *("kernels gpu 0", "FAIL", "for sm_100a, sm_90a", "build-kernels build --arch sm_80"),
+    ),
+    "too little shared memory": (
+        fact(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=99_000),
+        *("gpu 0", "FAIL", "99000 bytes of shared memory per CTA", "nvidia-smi -L"),
+    ),
+    "a flipped byte": (
+        flip_a_byte,
+        *("artifacts", "FAIL", "router_topk.sm_90a.cubin: altered or truncated", BUILD),
+    ),
+    "a missing cubin": (
+        lambda w: cubin(w).unlink(),
+        *("artifacts", "FAIL", "router_topk.sm_90a.cubin: missing", BUILD),
+    ),
+    "a FIFO for a cubin": (
+        put_a_fifo,
+        *("artifacts", "FAIL", "a FIFO, not a regular file", BUILD),
+    ),
+    "a foreign manifest": (
+        lambda w: (w.folder / "manifest.json").write_text('{"name": "app"}'),
+        *("artifacts", "FAIL", "manifest.json: schema_version: expected", BUILD),
+    ),
+    "a stale schema": (
+        put_stale_schema,
+        *("artifacts", "FAIL", "manifest.json: schema_version: expected", BUILD),
+    ),
+    "a stranger among the files": (
+        lambda w: (w.folder / "notes.txt").write_text("x"),
+        *("artifacts", "FAIL", "notes.txt: surplus", "move it out of the folder"),
+    ),
+    "no folder": (
+        lambda w: setattr(w, "folder", w.folder / "elsewhere"),
+        *("artifacts", "FAIL", "cannot be read", BUILD),
+    ),
+    "no evidence": (
+        lambda w: (w.folder / "evidence.json").unlink(),
+        *("evidence sm_90a", "WARN", "none for the bytes of", "build-kernels verify"),
+    ),
+    "unreadable evidence": (
+        lambda w: (w.folder / "evidence.json").write_text("{"),
+        *("evidence sm_90a", "FAIL", "evidence.json: $: not valid JSON", "git checkout"),
+    ),
+    "evidence of a failure": (
+        fail_a_rung,
+        *(
+            "evidence sm_90a",
+            "FAIL",
+            "failed: router_decode_emajor_n32.sm_90a emulated",
+            "build-kernels verify",
+        ),
+    ),
+    "evidence without a GPU": (
+        forget_the_hardware,
+        *("evidence sm_90a", "WARN", "not run on a GPU of sm_90a", "pytest -m gpu --record"),
+    ),
+    "a parameter missing": (
+        shorten_parameters,
+        *(TOPK, "FAIL", "the manifest lists", BUILD),
+    ),
+    "a cubin that the driver refuses": (
+        attribute(load_code=200),
+        *(TOPK, "FAIL", "loading router_topk.sm_90a.cubin", "restart the process"),
+    ),
+    "no room for a cluster": (
+        attribute(clusters=0),
+        "kernel router_decode_kmajor_n64.sm_90a gpu 0",
+        *("WARN", "0 clusters of 16 CTAs fit; 33..64 tokens", "nvidia-smi -L"),
+    ),
+    "MPS": (
+        fact(MPS_ENABLED=1),
+        *("gpu 0", "WARN", "MPS on", "doctor --device 0"),
+    ),
+    "MIG": (
+        attribute(name=b"NVIDIA H200 MIG 1g.18gb"),
+        *("gpu 0", "WARN", "MIG on", "doctor --device 0"),
+    ),
+    "no ECC": (
+        fact(ECC_ENABLED=0),
+        *("gpu 0", "WARN", "ECC off", "nvidia-smi -i 0 -e 1"),
+    ),
+    "wrong ids": (
+        route_wrongly(swap_last),
+        *(SELF_TEST, "FAIL", "kmajor, N=1: eager: 1 of 1 rows have other ids", "doctor --report"),
+    ),
+    "NaN for a weight": (
+        route_wrongly(lambda weights, ids: weights[0].fill_(float("nan"))),
+        *(SELF_TEST, "FAIL", "eager: a weight is off by nan", "doctor --report"),
+    ),
+    "a weight off by 1e-4": (
+        route_wrongly(lambda weights, ids: weights[0].mul_(1.0001)),
+        *(SELF_TEST, "FAIL", "eager: a weight is off by 0.0001", "doctor --report"),
+    ),
+    "outputs that are not written": (
+        lambda w: w.monkeypatch.setattr(RightRouter, "__call__", lambda self, *a, **b: None),
+        *(SELF_TEST, "FAIL", "rows have other ids", "doctor --report"),
+    ),
+    "a replay that does nothing": (
+        lambda w: w.monkeypatch.setattr(selftest, "run_replayed", lambda call: None),
+        *(SELF_TEST, "FAIL", "replayed: 1 of 1 rows have other ids", "doctor --report"),
+    ),
+    "a launch that fails": (
+        lambda w: w.monkeypatch.setattr(
+            selftest, "run_eagerly", raises(DriverError("launching: CUDA_ERROR_LAUNCH_FAILED"))
+        ),
+        *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", "nvidia-smi --gpu-reset"),
+    ),
+    "an error of a library": (
+        lambda w: w.monkeypatch.setattr(selftest, "run_eagerly", raises(KeyError("x"))),
+        *(SELF_TEST, "FAIL", "KeyError: 'x'", "doctor --report"),
+    ),
+    "scratch that is not zero": (
+        not_zero,
+        *("workspace gpu 0", "FAIL", "is not zero: 3 words", "nvidia-smi --gpu-reset"),
+    ),
+    "no torch": (
+        without_torch,
+        *("package torch", "WARN", "not installed", "pip install 'torch"),
+    ),
+    "blocking launches": (
+        environment(CUDA_LAUNCH_BLOCKING="1"),
+        *("environment CUDA_LAUNCH_BLOCKING", "WARN", "wait for the GPU", "unset CUDA_LAUNCH"),
+    ),
+    "one hardware queue": (
+        environment(CUDA_DEVICE_MAX_CONNECTIONS="1"),
+        "environment CUDA_DEVICE_MAX_CONNECTIONS",
+        *("WARN", "one queue", "unset CUDA_DEVICE_MAX_CONNECTIONS"),
+    ),
+    "cubins ignored": (
+        environment(CUDA_FORCE_PTX_JIT="1"),
+        *("environment CUDA_FORCE_PTX_JIT", "FAIL", "ignore cubins", "unset CUDA_FORCE_PTX_JIT"),
+    ),
+    "a share of the SMs": (
+        environment(CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="40"),
+        "environment CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+        *("WARN", "'40': below 100 takes SMs away", "unset CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
+    ),
+}
+
+
+def test_a_machine_in_good_order_exits_0(examine):
+    code, found = examine()
+    assert code == 0
+    # Before the manifest states the lowest driver, that check has nothing to hold it against.
+    assert {each["status"] for each in found.values()} <= {"OK", "SKIP"}
+    assert "passed on NVIDIA H200" in found["evidence sm_90a"]["found"]
+    assert found["gpu 0"]["found"].startswith("NVIDIA H200, sm_90a, 132 SMs, 232448 bytes")
+    decode = found["kernel router_decode_emajor_n8.sm_90a gpu 0"]["found"]
+    assert (
+        decode
+        == "loads; 7 clusters of 16 CTAs fit; 1..8 tokens: computes the whole gate in "
+        + ("one launch")
+    )
+    assert found[SELF_TEST]["found"] == "40 calls right, half of them replayed"
+    assert found["workspace gpu 0"]["status"] == "OK"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_has_its_verdict_exit_code_and_repair(world, capsys, fault):
+    arrange, check, status, words, repair = FAULTS[fault]
+    arrange(world)
+    # The self-test takes a second on a CPU.
+    quick = [] if check in (SELF_TEST, "workspace gpu 0") else ["--quick"]
+    code = main(["doctor", "--json", "--artifacts", str(world.folder), *quick])
+    document = json.loads(capsys.readouterr().out)
+    found = {each["check"]: each for each in document["findings"]}[check]
+    assert (found["status"], code) == (status, {"WARN": 1, "FAIL": 2}[status])
+    assert words in found["found"]
+    assert found["needed"]
+    assert repair in found["repair"]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "place"),
+    [
+        ([], "rungs: expected an object"),
+        ({"hardware": 1}, "rungs.hardware: expected an object"),
+        ({"hardware": {"status": "good"}}, "rungs.hardware.status: expected one of passed, failed"),
+        ({"hardware": {"status": "passed"}}, "rungs.hardware.figures: expected an object"),
+        (
+            {"hardware": {"status": "passed", "figures": {"records": {}}}},
+            "figures.records: expected a list of records",
+        ),
+        (
+            {"hardware": {"status": "passed", "figures": {"records": [{"gpu": 7}]}}},
+            "records[0].gpu: expected a GPU's name",
+        ),
+    ],
+)
+def test_malformed_evidence_is_named_by_its_place(world, examine, rungs, place):
+    world.entries[0]["rungs"] = rungs
+    world.write_evidence()
+    code, found = examine("--quick")
+    assert code == 2
+    assert place in found["evidence sm_90a"]["found"]
+
+
+def test_a_forked_child_is_told_to_restart(world):
+    """The check asks the driver, which refuses; nothing is loaded and no other check is lost."""
+    without_driver(world, RouterError("CUDA cannot be used in a forked child"))
+    found = doctor.examine(artifacts=world.folder)
+    assert [each.check for each in found if each.status == "FAIL"] == ["driver"]
+    assert found[-1].found == "no GPU to load them on"
+
+
+def test_without_torch_the_kernels_are_skipped_with_the_extra_that_brings_it(world, examine):
+    without_torch(world)
+    code, found = examine()
+    assert code == 1
+    assert found["kernels"]["status"] == "SKIP"
+    assert found["kernels"]["repair"] == "pip install 'dsv4-router[torch]'"
+
+
+def test_quick_leaves_the_self_test_out(world, examine):
+    world.monkeypatch.setattr(selftest, "self_test", raises(AssertionError))
+    _, found = examine("--quick")
+    assert found[SELF_TEST]["status"] == "SKIP"
+    assert found[TOPK]["status"] == "OK"
+    assert "workspace gpu 0" not in found
+
+
+def test_gpus_of_one_kind_are_loaded_once_and_one_can_be_named(world, examine):
+    world.cuda.count = 3
+    _, found = examine("--quick")
+    assert [check for check in found if check.startswith("gpu ")] == ["gpu 0", "gpu 1", "gpu 2"]
+    assert found["kernels gpu 2"]["found"] == "checked on GPU 0, which is alike"
+    assert found["kernels gpu 2"]["repair"] == "python -m dsv4_router_runtime doctor --device 2"
+    _, found = examine("--quick", "--device", "1")
+    assert [check for check in found if check.startswith("gpu ")] == ["gpu 1"]
+    assert "kernel router_topk.sm_90a gpu 1" in found
+    code, found = examine("--device", "3")
+    assert (code, found["gpu 3"]["needed"]) == (2, "a GPU from 0 to 2")
+
+
+def test_a_driver_that_does_not_know_mps_is_no_fault(world, examine):
+    del world.cuda.facts["MPS_ENABLED"]
+    world.cuda.cuGetErrorString = lambda code: (0, b"invalid argument")
+    code, found = examine("--quick")
+    assert code == 0
+    assert found["gpu 0"]["found"].endswith("MPS unknown")
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "within"),
+    [
+        ("13.5.0", "<14,>=12.9", True),
+        ("14.0.0", "<14,>=12.9", False),
+        ("12.8.1", "<14,>=12.9", False),
+        ("12.9", "<14,>=12.9", True),
+        ("2.13.0+cpu", ">=2.8", True),
+        ("2.8.0+cu129", ">=2.8", True),
+        ("2.7.1", ">=2.8", False),
+        ("1.0", "", True),
+    ],
+)
+def test_versions_are_held_against_the_bounds_of_the_metadata(version, bounds, within):
+    assert installation._within(version, bounds) is within
+
+
+def test_a_version_outside_its_bounds_is_a_warning(world, examine):
+    world.monkeypatch.setattr(installation, "_required", lambda name: ">=99")
+    code, found = examine("--quick")
+    assert code == 1
+    assert found["package torch"]["repair"] == "pip install 'torch>=99'"
+
+
+def test_lines_start_with_the_status_and_end_with_the_repair(world, capsys):
+    flip_a_byte(world)
+    assert main(["doctor", "--artifacts", str(world.folder)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("FAIL artifacts: "))
+    assert line.endswith(f"; repair: {BUILD}{world.folder}")
+    assert {line.split()[0] for line in lines} <= {"OK", "WARN", "FAIL", "SKIP"}
+
+
+def test_a_report_has_no_path_outside_the_package_and_no_name(world, capsys):
+    world.monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/var/secret/mps")
+    world.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0a1b2c3d-aaaa-bbbb-cccc-0123456789ab")
+    user, host = getpass.getuser(), socket.gethostname()
+    error = DriverError(f"{user}@{host}: ~/x and '/opt/a b' at /home/{user}/file:3, 1/2, N/A")
+    world.monkeypatch.setattr(selftest, "run_eagerly", raises(error))
+    flip_a_byte(world)
+    main(["doctor", "--report", "--artifacts", str(world.folder)])
+    text = capsys.readouterr().out
+    assert text.startswith("dsv4-router ")
+    for secret in (str(world.folder), "secret", "/opt", "~/x", "0a1b2c3d", "/home"):
+        assert secret not in text
+    assert host not in text.replace("<host>", "")
+    assert "FAIL artifacts: <path>: altered or truncated" in text
+
+
+def test_names_are_taken_out_of_a_report_and_the_packages_own_paths_stay(monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    parent = finding._PACKAGE_PARENT
+    text = f"{parent}/artifacts/a.cubin by ann on node7: annex of node71, 1/2; /etc/x:3"
+    assert finding.without_names(text) == (
+        "artifacts/a.cubin by <user> on <host>: annex of node71, 1/2; <path>:3"
+    )
+    monkeypatch.setattr(getpass, "getuser", raises(KeyError("no such uid")))
+    assert finding.without_names("ann") == "ann"
+
+
+def test_without_a_gpu_doctor_takes_half_a_second_and_no_torch():
+    """The best of three in CPU time: what else the machine does is left out."""
+    code = """
+import sys, time
+from dsv4_router_runtime.__main__ import main
+code = main(["doctor"])
+print(code, "torch" in sys.modules, time.process_time())
+"""
+    best = 9.0
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        exit_code, torch_is_there, seconds = run.stdout.splitlines()[-1].split()
+        assert (exit_code, torch_is_there) == ("2", "False")
+        best = min(best, float(seconds))
+    assert best < 0.5
+
+
+def test_the_keys_of_the_self_test_are_equal_or_far_apart():
+    """Ids are compared bit for bit: no two keys may be as close as FP32 rounds."""
+    for case in selftest.CASES:
+        inputs = selftest.make_inputs(case, "cpu")
+        if inputs.e_bias is None:
+            continue
+        logits = inputs.x.double() @ inputs.W_gate.double()
+        assert logits.abs().max() < 2**24
+        keys = torch.nn.functional.softplus(logits).sqrt() + inputs.e_bias.double()
+        gaps = keys.sort(dim=1).values.diff(dim=1)
+        assert gaps[gaps > 1e-12].min() > 1e-5
+        assert (gaps <= 1e-12).any()
+
+
+@pytest.mark.gpu
+def test_doctor_finds_nothing_wrong_here_within_5_seconds():
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-m", "dsv4_router_runtime", "doctor", "--device", "0", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    findings = json.loads(run.stdout)["findings"]
+    assert [each for each in findings if each["status"] == "FAIL"] == []
+    print(f"doctor: {seconds:.2f} s", *map(str, findings), sep="\n")
+    assert seconds < 5
+
+
+@pytest.mark.gpu
+def test_the_self_test_is_right_here_within_2_seconds():
+    from dsv4_router_runtime.artifacts.folder import open_artifacts
+
+    torch.zeros(1, device="cuda")
+    start = time.perf_counter()
+    found = selftest.self_test(open_artifacts(), 0)
+    assert found.status == "OK", found
+    assert time.perf_counter() - start < 2

@@ -21,6 +21,7 @@ from .kernels.shapes import (
     K_BLOCK,
     MAX_EXPERTS,
     MAX_TOP_K,
+    MERGE_WAIT_LIMIT_MS,
     NUM_SPLITS,
     TOPK_DEFINES,
     TOPK_WARPS,
@@ -46,17 +47,27 @@ MAX_HASH_TOKENS = 56
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """An architecture, and the GPUs that can load its cubins; the evidence lists where they ran."""
+    """An architecture, and the GPUs that can load its cubins; the evidence lists where they ran.
+
+    driver: the oldest CUDA driver that loads and launches them, as cuDriverGetVersion counts.
+    """
 
     name: str
     loads_on: str
+    driver: int
 
 
+# A cubin needs a driver that knows its GPU, whatever toolkit of the same major version made it
+# (CUDA Compatibility, "Minor Version Compatibility"; toolkit 13's cubins need driver 13.0). PTX is
+# not loaded, so its ISA version sets no floor. The GPUs came with CUDA 11.8 (9.0), 12.8 (10.0) and
+# 12.9 (10.3): release notes of nvcc and ptxas. The runtime's newest driver function is
+# cuKernelGetParamInfo, of CUDA 12.4 (driver API reference, "Library Management").
 ARCHITECTURES = (
-    Architecture(name="sm_90a", loads_on="H100, H200, GH200"),
-    Architecture(name="sm_100a", loads_on="B200, GB200"),
-    Architecture(name="sm_103a", loads_on="B300, GB300"),
+    Architecture(name="sm_90a", loads_on="H100, H200, GH200", driver=12040),
+    Architecture(name="sm_100a", loads_on="B200, GB200", driver=12080),
+    Architecture(name="sm_103a", loads_on="B300, GB300", driver=12090),
 )
+DRIVER_FLOORS = {arch.name: arch.driver for arch in ARCHITECTURES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,7 @@ class KernelSpec:
     expert_tile: int
     token_tile: int
     pdl: bool
+    wait_limit_ms: int
 
 
 def _parameters(
@@ -189,6 +201,7 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
         expert_tile=EXPERT_TILE,
         token_tile=token_tile,
         pdl=True,
+        wait_limit_ms=MERGE_WAIT_LIMIT_MS,
     )
 
 
@@ -219,6 +232,7 @@ _HASH = KernelSpec(
     expert_tile=EXPERT_TILE,
     token_tile=HASH_TOKEN_TILE,
     pdl=True,
+    wait_limit_ms=0,
 )
 
 _TOPK = KernelSpec(
@@ -242,6 +256,7 @@ _TOPK = KernelSpec(
     expert_tile=MAX_EXPERTS,
     token_tile=TOPK_WARPS,
     pdl=True,
+    wait_limit_ms=0,
 )
 
 KERNELS = (

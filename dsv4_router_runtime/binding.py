@@ -17,9 +17,11 @@ from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
 from .artifacts.limits import MAX_TOKENS
 from .call import Call, CallOptions
 from .device import driver
-from .device.launch_site import LayerLaunchSite
+from .device.launch_site import LayerLaunchSite, NoRoomError
 from .device.load import LoadedKernel, load_once
+from .device.occupancy import ask_room, note_fallback
 from .device.streams import (
+    PER_THREAD_STREAM,
     current_stream,
     is_capturing,
     refuse_under_capture,
@@ -28,16 +30,17 @@ from .device.streams import (
 )
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
 from .device.workspace import Slot, workspace_for
-from .errors import ArtifactError
+from .errors import ArtifactError, NoKernelError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .parameters import DTYPES
 from .tables import check_physical_map, copied_hash_table
 
 
 def require_gpu(device: torch.device) -> None:
-    """Raise ValueError unless `device` is a CUDA device."""
+    """Raise ValueError unless `device` is a CUDA device; RouterError without a usable driver."""
     if device.type != "cuda":
         raise ValueError(f"W_gate: expected a CUDA device (got device {device})")
+    driver.bindings()
 
 
 def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Tensor) -> None:
@@ -52,7 +55,6 @@ class _BoundStep:
 
     max_tokens: int
     loaded: LoadedKernel
-    is_product_and_select: bool
 
 
 class Binding:
@@ -76,7 +78,8 @@ class Binding:
         self._lock = threading.Lock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
         self._many_devices = torch.cuda.device_count() > 1
-        with torch.cuda.device(self._index):
+        with driver.context_kept(), torch.cuda.device(self._index):
+            driver.refuse_foreign_context(self._index)
             arch = driver.arch_of_device(self._index)
             self.plan = plan_layer(artifacts.manifest, _layer_problem(layer), arch)
             for step in self.plan.steps:
@@ -109,22 +112,29 @@ class Binding:
 
         Only a step with a matrix product reads the two tensors; the other kernels have W_gate.
         """
+        if driver.forked:
+            driver.bindings()  # which says so
         if self._many_devices and torch.cuda.current_device() != self._index:
-            with torch.cuda.device(self._index):
+            with driver.context_kept(), torch.cuda.device(self._index):
                 self.run(call, options, hidden_states, W_gate, pdl)
             return
         num_tokens = call[0]
         index = 0
         while num_tokens > self._steps[index].max_tokens:
             index += 1
-        step = self._steps[index]
-        site = self._site(index, current_stream(self._index), pdl)
-        if step.is_product_and_select:
-            self._multiply_and_select(site, call, options, hidden_states, W_gate)
-            return
-        with self._lock:
-            site.write_call(call, options)
-            site.launch()
+        stream = current_stream(self._index)
+        while True:
+            site = self._site(index, stream, pdl)
+            if site.reads_logits:
+                self._multiply_and_select(site, call, options, hidden_states, W_gate)
+                return
+            try:
+                with self._lock:
+                    site.write_call(call, options)
+                    site.launch()
+                return
+            except NoRoomError as error:
+                index = self._step_after(site.loaded, str(error))
 
     def _multiply_and_select(
         self,
@@ -134,6 +144,8 @@ class Binding:
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
     ) -> None:
+        # The driver refuses our own launch in another context, but nothing refuses torch's.
+        driver.refuse_foreign_context(self._index)
         W_bound = W_gate if self.w_copy is None else self.w_copy
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
@@ -151,11 +163,17 @@ class Binding:
         site = self._sites.get(key)
         if site is None:
             site = self._make_site(index, stream, pdl, self._workspace.eager_slot(stream))
-            self._sites[key] = site
+            # A null stream is that of whichever context is current: only the primary one's is kept.
+            if driver.is_primary_current(self._index) or stream > PER_THREAD_STREAM:
+                self._sites[key] = site
         return site
 
     def _make_site(self, index: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
+        """Make the site of the first step from `index` on that fits the stream's context."""
         loaded = self._steps[index].loaded
+        room = ask_room(loaded, stream)
+        if room.reason is not None:
+            return self._make_site(self._step_after(loaded, room.reason), stream, pdl, slot)
         site = LayerLaunchSite(
             loaded,
             num_experts=self.layer.num_experts,
@@ -163,10 +181,19 @@ class Binding:
             stream=stream,
             slot=slot,
             pdl=pdl,
+            exclusive_clusters=room.exclusive_clusters,
         )
         blocks = self.layer.k // loaded.kernel.problem.k_multiple
         site.write_layer({**self._values, "num_k_blocks": blocks, **slot.addresses}, self._w_maps)
         return site
+
+    def _step_after(self, loaded: LoadedKernel, reason: str) -> int:
+        """Return the index of the step that serves a call instead of a kernel that does not fit."""
+        index = next(at for at, step in enumerate(self._steps) if step.loaded is loaded) + 1
+        if index == len(self._steps):
+            raise NoKernelError(f"{loaded.kernel.key}, the last step of this layer: {reason}")
+        note_fallback(loaded, reason, self._steps[index].loaded.kernel.key)
+        return index
 
 
 def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
@@ -198,7 +225,6 @@ def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_
         _BoundStep(
             max_tokens=MAX_TOKENS if step.max_tokens is None else step.max_tokens,
             loaded=load_once(artifacts, step.kernel, device),
-            is_product_and_select=step.is_product_and_select,
         )
         for step in plan.steps
     )

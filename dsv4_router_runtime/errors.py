@@ -116,5 +116,9 @@ class DriverError(RouterError):
     """A CUDA driver call failed; the message names the call's purpose and the driver's code."""
 
 
+class DriverTooOldError(RouterError):
+    """The CUDA driver, or the package cuda.bindings, is older than the kernels need."""
+
+
 class DriverMissingError(RouterError):
     """There is no usable CUDA driver, or no cuda.bindings package to reach it with."""

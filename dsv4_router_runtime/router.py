@@ -13,6 +13,7 @@ from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
 from .call import NO_OPTIONS, check_call, check_call_options
 from .checks import check_bool
+from .device import driver
 from .layer import LayerOptions, check_layer, complete_options, options_on
 
 # dense_router_dispatch remembers this many layers: a few models of 61.
@@ -75,7 +76,7 @@ class Router:
     see `workspace`.
 
     Raises TypeError and ValueError about arguments, NoKernelError where no artifact fits this GPU,
-    ArtifactError, ManifestError, DriverError and DriverMissingError.
+    ArtifactError, ManifestError, DriverError, DriverTooOldError and DriverMissingError.
     """
 
     def __init__(
@@ -221,6 +222,8 @@ def dense_router_dispatch(
     memory, shape, strides, bias, top_k and scale. The tensors themselves are not kept alive, except
     where W_gate has to be copied (`Router.weights_copied`); modified in place, it is copied again.
     """
+    if driver.forked:
+        driver.bindings()  # says so, before a lock that another thread held at the fork
     binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
     call = check_call(binding.layer, hidden_states, out_weights, out_ids)
     if call[0]:

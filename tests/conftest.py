@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.specs import KERNELS, ParameterSpec
+from build_kernels.specs import DRIVER_FLOORS, KERNELS, ParameterSpec
 from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import (
     KIND_LAYOUT,
@@ -158,6 +158,7 @@ def sample_kernel(name: str, arch: str = "sm_90a") -> Kernel:
             dynamic_shared_bytes=100_000 if spec.role == "decode" else 0,
             pdl=spec.pdl,
             nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+            wait_limit_ms=spec.wait_limit_ms,
         ),
         parameters=_parameters(spec.parameters),
         resources=RESOURCES,
@@ -179,7 +180,11 @@ def hash_kernel(arch: str = "sm_90a") -> Kernel:
 def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
     kernels = [sample_kernel(spec.name, arch) for arch in archs for spec in KERNELS]
     kernels.sort(key=lambda kernel: (kernel.name, kernel.arch))
-    return Manifest(toolchain={"nvrtc": "13.0", "ptxas": "12.9"}, kernels=tuple(kernels))
+    return Manifest(
+        toolchain={"nvrtc": "13.0", "ptxas": "12.9"},
+        driver={arch: DRIVER_FLOORS[arch] for arch in archs},
+        kernels=tuple(kernels),
+    )
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dsv4_router_runtime.device import (
     driver,
     launch_site,
     load,
+    occupancy,
     streams,
     tensor_map,
     workspace,
@@ -31,6 +32,7 @@ class Gpu:
         self.launches: list[dict] = []
         self.products: list = []
         self.pdl: list[bool] = []
+        self.unfit: dict[str, str] = {}
 
     @property
     def last(self) -> dict:
@@ -38,7 +40,10 @@ class Gpu:
 
     def load(self, artifacts, kernel, device):
         self.loads.append(kernel.key)
-        return load.LoadedKernel(kernel=kernel, device=0, library=None, function=None)
+        return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
+
+    def room(self, loaded, stream):
+        return occupancy.Room(exclusive_clusters=0, reason=self.unfit.get(loaded.kernel.key))
 
     def encode(self, arguments):
         self.maps.append(arguments)
@@ -68,10 +73,15 @@ def replace_gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(tensor_map, "_map_caches", {})
     monkeypatch.setattr(launch_site, "launch_config", gpu.launch_config)
     monkeypatch.setattr(LaunchSite, "launch", lambda site: gpu.note(site))
+    monkeypatch.setattr(driver, "context_kept", contextlib.nullcontext)
+    monkeypatch.setattr(driver, "refuse_foreign_context", lambda index: None)
+    monkeypatch.setattr(driver, "is_primary_current", lambda index: True)
+    monkeypatch.setattr(occupancy, "_fallbacks", {})
     for name, value in {
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,
         "encode_tensor_map": gpu.encode,
+        "ask_room": gpu.room,
         "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
         "wait_for_current_stream": lambda device: None,
     }.items():

@@ -178,7 +178,7 @@ def test_no_manifest(tmp_path):
 
 def test_bad_manifest_names_the_file(folder):
     (folder / "manifest.json").write_text('{"schema_version": 7}')
-    with pytest.raises(ManifestError, match=r"artifacts/manifest.json: schema_version: expected 3"):
+    with pytest.raises(ManifestError, match=r"artifacts/manifest.json: schema_version: expected 4"):
         open_artifacts(folder)
 
 

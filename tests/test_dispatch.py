@@ -104,7 +104,7 @@ def test_no_kernel_lists_every_candidate(manifest):
 
 
 def test_no_kernels_at_all():
-    empty = Manifest(toolchain={}, kernels=())
+    empty = Manifest(toolchain={}, driver={}, kernels=())
     with pytest.raises(NoKernelError, match="the manifest lists no kernels"):
         select_kernel(empty, PROBLEM, "sm_90a")
 
@@ -233,7 +233,7 @@ def taking(*ranges) -> Manifest:
         kernel = decode_kernel()
         problem = replace(kernel.problem, num_tokens=IntRange(low=low, high=high))
         kernels.append(replace(kernel, name=f"decode_{at}", problem=problem))
-    return Manifest(toolchain={}, kernels=(*kernels, topk_kernel()))
+    return Manifest(toolchain={}, driver={}, kernels=(*kernels, topk_kernel()))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from dsv4_router_runtime.errors import (
     ArtifactError,
     DriverError,
     DriverMissingError,
+    DriverTooOldError,
     NoKernelError,
 )
 
@@ -103,11 +104,13 @@ def site(kernel, pdl=False, grid=(16, 6, 1), exclusive_clusters=0):
         kernel=kernel,
         device=0,
         library=None,
+        handle=0x5678,
         function=bindings.CUfunction(0x1234),
         exclusive_shared_bytes=116_736,
-        exclusive_clusters=exclusive_clusters,
     )
-    return LaunchSite(loaded, stream=0x55, grid=grid, pdl=pdl)
+    return LaunchSite(
+        loaded, stream=0x55, grid=grid, pdl=pdl, exclusive_clusters=exclusive_clusters
+    )
 
 
 class LaunchConfig(ctypes.Structure):
@@ -214,13 +217,23 @@ def test_failed_launch(uninitialised, monkeypatch):
 
 
 def test_thread_without_a_context_gets_one(uninitialised, monkeypatch):
-    codes = [bindings.CUresult.CUDA_ERROR_INVALID_CONTEXT, bindings.CUresult.CUDA_SUCCESS]
-    made_current = []
-    monkeypatch.setattr(uninitialised, "cuLaunchKernelEx", lambda *_: (codes.pop(0),))
-    monkeypatch.setattr(driver, "make_context_current", made_current.append)
+    """It has it for that launch alone."""
+    success, *codes = (
+        bindings.CUresult.CUDA_SUCCESS,
+        *[bindings.CUresult.CUDA_ERROR_INVALID_CONTEXT] * 2,
+        bindings.CUresult.CUDA_SUCCESS,
+    )
+    stack = []
+    for name, answer in {
+        "cuLaunchKernelEx": lambda *_: (codes.pop(0),),
+        "cuCtxGetCurrent": lambda: (success, bindings.CUcontext(stack[-1] if stack else 0)),
+        "cuCtxPushCurrent": lambda context: (stack.append(int(context)) or success,),
+        "cuCtxPopCurrent": lambda: (success, bindings.CUcontext(stack.pop())),
+    }.items():
+        monkeypatch.setattr(uninitialised, name, answer)
+    monkeypatch.setattr(driver, "_primary_context", lambda index: bindings.CUcontext(7))
     site(topk_kernel()).launch()
-    assert made_current == [0]
-    assert codes == []
+    assert (codes, stack) == ([], [])
 
 
 class LoadingDriver:
@@ -234,6 +247,8 @@ class LoadingDriver:
     CUlaunchAttribute = bindings.CUlaunchAttribute
     CUlaunchAttributeID = bindings.CUlaunchAttributeID
     CUstream = bindings.CUstream
+    CUfunction = bindings.CUfunction
+    version = 12040
 
     def __init__(self, capability, parameters, shared_of_an_sm=233_472):
         self.capability = capability
@@ -259,8 +274,23 @@ class LoadingDriver:
         }
         return self.CUresult.CUDA_SUCCESS, values[which]
 
+    def cuDriverGetVersion(self):
+        return self.CUresult.CUDA_SUCCESS, self.version
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return self.CUresult.CUDA_SUCCESS, bindings.CUcontext(7)
+
+    def cuCtxPushCurrent(self, context):
+        return (self.note("push", int(context)),)
+
+    def cuCtxPopCurrent(self):
+        return self.note("pop"), bindings.CUcontext(7)
+
     def cuLibraryLoadData(self, code, *options):
         return self.note("load", code), "library"
+
+    def cuLibraryUnload(self, library):
+        return (self.note("unload", library),)
 
     def cuLibraryGetKernel(self, library, symbol):
         return self.note("find", library, symbol), "kernel"
@@ -278,9 +308,8 @@ class LoadingDriver:
     def cuFuncSetAttribute(self, function, which, value):
         return (self.note(which.name, value),)
 
-    def cuOccupancyMaxActiveClusters(self, function, config):
-        assert (config.numAttrs, config.blockDimX) == (1, 128)
-        return self.note("clusters at once", config.sharedMemBytes), 7
+    def cuKernelSetAttribute(self, which, value, kernel, device):
+        return (self.note(which.name, value, kernel, device),)
 
 
 @pytest.fixture
@@ -292,11 +321,14 @@ def loading(monkeypatch, manifest, write_artifacts):
         [kernel] = [k for k in artifacts.manifest.kernels if (k.name, k.arch) == (name, arch)]
         fake = LoadingDriver(capability, kernel.parameters)
         monkeypatch.setattr(driver, "bindings", lambda: fake)
-        monkeypatch.setattr(driver, "make_context_current", lambda index: fake.note("context"))
+        driver.driver_version.cache_clear()
+        driver._primary_context.cache_clear()
         return fake, lambda: load.load_kernel(artifacts, replace(kernel, **more), 0)
 
     of.folder = artifacts.folder
-    return of
+    yield of
+    driver.driver_version.cache_clear()
+    driver._primary_context.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -326,16 +358,42 @@ def test_what_loading_a_kernel_asks_of_the_driver(loading):
     cubin = (loading.folder / "router_decode_emajor_n32.sm_90a.cubin").read_bytes()
     assert loaded.function == "function"
     # Half of an SM's, so that two CTAs and the driver's 1 KB for each do not fit.
-    assert (loaded.exclusive_shared_bytes, loaded.exclusive_clusters) == (116_736, 7)
+    assert loaded.exclusive_shared_bytes == 116_736
+    shared = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+    nonportable = "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED"
     assert fake.calls == [
-        ("context",),
+        ("push", 7),
         ("load", cubin),
         ("find", "library", b"router_decode_emajor_n32"),
         ("function", "kernel"),
-        ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 116_736),
-        ("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1),
-        ("clusters at once", 116_736),
+        (shared, 116_736),
+        (shared, 116_736, "kernel", 0),
+        (nonportable, 1),
+        (nonportable, 1, "kernel", 0),
+        ("pop",),
     ]
+
+
+def test_a_driver_below_the_floor_gets_no_byte(loading):
+    fake, load = loading("router_topk", "sm_90a", (9, 0))
+    fake.version = 12030
+    with pytest.raises(DriverTooOldError) as caught:
+        load()
+    assert str(caught.value) == (
+        "router_topk.sm_90a needs an NVIDIA driver of CUDA 12.4 or later, this one is of CUDA "
+        "12.3; update the driver"
+    )
+    assert fake.calls == []
+
+
+def test_a_kernel_that_fails_half_way_is_unloaded(loading, monkeypatch):
+    fake, load = loading("router_topk", "sm_90a", (9, 0))
+    code = bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    monkeypatch.setattr(fake, "cuKernelGetFunction", lambda kernel: (code, None), raising=False)
+    monkeypatch.setattr(fake, "cuGetErrorString", lambda code: (code, None), raising=False)
+    with pytest.raises(DriverError, match=r"onto the GPU: .*OUT_OF_MEMORY"):
+        load()
+    assert fake.calls[-2:] == [("unload", "library"), ("pop",)]
 
 
 def test_a_kernel_without_clusters_gets_what_it_asks_for(loading):
@@ -343,7 +401,7 @@ def test_a_kernel_without_clusters_gets_what_it_asks_for(loading):
     loaded = load()
     asked = loaded.kernel.launch.dynamic_shared_bytes
     assert ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", asked) in fake.calls
-    assert loaded.shared_bytes((2048, 1, 1)) == asked
+    assert loaded.shared_bytes((2048, 1, 1), 0) == asked
 
 
 def test_altered_bytes_never_reach_the_driver(loading):

@@ -44,7 +44,8 @@ ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 
 def manifest_text() -> str:
     kernels = (decode_kernel(), hash_kernel(), topk_kernel())
-    return serialise_manifest(Manifest(toolchain={"nvrtc": "12.9"}, kernels=kernels))
+    manifest = Manifest(toolchain={"nvrtc": "12.9"}, driver={"sm_90a": 12040}, kernels=kernels)
+    return serialise_manifest(manifest)
 
 
 def evidence_text() -> str:

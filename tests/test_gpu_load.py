@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
 
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
-from dsv4_router_runtime.artifacts.manifest import Parameter
+from dsv4_router_runtime.artifacts.kernel import Parameter
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.device.load import load_kernel
 from dsv4_router_runtime.errors import ArtifactError, DriverError, NoKernelError, RouterError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from watchdog import ends_within
@@ -48,7 +49,7 @@ def test_text_is_sorted_and_ends_in_a_newline(manifest):
 
 
 def test_order_of_kernels_does_not_change_the_text(manifest):
-    turned = type(manifest)(toolchain=manifest.toolchain, kernels=manifest.kernels[::-1])
+    turned = replace(manifest, kernels=manifest.kernels[::-1])
     assert serialise_manifest(turned) == serialise_manifest(manifest)
 
 
@@ -99,13 +100,13 @@ X_MAP = f"{PARAMETER}/1/tensor_map"
         (f"{LAUNCH}/grid", ["rows", 1, 1], "kernels[1].launch.grid[0]: expected an int >= 1 or"),
         (f"{LAUNCH}/grid", [0, 1, 1], "kernels[1].launch.grid[0]: expected an int >= 1 or"),
         (f"{LAUNCH}/grid", [24, 1, 1], "kernels[1].launch.grid[0]: expected a multiple of the"),
-        (f"{LAUNCH}/grid", ["k_splits", 1, 65536], "launch.grid[2]: expected a multiple of the"),
+        (f"{LAUNCH}/grid", ["k_splits", 1, 1025], "launch.grid[2]: expected a multiple of the"),
         (f"{LAUNCH}/grid", [1, "k_splits", 1], "launch.grid[0]: expected a multiple of the"),
         (
             f"{LAUNCH}/k_splits",
             24,
             "kernels[1].launch.grid[0]: expected a multiple of the cluster's 16, at most "
-            '2147483647 with k_splits 24 (got "k_splits")',
+            '1024 with k_splits 24 (got "k_splits")',
         ),
         (
             f"{LAUNCH}/cluster",
@@ -196,9 +197,11 @@ def test_errors_name_the_place(manifest, path, value, message):
     [
         (f"{LAUNCH}/block", [1024, 1, 1]),
         (f"{LAUNCH}/k_splits", 32),
-        (f"{LAUNCH}/grid", [32, "expert_tiles", 65535]),
+        (f"{LAUNCH}/grid", [32, "expert_tiles", 1024]),
         (f"{LAUNCH}/dynamic_shared_bytes", MAX_DYNAMIC_SHARED_BYTES),
-        (f"{W_MAP}/box", [8, 256]),
+        (f"{W_MAP}/box", [64, 256]),
+        (f"{LAUNCH}/wait_limit_ms", 600_000),
+        ("driver/sm_103a", 12090),
         ("kernels/1/resources/spill_bytes", 8),
     ],
 )
@@ -226,9 +229,18 @@ TOPK = "kernels/15"
             {"elements": 1, "zeroed": True},
             'kernels[0].parameters[4]: "e_bias" is passed as a pointer of the call or the layer',
         ),
+        (f"{W_MAP}/box", [32, 64], "tensor_map.box: expected 64 along E, launch.expert_tile (g"),
+        (f"{X_MAP}/box/1", 8, "tensor_map.box: expected 32 along N, launch.token_tile (got [64, 8"),
+        (f"{LAUNCH}/wait_limit_ms", -1, "launch.wait_limit_ms: expected an int from 0 to 600000"),
+        (f"{LAUNCH}/wait_limit_ms", HUGE, "launch.wait_limit_ms: expected an int from 0 to 600000"),
+        (f"{LAUNCH}/wait_limit_ms", ..., "launch.wait_limit_ms: missing"),
+        ("driver", ..., "driver: missing"),
+        ("driver/sm_90a", ..., "driver: sm_90a is missing, which kernels are listed for"),
+        ("driver/sm_90a", "12.4", "driver.sm_90a: expected an int from 12000 to 99990"),
+        ("driver/hopper", 12040, 'driver: the key "hopper" is no name'),
         (f"{LAUNCH}/expert_tile", HUGE, "launch.expert_tile: expected an int from 1 to 512 (got 1"),
         (f"{LAUNCH}/token_tile", HUGE, "launch.token_tile: expected an int from 1 to 2147483647"),
-        (f"{LAUNCH}/k_splits", HUGE, "launch.k_splits: expected an int from 1 to 2147483647"),
+        (f"{LAUNCH}/k_splits", HUGE, "launch.k_splits: expected an int from 1 to 1024 (got 1"),
         (f"{LAUNCH}/token_tile", 31, "launch.token_tile: expected at least the 32 tokens accepted"),
         (
             f"{LAUNCH}/grid",
@@ -366,7 +378,7 @@ def test_one_dimensional_map(manifest):
 @pytest.mark.parametrize(
     ("line", "place"),
     [
-        ('"schema_version": 3', "$"),
+        ('"schema_version": 4', "$"),
         ('"nvrtc": "13.0"', "toolchain"),
         ('"token_tile": 32', "kernels[0].launch"),
         ('"zeroed": true', "kernels[0].parameters[3].scratch"),
@@ -447,7 +459,11 @@ def test_a_text_beyond_all_manifests_is_not_parsed(kind):
 
 
 def test_the_largest_text_that_is_parsed_is_parsed_soon():
-    text = '{"schema_version": 3, "toolchain": {}, "kernels": [' + "{}," * 690_000 + "{}]}"
+    text = (
+        '{"schema_version": 4, "toolchain": {}, "driver": {}, "kernels": ['
+        + "{}," * 690_000
+        + "{}]}"
+    )
     with ends_within(20), pytest.raises(ManifestError, match=r"kernels\[0\]\.name: missing"):
         parse_manifest(text)
 

@@ -12,7 +12,12 @@ from conftest import sample_manifest
 
 from build_kernels import specs
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
-from dsv4_router_runtime.artifacts.manifest import GRID_TERMS, KIND_LAYOUT, LAYOUTS, TensorMapRecipe
+from dsv4_router_runtime.artifacts.kernel import (
+    GRID_TERMS,
+    KIND_LAYOUT,
+    LAYOUTS,
+    TensorMapRecipe,
+)
 
 PACKAGE = Path(specs.__file__).parent
 IDS = [spec.name for spec in KERNELS]

@@ -11,9 +11,8 @@ from math import prod
 from build_kernels.binaries.cubin import Cubin, CubinParameter
 from build_kernels.binaries.nvdisasm import LOCAL_OPCODES
 from build_kernels.specs import KernelSpec
-from dsv4_router_runtime.artifacts.manifest import (
+from dsv4_router_runtime.artifacts.kernel import (
     KIND_LAYOUT,
-    MAX_PORTABLE_CLUSTER_CTAS,
     Kernel,
     Launch,
     Parameter,
@@ -21,6 +20,7 @@ from dsv4_router_runtime.artifacts.manifest import (
     compute_capability,
     cubin_name,
 )
+from dsv4_router_runtime.artifacts.limits import MAX_PORTABLE_CLUSTER_CTAS
 
 from .compilers import Compiled
 
@@ -65,6 +65,7 @@ def make_entry(
             dynamic_shared_bytes=compiled.dynamic_shared_bytes,
             pdl=spec.pdl,
             nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+            wait_limit_ms=spec.wait_limit_ms,
         ),
         parameters=make_parameters(spec, cubin.parameters),
         resources=Resources(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from build_kernels.specs import KERNELS, KernelSpec
+from build_kernels.specs import DRIVER_FLOORS, KERNELS, KernelSpec
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ManifestError
@@ -148,6 +148,7 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
     """Return the sha256 of all inputs that decide a kernel's bytes and its manifest entry."""
     inputs = {
         "arch": arch,
+        "driver": DRIVER_FLOORS[arch],
         "spec": asdict(spec),
         "tools": toolchain,
         "schema": SCHEMA_VERSION,

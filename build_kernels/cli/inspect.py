@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, find_artifacts, open_artifacts
-from dsv4_router_runtime.artifacts.manifest import (
-    Kernel,
-    Manifest,
-    Parameter,
-    cubin_name,
-    serialise_manifest,
+from dsv4_router_runtime.artifacts.folder import (
+    MANIFEST_NAME,
+    ArtifactSet,
+    find_artifacts,
+    open_artifacts,
 )
+from dsv4_router_runtime.artifacts.kernel import Kernel, Parameter, cubin_name
+from dsv4_router_runtime.artifacts.manifest import serialise_manifest
 from dsv4_router_runtime.errors import ArtifactError
 
 from .console import results
@@ -35,18 +36,20 @@ def inspect_command(
 ) -> None:
     """Show the launch ABI, resources and opcode counts of built kernels."""
     with reported_errors():
-        entries = _built_entries(artifacts or find_artifacts(), kernels, archs)
+        opened = open_artifacts(artifacts or find_artifacts())
+        entries = _built_entries(opened, kernels, archs)
     if as_json:
-        document = json.loads(serialise_manifest(Manifest(toolchain={}, kernels=entries)))
+        document = json.loads(serialise_manifest(replace(opened.manifest, kernels=entries)))
         print(json.dumps(document["kernels"], indent=1, sort_keys=True))
         return
     for entry in entries:
         _print_entry(entry)
 
 
-def _built_entries(folder: Path, names: Sequence[str], archs: Sequence[str]) -> tuple[Kernel, ...]:
+def _built_entries(
+    artifacts: ArtifactSet, names: Sequence[str], archs: Sequence[str]
+) -> tuple[Kernel, ...]:
     """Return the manifest's entries, cubins checked; of all architectures if none is named."""
-    artifacts = open_artifacts(folder)
     entries = {(entry.name, entry.arch): entry for entry in artifacts.manifest.kernels}
     chosen = [
         (name, arch)
@@ -56,7 +59,7 @@ def _built_entries(folder: Path, names: Sequence[str], archs: Sequence[str]) -> 
     for name, arch in chosen:
         if (name, arch) not in entries:
             raise ArtifactError(
-                file=str(folder / cubin_name(name, arch)),
+                file=str(artifacts.folder / cubin_name(name, arch)),
                 problem=f"not built: {MANIFEST_NAME} lists no {name}.{arch}",
             )
     found = tuple(entries[pair] for pair in chosen)
@@ -71,7 +74,7 @@ def _print_entry(entry: Kernel) -> None:
     print(
         f"  launch: block {list(launch.block)}, grid {list(launch.grid)} CTAs, "
         f"cluster {list(launch.cluster)}, dynamic shared {launch.dynamic_shared_bytes} B, "
-        f"PDL {'yes' if launch.pdl else 'no'}"
+        f"PDL {'yes' if launch.pdl else 'no'}, wait limit {launch.wait_limit_ms} ms"
     )
     print(
         f"  resources: {resources.registers} registers, spills {resources.spill_bytes} B, "

@@ -84,7 +84,7 @@ def _read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise ArtifactError(file=str(path), problem="there is no such folder") from error
-        return Manifest(toolchain={}, kernels=())
+        return Manifest(toolchain={}, driver={}, kernels=())
     except OSError as error:
         problem = f"cannot be read ({reason_of(error)})"
         raise ArtifactError(file=str(path), problem=problem) from error

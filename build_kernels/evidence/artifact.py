@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import open_artifacts
-from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.artifacts.kernel import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.tensor_map import EncodeArguments, encode_arguments
 from dsv4_router_runtime.errors import repair_command
 

@@ -146,10 +146,12 @@ class LayerPlan:
     """The steps of a layer by ascending number of tokens; the last one has no end.
 
     copy_reason: why W_gate has to be bound as a K-contiguous copy, or None if it is read in place.
+    rejected: the kernels of steps that were taken out (see `without`).
     """
 
     steps: tuple[Step, ...]
     copy_reason: str | None
+    rejected: tuple[Rejected, ...] = ()
 
 
 # The roles that serve a layer, in order: each goes on where the one before it ends.
@@ -196,6 +198,24 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
             f"build them all with `{BUILD_COMMAND}`"
         )
     return LayerPlan(steps=tuple(steps), copy_reason=copy_reason)
+
+
+def without(plan: LayerPlan, unfit: Mapping[str, str]) -> LayerPlan:
+    """Take kernels out of a plan, given by key with a reason each: the next step takes their place.
+
+    NoKernelError if no step is left for the most tokens. It is how a plan follows a context that
+    has no room for a kernel's cluster.
+    """
+    steps = tuple(step for step in plan.steps if step.kernel.key not in unfit)
+    rejected = tuple(
+        Rejected(kernel=step.kernel, reason=unfit[step.kernel.key])
+        for step in plan.steps
+        if step.kernel.key in unfit
+    )
+    if not steps or steps[-1].max_tokens is not None:
+        reasons = "".join(f"\n  {item.kernel.key}: {item.reason}" for item in rejected)
+        raise NoKernelError(f"no kernel of this layer fits:{reasons}")
+    return replace(plan, steps=steps, rejected=(*plan.rejected, *rejected))
 
 
 def _copy_reason(layer: LayerProblem) -> str | None:

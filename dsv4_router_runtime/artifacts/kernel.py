@@ -90,7 +90,9 @@ class Launch:
         token_tiles   ceil(num_tokens / token_tile)
     `pdl` says that the kernel waits with griddepcontrol, so that a programmatic dependent launch is
     legal; whether a call uses one is the caller's choice. `nonportable_cluster` asks for the
-    function attribute that clusters of more than 8 CTAs need.
+    function attribute that clusters of more than 8 CTAs need. `wait_limit_ms`: a warp that has
+    waited this long for another CTA's word in global memory traps; 0 for a kernel that never waits
+    so.
     """
 
     block: tuple[int, int, int]
@@ -102,6 +104,7 @@ class Launch:
     dynamic_shared_bytes: int
     pdl: bool
     nonportable_cluster: bool
+    wait_limit_ms: int
 
 
 @dataclass(frozen=True, kw_only=True)

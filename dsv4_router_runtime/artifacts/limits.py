@@ -24,6 +24,14 @@ MAX_PORTABLE_CLUSTER_CTAS = 8
 MAX_THREADS_PER_CTA = 1024
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65535, 65535)
+# CTAs along an axis of the grid that no problem's size decides: k_splits or a number. More than
+# seven for each SM of the largest GPU.
+MAX_FIXED_CTAS = 1024
+# A kernel may wait for other CTAs this long at most: longer than any server's own watchdog.
+MAX_WAIT_LIMIT_MS = 600_000
+# As cuDriverGetVersion counts: clusters and tensor maps came with CUDA 12.0.
+MIN_DRIVER = 12000
+MAX_DRIVER = 99990
 MAX_REGISTERS_PER_THREAD = 255
 # A CTA's registers are those of its SM at most, given out to a warp in units of 8 per thread.
 MAX_REGISTERS_PER_CTA = 65536

@@ -24,44 +24,29 @@ from dsv4_router_runtime.parameters import DTYPES
 from .json_reader import JsonNode, read_json
 from .kernel import (
     GRID_TERMS,
-    INTERLEAVES,
-    KIND_LAYOUT,
-    L2_PROMOTIONS,
     LAYOUTS,
-    OOB_FILLS,
-    PARAMETER_KINDS,
     POINTER_ELEMENT_BYTES,
     ROLES,
-    SWIZZLE_SPAN_BYTES,
-    TENSOR_DIMS,
-    TENSOR_ELEMENT_BYTES,
-    UNIT_STRIDE_DIMS,
-    WHOLE_DIMS,
     IntRange,
     Kernel,
     Launch,
-    Parameter,
     ProblemRange,
     Resources,
-    Scratch,
-    TensorMapRecipe,
     compute_capability,
     cubin_name,
     wrong_parameter,
 )
 from .limits import (
-    BOX_ROW_ALIGNMENT_BYTES,
     MAX_BLOCK,
-    MAX_BOX_EXTENT,
     MAX_CLUSTER_CTAS,
     MAX_COMPUTE_CAPABILITY,
+    MAX_DRIVER,
     MAX_DYNAMIC_SHARED_BYTES,
     MAX_EXPERTS,
+    MAX_FIXED_CTAS,
     MAX_GRID,
     MAX_K_BLOCKS,
     MAX_LOCAL_BYTES,
-    MAX_MAP_DIMS,
-    MAX_PARAMETER_BYTES,
     MAX_PORTABLE_CLUSTER_CTAS,
     MAX_REGISTERS_PER_CTA,
     MAX_REGISTERS_PER_THREAD,
@@ -70,17 +55,20 @@ from .limits import (
     MAX_THREADS_PER_CTA,
     MAX_TOKENS,
     MAX_TOP_K,
+    MAX_WAIT_LIMIT_MS,
     MIN_COMPUTE_CAPABILITY,
+    MIN_DRIVER,
     REGISTER_UNIT,
     THREADS_PER_WARP,
 )
+from .parameter_schema import NAME, read_parameters
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
 MAX_COUNT = 2**31 - 1
 _DTYPE_NAMES = tuple(sorted({name for dtypes in DTYPES.values() for name in dtypes}))
-_NAME = r"[a-z][a-z0-9_]{0,63}"
+_ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
 _DISTRIBUTION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[A-Za-z0-9][A-Za-z0-9.+!_ -]{0,127}"
 _OPCODE = r"[A-Z][A-Z0-9_.]{0,31}"
@@ -88,9 +76,14 @@ _OPCODE = r"[A-Z][A-Z0-9_.]{0,31}"
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Manifest:
-    """Every artifact of one build, sorted by (name, arch), and the tools that made them."""
+    """Every artifact of one build, sorted by (name, arch), and the tools that made them.
+
+    driver: for each architecture the oldest CUDA driver that its kernels are launched with, as
+    cuDriverGetVersion counts: 12040 for CUDA 12.4.
+    """
 
     toolchain: Mapping[str, str] = field(hash=False)
+    driver: Mapping[str, int] = field(hash=False)
     kernels: tuple[Kernel, ...]
 
     def for_arch(self, arch: str) -> tuple[Kernel, ...]:
@@ -111,6 +104,7 @@ def serialise_manifest(manifest: Manifest) -> str:
     document = {
         "schema_version": SCHEMA_VERSION,
         "toolchain": dict(manifest.toolchain),
+        "driver": dict(manifest.driver),
         "kernels": [_to_json(kernel) for kernel in kernels],
     }
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
@@ -145,7 +139,7 @@ def _manifest(node: JsonNode) -> Manifest:
     version = node.member("schema_version")
     if not version.is_int() or version.value != SCHEMA_VERSION:
         raise version.expected(f"{SCHEMA_VERSION}, the only schema this runtime reads")
-    at = node.members("schema_version", "toolchain", "kernels")
+    at = node.members("schema_version", "toolchain", "driver", "kernels")
     nodes = at["kernels"].items("a list of kernels")
     kernels = tuple(_kernel(item) for item in nodes)
     for index, kernel in enumerate(kernels[1:], start=1):
@@ -156,12 +150,17 @@ def _manifest(node: JsonNode) -> Manifest:
     toolchain = at["toolchain"].mapping(
         lambda item: item.string(_VERSION, "a version"), keys=_DISTRIBUTION
     )
-    return Manifest(toolchain=toolchain, kernels=kernels)
+    driver = at["driver"].mapping(
+        lambda item: item.integer(low=MIN_DRIVER, high=MAX_DRIVER), keys=_ARCHITECTURE
+    )
+    for arch in {kernel.arch for kernel in kernels} - driver.keys():
+        raise at["driver"].error(f"{arch} is missing, which kernels are listed for")
+    return Manifest(toolchain=toolchain, driver=driver, kernels=kernels)
 
 
 def _kernel(node: JsonNode) -> Kernel:
     at = node.members(*(item.name for item in fields(Kernel)))
-    name = at["name"].string(_NAME, "a kernel name (a-z, 0-9, _; at most 64)")
+    name = at["name"].string(NAME, "a kernel name (a-z, 0-9, _; at most 64)")
     arch = _architecture(at["arch"])
     role = at["role"].choice(ROLES)
     file = cubin_name(name, arch)
@@ -179,19 +178,19 @@ def _kernel(node: JsonNode) -> Kernel:
         source_digest=at["source_digest"].string(*sha256),
         problem=_problem(at["problem"], role),
         launch=_launch(at["launch"]),
-        parameters=_parameters(at["parameters"]),
+        parameters=read_parameters(at["parameters"]),
         resources=_resources(at["resources"]),
     )
     _check_parameters(node, kernel)
-    _check_maps(at["parameters"], kernel.parameters, kernel.problem)
     _check_grid(at["launch"], kernel)
+    _check_maps(at["parameters"], kernel)
     _check_fits(node, kernel.launch, kernel.resources)
     return kernel
 
 
 def _architecture(node: JsonNode) -> str:
     what = f"an architecture such as sm_90a, from sm_{MIN_COMPUTE_CAPABILITY} on"
-    arch = node.string(r"sm_[1-9][0-9]{1,2}[af]?", what)
+    arch = node.string(_ARCHITECTURE, what)
     if not MIN_COMPUTE_CAPABILITY <= compute_capability(arch) <= MAX_COMPUTE_CAPABILITY:
         raise node.expected(what)
     return arch
@@ -255,10 +254,14 @@ def _check_fits(node: JsonNode, launch: Launch, resources: Resources) -> None:
         )
 
 
-def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: ProblemRange) -> None:
-    """Maps fit the problem: W_gate's the layout, hidden_states' blocks every K that is accepted."""
+def _check_maps(node: JsonNode, kernel: Kernel) -> None:
+    """Check that maps fit the kernel: its layout, its tiles, and every K that it accepts.
+
+    A kernel waits for the bytes of whole tiles, so a smaller box would keep it waiting.
+    """
+    problem, launch = kernel.problem, kernel.launch
     fastest = "E" if problem.layout == "emajor" else "K"
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(kernel.parameters):
         recipe = parameter.tensor_map
         if recipe is None:
             continue
@@ -271,6 +274,12 @@ def _check_maps(node: JsonNode, parameters: tuple[Parameter, ...], problem: Prob
             raise JsonNode(None, f"{path}.box", node.source).error(
                 f"K blocks of {recipe.box[0]} do not divide k_multiple {problem.k_multiple}"
             )
+        for dim, name in (("E", "expert_tile"), ("N", "token_tile")):
+            tile = getattr(launch, name)
+            if dim in recipe.dims and recipe.box[recipe.dims.index(dim)] != tile:
+                raise JsonNode(list(recipe.box), f"{path}.box", node.source).expected(
+                    f"{tile} along {dim}, launch.{name}"
+                )
 
 
 def _problem(node: JsonNode, role: str) -> ProblemRange:
@@ -315,7 +324,7 @@ def _launch(node: JsonNode) -> Launch:
     limit = MAX_CLUSTER_CTAS if nonportable else MAX_PORTABLE_CLUSTER_CTAS
     if prod(cluster) > limit:
         raise at["cluster"].expected(f"at most {limit} CTAs with nonportable_cluster {nonportable}")
-    k_splits = at["k_splits"].integer(low=1, high=MAX_GRID[0])
+    k_splits = at["k_splits"].integer(low=1, high=MAX_FIXED_CTAS)
     x, y, z = (
         _grid_axis(item, k_splits, *limits)
         for item, *limits in zip(at["grid"].items("3 grid axes", 3), cluster, MAX_GRID, strict=True)
@@ -330,6 +339,7 @@ def _launch(node: JsonNode) -> Launch:
         dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(high=MAX_DYNAMIC_SHARED_BYTES),
         pdl=at["pdl"].boolean(),
         nonportable_cluster=nonportable,
+        wait_limit_ms=at["wait_limit_ms"].integer(high=MAX_WAIT_LIMIT_MS),
     )
 
 
@@ -343,100 +353,11 @@ def _grid_axis(node: JsonNode, k_splits: int, cluster: int, limit: int) -> int |
             raise node.expected(f"whole clusters of {cluster}, which no number of tiles promises")
         return str(axis)
     size = k_splits if axis == "k_splits" else axis
-    if size % cluster or size > limit:
+    most = min(limit, MAX_FIXED_CTAS)
+    if size % cluster or size > most:
         where = f" with k_splits {k_splits}" if axis == "k_splits" else ""
-        raise node.expected(f"a multiple of the cluster's {cluster}, at most {limit}{where}")
+        raise node.expected(f"a multiple of the cluster's {cluster}, at most {most}{where}")
     return axis if isinstance(axis, str) else int(axis)
-
-
-def _parameters(node: JsonNode) -> tuple[Parameter, ...]:
-    nodes = node.items("a list of parameters")
-    parameters = tuple(_parameter(item) for item in nodes)
-    end = 0
-    names: set[str] = set()
-    for item, parameter in zip(nodes, parameters, strict=True):
-        if parameter.offset < end:
-            raise item.error(f"offset {parameter.offset} is inside the one before (ends at {end})")
-        if parameter.offset + parameter.size > MAX_PARAMETER_BYTES:
-            raise item.error(f"ends after the {MAX_PARAMETER_BYTES} bytes that a launch may pass")
-        if parameter.name in names:
-            raise item.error(f'the name "{parameter.name}" is used twice')
-        end = parameter.offset + parameter.size
-        names.add(parameter.name)
-    return parameters
-
-
-def _parameter(node: JsonNode) -> Parameter:
-    at = node.members(
-        "name", "kind", "offset", "size", optional=("element_type", "scratch", "tensor_map")
-    )
-    kind = at["kind"].choice(PARAMETER_KINDS)
-    for key, owner in (("tensor_map", "tensor_map"), ("element_type", "pointer")):
-        if (key in at) != (kind == owner):
-            verb = "needs" if kind == owner else "has no"
-            raise node.error(f'a parameter of kind "{kind}" {verb} "{key}"')
-    if "scratch" in at and kind != "pointer":
-        raise node.error(f'a parameter of kind "{kind}" has no "scratch"')
-    size, alignment = KIND_LAYOUT[kind]
-    if at["size"].integer() != size:
-        raise at["size"].expected(f"{size}, the size of a {kind}")
-    offset = at["offset"].integer(high=MAX_PARAMETER_BYTES)
-    if offset % alignment:
-        raise at["offset"].expected(f"a multiple of {alignment}, the alignment of a {kind}")
-    return Parameter(
-        name=at["name"].string(_NAME, "a parameter name (a-z, 0-9, _; at most 64)"),
-        kind=kind,
-        offset=offset,
-        size=size,
-        element_type=(
-            at["element_type"].choice(tuple(POINTER_ELEMENT_BYTES))
-            if "element_type" in at
-            else None
-        ),
-        scratch=_scratch(at["scratch"]) if "scratch" in at else None,
-        tensor_map=_recipe(at["tensor_map"]) if "tensor_map" in at else None,
-    )
-
-
-def _scratch(node: JsonNode) -> Scratch:
-    at = node.members("elements", "zeroed")
-    elements = at["elements"].integer(low=1, high=MAX_SCRATCH_BYTES)
-    return Scratch(elements=elements, zeroed=at["zeroed"].boolean())
-
-
-def _recipe(node: JsonNode) -> TensorMapRecipe:
-    at = node.members(*(item.name for item in fields(TensorMapRecipe)))
-    tensor = at["tensor"].choice(tuple(TENSOR_DIMS))
-    element_type = at["element_type"].choice(tuple(TENSOR_ELEMENT_BYTES))
-    swizzle = at["swizzle"].choice(tuple(SWIZZLE_SPAN_BYTES))
-    dim_nodes = at["dims"].items("a list of dimensions")
-    dims = tuple(item.choice(TENSOR_DIMS[tensor]) for item in dim_nodes)
-    box = tuple(item.integer(low=1) for item in at["box"].items("a list of ints"))
-    if not 2 <= len(dims) <= MAX_MAP_DIMS or len(set(dims)) != len(dims):
-        raise at["dims"].expected(f"2 to {MAX_MAP_DIMS} distinct dimensions")
-    dim_nodes[0].choice(UNIT_STRIDE_DIMS[tensor])
-    if sorted(dims) not in [sorted(whole) for whole in WHOLE_DIMS[tensor]]:
-        choices = " or ".join(", ".join(whole) for whole in WHOLE_DIMS[tensor])
-        raise at["dims"].expected(f"{choices}: the whole {tensor}, once")
-    if len(box) != len(dims) or max(box) > MAX_BOX_EXTENT:
-        what = f"{len(dims)} ints from 1 to {MAX_BOX_EXTENT}, one for each of dims"
-        raise at["box"].expected(what)
-    row_bytes, span = box[0] * TENSOR_ELEMENT_BYTES[element_type], SWIZZLE_SPAN_BYTES[swizzle]
-    if row_bytes % BOX_ROW_ALIGNMENT_BYTES or (span is not None and row_bytes > span):
-        raise at["box"].expected(
-            f"rows in multiples of {BOX_ROW_ALIGNMENT_BYTES} bytes within the swizzle {swizzle}, "
-            f"not {row_bytes} bytes"
-        )
-    return TensorMapRecipe(
-        tensor=tensor,
-        element_type=element_type,
-        dims=dims,
-        box=box,
-        swizzle=swizzle,
-        interleave=at["interleave"].choice(INTERLEAVES),
-        l2_promotion=at["l2_promotion"].choice(L2_PROMOTIONS),
-        oob_fill=at["oob_fill"].choice(OOB_FILLS),
-    )
 
 
 def _resources(node: JsonNode) -> Resources:

@@ -6,16 +6,88 @@ import. Every result code is checked; an error names the purpose of the call and
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from dsv4_router_runtime.artifacts.dispatch import device_arch
-from dsv4_router_runtime.errors import DriverError, DriverMissingError
+from dsv4_router_runtime.errors import (
+    DriverError,
+    DriverMissingError,
+    DriverTooOldError,
+    RouterError,
+)
+
+# Whether this process is a forked child of one that used CUDA: `bindings` refuses it.
+forked = False
+
+# The driver reports a failed kernel at a later call, and answers nothing else from then on.
+_LOST = (
+    *("ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "ASSERT", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION"),
+    *("MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED", "UNKNOWN"),
+    *("ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE", "CONTAINED", "TENSOR_MEMORY_LEAK"),
+    "MPS_CLIENT_TERMINATED",
+)
+# What a kernel's trap gives, by the architecture and the driver.
+_TRAPS = ("LAUNCH_FAILED", "ILLEGAL_INSTRUCTION")
+# What the driver answers if the context of a kernel or a stream is gone.
+_RESET = ("CONTEXT_IS_DESTROYED", "DEINITIALIZED", "INVALID_CONTEXT", "INVALID_HANDLE")
+
+
+class _MissingFunctionError(DriverTooOldError, AttributeError):
+    """The bindings lack a name; hasattr and getattr take it for what it is."""
+
+
+class _Bindings:
+    """cuda.bindings.driver, whose functions raise DriverTooOldError if the driver lacks them.
+
+    The first call that gets through puts the plain function here, so later ones cost no more.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            found = getattr(self._module, name)
+        except AttributeError as error:
+            raise _MissingFunctionError(
+                f"the installed cuda-bindings have no {name}; update the package cuda-bindings"
+            ) from error
+        if name.startswith("cu") and callable(found):
+            found = self._guarded(name, found)
+        setattr(self, name, found)
+        return found
+
+    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            try:
+                results = function(*given)
+            # What the bindings raise for a function that the driver does not export.
+            except RuntimeError as error:
+                raise DriverTooOldError(
+                    f"the CUDA driver has no {name} ({error}); update the NVIDIA driver"
+                ) from error
+            if vars(self).get(name) is call:
+                setattr(self, name, function)
+            return results
+
+        return call
 
 
 @cache
 def bindings() -> Any:
-    """Return `cuda.bindings.driver`, initialised; DriverMissingError if there is no driver."""
+    """Return `cuda.bindings.driver`, initialised.
+
+    DriverMissingError if there is no driver, RouterError in a forked child.
+    """
+    if forked:
+        raise RouterError(
+            "this process was forked from one that had used CUDA, which CUDA does not support; "
+            'start it with the method "spawn" (multiprocessing.set_start_method("spawn"))'
+        )
     try:
         from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:
@@ -28,18 +100,30 @@ def bindings() -> Any:
         raise DriverMissingError(
             f"no CUDA driver on this machine ({error}); kernels need an NVIDIA GPU and its driver"
         ) from error
+    if result == driver.CUresult.CUDA_ERROR_NOT_INITIALIZED:
+        raise DriverMissingError(
+            f"the CUDA driver does not start: {result.name}, as in a child forked from a process "
+            'that had used CUDA; start such a process with the method "spawn"'
+        )
     if result != driver.CUresult.CUDA_SUCCESS:
         raise DriverMissingError(
             f"the CUDA driver does not start: {result.name}; kernels need an NVIDIA GPU"
         )
-    return driver
+    os.register_at_fork(after_in_child=_refuse_from_now_on)
+    return _Bindings(driver)
+
+
+def _refuse_from_now_on() -> None:
+    global forked
+    forked = True
+    bindings.cache_clear()
 
 
 def checked(doing: str, results: tuple[Any, ...]) -> Any:
     """Return the value (or tuple of values) of a successful call; DriverError names what failed."""
     code, *values = results
     if int(code) != 0:
-        raise DriverError(f"{doing}: the CUDA driver answered {_error_text(code)}")
+        raise DriverError(f"{doing}: the CUDA driver answered {_error_text(code)}{_advice(code)}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -47,6 +131,46 @@ def _error_text(code: Any) -> str:
     failed, text = bindings().cuGetErrorString(code)
     name = getattr(code, "name", str(code))
     return f"{name} ({text.decode()})" if int(failed) == 0 and text else name
+
+
+def _advice(code: Any) -> str:
+    """Say what an error means for the process, if it means more than that one call failed."""
+    name = getattr(code, "name", "").removeprefix("CUDA_ERROR_")
+    if name in _RESET:
+        return (
+            "; its context is not the one that the kernels were loaded into: after "
+            "cudaDeviceReset restart the process, else call on a stream of this GPU's own context"
+        )
+    if name not in _LOST:
+        return ""
+    trap = (
+        "; a kernel of this router traps so after waiting for other CTAs longer than "
+        "launch.wait_limit_ms of its manifest"
+    )
+    return (
+        "; an earlier kernel, of any library, may be to blame: the driver reports it at a later "
+        f"call{trap if name in _TRAPS else ''}; the GPU's context is lost: restart the process"
+    )
+
+
+@cache
+def driver_version() -> int:
+    """Return the driver's CUDA version as it counts: 12040 for 12.4."""
+    return int(checked("reading the driver's version", bindings().cuDriverGetVersion()))
+
+
+def check_driver(floor: int, what: str) -> None:
+    """Raise DriverTooOldError if the driver's CUDA version is below `floor`, needed for `what`."""
+    got = driver_version()
+    if got < floor:
+        raise DriverTooOldError(
+            f"{what} needs an NVIDIA driver of CUDA {_version(floor)} or later, this one is of "
+            f"CUDA {_version(got)}; update the driver"
+        )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def arch_of_device(index: int) -> str:
@@ -58,24 +182,85 @@ def arch_of_device(index: int) -> str:
 def device_attribute(index: int, name: str) -> int:
     """Return CU_DEVICE_ATTRIBUTE_<name> of GPU `index`."""
     driver = bindings()
-    device = checked(f"opening GPU {index}", driver.cuDeviceGet(index))
     which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    return int(
-        checked(f"reading {name} of GPU {index}", driver.cuDeviceGetAttribute(which, device))
-    )
+    got = driver.cuDeviceGetAttribute(which, _device(index))
+    return int(checked(f"reading {name} of GPU {index}", got))
 
 
-def make_context_current(index: int) -> None:
-    """Make GPU `index`'s primary context, the one torch uses, current in the calling thread."""
+def _device(index: int) -> Any:
+    return checked(f"opening GPU {index}", bindings().cuDeviceGet(index))
+
+
+@contextmanager
+def primary_context(index: int) -> Iterator[None]:
+    """Make GPU `index`'s primary context, the one torch uses, current; then the caller's again."""
     driver = bindings()
     context = _primary_context(index)
-    current = checked("reading the current context", driver.cuCtxGetCurrent())
-    if int(current) != int(context):
-        checked("making the GPU's context current", driver.cuCtxSetCurrent(context))
+    checked("making the GPU's context current", driver.cuCtxPushCurrent(context))
+    try:
+        yield
+    finally:
+        popped = driver.cuCtxPopCurrent()
+    checked("making the caller's context current again", popped)
+
+
+@contextmanager
+def context_kept() -> Iterator[None]:
+    """Make the caller's context current again, which torch replaces with a device's primary one.
+
+    A thread without a context keeps the one that torch made current in it.
+    """
+    before = current_context()
+    try:
+        yield
+    finally:
+        if before and current_context() != before:
+            driver = bindings()
+            restored = driver.cuCtxSetCurrent(driver.CUcontext(before))
+            checked("making the caller's context current again", restored)
+
+
+def call_in_context(index: int, call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Call the driver; in a thread without a context, in GPU `index`'s primary one."""
+    results = call()
+    if results[0] == bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT and not current_context():
+        with primary_context(index):
+            results = call()
+    return results
+
+
+def current_context() -> int:
+    """Return the handle of the context that is current in this thread; 0 if there is none."""
+    return int(checked("reading the current context", bindings().cuCtxGetCurrent()))
+
+
+def is_primary_current(index: int) -> bool:
+    """Return whether no other context than GPU `index`'s primary one is current in this thread."""
+    return current_context() in (0, int(_primary_context(index)))
+
+
+def refuse_foreign_context(index: int) -> None:
+    """Raise RouterError unless the current context is GPU `index`'s primary one or a green one.
+
+    A thread without a context is not refused. The driver itself refuses a launch of a kernel in a
+    context that it was not loaded into, but not torch's matrix product.
+    """
+    if is_primary_current(index):
+        return
+    driver = bindings()
+    # The null stream's green context is that of the current context.
+    green = driver.cuStreamGetGreenCtx(driver.CUstream(0))
+    device = checked("reading the current context's GPU", driver.cuCtxGetDevice())
+    if int(green[0]) != 0 or not int(green[1]) or int(device) != int(_device(index)):
+        raise RouterError(
+            f"the context that is current in this thread is not the one of GPU {index} that torch "
+            "and this router use (got a context of cuCtxCreate or of another GPU; allowed: the "
+            "primary context, or a green context of the GPU); call cuCtxPopCurrent before"
+        )
 
 
 @cache
 def _primary_context(index: int) -> Any:
-    driver = bindings()
-    device = checked(f"opening GPU {index}", driver.cuDeviceGet(index))
-    return checked(f"retaining GPU {index}'s context", driver.cuDevicePrimaryCtxRetain(device))
+    return checked(
+        f"retaining GPU {index}'s context", bindings().cuDevicePrimaryCtxRetain(_device(index))
+    )

@@ -7,12 +7,19 @@ from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
 from dsv4_router_runtime.call import NO_OPTIONS, Call, CallOptions
+from dsv4_router_runtime.errors import DriverError
 
 from . import driver
 from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launch_kernel
 from .load import LoadedKernel
+from .occupancy import no_room
 from .tensor_map import TensorMap, map_cache
 from .workspace import Slot
+
+
+class NoRoomError(DriverError):
+    """The driver refused a launch because not one cluster fits the call's context."""
+
 
 # The parameters that a call writes by name: its tensors but for hidden_states, read through a map.
 _CALL_PARAMETERS = tuple(
@@ -23,19 +30,27 @@ _CALL_PARAMETERS = tuple(
 class LaunchSite:
     """The launch configuration and the parameters of one kernel on one stream, made once.
 
+    exclusive_clusters: how many clusters the stream's context holds without sharing SMs.
     A launch writes only what changed: cells of `block`, and the grid if it depends on the number of
     tokens. One caller at a time.
     """
 
     def __init__(
-        self, loaded: LoadedKernel, *, stream: int, grid: tuple[int, int, int], pdl: bool
+        self,
+        loaded: LoadedKernel,
+        *,
+        stream: int,
+        grid: tuple[int, int, int],
+        pdl: bool,
+        exclusive_clusters: int = 0,
     ) -> None:
         self.block = ParameterBlock(loaded.kernel)
-        self._loaded = loaded
+        self.loaded = loaded
+        self._exclusive_clusters = exclusive_clusters
         self._config = launch_config(
             loaded.kernel,
             grid=grid,
-            shared_bytes=loaded.shared_bytes(grid),
+            shared_bytes=loaded.shared_bytes(grid, exclusive_clusters),
             stream=stream,
             pdl=pdl,
         )
@@ -43,20 +58,27 @@ class LaunchSite:
     def set_grid(self, grid: tuple[int, int, int]) -> None:
         """Launch with another grid from now on."""
         self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
-        self._config.sharedMemBytes = self._loaded.shared_bytes(grid)
+        self._config.sharedMemBytes = self.loaded.shared_bytes(grid, self._exclusive_clusters)
 
     def launch(self) -> None:
         """Launch with the present values of `block`; the driver has copied them on return."""
-        (code,) = launch_kernel(self._config, self._loaded.function, self.block.address)
+        (code,) = launch_kernel(self._config, self.loaded.function, self.block.address)
         if code != 0:
-            self._launch_in_new_thread(code)
+            self._handle_refusal(code)
 
-    def _launch_in_new_thread(self, code: Any) -> None:
-        """Make the context current in a thread that never used CUDA, and launch again."""
-        if code == driver.bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            driver.make_context_current(self._loaded.device)
-            (code,) = launch_kernel(self._config, self._loaded.function, self.block.address)
-        driver.checked(f"launching {self._loaded.kernel.key}", (code,))
+    def _handle_refusal(self, code: Any) -> None:
+        """Launch again in a thread that had no context, or raise what a failed launch means."""
+        refused = driver.bindings().CUresult
+        if code == refused.CUDA_ERROR_INVALID_CONTEXT:
+            (code,) = driver.call_in_context(
+                self.loaded.device,
+                lambda: launch_kernel(self._config, self.loaded.function, self.block.address),
+            )
+        if code == refused.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+            raise NoRoomError(no_room(self.loaded))
+        if code in (refused.CUDA_ERROR_INVALID_CONTEXT, refused.CUDA_ERROR_INVALID_HANDLE):
+            driver.refuse_foreign_context(self.loaded.device)
+        driver.checked(f"launching {self.loaded.kernel.key}", (code,))
 
 
 class LayerLaunchSite(LaunchSite):
@@ -74,14 +96,18 @@ class LayerLaunchSite(LaunchSite):
         stream: int,
         slot: Slot,
         pdl: bool,
+        exclusive_clusters: int,
     ) -> None:
         kernel = loaded.kernel
         self._kernel_launch = kernel.launch
         self._num_experts = num_experts
         self._k = k
         grid = grid_of(kernel.launch, num_tokens=1, num_experts=num_experts)
-        super().__init__(loaded, stream=stream, grid=grid, pdl=pdl)
+        super().__init__(
+            loaded, stream=stream, grid=grid, pdl=pdl, exclusive_clusters=exclusive_clusters
+        )
         self.slot = slot
+        self.reads_logits = kernel.role == "select"
         self._grid_follows_tokens = grid_depends_on_tokens(kernel.launch)
         self._grid_tokens = 1
         cells = self.block.cells

@@ -16,7 +16,7 @@ from dsv4_router_runtime.artifacts.kernel import Kernel
 from dsv4_router_runtime.errors import BUILD_COMMAND, ArtifactError, NoKernelError
 
 from . import driver
-from .launch import has_clusters, launch_config
+from .launch import has_clusters
 from .streams import refuse_under_capture
 
 _loaded: dict[tuple[str, str, int], LoadedKernel] = {}
@@ -39,20 +39,20 @@ def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKern
 class LoadedKernel:
     """A kernel in the primary context of GPU `device`; it stays loaded.
 
-    exclusive_clusters: how many of its clusters the GPU holds at once if each CTA is given
-    exclusive_shared_bytes of shared memory, so much that no two share an SM; 0 without clusters.
+    handle: the kernel in all contexts. function: the kernel in the primary context.
+    exclusive_shared_bytes: so much shared memory for a CTA that no two share an SM.
     """
 
     kernel: Kernel
     device: int
     library: Any
+    handle: Any
     function: Any
     exclusive_shared_bytes: int = 0
-    exclusive_clusters: int = 0
 
-    def shared_bytes(self, grid: tuple[int, int, int]) -> int:
-        """Dynamic shared memory for a launch: an SM to each CTA, if the GPU has room for more
-        clusters than these.
+    def shared_bytes(self, grid: tuple[int, int, int], exclusive_clusters: int) -> int:
+        """Return the dynamic shared memory for a launch: an SM to each CTA, if a context that holds
+        `exclusive_clusters` so has room for more clusters than these.
 
         Two CTAs of a decode kernel on one SM slow each other down, unless the launch after finds
         no room to prefetch. Measured on one H200, which holds 7 such clusters, with PDL, us at 7168
@@ -61,7 +61,7 @@ class LoadedKernel:
         """
         launch = self.kernel.launch
         clusters = math.prod(grid) // math.prod(launch.cluster)
-        if clusters < self.exclusive_clusters:
+        if clusters < exclusive_clusters:
             return self.exclusive_shared_bytes
         return launch.dynamic_shared_bytes
 
@@ -70,45 +70,54 @@ def load_kernel(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKe
     """Load a verified cubin onto GPU `device`; its parameters must be the manifest's.
 
     NoKernelError for a kernel of another architecture: the driver would take the bytes and fail
-    late, so it never sees them. Loading is eager: the function is looked up and its attributes are
-    set here, so that nothing is left to load under stream capture.
+    late, so it never sees them. DriverTooOldError for a driver below the manifest's floor. Loading
+    is eager: the function is looked up and its attributes are set here, so that nothing is left to
+    load under stream capture. A kernel that fails half-way is unloaded.
     """
-    key = kernel.key
     _check_runs_here(kernel, device)
+    driver.check_driver(artifacts.manifest.driver[kernel.arch], kernel.key)
     cubin = artifacts.read(kernel)
-    driver.make_context_current(device)
     cuda = driver.bindings()
-    library = driver.checked(
-        f"loading {kernel.file}", cuda.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
-    )
+    with driver.primary_context(device):
+        library = driver.checked(
+            f"loading {kernel.file}", cuda.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
+        )
+        try:
+            return _loaded_kernel(kernel, library, device, file=str(artifacts.folder / kernel.file))
+        except BaseException:
+            cuda.cuLibraryUnload(library)
+            raise
+
+
+def _loaded_kernel(kernel: Kernel, library: Any, device: int, *, file: str) -> LoadedKernel:
+    """Find the kernel in its library, compare its parameters and set its attributes."""
+    cuda = driver.bindings()
     handle = driver.checked(
         f"finding {kernel.symbol} in {kernel.file}",
         cuda.cuLibraryGetKernel(library, kernel.symbol.encode()),
     )
-    _check_parameters(kernel, handle, file=str(artifacts.folder / kernel.file))
-    function = driver.checked(f"loading {key} onto the GPU", cuda.cuKernelGetFunction(handle))
-    attribute = cuda.CUfunction_attribute
-    shared_bytes = _exclusive_shared_bytes(kernel, device)
-    driver.checked(
-        f"giving {key} {shared_bytes} bytes of dynamic shared memory",
-        cuda.cuFuncSetAttribute(
-            function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
-        ),
+    _check_parameters(kernel, handle, file=file)
+    function = driver.checked(
+        f"loading {kernel.key} onto the GPU", cuda.cuKernelGetFunction(handle)
     )
+    shared_bytes = _exclusive_shared_bytes(kernel, device)
+    attribute = cuda.CUfunction_attribute
+    attributes = {attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: shared_bytes}
     if kernel.launch.nonportable_cluster:
-        driver.checked(
-            f"allowing {key} clusters of {kernel.launch.cluster}",
-            cuda.cuFuncSetAttribute(
-                function, attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
-            ),
-        )
+        attributes[attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
+    # Of the function, which is launched, and of the kernel, whose occupancy is asked.
+    opened = driver.checked(f"opening GPU {device}", cuda.cuDeviceGet(device))
+    for which, value in attributes.items():
+        doing = f"setting {which.name} of {kernel.key} to {value}"
+        driver.checked(doing, cuda.cuFuncSetAttribute(function, which, value))
+        driver.checked(doing, cuda.cuKernelSetAttribute(which, value, handle, opened))
     return LoadedKernel(
         kernel=kernel,
         device=device,
         library=library,
+        handle=handle,
         function=function,
         exclusive_shared_bytes=shared_bytes,
-        exclusive_clusters=_clusters_at_once(kernel, function, shared_bytes),
     )
 
 
@@ -119,20 +128,6 @@ def _exclusive_shared_bytes(kernel: Kernel, device: int) -> int:
     of_an_sm = driver.device_attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
     # Half of it and not a byte less: the driver adds 1 KB of its own to each CTA.
     return max(of_an_sm // 2, kernel.launch.dynamic_shared_bytes)
-
-
-def _clusters_at_once(kernel: Kernel, function: Any, shared_bytes: int) -> int:
-    if not has_clusters(kernel.launch):
-        return 0
-    config = launch_config(
-        kernel, grid=kernel.launch.cluster, shared_bytes=shared_bytes, stream=0, pdl=False
-    )
-    return int(
-        driver.checked(
-            f"asking how many clusters of {kernel.key} the GPU holds",
-            driver.bindings().cuOccupancyMaxActiveClusters(function, config),
-        )
-    )
 
 
 def _check_runs_here(kernel: Kernel, device: int) -> None:
@@ -151,13 +146,13 @@ def _check_parameters(kernel: Kernel, handle: Any, *, file: str) -> None:
     The driver counts offsets inside its constant bank, the manifest from the first parameter, so
     sizes and differences are compared. One past the last parameter must not exist.
     """
-    cuda = driver.bindings()
     first = None
     for index, parameter in enumerate(kernel.parameters):
-        code, offset, size = cuda.cuKernelGetParamInfo(handle, index)
-        if int(code) != 0:
+        found = _parameter_place(kernel, handle, index)
+        if found is None:
             problem = f"has {index} parameters, the manifest lists {len(kernel.parameters)}"
             raise ArtifactError(file=file, problem=problem)
+        offset, size = found
         first = offset if first is None else first
         if (offset - first, size) != (parameter.offset, parameter.size):
             raise ArtifactError(
@@ -166,6 +161,16 @@ def _check_parameters(kernel: Kernel, handle: Any, *, file: str) -> None:
                 f"{parameter.offset} and size {parameter.size}, the cubin {offset - first} "
                 f"and {size}",
             )
-    if int(cuda.cuKernelGetParamInfo(handle, len(kernel.parameters))[0]) == 0:
+    if _parameter_place(kernel, handle, len(kernel.parameters)) is not None:
         problem = f"has more than the {len(kernel.parameters)} parameters that the manifest lists"
         raise ArtifactError(file=file, problem=problem)
+
+
+def _parameter_place(kernel: Kernel, handle: Any, index: int) -> tuple[int, int] | None:
+    """Return the offset and the size of a parameter; None if the kernel has no such parameter."""
+    cuda = driver.bindings()
+    results = cuda.cuKernelGetParamInfo(handle, index)
+    if results[0] == cuda.CUresult.CUDA_ERROR_INVALID_VALUE:
+        return None
+    offset, size = driver.checked(f"reading parameter {index} of {kernel.key}", results)
+    return offset, size

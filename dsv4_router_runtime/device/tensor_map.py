@@ -19,6 +19,7 @@ from dsv4_router_runtime.artifacts.kernel import (
     TensorMapRecipe,
 )
 from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES, MAP_ALIGNMENT_BYTES
+from dsv4_router_runtime.errors import DriverTooOldError
 
 from . import driver
 
@@ -178,6 +179,10 @@ def _encode_function() -> Any:
     cuda = driver.bindings()
     found = cuda.cuGetProcAddress(b"cuTensorMapEncodeTiled", 12000, 0)
     address, _ = driver.checked("finding cuTensorMapEncodeTiled, which CUDA 12.0 brought", found)
+    if not int(address):
+        raise DriverTooOldError(
+            "the CUDA driver has no cuTensorMapEncodeTiled; update the NVIDIA driver"
+        )
     pointer, integer = ctypes.c_void_p, ctypes.c_uint32
     return ctypes.CFUNCTYPE(
         ctypes.c_int, pointer, integer, integer, *[pointer] * 5, *[integer] * 4

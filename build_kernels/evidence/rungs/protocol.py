@@ -36,7 +36,7 @@ from build_kernels.evidence.artifact import (
 )
 from build_kernels.evidence.cases import VOCABULARY
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
-from dsv4_router_runtime.artifacts.manifest import Kernel, TensorMapRecipe
+from dsv4_router_runtime.artifacts.kernel import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.launch import grid_of
 
 from .rung import Checker, Reads, Rung, counted

@@ -19,6 +19,7 @@ from .artifacts.dispatch import (
     Step,
     plan_layer,
     resolve,
+    without,
 )
 from .artifacts.evidence import KernelEvidence, read_summary
 from .artifacts.folder import ArtifactSet
@@ -31,7 +32,7 @@ from .artifacts.limits import (
     MAX_TOKENS,
     MAX_TOP_K,
 )
-from .device.launch import grid_of
+from .device.launch import grid_of, has_clusters
 from .parameters import DTYPES
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
@@ -88,12 +89,16 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """The plan of a layer, the step of one call, and every kernel's verdict for that step."""
+    """The plan of a layer, the step of one call, and every kernel's verdict for that step.
+
+    step_without_clusters: the step of the call in a context that has no room for a cluster.
+    """
 
     question: Question
     arch: str
     plan: LayerPlan
     step: Step
+    step_without_clusters: Step
     candidates: tuple[Accepted | Rejected, ...]
     evidence: KernelEvidence | None
 
@@ -135,11 +140,12 @@ class Explanation:
 def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanation:
     """Plan the layer on `arch` and find the step of the call; NoKernelError if there is none."""
     plan = plan_layer(artifacts.manifest, question.layer, arch)
-    step = next(
-        step
+    step = _step_of(plan, question.num_tokens)
+    clusters = {
+        step.kernel.key: "no room for a cluster"
         for step in plan.steps
-        if step.max_tokens is None or question.num_tokens <= step.max_tokens
-    )
+        if has_clusters(step.kernel.launch)
+    }
     layer = question.layer
     problem = Problem(
         role=step.kernel.role,
@@ -157,8 +163,16 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         arch=arch,
         plan=plan,
         step=step,
+        step_without_clusters=_step_of(without(plan, clusters), question.num_tokens),
         candidates=resolve(artifacts.manifest, problem, arch),
         evidence=read_summary(artifacts.folder).of(step.kernel),
+    )
+
+
+def _step_of(plan: LayerPlan, num_tokens: int) -> Step:
+    """Return the step of a plan that takes a call of `num_tokens`."""
+    return next(
+        step for step in plan.steps if step.max_tokens is None or num_tokens <= step.max_tokens
     )
 
 
@@ -170,6 +184,7 @@ def as_json(explained: Explanation) -> dict[str, Any]:
         "arch": explained.arch,
         "kernel": explained.kernel.key,
         "path": _path(explained),
+        "kernel_without_clusters": explained.step_without_clusters.kernel.key,
         "launches": 2 if explained.step.is_product_and_select else 1,
         "grid": list(explained.grid),
         "cluster": list(explained.kernel.launch.cluster),
@@ -198,6 +213,9 @@ def as_text(explained: Explanation) -> str:
     for step in explained.plan.steps:
         mark = "->" if step is explained.step else "  "
         lines.append(f"  {mark} {step.reason}: {step.kernel.key}")
+    if has_clusters(kernel.launch):
+        instead = explained.step_without_clusters.kernel.key
+        lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")
     lines.append(f"candidates of role {kernel.role} for N={explained.question.num_tokens}:")
     for each, verdict, reason in _verdicts(explained):
         lines.append(f"     {verdict} {each.kernel.key}: {reason}")

@@ -36,6 +36,8 @@ def test_explain_is_what_a_binding_does(tmp_path):
     from dsv4_router_runtime import Router
 
     artifacts = ArtifactSet(folder=tmp_path, manifest=sample_manifest())
+    kernels = artifacts.manifest.kernels
+    clustered = [kernel.key for kernel in kernels if kernel.launch.cluster != (1, 1, 1)]
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
@@ -58,12 +60,11 @@ def test_explain_is_what_a_binding_does(tmp_path):
             hashed=hashed,
         )
         explained = explain(artifacts, question, arch)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            gpu = replace_gpu(monkeypatch)
-            gpu.arch = arch
-            shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
-            W = torch.zeros(shape, dtype=torch.bfloat16)
-            table = torch.arange(top_k, dtype=torch.int32)[None] if hashed else None
+        shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
+        W = torch.zeros(shape, dtype=torch.bfloat16)
+        table = torch.arange(top_k, dtype=torch.int32)[None] if hashed else None
+
+        def bind_and_route() -> Router:
             bound = Router(
                 W.t() if layout == "kmajor" else W,
                 None if hashed else torch.zeros(num_experts),
@@ -71,7 +72,6 @@ def test_explain_is_what_a_binding_does(tmp_path):
                 routed_scaling_factor=1.0,
                 artifacts=artifacts,
                 tid2eid=table,
-                pdl=True,
             )
             bound(
                 torch.zeros(num_tokens, k, dtype=torch.bfloat16),
@@ -79,23 +79,29 @@ def test_explain_is_what_a_binding_does(tmp_path):
                 torch.zeros(num_tokens, top_k, dtype=torch.int32),
                 input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
             )
-            (launch,) = gpu.launches
-            document = as_json(explained)
-            assert document["kernel"] == launch["kernel"]
-            assert document["grid"] == list(launch["grid"])
-            assert document["launches"] == 1 + len(gpu.products)
-            assert [step["kernel"] for step in document["steps"]] == list(bound.kernels)
-            assert bool(document["weights_copy_bytes"]) == bound.weights_copied
-            assert (document["copy_reason"] is None) == (not bound.weights_copied)
-            layout_of_scratch = workspace_of(bound).layout
-            assert document["scratch_bytes"] <= (
-                layout_of_scratch.zeroed_bytes + layout_of_scratch.plain_bytes
-            )
-            if gpu.products:
-                logits = gpu.products[0][2]
-                assert document["logits_bytes"] == logits.numel() * logits.element_size()
-            else:
-                assert document["logits_bytes"] == 0
+            return bound
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gpu = replace_gpu(monkeypatch)
+            gpu.arch = arch
+            bound = bind_and_route()
+            compare(as_json(explained), bound, gpu)
+            gpu.unfit = dict.fromkeys(clustered, "no room")
+            bind_and_route()
+            assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
+
+    def compare(document, bound, gpu) -> None:
+        (launch,) = gpu.launches
+        assert document["kernel"] == launch["kernel"]
+        assert document["grid"] == list(launch["grid"])
+        assert document["launches"] == 1 + len(gpu.products)
+        assert [step["kernel"] for step in document["steps"]] == list(bound.kernels)
+        assert bool(document["weights_copy_bytes"]) == bound.weights_copied
+        assert (document["copy_reason"] is None) == (not bound.weights_copied)
+        scratch = workspace_of(bound).layout
+        assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+        logits = [out.numel() * out.element_size() for _, _, out in gpu.products]
+        assert document["logits_bytes"] == sum(logits)
 
     agree()
 

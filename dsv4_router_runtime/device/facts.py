@@ -34,11 +34,6 @@ class Gpu:
         return (self.name, self.arch, self.num_sms, self.shared_bytes_per_cta, self.mps)
 
 
-def driver_version() -> int:
-    """Return the newest CUDA version that the driver serves: 1000 * major + 10 * minor."""
-    return int(driver.checked("reading the version", driver.bindings().cuDriverGetVersion()))
-
-
 def gpu_count() -> int:
     """Return the number of GPUs that this process sees."""
     return int(driver.checked("counting the GPUs", driver.bindings().cuDeviceGetCount()))

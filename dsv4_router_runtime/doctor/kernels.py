@@ -68,6 +68,7 @@ def _check_kernel(
 ) -> Finding:
     # Imports torch, which is slow and of no use on a machine without a GPU.
     from dsv4_router_runtime.device.load import load_kernel
+    from dsv4_router_runtime.device.occupancy import ask_room
 
     check = f"kernel {kernel.key} gpu {gpu.index}"
     loaded = load_kernel(artifacts, kernel, gpu.index)
@@ -75,8 +76,10 @@ def _check_kernel(
     ctas = prod(kernel.launch.cluster)
     if ctas == 1:
         return ok(check, f"loads; {serves}")
-    fit = f"{loaded.exclusive_clusters} clusters of {ctas} CTAs fit"
-    if loaded.exclusive_clusters == 0:
-        needed = f"room for a cluster of {ctas}; without it calls take a slower step"
-        return warn(check, f"loads; {fit}; {serves}", needed=needed, repair="nvidia-smi -L")
+    room = ask_room(loaded, stream=0)
+    if room.reason is not None:
+        needed = "room for a cluster; without it calls take a slower step"
+        found = f"loads; {room.reason}; {serves}"
+        return warn(check, found, needed=needed, repair="nvidia-smi -L, for a larger GPU")
+    fit = f"{room.exclusive_clusters} clusters of {ctas} CTAs fit with an SM for each CTA"
     return ok(check, f"loads; {fit}; {serves}")

@@ -6,15 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsv4_router_runtime.artifacts.dispatch import runs_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
-from dsv4_router_runtime.artifacts.manifest import Manifest
-from dsv4_router_runtime.device import facts
+from dsv4_router_runtime.device import driver, facts
+from dsv4_router_runtime.device.driver import version_text
 from dsv4_router_runtime.device.facts import Gpu
-from dsv4_router_runtime.errors import DriverMissingError, RouterError
+from dsv4_router_runtime.errors import DriverMissingError, DriverTooOldError, RouterError
 
 from .finding import COMMAND, Finding, fail, ok, skip, warn
 
 _INSTALL_DRIVER = "install NVIDIA's driver, or start the container with `docker run --gpus all`"
+_UPDATE_DRIVER = "update NVIDIA's driver: https://www.nvidia.com/drivers"
+_SPAWN = 'multiprocessing.set_start_method("spawn")'
 _RESTART = "restart the process; `nvidia-smi` shows whether the driver answers"
 # Driver codes that need a repair of their own: cuda.h describes them.
 _REPAIR_BY_CODE = {
@@ -29,7 +32,7 @@ def check_driver() -> tuple[bool, Finding]:
     """Start the driver; return whether it runs, and the finding."""
     needed = "a CUDA driver that starts and a GPU that this process sees"
     try:
-        version, count = facts.driver_version(), facts.gpu_count()
+        version, count = driver.driver_version(), facts.gpu_count()
     except RouterError as error:
         return False, fail("driver", str(error), needed=needed, repair=_driver_repair(error))
     if count == 0:
@@ -39,6 +42,10 @@ def check_driver() -> tuple[bool, Finding]:
 
 
 def _driver_repair(error: RouterError) -> str:
+    if driver.forked:
+        return _SPAWN
+    if isinstance(error, DriverTooOldError):
+        return _UPDATE_DRIVER
     if isinstance(error.__cause__, ImportError):
         return "pip install cuda-bindings"
     for code, repair in _REPAIR_BY_CODE.items():
@@ -52,26 +59,16 @@ def _counted(count: int) -> str:
     return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
-def version_text(version: int) -> str:
-    """Write a version of the driver's encoding: 12.4 for 12040."""
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def driver_floor(manifest: Manifest, arch: str) -> int | None:
-    """Return the lowest driver version for kernels of `arch`, None if the manifest states none."""
-    floors: Mapping[str, int] = getattr(manifest, "driver", {})
-    return floors.get(arch)
-
-
 def check_floor(artifacts: ArtifactSet, arch: str) -> Finding:
-    """Hold the driver against the floor that the manifest states for `arch`."""
-    check = f"driver for {arch}"
-    floor, version = driver_floor(artifacts.manifest, arch), facts.driver_version()
-    if floor is None:
-        return skip(check, "the manifest states no lowest version")
+    """Hold the driver against the floor that the manifest states for a GPU's kernels."""
+    check, manifest = f"driver for {arch}", artifacts.manifest
+    floors = [manifest.driver[k.arch] for k in manifest.kernels if runs_on(k.arch, arch)]
+    if not floors:
+        return skip(check, f"no kernels for {arch}")
+    version, floor = driver.driver_version(), max(floors)
     found, needed = f"CUDA {version_text(version)}", f"CUDA {version_text(floor)} or newer"
     if version < floor:
-        return fail(check, found, needed=needed, repair=_INSTALL_DRIVER)
+        return fail(check, found, needed=needed, repair=_UPDATE_DRIVER)
     return ok(check, found, needed)
 
 

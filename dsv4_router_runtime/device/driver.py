@@ -221,9 +221,10 @@ def context_kept() -> Iterator[None]:
             checked("making the caller's context current again", restored)
 
 
-def call_in_context(index: int, call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Call the driver; in a thread without a context, in GPU `index`'s primary one."""
-    results = call()
+def in_a_context(
+    index: int, results: tuple[Any, ...], call: Callable[[], tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """Return the results of a call; call again if they say that this thread has no context."""
     if results[0] == bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT and not current_context():
         with primary_context(index):
             results = call()

@@ -68,12 +68,12 @@ class LaunchSite:
 
     def _handle_refusal(self, code: Any) -> None:
         """Launch again in a thread that had no context, or raise what a failed launch means."""
+
+        def again() -> tuple[Any]:
+            return launch_kernel(self._config, self.loaded.function, self.block.address)
+
         refused = driver.bindings().CUresult
-        if code == refused.CUDA_ERROR_INVALID_CONTEXT:
-            (code,) = driver.call_in_context(
-                self.loaded.device,
-                lambda: launch_kernel(self._config, self.loaded.function, self.block.address),
-            )
+        (code,) = driver.in_a_context(self.loaded.device, (code,), again)
         if code == refused.CUDA_ERROR_INVALID_CLUSTER_SIZE:
             raise NoRoomError(no_room(self.loaded))
         if code in (refused.CUDA_ERROR_INVALID_CONTEXT, refused.CUDA_ERROR_INVALID_HANDLE):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dsv4_router_runtime.log import LOGGER
 
@@ -59,9 +60,11 @@ def _clusters_at_once(loaded: LoadedKernel, stream: int, shared_bytes: int) -> i
     # Of the kernel, not of its function: that is bound to the primary context, and the driver then
     # does not look at the context of config's stream.
     handle = cuda.CUfunction(int(loaded.handle))
-    results = driver.call_in_context(
-        loaded.device, lambda: cuda.cuOccupancyMaxActiveClusters(handle, config)
-    )
+
+    def ask() -> tuple[Any, ...]:
+        return tuple(cuda.cuOccupancyMaxActiveClusters(handle, config))
+
+    results = driver.in_a_context(loaded.device, ask(), ask)
     if results[0] == cuda.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
         return 0
     return int(driver.checked(f"asking how many clusters of {kernel.key} fit", results))

@@ -1,0 +1,310 @@
+"""A driver that fails, is too old, or has another context current, below a whole Router."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+
+import torch
+from conftest import decode_kernel, sample_manifest, topk_kernel
+from fake_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
+from watchdog import ends_within
+
+from dsv4_router_runtime import Router, dense_router_dispatch, router
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
+from dsv4_router_runtime.artifacts.folder import open_artifacts
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.device import driver, load, occupancy, tensor_map
+from dsv4_router_runtime.errors import (
+    DriverError,
+    DriverTooOldError,
+    NoKernelError,
+    RouterError,
+)
+from dsv4_router_runtime.parameters import DTYPES
+
+K, E, TOP_K = 128, 80, 6
+CODES = (1, 2, 3, 101, 200, 201, 209, 400, 700, 719, 801, 900, 912, 999)
+
+
+@pytest.fixture
+def artifacts(write_artifacts):
+    """One decode kernel and router_topk: the fewest driver calls that have every kind of them."""
+    manifest = replace(sample_manifest(("sm_90a",)), kernels=(decode_kernel(), topk_kernel()))
+    return open_artifacts(write_artifacts(manifest))
+
+
+@pytest.fixture
+def fake(monkeypatch, artifacts):
+    yield replace_driver(monkeypatch, artifacts.manifest.kernels)
+    for cached in (driver.driver_version, driver._primary_context, tensor_map._encode_function):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def bind(artifacts):
+    def bound() -> Router:
+        W = torch.zeros(E, K, dtype=torch.bfloat16).t()
+        bias = torch.zeros(E)
+        return Router(W, bias, top_k=TOP_K, routed_scaling_factor=1.0, artifacts=artifacts)
+
+    return bound
+
+
+# Kept, so that every try makes the same tensor maps.
+X, OUT = torch.zeros(70, K, dtype=torch.bfloat16), torch.empty(70, TOP_K)
+IDS = OUT.to(torch.int32)
+
+
+def call(bound: Router, n: int = 3) -> None:
+    bound(X[:n], OUT, IDS)
+
+
+def use(bind) -> None:
+    """Bind a layer and call each of its steps twice."""
+    bound = bind()
+    for n in (3, 3, 70, 70):
+        call(bound, n)
+
+
+def locks_are_free() -> bool:
+    return not any(lock.locked() for lock in (load._load_lock, occupancy._lock))
+
+
+def test_a_healthy_driver(fake, bind):
+    use(bind)
+    assert len(fake.launched) == 4
+    assert fake.stack == [PRIMARY]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_each_call_in_turn_fails(monkeypatch, fake, bind, code):
+    """Every failure is an error of this package, and leaves nothing that the next try trips over.
+
+    What is no failure: 912 says that no cluster fits, so another step takes the call; INVALID_VALUE
+    is the answer for the parameter after the last one.
+    """
+    use(bind)
+    names = tuple(fake.calls)
+    passed = []
+    for index, name in enumerate(names):
+        fake = plug_in(monkeypatch, type(fake)(fake.kernels.values()))
+        fake.fail = (index, code)
+        try:
+            use(bind)
+            passed.append(name)
+        except RouterError:
+            pass
+        assert fake.calls[index] == name
+        assert locks_are_free()
+        if name not in ("cuCtxPopCurrent", "cuCtxSetCurrent"):
+            assert fake.stack == [PRIMARY]
+        fake.fail, fake.stack, fake.launched = None, [PRIMARY], []
+        use(bind)
+        assert len(fake.launched) == 4
+    fit = {"cuOccupancyMaxActiveClusters", "cuLaunchKernelEx"}
+    assert set(passed) == {1: {"cuKernelGetParamInfo"}, 912: fit}.get(code, set())
+
+
+@pytest.mark.parametrize("lacking", ["lacks", "unbound"])
+def test_each_function_in_turn_is_missing(monkeypatch, fake, bind, lacking):
+    """An older driver lacks the function, an older cuda-bindings its name."""
+    fake.fail = (10**6, 0)
+    use(bind)
+    for name in sorted(set(fake.calls) - {"cuTensorMapEncodeTiled"}):
+        fake = plug_in(monkeypatch, type(fake)(fake.kernels.values()))
+        getattr(fake, lacking).add(name)
+        with pytest.raises(DriverTooOldError, match=f"{name}.*; update the"):
+            use(bind)
+        assert locks_are_free()
+        getattr(fake, lacking).clear()
+        fake.stack = [PRIMARY]
+        plug_in(monkeypatch, fake)
+        use(bind)
+
+
+def test_a_driver_without_tensor_maps_is_refused_before_a_null_call(monkeypatch, fake, bind):
+    monkeypatch.setattr(fake, "_cuGetProcAddress", lambda *given: (0, 1))
+    with pytest.raises(DriverTooOldError, match="has no cuTensorMapEncodeTiled"):
+        bind()
+
+
+@pytest.mark.parametrize("stack", [[], [PRIMARY], [FOREIGN, PRIMARY], [FOREIGN, GREEN]])
+def test_the_callers_contexts_are_as_before(fake, bind, stack):
+    fake.stack = list(stack)
+    use(bind)
+    assert fake.stack == stack
+    assert len(fake.launched) == 4
+
+
+def test_a_bind_that_fails_leaves_the_callers_context(monkeypatch, fake, bind):
+    fake.stack = [FOREIGN, GREEN]
+    monkeypatch.setattr(fake, "_cuKernelGetFunction", lambda handle: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bind()
+    assert fake.stack == [FOREIGN, GREEN]
+
+
+def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
+    bound = bind()
+    for n in (3, 70):
+        call(bound, n)
+    products, fake.launched = len(fake.calls), []
+    fake.stack = [FOREIGN]
+    for n in (3, 70):
+        with pytest.raises(RouterError, match="allowed: the primary context, or a green context"):
+            call(bound, n)
+    with pytest.raises(RouterError, match="call cuCtxPopCurrent before"):
+        bind()
+    assert (fake.launched, fake.stack) == ([], [FOREIGN])
+    assert products < len(fake.calls)
+
+
+@pytest.mark.parametrize("code", [700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 999])
+def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
+    bound = bind()
+    fake.launch_code = code
+    with pytest.raises(DriverError) as caught:
+        call(bound)
+    message = str(caught.value)
+    assert "launching router_decode_kmajor_n8.sm_90a: the CUDA driver answered" in message
+    assert "an earlier kernel, of any library, may be to blame" in message
+    assert message.endswith("the GPU's context is lost: restart the process")
+    assert ("wait_limit_ms" in message) == (code in (715, 719))
+
+
+@pytest.mark.parametrize("code", [4, 400, 709])
+def test_a_reset_context_asks_for_a_restart(fake, bind, code):
+    bound = bind()
+    fake.launch_code = code
+    with pytest.raises(DriverError, match="after cudaDeviceReset restart the process"):
+        call(bound)
+
+
+class TestWithoutRoomForACluster:
+    def test_the_context_is_asked_once_a_stream_and_the_next_step_taken(self, fake, bind, caplog):
+        fake.room = 0
+        bound = bind()
+        with caplog.at_level(logging.WARNING, "dsv4_router_runtime"):
+            for _ in range(3):
+                call(bound)
+        assert [fake.handles[handle].name for handle in fake.launched] == ["router_topk"] * 3
+        # With an SM for each CTA, and without.
+        assert fake.calls.count("cuOccupancyMaxActiveClusters") == 2
+        assert [record.getMessage() for record in caplog.records] == [
+            "router_decode_kmajor_n8.sm_90a is not launched: no room for a cluster of 16 CTAs of "
+            "100000 bytes of shared memory in this context of GPU None; such calls take "
+            "router_topk.sm_90a"
+        ]
+        (fallback,) = occupancy.fallbacks()
+        assert (fallback.instead, fallback.times) == ("router_topk.sm_90a", 1)
+
+    def test_a_refused_launch_takes_the_next_step_too(self, fake, bind, caplog):
+        """The current context may have changed since its room was asked for."""
+        bound = bind()
+        fake.launch_code = 912
+        for _ in range(3):
+            call(bound)
+        fake.launch_code = 0
+        call(bound)
+        names = [fake.handles[handle].name for handle in fake.launched]
+        assert names == ["router_topk"] * 3 + ["router_decode_kmajor_n8"]
+        assert len(caplog.records) == 1
+        assert occupancy.fallbacks()[0].times == 3
+
+    def test_a_null_stream_of_a_green_context_is_asked_for_again(self, fake, bind):
+        bound = bind()
+        fake.stack, fake.room = [GREEN], 0
+        call(bound)
+        fake.stack, fake.room = [PRIMARY], 7
+        call(bound)
+        names = [fake.handles[handle].name for handle in fake.launched]
+        assert names == ["router_topk", "router_decode_kmajor_n8"]
+
+    def test_no_step_is_left(self, monkeypatch, fake, bind):
+        bound = bind()
+        monkeypatch.setattr(bound._binding, "_steps", bound._binding._steps[:1])
+        fake.room = 0
+        with pytest.raises(NoKernelError, match="the last step of this layer: no room for a clu"):
+            call(bound)
+
+    @pytest.mark.parametrize("hashed", [False, True])
+    def test_the_plan_without_it_is_what_calls_take(self, hashed):
+        """Whichever kernels do not fit, a call takes the step that `without` leaves it."""
+        layer = LayerProblem(
+            layout=LAYOUTS[0], tma_loadable=True, hashed=hashed,
+            num_experts=E, top_k=TOP_K, k=K, dtypes=DTYPES,
+        )  # fmt: skip
+        plan = plan_layer(sample_manifest(), layer, "sm_90a")
+        clustered = [step.kernel.key for step in plan.steps[:-1]]
+        for chosen in range(2 ** len(clustered)):
+            unfit = {key: "full" for at, key in enumerate(clustered) if chosen >> at & 1}
+            left = without(plan, unfit)
+            assert {item.kernel.key: item.reason for item in left.rejected} == unfit
+            for n in (1, 8, 9, 32, 33, 56, 57, 64, 65):
+                assert step_for(left, n) == next(
+                    step.kernel.key
+                    for step in plan.steps
+                    if n <= (step.max_tokens or n) and step.kernel.key not in unfit
+                )
+                assert n in kernel_of(plan, step_for(left, n)).problem.num_tokens
+        with pytest.raises(NoKernelError, match=r"(?s)no kernel of this layer fits:.*_n64.*: full"):
+            without(plan, {step.kernel.key: "full" for step in plan.steps})
+
+
+def step_for(plan, n: int) -> str:
+    return next(step.kernel.key for step in plan.steps if n <= (step.max_tokens or n))
+
+
+def kernel_of(plan, key: str):
+    return next(step.kernel for step in plan.steps if step.kernel.key == key)
+
+
+class TestFork:
+    def test_a_child_is_refused_before_it_waits_for_a_lock(self, monkeypatch, fake, bind):
+        bound = bind()
+        monkeypatch.undo()
+        monkeypatch.setattr(driver, "forked", True)
+        driver.bindings.cache_clear()
+        W, bias = torch.zeros(E, K, dtype=torch.bfloat16).t(), torch.zeros(E)
+        with ends_within(5), router._remembered_lock, bound._binding._lock:
+            with pytest.raises(RouterError, match='start it with the method "spawn"'):
+                call(bound)
+            with pytest.raises(RouterError, match='start it with the method "spawn"'):
+                dense_router_dispatch(X, W, bias, 1.0, TOP_K, OUT, IDS)
+
+    def test_a_fork_after_the_driver_was_used_is_noticed(self):
+        program = """
+            import os
+            from cuda.bindings import driver as real
+            from dsv4_router_runtime.device import driver
+            real.cuInit = lambda flags: (real.CUresult.CUDA_SUCCESS,)
+            if os.fork() == 0:
+                driver.bindings()
+                os._exit(7)
+            print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+            driver.bindings()
+            if os.fork() == 0:
+                try:
+                    driver.bindings()
+                except driver.RouterError as error:
+                    print(error, flush=True)
+                os._exit(0)
+            os.wait()
+            driver.bindings()
+        """
+        ran = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        first, second = ran.stdout.splitlines()
+        assert first == "7"
+        assert second.startswith("this process was forked from one that had used CUDA")

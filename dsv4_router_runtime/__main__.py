@@ -66,7 +66,9 @@ def _doctor(options: argparse.Namespace) -> int:
         print(json.dumps(finding.as_json(found), indent=1))
     else:
         text = "\n".join(map(str, found))
-        print(finding.without_names(f"{_heading()}\n{text}") if options.report else text)
+        if options.report:
+            text = finding.without_names(f"{_heading()}\n{text}", options.artifacts)
+        print(text)
     return finding.exit_code(found)
 
 

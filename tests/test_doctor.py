@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,12 +26,11 @@ from doctor_faults import (  # noqa: E402
     SELF_TEST,
     TOPK,
     flip_a_byte,
-    forget_driver,
     fork,
-    make_world,
     raises,
     without_torch,
 )
+from doctor_world import forget_driver, make_world  # noqa: E402
 
 from dsv4_router_runtime.doctor import selftest  # noqa: E402
 
@@ -201,7 +201,7 @@ def test_a_report_has_no_path_outside_the_package_and_no_name(world, capsys):
     for secret in (str(world.folder), "secret", "/opt", "~/x", "0a1b2c3d", "/home"):
         assert secret not in text
     assert host not in text.replace("<host>", "")
-    assert "FAIL artifacts: <path>: altered or truncated" in text
+    assert "FAIL artifacts: <artifacts>/router_topk.sm_90a.cubin: altered or truncated" in text
 
 
 def test_names_are_taken_out_of_a_report_and_the_packages_own_paths_stay(monkeypatch):
@@ -211,6 +211,14 @@ def test_names_are_taken_out_of_a_report_and_the_packages_own_paths_stay(monkeyp
     text = f"{parent}/artifacts/a.cubin by ann on node7: annex of node71, 1/2; /etc/x:3"
     assert finding.without_names(text) == (
         "artifacts/a.cubin by <user> on <host>: annex of node71, 1/2; <path>:3"
+    )
+    text = "'/opt/a b', \"~/c d\" and https://www.nvidia.com/drivers of /x"
+    assert finding.without_names(text) == (
+        "<path>, <path> and https://www.nvidia.com/drivers of <path>"
+    )
+    folder = Path("relative/my set")
+    assert finding.without_names(f"{folder}: use --artifacts '{folder}'", folder) == (
+        "<artifacts>: use --artifacts <artifacts>"
     )
     monkeypatch.setattr(getpass, "getuser", raises(KeyError("no such uid")))
     assert finding.without_names("ann") == "ann"

@@ -9,12 +9,10 @@ from pathlib import Path
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.device.facts import Gpu
 
-from .finding import COMMAND, Finding, guarded, skip
+from .finding import COMMAND, Finding, guarded, out_of_service, skip
 from .installation import check_artifacts, check_evidence, check_packages
 from .kernels import check_kernels
 from .machine import check_driver, check_environment, check_floor, check_gpu, see_gpus
-
-_RESET = "nvidia-smi --gpu-reset, or another GPU"
 
 
 def examine(
@@ -70,8 +68,8 @@ def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iter
 def _test(artifacts: ArtifactSet, index: int) -> Iterator[Finding]:
     from .selftest import NEEDED, check_workspace, self_test
 
-    check = f"self-test gpu {index}"
-    yield guarded(check, lambda: self_test(artifacts, index), needed=NEEDED, repair=_RESET)
+    check, repair = f"self-test gpu {index}", out_of_service(index)
+    yield guarded(check, lambda: self_test(artifacts, index), needed=NEEDED, repair=repair)
     needed = "scratch that every launch leaves zero"
     check = f"workspace gpu {index}"
-    yield guarded(check, lambda: check_workspace(index), needed=needed, repair=_RESET)
+    yield guarded(check, lambda: check_workspace(index), needed=needed, repair=repair)

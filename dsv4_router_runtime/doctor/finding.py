@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -64,11 +65,22 @@ def guarded(check: str, look: Callable[[], Finding], *, needed: str, repair: str
     except (ArtifactError, ManifestError) as error:
         return artifact_failure(check, error, needed=needed)
     except RouterError as error:
+        if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
+            return _no_memory(check, error)
         return fail(check, str(error), needed=needed, repair=repair)
     # Any other error is a fault of doctor or of a library: it is shown, with the checks after it.
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            return _no_memory(check, error)
         found = f"{type(error).__name__}: {error}"
         return fail(check, found, needed=needed, repair=f"{COMMAND} doctor --report, and report it")
+
+
+def _no_memory(check: str, error: Exception) -> Finding:
+    """Return the WARN of a check for which a server left no memory on the GPU."""
+    needed = "about 1 GB of free GPU memory for the check"
+    repair = "nvidia-smi, to find the process that holds the memory; check before the server starts"
+    return warn(check, str(error), needed=needed, repair=repair)
 
 
 def artifact_failure(check: str, error: ArtifactError | ManifestError, *, needed: str) -> Finding:
@@ -82,6 +94,11 @@ def artifact_failure(check: str, error: ArtifactError | ManifestError, *, needed
     return fail(check, found, needed=needed, repair=repair)
 
 
+def out_of_service(index: int) -> str:
+    """Return the next step for a GPU that fails."""
+    return f"nvidia-smi -q -i {index} shows its errors: take the GPU out of service"
+
+
 def exit_code(findings: Iterable[Finding]) -> int:
     """Return 0 if nothing is wrong, 1 after a WARN, 2 after a FAIL."""
     return max((_EXIT_CODES[finding.status] for finding in findings), default=0)
@@ -93,13 +110,19 @@ def as_json(findings: Iterable[Finding]) -> dict[str, Any]:
     return {"exit": exit_code(findings), "findings": [asdict(finding) for finding in findings]}
 
 
-def without_names(text: str) -> str:
+def without_names(text: str, folder: Path | None = None) -> str:
     """Take out of `text` every path outside the package, the user's name and the host's.
 
     Paths of the package and of a checkout's artifacts stay, relative to the package's parent.
+    folder: the artifacts' folder, if the user named one; it may hold spaces.
     """
+    if folder is not None:
+        for shown in (shlex.quote(str(folder)), str(folder)):
+            text = text.replace(shown, "<artifacts>")
     text = text.replace(f"{_PACKAGE_PARENT}/", "")
-    text = re.sub(r"(?<![\w.>])~?/[^\s'\"`;:,()]+", "<path>", text)
+    text = re.sub(r"(['\"])~?/.*?\1", "<path>", text)
+    # Two slashes after a colon are a URL's.
+    text = re.sub(r"(?<![\w.>/])(?!(?<=:)//)~?/[^\s'\"`;:,()]+", "<path>", text)
     text = re.sub(r"\b(GPU|MIG)-[0-9a-f]{8}[0-9a-f/-]*", r"\1-<uuid>", text)
     for name, word in ((_user(), "<user>"), (socket.gethostname(), "<host>")):
         if name:

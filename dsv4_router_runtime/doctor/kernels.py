@@ -13,7 +13,7 @@ from dsv4_router_runtime.artifacts.manifest import Manifest
 from dsv4_router_runtime.device.facts import Gpu
 from dsv4_router_runtime.errors import BUILD_COMMAND, NoKernelError
 
-from .finding import Finding, fail, guarded, ok, warn
+from .finding import Finding, fail, guarded, ok, out_of_service, warn
 
 # A layer of DeepSeek-V4, whose plan shows the step that each kernel serves.
 _K, _EXPERTS, _TOP_K = 7168, 384, 6
@@ -34,7 +34,7 @@ def check_kernels(artifacts: ArtifactSet, gpu: Gpu) -> list[Finding]:
             f"kernel {kernel.key} gpu {gpu.index}",
             lambda kernel=kernel: _check_kernel(artifacts, kernel, gpu, served),  # type: ignore[misc]
             needed="a kernel that loads, with the manifest's parameters",
-            repair="restart the process; `nvidia-smi` shows whether the GPU answers",
+            repair=out_of_service(gpu.index),
         )
         for kernel in kernels
     ]

@@ -75,13 +75,18 @@ def check_floor(artifacts: ArtifactSet, arch: str) -> Finding:
 def see_gpus(device: int | None) -> tuple[list[Gpu], list[Finding]]:
     """Read the GPUs that are to be checked, all of them if `device` is None."""
     count = facts.gpu_count()
-    if device is None:
-        return [facts.read_gpu(index) for index in range(count)], []
-    if 0 <= device < count:
-        return [facts.read_gpu(device)], []
-    needed = f"a GPU from 0 to {count - 1}"
-    repair = f"{COMMAND} doctor --device 0"
-    return [], [fail(f"gpu {device}", "not there", needed=needed, repair=repair)]
+    if device is not None and not 0 <= device < count:
+        needed = f"a GPU from 0 to {count - 1}"
+        repair = f"{COMMAND} doctor --device 0"
+        return [], [fail(f"gpu {device}", "not there", needed=needed, repair=repair)]
+    gpus, failed = [], []
+    for index in range(count) if device is None else (device,):
+        try:
+            gpus.append(facts.read_gpu(index))
+        except RouterError as error:
+            needed, repair = "a GPU that answers", f"nvidia-smi -q -i {index}"
+            failed.append(fail(f"gpu {index}", str(error), needed=needed, repair=repair))
+    return gpus, failed
 
 
 def check_gpu(gpu: Gpu, artifacts: ArtifactSet | None) -> Finding:
@@ -102,7 +107,9 @@ def check_gpu(gpu: Gpu, artifacts: ArtifactSet | None) -> Finding:
         return fail(check, found, needed=needed, repair="nvidia-smi -L, for another GPU")
     if gpu.mig or gpu.mps:
         needed = "a whole GPU: on a part of one, clusters of 16 CTAs may not fit"
-        return warn(check, found, needed=needed, repair=f"{COMMAND} doctor --device {gpu.index}")
+        whole = f"nvidia-smi -i {gpu.index} -mig 0"
+        repair = whole if gpu.mig else "echo quit | nvidia-cuda-mps-control"
+        return warn(check, found, needed=needed, repair=repair)
     if not gpu.ecc:
         needed = "ECC, since a flipped bit routes wrongly in silence"
         return warn(check, found, needed=needed, repair=f"nvidia-smi -i {gpu.index} -e 1")

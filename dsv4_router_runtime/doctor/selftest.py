@@ -15,7 +15,7 @@ from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.reference import router_reference
 
-from .finding import COMMAND, Finding, fail, ok
+from .finding import Finding, fail, ok, out_of_service
 
 K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
 # One call for each step of the plan, and the last row of each.
@@ -99,7 +99,7 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
                 wrong = _route_and_compare(router, inputs, num_tokens, expected)
                 if wrong:
                     found = f"{case}, N={num_tokens}: {wrong}"
-                    repair = f"{COMMAND} doctor --report, and take the GPU out of service"
+                    repair = out_of_service(index)
                     return fail(check, found, needed=NEEDED, repair=repair)
                 calls += 2
     return ok(check, f"{calls} calls right, half of them replayed")

@@ -258,7 +258,7 @@ FAULTS = {
     ),
     "wrong ids": (
         route_wrongly(swap_last),
-        *(SELF_TEST, "FAIL", "kmajor, N=1: eager: 1 of 1 rows have other ids", "out of service"),
+        *(SELF_TEST, "FAIL", "kmajor, N=1, eager: 1 of 1 rows have other ids", "out of service"),
     ),
     "NaN for a weight": (
         route_wrongly(lambda weights, ids: weights[0].fill_(float("nan"))),
@@ -274,7 +274,7 @@ FAULTS = {
     ),
     "a replay that does nothing": (
         lambda w: w.monkeypatch.setattr(selftest, "run_replayed", lambda call: None),
-        *(SELF_TEST, "FAIL", "replayed: 1 of 1 rows have other ids", "out of service"),
+        *(SELF_TEST, "FAIL", "N=1, replayed: 1 of 1 rows have other ids", "out of service"),
     ),
     "a launch that fails": (
         lambda w: w.monkeypatch.setattr(

@@ -78,7 +78,7 @@ def device_name(index: int) -> str:
 
 def self_test(artifacts: ArtifactSet, index: int) -> Finding:
     """Route every case on GPU `index`, eagerly and replayed, and compare with the reference."""
-    check, calls = f"self-test gpu {index}", 0
+    check = f"self-test gpu {index}"
     with torch.cuda.device(index):
         for case in CASES:
             inputs = make_inputs(case, device_name(index))
@@ -95,56 +95,68 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
                 tid2eid=inputs.table,
                 input_ids=inputs.token_ids,
             )
-            for num_tokens in TOKENS:
-                wrong = _route_and_compare(router, inputs, num_tokens, expected)
-                if wrong:
-                    found = f"{case}, N={num_tokens}: {wrong}"
-                    repair = out_of_service(index)
-                    return fail(check, found, needed=NEEDED, repair=repair)
-                calls += 2
-    return ok(check, f"{calls} calls right, half of them replayed")
+            wrong = _find_wrong(router, inputs, expected)
+            if wrong:
+                repair = out_of_service(index)
+                return fail(check, f"{case}, {wrong}", needed=NEEDED, repair=repair)
+    calls = len(CASES) * len(TOKENS)
+    return ok(check, f"{calls} calls right, and {calls} replayed")
 
 
-def _route_and_compare(
+def _find_wrong(
     router: dsv4_router_runtime.Router,
     inputs: Inputs,
-    num_tokens: int,
     expected: tuple[torch.Tensor, torch.Tensor],
 ) -> str | None:
-    """Return what is wrong with an eager and a replayed call, None if both are right."""
-    weights = torch.empty(num_tokens, TOP_K, device=inputs.x.device)
-    ids = torch.empty(num_tokens, TOP_K, dtype=torch.int32, device=inputs.x.device)
-    x, token_ids = inputs.x[:num_tokens], inputs.token_ids
-    right_weights, right_ids = (each[:num_tokens] for each in expected)
+    """Return the first eager or replayed call that is wrong, None if all are right."""
+    device = inputs.x.device
+    outputs = {
+        n: (
+            torch.empty(n, TOP_K, device=device),
+            torch.empty(n, TOP_K, dtype=torch.int32, device=device),
+        )
+        for n in TOKENS
+    }
+    token_ids = inputs.token_ids
 
-    def call() -> None:
-        router(x, weights, ids, input_ids=None if token_ids is None else token_ids[:num_tokens])
+    def route_all() -> None:
+        for n, out in outputs.items():
+            router(inputs.x[:n], *out, input_ids=None if token_ids is None else token_ids[:n])
 
-    for way, route in (("eager", run_eagerly), ("replayed", run_replayed)):
-        weights.fill_(CANARY)
-        ids.fill_(CANARY)
-        route(call)
-        different = (ids != right_ids).any(dim=1).sum().item()
-        if different:
-            return f"{way}: {different} of {num_tokens} rows have other ids"
-        worst = (weights.double() / right_weights - 1).abs().max().item()
-        # Not >, which NaN would pass.
-        if not worst <= TOLERANCE:
-            return f"{way}: a weight is off by {worst:.2g} of itself"
+    for way, run in (("eager", run_eagerly), ("replayed", run_replayed)):
+        for weights, ids in outputs.values():
+            weights.fill_(CANARY)
+            ids.fill_(CANARY)
+        run(route_all)
+        for n, out in outputs.items():
+            wrong = _compare(out, (expected[0][:n], expected[1][:n]))
+            if wrong:
+                return f"N={n}, {way}: {wrong}"
     return None
 
 
-def run_eagerly(call: Callable[[], None]) -> None:
-    """Make the call on the current stream and wait."""
-    call()
+def _compare(
+    out: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+) -> str | None:
+    rows = int((out[1] != expected[1]).any(dim=1).sum())
+    if rows:
+        return f"{rows} of {len(out[1])} rows have other ids"
+    worst = (out[0].double() / expected[0] - 1).abs().max().item()
+    # Not >, which NaN would pass.
+    return None if worst <= TOLERANCE else f"a weight is off by {worst:.2g} of itself"
+
+
+def run_eagerly(calls: Callable[[], None]) -> None:
+    """Make the calls on the current stream and wait."""
+    calls()
     torch.cuda.synchronize()
 
 
-def run_replayed(call: Callable[[], None]) -> None:
-    """Capture the call into a CUDA graph, replay it once, and wait."""
+def run_replayed(calls: Callable[[], None]) -> None:
+    """Capture the calls into a CUDA graph, replay it once, and wait."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        calls()
     graph.replay()
     torch.cuda.synchronize()
 

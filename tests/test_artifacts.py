@@ -186,6 +186,7 @@ def test_bad_manifest_names_the_file(folder):
 def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
     package = tmp_path / "dsv4_router_runtime"
     place = package / "_artifacts" if inside else tmp_path / "artifacts"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "dsv4-router"\n')
     package.mkdir()
     place.mkdir()
     monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts" / "folder.py"))
@@ -195,13 +196,26 @@ def test_found_in_a_package_and_in_a_checkout(tmp_path, monkeypatch, inside):
 @pytest.mark.parametrize("checkout", [True, False])
 def test_found_nowhere(tmp_path, monkeypatch, checkout):
     if checkout:
-        (tmp_path / "pyproject.toml").touch()
+        (tmp_path / "pyproject.toml").write_text('[project]\nname = "dsv4-router"\n')
     package = tmp_path / "dsv4_router_runtime"
     monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts" / "folder.py"))
     monkeypatch.setattr(errors, "_PACKAGE", package)
-    with pytest.raises(ArtifactError, match="no artifacts: neither") as caught:
+    with pytest.raises(ArtifactError, match="no artifacts: ") as caught:
         find_artifacts()
     assert str(caught.value).endswith(f"; repair it with `{BUILD if checkout else REINSTALL}`")
+
+
+@pytest.mark.parametrize("settings", [None, "", '[project]\nname = "other"\n', b"\xff"])
+def test_the_artifacts_of_another_package_are_not_ours(tmp_path, monkeypatch, settings):
+    """site-packages/artifacts belongs to whoever installed it, pyproject.toml or not."""
+    (tmp_path / "artifacts").mkdir()
+    if settings is not None:
+        data = settings if isinstance(settings, bytes) else settings.encode()
+        (tmp_path / "pyproject.toml").write_bytes(data)
+    package = tmp_path / "dsv4_router_runtime"
+    monkeypatch.setattr(artifacts_module, "__file__", str(package / "artifacts" / "folder.py"))
+    with pytest.raises(ArtifactError, match=f"{tmp_path} is no checkout"):
+        find_artifacts()
 
 
 def remove_a_cubin(folder):

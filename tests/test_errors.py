@@ -52,6 +52,7 @@ MADE = [
     errors.NoKernelError("no kernel\n  one\n  two"),
     errors.DriverError("launching x: the CUDA driver answered y"),
     errors.DriverMissingError("no CUDA driver"),
+    errors.DriverTooOldError("the CUDA driver has no x"),
     HouseError("seven"),
     EvidenceError("evidence.json: not valid JSON"),
     ArtifactReadError("no kernel x"),

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dsv4_router_runtime.errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ArtifactError, RouterError
+from dsv4_router_runtime.version import checkout_settings
 
 from .files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from .kernel import Kernel, compute_capability
@@ -64,13 +65,15 @@ def find_artifacts() -> Path:
     """The folder inside the installed package or, in a checkout, the one beside the package."""
     package = Path(__file__).resolve().parent.parent
     installed, built = package / WHEEL_FOLDER, package.parent / CHECKOUT_FOLDER
-    for place in (installed, built):
+    checkout = checkout_settings(package.parent) is not None
+    # Beside an installed package lies site-packages/artifacts, of whichever package put it there.
+    for place in (installed, built) if checkout else (installed,):
         if place.is_dir():
             return place
-    # Only a checkout has the build's settings beside the package, and only it is built in.
-    place = built if (package.parent / "pyproject.toml").is_file() else installed
     problem = f"no artifacts: neither {installed} nor {built} exists"
-    raise ArtifactError(file=str(place), problem=problem)
+    if not checkout:
+        problem = f"no artifacts: {installed} does not exist, and {package.parent} is no checkout"
+    raise ArtifactError(file=str(built if checkout else installed), problem=problem)
 
 
 def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:

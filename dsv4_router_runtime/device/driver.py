@@ -32,6 +32,14 @@ _LOST = (
 )
 # What a kernel's trap gives, by the architecture and the driver.
 _TRAPS = ("LAUNCH_FAILED", "ILLEGAL_INSTRUCTION")
+_TRAP_ADVICE = (
+    "; a kernel of this router traps so after waiting for other CTAs longer than "
+    "launch.wait_limit_ms of its manifest"
+)
+LOST_ADVICE = (
+    "; an earlier kernel, of any library, may be to blame: the driver reports it at a later call; "
+    "the GPU's context is lost: restart the process"
+)
 # What the driver answers if the context of a kernel or a stream is gone.
 _RESET = ("CONTEXT_IS_DESTROYED", "DEINITIALIZED", "INVALID_CONTEXT", "INVALID_HANDLE")
 
@@ -143,14 +151,7 @@ def _advice(code: Any) -> str:
         )
     if name not in _LOST:
         return ""
-    trap = (
-        "; a kernel of this router traps so after waiting for other CTAs longer than "
-        "launch.wait_limit_ms of its manifest"
-    )
-    return (
-        "; an earlier kernel, of any library, may be to blame: the driver reports it at a later "
-        f"call{trap if name in _TRAPS else ''}; the GPU's context is lost: restart the process"
-    )
+    return f"{_TRAP_ADVICE if name in _TRAPS else ''}{LOST_ADVICE}"
 
 
 @cache
@@ -247,9 +248,13 @@ def refuse_foreign_context(index: int) -> None:
     A thread without a context is not refused. The driver itself refuses a launch of a kernel in a
     context that it was not loaded into, but not torch's matrix product.
     """
+    driver = bindings()
+    # Written out, since every call with a matrix product comes here.
+    code, current = driver.cuCtxGetCurrent()
+    if code == 0 and int(current) == int(_primary_context(index)):
+        return
     if is_primary_current(index):
         return
-    driver = bindings()
     # The null stream's green context is that of the current context.
     green = driver.cuStreamGetGreenCtx(driver.CUstream(0))
     device = checked("reading the current context's GPU", driver.cuCtxGetDevice())

@@ -30,9 +30,8 @@ _CALL_PARAMETERS = tuple(
 class LaunchSite:
     """The launch configuration and the parameters of one kernel on one stream, made once.
 
-    exclusive_clusters: how many clusters the stream's context holds without sharing SMs.
     A launch writes only what changed: cells of `block`, and the grid if it depends on the number of
-    tokens. One caller at a time.
+    tokens. exclusive_clusters: as in `Room`, of the stream's context. One caller at a time.
     """
 
     def __init__(

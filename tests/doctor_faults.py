@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from importlib import metadata
 
 import torch
@@ -281,6 +282,14 @@ FAULTS = {
             selftest, "run_eagerly", raises(DriverError("launching: CUDA_ERROR_LAUNCH_FAILED"))
         ),
         *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", "nvidia-smi -q -i 0"),
+    ),
+    "a torch without CUDA": (
+        lambda w: w.monkeypatch.setattr(torch.cuda, "is_available", lambda: False),
+        *(SELF_TEST, "FAIL", "sees no GPU, and the driver does", "built for CUDA"),
+    ),
+    "a torch that cannot be imported": (
+        lambda w: w.monkeypatch.setitem(sys.modules, selftest.__name__, None),
+        *(SELF_TEST, "FAIL", "ModuleNotFoundError", "pip install --force-reinstall"),
     ),
     "no memory left by a server": (
         lambda w: w.monkeypatch.setattr(

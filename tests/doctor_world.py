@@ -150,6 +150,7 @@ def make_world(monkeypatch, folder, manifest):
     monkeypatch.setattr(selftest, "device_name", lambda index: "cpu")
     monkeypatch.setattr(selftest, "run_eagerly", lambda call: call())
     monkeypatch.setattr(selftest, "run_replayed", lambda call: call())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(selftest.dsv4_router_runtime, "Router", RightRouter, raising=False)
     monkeypatch.setattr(selftest.dsv4_router_runtime, "check", zero_workspace, raising=False)

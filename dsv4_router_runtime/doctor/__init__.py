@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.device.facts import Gpu
 
-from .finding import COMMAND, Finding, guarded, out_of_service, skip
+from .finding import COMMAND, RIGHT_OUTPUTS, Finding, guarded, out_of_service, skip
 from .installation import check_artifacts, check_evidence, check_packages
 from .kernels import check_kernels
 from .machine import check_driver, check_environment, check_floor, check_gpu, see_gpus
@@ -61,15 +62,25 @@ def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iter
         yield from check_kernels(artifacts, gpu)
         if quick:
             yield skip(f"self-test gpu {gpu.index}", "left out by --quick")
-        else:
+        elif kernels_on(artifacts.manifest, gpu.arch):
             yield from _test(artifacts, gpu.index)
 
 
 def _test(artifacts: ArtifactSet, index: int) -> Iterator[Finding]:
-    from .selftest import NEEDED, check_workspace, self_test
+    repair = out_of_service(index)
 
-    check, repair = f"self-test gpu {index}", out_of_service(index)
-    yield guarded(check, lambda: self_test(artifacts, index), needed=NEEDED, repair=repair)
-    needed = "scratch that every launch leaves zero"
-    check = f"workspace gpu {index}"
-    yield guarded(check, lambda: check_workspace(index), needed=needed, repair=repair)
+    def route() -> Finding:
+        from .selftest import self_test
+
+        return self_test(artifacts, index)
+
+    check = f"self-test gpu {index}"
+    yield guarded(check, route, needed=RIGHT_OUTPUTS, repair=repair)
+
+    def look() -> Finding:
+        from .selftest import check_workspace
+
+        return check_workspace(index)
+
+    check, needed = f"workspace gpu {index}", "scratch that every launch leaves zero"
+    yield guarded(check, look, needed=needed, repair=repair)

@@ -22,6 +22,7 @@ from dsv4_router_runtime.errors import (
 OK, WARN, FAIL, SKIP = "OK", "WARN", "FAIL", "SKIP"
 _EXIT_CODES = {OK: 0, SKIP: 0, WARN: 1, FAIL: 2}
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+RIGHT_OUTPUTS = "the reference's ids, and weights within 1e-5"
 COMMAND = "python -m dsv4_router_runtime"
 
 
@@ -73,7 +74,10 @@ def guarded(check: str, look: Callable[[], Finding], *, needed: str, repair: str
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             return _no_memory(check, error)
         found = f"{type(error).__name__}: {error}"
-        return fail(check, found, needed=needed, repair=f"{COMMAND} doctor --report, and report it")
+        repair = f"{COMMAND} doctor --report, and report it"
+        if isinstance(error, ImportError):
+            repair = "pip install --force-reinstall 'dsv4-router[torch]'"
+        return fail(check, found, needed=needed, repair=repair)
 
 
 def _no_memory(check: str, error: Exception) -> Finding:

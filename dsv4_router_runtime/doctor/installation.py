@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 
-from dsv4_router_runtime.artifacts.dispatch import runs_on
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.evidence import FAILED, HARDWARE, PASSED, read_summary
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
 from dsv4_router_runtime.errors import (
@@ -97,9 +97,8 @@ def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, Finding]:
 
 def check_evidence(artifacts: ArtifactSet, archs: Collection[str]) -> list[Finding]:
     """Judge the evidence of the kernels that run on `archs`, or of every kernel if it is empty."""
-    kernels = artifacts.manifest.kernels
-    built = {each.arch for each in kernels}
-    run_here = {arch for arch in archs if any(runs_on(each.arch, arch) for each in kernels)}
+    built = {each.arch for each in artifacts.manifest.kernels}
+    run_here = {arch for arch in archs if kernels_on(artifacts.manifest, arch)}
     needed = "no failed rung, and a passed run on such a GPU"
     return [
         guarded(
@@ -114,7 +113,7 @@ def check_evidence(artifacts: ArtifactSet, archs: Collection[str]) -> list[Findi
 
 def _evidence_of(artifacts: ArtifactSet, arch: str, needed: str) -> Finding:
     check = f"evidence {arch}"
-    kernels = [each for each in artifacts.manifest.kernels if runs_on(each.arch, arch)]
+    kernels = kernels_on(artifacts.manifest, arch)
     summary = read_summary(artifacts.folder)
     known = {kernel.key: summary.of(kernel) for kernel in kernels}
     installed = artifacts.folder.name == WHEEL_FOLDER

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, runs_on
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, kernels_on, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS, Kernel
 from dsv4_router_runtime.artifacts.limits import MIN_COMPUTE_CAPABILITY
@@ -21,7 +21,7 @@ _K, _EXPERTS, _TOP_K = 7168, 384, 6
 
 def check_kernels(artifacts: ArtifactSet, gpu: Gpu) -> list[Finding]:
     """Load each kernel of the GPU's architecture and see how many of its clusters fit."""
-    kernels = [each for each in artifacts.manifest.kernels if runs_on(each.arch, gpu.arch)]
+    kernels = kernels_on(artifacts.manifest, gpu.arch)
     if not kernels:
         archs = ", ".join(sorted({each.arch for each in artifacts.manifest.kernels}))
         major, minor = divmod(MIN_COMPUTE_CAPABILITY, 10)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsv4_router_runtime.artifacts.dispatch import runs_on
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.device import driver, facts
 from dsv4_router_runtime.device.driver import version_text
@@ -62,7 +62,7 @@ def _counted(count: int) -> str:
 def check_floor(artifacts: ArtifactSet, arch: str) -> Finding:
     """Hold the driver against the floor that the manifest states for a GPU's kernels."""
     check, manifest = f"driver for {arch}", artifacts.manifest
-    floors = [manifest.driver[k.arch] for k in manifest.kernels if runs_on(k.arch, arch)]
+    floors = [manifest.driver[kernel.arch] for kernel in kernels_on(manifest, arch)]
     if not floors:
         return skip(check, f"no kernels for {arch}")
     version, floor = driver.driver_version(), max(floors)
@@ -97,7 +97,7 @@ def check_gpu(gpu: Gpu, artifacts: ArtifactSet | None) -> Finding:
         f"{gpu.name}, {gpu.arch}, {gpu.num_sms} SMs, {gpu.shared_bytes_per_cta} bytes of shared "
         f"memory per CTA, ECC {_on(gpu.ecc)}, MIG {_on(gpu.mig)}, MPS {mps}"
     )
-    kernels = artifacts.manifest.for_arch(gpu.arch) if artifacts else ()
+    kernels = kernels_on(artifacts.manifest, gpu.arch) if artifacts else ()
     most = max(
         (k.launch.dynamic_shared_bytes + k.resources.static_shared_bytes for k in kernels),
         default=0,

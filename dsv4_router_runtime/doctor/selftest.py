@@ -15,7 +15,7 @@ from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.reference import router_reference
 
-from .finding import Finding, fail, ok, out_of_service
+from .finding import RIGHT_OUTPUTS, Finding, fail, ok, out_of_service
 
 K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
 # One call for each step of the plan, and the last row of each.
@@ -24,7 +24,6 @@ VOCABULARY = 128
 # Of an FP32 weight against FP64: 2e-7 is the worst that the evidence records.
 TOLERANCE = 1e-5
 CANARY = -77
-NEEDED = "the reference's ids, and weights within 1e-5"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,10 @@ def device_name(index: int) -> str:
 def self_test(artifacts: ArtifactSet, index: int) -> Finding:
     """Route every case on GPU `index`, eagerly and replayed, and compare with the reference."""
     check = f"self-test gpu {index}"
+    if not torch.cuda.is_available():
+        found = f"torch {torch.__version__} sees no GPU, and the driver does"
+        repair = "install a torch that is built for CUDA: https://pytorch.org"
+        return fail(check, found, needed="a torch that sees the GPU", repair=repair)
     with torch.cuda.device(index):
         for case in CASES:
             inputs = make_inputs(case, device_name(index))
@@ -98,7 +101,7 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
             wrong = _find_wrong(router, inputs, expected)
             if wrong:
                 repair = out_of_service(index)
-                return fail(check, f"{case}, {wrong}", needed=NEEDED, repair=repair)
+                return fail(check, f"{case}, {wrong}", needed=RIGHT_OUTPUTS, repair=repair)
     calls = len(CASES) * len(TOKENS)
     return ok(check, f"{calls} calls right, and {calls} replayed")
 

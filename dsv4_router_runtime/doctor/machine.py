@@ -51,7 +51,7 @@ def _driver_repair(error: RouterError) -> str:
     for code, repair in _REPAIR_BY_CODE.items():
         if code in str(error):
             hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
-            return "unset CUDA_VISIBLE_DEVICES" if hidden and code.endswith("DEVICE") else repair
+            return "unset CUDA_VISIBLE_DEVICES" if hidden and code.endswith("NO_DEVICE") else repair
     return _INSTALL_DRIVER if isinstance(error, DriverMissingError) else _RESTART
 
 

@@ -126,17 +126,20 @@ class Binding:
             index += 1
         stream = current_stream(self._index)
         while True:
-            site = self._site(index, stream, pdl)
-            if site.reads_logits:
-                self._multiply_and_select(site, call, options, hidden_states, W_gate)
-                return
             try:
+                site = self._site(index, stream, pdl)
+                if site.reads_logits:
+                    self._multiply_and_select(site, call, options, hidden_states, W_gate)
+                    return
                 with self._lock:
                     site.write_call(call, options)
                     site.launch()
                 return
             except NoRoomError as error:
-                index = self._step_after(site.loaded, str(error))
+                index = self._step_after(error.loaded, str(error))
+            # torch's own driver calls meet what an earlier kernel did too.
+            except torch.AcceleratorError as error:
+                raise driver.torch_error(error) from error
 
     def _multiply_and_select(
         self,

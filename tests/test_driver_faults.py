@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -15,10 +16,10 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not install
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from fake_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
+from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, dense_router_dispatch, router
+from dsv4_router_runtime import Router, binding, dense_router_dispatch, router
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
@@ -145,6 +146,27 @@ def test_the_callers_contexts_are_as_before(fake, bind, stack):
     assert len(fake.launched) == 4
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_change_of_torchs_device_ends_in_the_callers_context(monkeypatch, fake, bind, fails):
+    """As cudaSetDevice does, torch makes the primary context of a device current for good."""
+
+    @contextlib.contextmanager
+    def device(index):
+        fake.stack[-1:] = [PRIMARY]
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    fake.stack = [GREEN]
+    bound = bind()
+    assert fake.stack == [GREEN]
+    monkeypatch.setattr(bound._binding, "_many_devices", True)
+    fake.launch_code = 700 * fails
+    monkeypatch.setattr(torch.cuda, "current_device", iter([1, None]).__next__)
+    with pytest.raises(DriverError) if fails else contextlib.nullcontext():
+        call(bound)
+    assert (fake.stack, len(fake.launched)) == ([GREEN], 0 if fails else 1)
+
+
 def test_a_bind_that_fails_leaves_the_callers_context(monkeypatch, fake, bind):
     fake.stack = [FOREIGN, GREEN]
     monkeypatch.setattr(fake, "_cuKernelGetFunction", lambda handle: 1 / 0)
@@ -157,15 +179,14 @@ def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
     bound = bind()
     for n in (3, 70):
         call(bound, n)
-    products, fake.launched = len(fake.calls), []
-    fake.stack = [FOREIGN]
+    fake.products.clear()
+    fake.launched, fake.stack = [], [FOREIGN]
     for n in (3, 70):
         with pytest.raises(RouterError, match="allowed: the primary context, or a green context"):
             call(bound, n)
     with pytest.raises(RouterError, match="call cuCtxPopCurrent before"):
         bind()
-    assert (fake.launched, fake.stack) == ([], [FOREIGN])
-    assert products < len(fake.calls)
+    assert (fake.launched, fake.products, fake.stack) == ([], [], [FOREIGN])
 
 
 @pytest.mark.parametrize("code", [700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 999])
@@ -179,6 +200,19 @@ def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
     assert "an earlier kernel, of any library, may be to blame" in message
     assert message.endswith("the GPU's context is lost: restart the process")
     assert ("wait_limit_ms" in message) == (code in (715, 719))
+
+
+def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind):
+    bound = bind()
+
+    def is_capturing():
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for ...")
+
+    monkeypatch.setattr(binding, "is_capturing", is_capturing)
+    with pytest.raises(DriverError) as caught:
+        call(bound)
+    assert "CUDA driver: CUDA error: unspecified launch failure; an earlier" in str(caught.value)
+    assert str(caught.value).endswith("restart the process")
 
 
 @pytest.mark.parametrize("code", [4, 400, 709])

@@ -36,7 +36,7 @@ _TRAP_ADVICE = (
     "; a kernel of this router traps so after waiting for other CTAs longer than "
     "launch.wait_limit_ms of its manifest"
 )
-LOST_ADVICE = (
+_LOST_ADVICE = (
     "; an earlier kernel, of any library, may be to blame: the driver reports it at a later call; "
     "the GPU's context is lost: restart the process"
 )
@@ -151,7 +151,13 @@ def _advice(code: Any) -> str:
         )
     if name not in _LOST:
         return ""
-    return f"{_TRAP_ADVICE if name in _TRAPS else ''}{LOST_ADVICE}"
+    return f"{_TRAP_ADVICE if name in _TRAPS else ''}{_LOST_ADVICE}"
+
+
+def torch_error(error: Exception) -> DriverError:
+    """Return the error of a driver call that torch made, as one of this package."""
+    said = str(error).partition("\n")[0]
+    return DriverError(f"torch's call of the CUDA driver: {said}{_LOST_ADVICE}")
 
 
 @cache
@@ -251,10 +257,9 @@ def refuse_foreign_context(index: int) -> None:
     driver = bindings()
     # Written out, since every call with a matrix product comes here.
     code, current = driver.cuCtxGetCurrent()
-    if code == 0 and int(current) == int(_primary_context(index)):
+    if code == 0 and int(current) in (int(_primary_context(index)), 0):
         return
-    if is_primary_current(index):
-        return
+    checked("reading the current context", (code, current))
     # The null stream's green context is that of the current context.
     green = driver.cuStreamGetGreenCtx(driver.CUstream(0))
     device = checked("reading the current context's GPU", driver.cuCtxGetDevice())

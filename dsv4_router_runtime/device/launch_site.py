@@ -20,6 +20,10 @@ from .workspace import Slot
 class NoRoomError(DriverError):
     """The driver refused a launch because not one cluster fits the call's context."""
 
+    def __init__(self, loaded: LoadedKernel) -> None:
+        self.loaded = loaded
+        super().__init__(no_room(loaded))
+
 
 # The parameters that a call writes by name: its tensors but for hidden_states, read through a map.
 _CALL_PARAMETERS = tuple(
@@ -74,7 +78,7 @@ class LaunchSite:
         refused = driver.bindings().CUresult
         (code,) = driver.in_a_context(self.loaded.device, (code,), again)
         if code == refused.CUDA_ERROR_INVALID_CLUSTER_SIZE:
-            raise NoRoomError(no_room(self.loaded))
+            raise NoRoomError(self.loaded)
         if code in (refused.CUDA_ERROR_INVALID_CONTEXT, refused.CUDA_ERROR_INVALID_HANDLE):
             driver.refuse_foreign_context(self.loaded.device)
         driver.checked(f"launching {self.loaded.kernel.key}", (code,))

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from dsv4_router_runtime.errors import DriverError, RouterError
+from dsv4_router_runtime.errors import RouterError
 
 from . import driver
 
@@ -26,12 +26,7 @@ def current_stream(index: int) -> int:
 
 def is_capturing() -> bool:
     """Return whether the current stream is being captured into a CUDA graph."""
-    try:
-        return torch.cuda.is_current_stream_capturing()
-    # The first call of torch in a call of a Router: it meets what an earlier kernel did.
-    except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise DriverError(f"asking torch for its stream: {said}{driver.LOST_ADVICE}") from error
+    return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_under_capture(what: str) -> None:

@@ -47,6 +47,7 @@ class FakeDriver:
         self.room = 7
         self.launch_code = 0
         self.launched: list[int] = []
+        self.products: list[Any] = []
         self.handles: dict[int, Any] = {}
         integer, pointer = ctypes.c_uint32, ctypes.c_void_p
         kind = ctypes.CFUNCTYPE(
@@ -169,10 +170,12 @@ def _payload(key: str) -> bytes:
 
 def replace_driver(monkeypatch, kernels) -> FakeDriver:
     """Put a fake driver below a Router whose tensors lie in host memory."""
-    replace_gpu(monkeypatch)
+    gpu = replace_gpu(monkeypatch)
     for owner, name, value in _REAL:
         monkeypatch.setattr(owner, name, value)
-    return plug_in(monkeypatch, FakeDriver(kernels))
+    fake = plug_in(monkeypatch, FakeDriver(kernels))
+    fake.products = gpu.products
+    return fake
 
 
 def plug_in(monkeypatch, fake: FakeDriver) -> FakeDriver:

@@ -32,6 +32,7 @@ from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
 from .device.workspace import Slot, workspace_for
 from .errors import ArtifactError, NoKernelError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
+from .log import info_once, warn_once
 from .parameters import DTYPES
 from .tables import check_physical_map, copied_hash_table
 
@@ -85,6 +86,7 @@ class Binding:
             for step in self.plan.steps:
                 check_parameter_names(artifacts, step.kernel)
             self._steps = _load_steps(self.plan, artifacts, self._index)
+            _log_plan(self.plan, artifacts, arch, self._index)
             self.table_copy = _bind_tables(options, layer)
             copied = self.plan.copy_reason is not None
             self.w_copy = _copy_k_contiguous(W_gate) if copied else None
@@ -231,6 +233,14 @@ def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_
         )
         for step in plan.steps
     )
+
+
+def _log_plan(plan: LayerPlan, artifacts: ArtifactSet, arch: str, device: int) -> None:
+    """Log the artifacts and kernels of the first layer on a GPU, and the first copy of weights."""
+    keys = ", ".join(step.kernel.key for step in plan.steps)
+    info_once(f"gpu {device}", f"GPU {device} is {arch}; from {artifacts.folder}: {keys}")
+    if plan.copy_reason is not None:
+        warn_once("weights copied", f"W_gate is bound as a copy, since {plan.copy_reason}")
 
 
 def _layer_values(

@@ -15,11 +15,11 @@ import dsv4_router_runtime
 
 FOREIGN = ("torch", "numpy", "cutlass", "build_kernels", "cuda", "triton", "click", "rich")
 PURE = (
-    "errors",
+    *("errors", "log", "explain", "doctor", "__main__"),
     "parameters",
     *(f"artifacts.{name}" for name in ("files", "json_reader", "limits", "kernel", "manifest")),
-    *(f"artifacts.{name}" for name in ("folder", "dispatch")),
-    *(f"device.{name}" for name in ("launch", "tensor_map", "driver")),
+    *(f"artifacts.{name}" for name in ("folder", "dispatch", "evidence")),
+    *(f"device.{name}" for name in ("launch", "tensor_map", "driver", "facts")),
 )
 
 

@@ -30,6 +30,7 @@ from dsv4_router_runtime.artifacts.dispatch import (
     resolve,
     runs_on,
 )
+from dsv4_router_runtime.artifacts.evidence import PASSED, read_summary
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.artifacts.limits import MAX_SCRATCH_BYTES, MAX_TOKENS
 from dsv4_router_runtime.artifacts.manifest import Manifest, parse_manifest, serialise_manifest
@@ -117,6 +118,12 @@ def use_evidence(path: Path) -> None:
     assert read_evidence(path) == evidence
 
 
+def use_summary(path: Path) -> None:
+    """What `doctor` and `explain` report of it."""
+    for entry in read_summary(path.parent).entries.values():
+        ", ".join((*entry.with_status(PASSED), *entry.gpus))
+
+
 def use_records(path: Path) -> None:
     """What `verify --record` does with them."""
     records = read_records(path)
@@ -143,6 +150,7 @@ def of_file(use, text: str):
 READERS = {
     "manifest": (of_text(use_manifest, manifest_text()), 40_000),
     "evidence": (of_file(use_evidence, evidence_text()), 25_000),
+    "summary": (of_file(use_summary, evidence_text()), 25_000),
     "records": (of_file(use_records, record_text()), 25_000),
 }
 EXPECTED = (RouterError, EvidenceError)

@@ -1,4 +1,4 @@
-"""The names in README and PEERS.md exist; the README's commands are pyproject.toml's and CI's."""
+"""The names in the texts exist; the README's commands are pyproject.toml's and CI's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from build_kernels.specs import ARCHITECTURES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PEERS = (ROOT / "build_kernels" / "bench" / "PEERS.md").read_text(encoding="utf-8")
+PRODUCTION = (ROOT / "dsv4_router_runtime" / "PRODUCTION.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 PROJECT, BUILDER = (
@@ -67,8 +70,22 @@ def test_every_feature_names_a_test_that_exists():
 
 
 def test_every_test_that_the_texts_name_exists():
-    for module, test in re.findall(r"\b(test_\w+\.py)::(test_\w+)", README + PEERS):
+    for module, test in re.findall(r"\b(test_\w+\.py)::(test_\w+)", README + PEERS + PRODUCTION):
         assert test in functions_in(module), f"{module}::{test}"
+
+
+def test_every_sentence_of_the_contract_names_a_test():
+    contract = PRODUCTION.split("## The contract\n")[1].split("\n## ")[0]
+    rows = [line for line in contract.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 10
+    for row in rows:
+        assert re.search(r"`test_\w+\.py::test_\w+`", row), row
+
+
+def test_the_floors_of_the_drivers_are_the_specs():
+    for arch in ARCHITECTURES:
+        floor = f"{arch.driver // 1000}.{arch.driver % 1000 // 10}"
+        assert f"({arch.name}), driver of CUDA {floor} or later" in PRODUCTION
 
 
 def test_every_option_of_a_router_is_a_feature():

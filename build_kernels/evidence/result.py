@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4_router_runtime.artifacts.evidence import FAILED as FAILED
+from dsv4_router_runtime.artifacts.evidence import NOT_RUN, PASSED, STATUSES
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES
 from dsv4_router_runtime.artifacts.json_reader import JsonNode
 
 from .document import MAX_NAME
 
-PASSED = "passed"
-FAILED = "failed"
-NOT_RUN = "not run"
 # How "not run" is shown if no artifact of this kind can climb the rung.
 DOES_NOT_APPLY = "does not apply"
-STATUSES = (PASSED, FAILED, NOT_RUN)
 
 QUICK = "quick"
 FULL = "full"

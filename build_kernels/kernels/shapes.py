@@ -27,10 +27,6 @@ WORKSPACE_BYTES = TICKET_BYTES + MAX_DECODE_TOKENS * MAX_EXPERTS * CANDIDATE_BYT
 # a process whose GPU is shared may stand still for seconds.
 MERGE_WAIT_LIMIT_MS = 10_000
 
-# A warp that has waited this long for the candidates of other CTAs traps: launches take
-# microseconds, and CTAs that cannot be placed for seconds will not come.
-MERGE_WAIT_LIMIT_MS = 10_000
-
 # router_topk: one warp per token.
 TOPK_WARPS = 4
 # The constants of topk.cu, passed to NVRTC as macros.

@@ -72,6 +72,11 @@ def runs_on(built_for: str, device: str) -> bool:
     return have // 10 == need // 10 and have >= need
 
 
+def kernels_on(manifest: Manifest, device: str) -> tuple[Kernel, ...]:
+    """Return the kernels that run on a GPU whose architecture is `device`."""
+    return tuple(kernel for kernel in manifest.kernels if runs_on(kernel.arch, device))
+
+
 def resolve(manifest: Manifest, problem: Problem, device: str) -> tuple[Accepted | Rejected, ...]:
     """Judge every kernel of the manifest, in its order."""
     return tuple(judge(kernel, problem, device) for kernel in manifest.kernels)

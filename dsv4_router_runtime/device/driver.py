@@ -171,12 +171,13 @@ def check_driver(floor: int, what: str) -> None:
     got = driver_version()
     if got < floor:
         raise DriverTooOldError(
-            f"{what} needs an NVIDIA driver of CUDA {_version(floor)} or later, this one is of "
-            f"CUDA {_version(got)}; update the driver"
+            f"{what} needs an NVIDIA driver of CUDA {version_text(floor)} or later, this one is of "
+            f"CUDA {version_text(got)}; update the driver"
         )
 
 
-def _version(number: int) -> str:
+def version_text(number: int) -> str:
+    """Write a version as the driver counts it: "12.4" for 12040."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

@@ -6,17 +6,16 @@ MPS may leave no such room. Then the call takes the layer's next step: see `disp
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsv4_router_runtime.log import LOGGER
+
 from . import driver
 from .launch import has_clusters, launch_config
 from .load import LoadedKernel
-
-_log = logging.getLogger("dsv4_router_runtime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def note_fallback(loaded: LoadedKernel, reason: str, instead: str) -> None:
             known = Fallback(kernel=key[0], device=key[1], reason=reason, instead=instead, times=0)
         _fallbacks[key] = replace(known, instead=instead, times=known.times + 1)
     if known.times == 0:
-        _log.warning("%s is not launched: %s; such calls take %s", key[0], reason, instead)
+        LOGGER.warning("%s is not launched: %s; such calls take %s", key[0], reason, instead)
 
 
 def fallbacks() -> tuple[Fallback, ...]:

@@ -1,0 +1,86 @@
+"""`python -m dsv4_router_runtime doctor`: can this machine route, and if not, what repairs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
+from dsv4_router_runtime.device.facts import Gpu
+
+from .finding import COMMAND, RIGHT_OUTPUTS, Finding, guarded, out_of_service, skip
+from .installation import check_artifacts, check_evidence, check_packages
+from .kernels import check_kernels
+from .machine import check_driver, check_environment, check_floor, check_gpu, see_gpus
+
+
+def examine(
+    *, device: int | None = None, quick: bool = False, artifacts: Path | None = None
+) -> list[Finding]:
+    """Run every check and return the findings in the order of their causes.
+
+    device: the one GPU to check; without it, all GPUs, and the kernels on one GPU of each kind.
+    quick: leave the self-test out. torch is imported only if there is a GPU.
+    """
+    findings = check_packages()
+    opened, finding = check_artifacts(artifacts)
+    findings += [finding, *check_environment()]
+    runs, finding = check_driver()
+    findings.append(finding)
+    gpus: list[Gpu] = []
+    if runs:
+        gpus, missing = see_gpus(device)
+        findings += missing
+    archs = sorted({gpu.arch for gpu in gpus})
+    if opened is not None:
+        findings += check_evidence(opened, archs)
+        findings += [check_floor(opened, arch) for arch in archs]
+    findings += [check_gpu(gpu, opened) for gpu in gpus]
+    if not gpus:
+        findings.append(skip("kernels", "no GPU to load them on"))
+    elif opened is None:
+        findings.append(skip("kernels", "no artifacts to load"))
+    else:
+        findings += _check_on_gpus(opened, gpus, quick)
+    return findings
+
+
+def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iterator[Finding]:
+    """Load the kernels and run the self-test on one GPU of each kind."""
+    if find_spec("torch") is None:
+        yield skip("kernels", "torch is not installed", repair="pip install 'dsv4-router[torch]'")
+        return
+    first: dict[tuple[object, ...], int] = {}
+    for gpu in gpus:
+        like = first.setdefault(gpu.kind, gpu.index)
+        if like != gpu.index:
+            again = f"{COMMAND} doctor --device {gpu.index}"
+            yield skip(f"kernels gpu {gpu.index}", f"checked on GPU {like}, which is alike", again)
+            continue
+        yield from check_kernels(artifacts, gpu)
+        if quick:
+            yield skip(f"self-test gpu {gpu.index}", "left out by --quick")
+        elif kernels_on(artifacts.manifest, gpu.arch):
+            yield from _test(artifacts, gpu.index)
+
+
+def _test(artifacts: ArtifactSet, index: int) -> Iterator[Finding]:
+    repair = out_of_service(index)
+
+    def route() -> Finding:
+        from .selftest import self_test
+
+        return self_test(artifacts, index)
+
+    check = f"self-test gpu {index}"
+    yield guarded(check, route, needed=RIGHT_OUTPUTS, repair=repair)
+
+    def look() -> Finding:
+        from .selftest import check_workspace
+
+        return check_workspace(index)
+
+    check, needed = f"workspace gpu {index}", "scratch that every launch leaves zero"
+    yield guarded(check, look, needed=needed, repair=repair)

@@ -1,0 +1,138 @@
+"""Checks of what is installed: the packages, the artifacts, their evidence. No GPU is asked."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Collection
+from importlib import metadata
+from pathlib import Path
+
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
+from dsv4_router_runtime.artifacts.evidence import FAILED, HARDWARE, PASSED, read_summary
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
+from dsv4_router_runtime.errors import (
+    CHECKOUT_FOLDER,
+    REINSTALL_COMMAND,
+    WHEEL_FOLDER,
+    ArtifactError,
+    ManifestError,
+)
+from dsv4_router_runtime.version import DISTRIBUTION, package_version
+
+from .finding import Finding, artifact_failure, fail, guarded, ok, warn
+
+WHOLE_SET = "a manifest of this runtime's schema and the cubins that it lists, unaltered"
+_WHY = {
+    WHEEL_FOLDER: "the installed package's own",
+    CHECKOUT_FOLDER: "beside the package of a checkout",
+}
+_GPU_TESTS = "python -m pytest -m gpu --record records.json"
+
+
+def check_packages() -> list[Finding]:
+    """Report the versions of this package, Python, cuda-bindings and torch."""
+    here = f"dsv4-router {package_version()}, Python {platform.python_version()}"
+    return [
+        ok("package", f"{here}, {platform.system()} {platform.machine()}"),
+        _requirement("cuda-bindings", "the driver is reached through it", fail),
+        _requirement("torch", "a Router takes torch's tensors", warn),
+    ]
+
+
+def _requirement(name: str, reason: str, without_it: Callable[..., Finding]) -> Finding:
+    needed = _required(name)
+    bounds = f"{name}{needed}"
+    repair = f"pip install '{bounds}'"
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        needed = f"{bounds}, since {reason}"
+        return without_it(f"package {name}", "not installed", needed=needed, repair=repair)
+    if not _within(found, needed):
+        return warn(f"package {name}", found, needed=bounds, repair=repair)
+    return ok(f"package {name}", found, needed=bounds if needed else "")
+
+
+def _required(name: str) -> str:
+    """Return the bounds that this distribution's metadata states; "" if it has no metadata."""
+    try:
+        stated = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return ""
+    found = (
+        re.fullmatch(rf"{name}([<>=!~0-9.,]*)(;.*)?", each.replace(" ", "")) for each in stated
+    )
+    return next((each.group(1) for each in found if each), "")
+
+
+def _within(version: str, bounds: str) -> bool:
+    """Return whether a version is within bounds such as "<14,>=12.9"; other operators pass."""
+    have = _numbers(version)
+    for operator, text in re.findall(r"(>=|<)([0-9.]+)", bounds):
+        if (have >= _numbers(text)) != (operator == ">="):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, Finding]:
+    """Open the set, read every cubin, and say where the set lies and why there."""
+    try:
+        place = find_artifacts() if folder is None else folder
+        artifacts = open_artifacts(place)
+        for kernel in artifacts.manifest.kernels:
+            artifacts.read(kernel)
+    except (ArtifactError, ManifestError) as error:
+        return None, artifact_failure("artifacts", error, needed=WHOLE_SET)
+    why = "named by --artifacts" if folder else _WHY[place.name]
+    kernels = artifacts.manifest.kernels
+    archs = ", ".join(sorted({kernel.arch for kernel in kernels}))
+    found = f"{place} ({why}): {len(kernels)} kernels for {archs}, every hash right"
+    return artifacts, ok("artifacts", found)
+
+
+def check_evidence(artifacts: ArtifactSet, archs: Collection[str]) -> list[Finding]:
+    """Judge the evidence of the kernels that run on `archs`, or of every kernel if it is empty."""
+    built = {each.arch for each in artifacts.manifest.kernels}
+    run_here = {arch for arch in archs if kernels_on(artifacts.manifest, arch)}
+    needed = "no failed rung, and a passed run on such a GPU"
+    return [
+        guarded(
+            f"evidence {arch}",
+            lambda arch=arch: _evidence_of(artifacts, arch, needed),  # type: ignore[misc]
+            needed=needed,
+            repair="build-kernels verify",
+        )
+        for arch in sorted(run_here if archs else built)
+    ]
+
+
+def _evidence_of(artifacts: ArtifactSet, arch: str, needed: str) -> Finding:
+    check = f"evidence {arch}"
+    kernels = kernels_on(artifacts.manifest, arch)
+    summary = read_summary(artifacts.folder)
+    known = {kernel.key: summary.of(kernel) for kernel in kernels}
+    installed = artifacts.folder.name == WHEEL_FOLDER
+    verify = REINSTALL_COMMAND if installed else "build-kernels verify"
+    missing = [key for key, evidence in known.items() if evidence is None]
+    if missing:
+        found = f"none for the bytes of {_listed(missing)}"
+        return warn(check, found, needed=needed, repair=verify)
+    of = {key: evidence for key, evidence in known.items() if evidence is not None}
+    failed = [f"{key} {', '.join(rungs)}" for key in of if (rungs := of[key].with_status(FAILED))]
+    if failed:
+        return fail(check, f"failed: {_listed(failed)}", needed=needed, repair=verify)
+    not_run = [key for key in of if HARDWARE not in of[key].with_status(PASSED)]
+    if not_run:
+        found = f"not run on a GPU of {arch}: {_listed(not_run)}"
+        return warn(check, found, needed=needed, repair=_GPU_TESTS)
+    gpus = ", ".join(sorted({gpu for evidence in of.values() for gpu in evidence.gpus}))
+    return ok(check, f"{len(of)} kernels, no rung failed, passed on {gpus}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,267 @@
+"""`python -m dsv4_router_runtime explain`: which kernel serves a call, and why. No GPU is needed.
+
+Built on `plan_layer`, which a Router's binding uses as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from .artifacts.dispatch import (
+    Accepted,
+    LayerPlan,
+    LayerProblem,
+    Problem,
+    Rejected,
+    Step,
+    plan_layer,
+    resolve,
+    without,
+)
+from .artifacts.evidence import KernelEvidence, read_summary
+from .artifacts.folder import ArtifactSet
+from .artifacts.kernel import LAYOUTS, POINTER_ELEMENT_BYTES, Kernel
+from .artifacts.limits import (
+    K_MULTIPLE,
+    MAP_ALIGNMENT_BYTES,
+    MAX_EXPERTS,
+    MAX_K_BLOCKS,
+    MAX_TOKENS,
+    MAX_TOP_K,
+)
+from .device.launch import grid_of, has_clusters
+from .parameters import DTYPES
+
+_BF16_BYTES, _FP32_BYTES = 2, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A call of `num_tokens` rows to a layer whose W_gate [k, num_experts] has no gaps."""
+
+    num_tokens: int
+    k: int
+    num_experts: int
+    top_k: int
+    layout: str = "kmajor"
+    hashed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, high in (
+            ("num_tokens", self.num_tokens, MAX_TOKENS),
+            ("num_experts", self.num_experts, MAX_EXPERTS),
+            ("top_k", self.top_k, min(MAX_TOP_K, self.num_experts)),
+            ("k", self.k, MAX_K_BLOCKS),
+        ):
+            if not 1 <= value <= high:
+                raise ValueError(f"{name}: expected 1..{high} (got {value})")
+        if self.k % K_MULTIPLE:
+            raise ValueError(f"k: expected a multiple of {K_MULTIPLE} (got {self.k})")
+        if self.layout not in LAYOUTS:
+            expected = " or ".join(LAYOUTS)
+            raise ValueError(f"layout: expected {expected} (got {self.layout!r})")
+
+    def __str__(self) -> str:
+        kind = "hash layer" if self.hashed else "layer"
+        return (
+            f"N={self.num_tokens}, K={self.k}, num_experts={self.num_experts}, "
+            f"top_k={self.top_k}, {self.layout} {kind}"
+        )
+
+    @property
+    def layer(self) -> LayerProblem:
+        """The layer as `plan_layer` takes it. One expert without gaps is a row along K."""
+        row_bytes = self.num_experts * _BF16_BYTES
+        kmajor = self.layout == "kmajor" or self.num_experts == 1
+        return LayerProblem(
+            layout="kmajor" if kmajor else "emajor",
+            tma_loadable=kmajor or row_bytes % MAP_ALIGNMENT_BYTES == 0,
+            hashed=self.hashed,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            k=self.k,
+            dtypes=DTYPES,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The plan of a layer, the step of one call, and every kernel's verdict for that step.
+
+    step_without_clusters: the step of the call in a context that has no room for a cluster.
+    """
+
+    question: Question
+    arch: str
+    plan: LayerPlan
+    step: Step
+    step_without_clusters: Step
+    candidates: tuple[Accepted | Rejected, ...]
+    evidence: KernelEvidence | None
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.step.kernel
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The launch's CTAs."""
+        asked = self.question
+        return grid_of(
+            self.kernel.launch, num_tokens=asked.num_tokens, num_experts=asked.num_experts
+        )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of the kernel, of which each stream has one."""
+        return sum(
+            parameter.scratch.elements * POINTER_ELEMENT_BYTES[parameter.element_type]
+            for parameter in self.kernel.parameters
+            if parameter.scratch is not None and parameter.element_type is not None
+        )
+
+    @property
+    def logits_bytes(self) -> int:
+        """Logits that the matrix product leaves for the kernel; 0 without a product."""
+        asked = self.question
+        size = asked.num_tokens * asked.num_experts * _FP32_BYTES
+        return size if self.step.is_product_and_select else 0
+
+    @property
+    def weights_copy_bytes(self) -> int:
+        """The private copy of W_gate; 0 if it is read in place."""
+        asked = self.question
+        return 0 if self.plan.copy_reason is None else asked.k * asked.num_experts * _BF16_BYTES
+
+
+def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanation:
+    """Plan the layer on `arch` and find the step of the call; NoKernelError if there is none."""
+    plan = plan_layer(artifacts.manifest, question.layer, arch)
+    step = _step_of(plan, question.num_tokens)
+    clusters = {
+        step.kernel.key: "no room for a cluster"
+        for step in plan.steps
+        if has_clusters(step.kernel.launch)
+    }
+    layer = question.layer
+    problem = Problem(
+        role=step.kernel.role,
+        layout=layer.layout if plan.copy_reason is None else "kmajor",
+        num_tokens=question.num_tokens,
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        k=layer.k,
+        dtypes=layer.dtypes,
+    )
+    if step.is_product_and_select:
+        problem = replace(problem, layout=None)
+    return Explanation(
+        question=question,
+        arch=arch,
+        plan=plan,
+        step=step,
+        step_without_clusters=_step_of(without(plan, clusters), question.num_tokens),
+        candidates=resolve(artifacts.manifest, problem, arch),
+        evidence=read_summary(artifacts.folder).of(step.kernel),
+    )
+
+
+def _step_of(plan: LayerPlan, num_tokens: int) -> Step:
+    """Return the step of a plan that takes a call of `num_tokens`."""
+    return next(
+        step for step in plan.steps if step.max_tokens is None or num_tokens <= step.max_tokens
+    )
+
+
+def as_json(explained: Explanation) -> dict[str, Any]:
+    """Return the document of `explain --json`."""
+    evidence = explained.evidence
+    return {
+        "question": asdict(explained.question),
+        "arch": explained.arch,
+        "kernel": explained.kernel.key,
+        "path": _path(explained),
+        "kernel_without_clusters": explained.step_without_clusters.kernel.key,
+        "launches": 2 if explained.step.is_product_and_select else 1,
+        "grid": list(explained.grid),
+        "cluster": list(explained.kernel.launch.cluster),
+        "pdl": explained.kernel.launch.pdl,
+        "steps": [
+            {"kernel": step.kernel.key, "max_tokens": step.max_tokens, "reason": step.reason}
+            for step in explained.plan.steps
+        ],
+        "candidates": [
+            {"kernel": each.kernel.key, "verdict": verdict, "reason": reason}
+            for each, verdict, reason in _verdicts(explained)
+        ],
+        "copy_reason": explained.plan.copy_reason,
+        "weights_copy_bytes": explained.weights_copy_bytes,
+        "scratch_bytes": explained.scratch_bytes,
+        "logits_bytes": explained.logits_bytes,
+        "evidence": None if evidence is None else dict(evidence.rungs),
+        "ran_on": [] if evidence is None else list(evidence.gpus),
+    }
+
+
+def as_text(explained: Explanation) -> str:
+    """Return the lines of `explain`."""
+    kernel = explained.kernel
+    lines = [f"{explained.question} on {explained.arch}", f"path: {_path(explained)}", "steps:"]
+    for step in explained.plan.steps:
+        mark = "->" if step is explained.step else "  "
+        lines.append(f"  {mark} {step.reason}: {step.kernel.key}")
+    if has_clusters(kernel.launch):
+        instead = explained.step_without_clusters.kernel.key
+        lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")
+    lines.append(f"candidates of role {kernel.role} for N={explained.question.num_tokens}:")
+    for each, verdict, reason in _verdicts(explained):
+        lines.append(f"     {verdict} {each.kernel.key}: {reason}")
+    lines += _memory(explained)
+    pdl = "allowed: the kernel waits for the one before with griddepcontrol"
+    lines.append(f"pdl: {pdl if kernel.launch.pdl else 'never: the kernel has no griddepcontrol'}")
+    return "\n".join([*lines, f"evidence of {kernel.key}: {_evidence(explained.evidence)}"])
+
+
+def _path(explained: Explanation) -> str:
+    kernel, grid = explained.kernel, explained.grid
+    ctas, cluster = prod(grid), prod(kernel.launch.cluster)
+    launch = f"{kernel.key}, {ctas} CTA{'s' if ctas > 1 else ''}"
+    if cluster > 1:
+        launch += f" in {ctas // cluster} clusters of {cluster}"
+    if explained.step.is_product_and_select:
+        return f"torch.mm (cuBLAS), then one launch of {launch}"
+    return f"one launch of {launch}"
+
+
+def _verdicts(explained: Explanation) -> Iterator[tuple[Accepted | Rejected, str, str]]:
+    for each in explained.candidates:
+        if isinstance(each, Rejected):
+            yield each, "rejected", each.reason
+        elif each.kernel is explained.kernel:
+            yield each, "accepted", "chosen, made for the fewest tokens of those accepted"
+        else:
+            tokens = each.kernel.problem.num_tokens
+            yield each, "accepted", f"not chosen, made for {tokens} tokens"
+
+
+def _memory(explained: Explanation) -> Iterator[str]:
+    reason = explained.plan.copy_reason
+    if reason is None:
+        yield "copies: W_gate is read in place"
+    else:
+        yield f"copies: W_gate, {explained.weights_copy_bytes} bytes per layer, since {reason}"
+    if explained.question.hashed:
+        yield "copies: tid2eid as int32, 4 bytes per element and layer"
+    yield f"scratch: {explained.scratch_bytes} bytes per stream, shared by all layers"
+    if explained.logits_bytes:
+        yield f"scratch: {explained.logits_bytes} bytes of logits per stream, shared by all layers"
+
+
+def _evidence(evidence: KernelEvidence | None) -> str:
+    if evidence is None:
+        return "none for these bytes"
+    ran = f"ran on {', '.join(evidence.gpus)}" if evidence.gpus else "ran on no GPU"
+    return "; ".join([ran, *(f"{rung} {status}" for rung, status in evidence.rungs.items())])

@@ -1,0 +1,334 @@
+"""The faults that `doctor` must catch, each with its verdict and its repair."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+
+import torch
+from doctor_world import OutOfMemory, RightRouter
+
+from dsv4_router_runtime import doctor
+from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.doctor import installation, selftest
+from dsv4_router_runtime.errors import (
+    DriverError,
+    DriverMissingError,
+    DriverTooOldError,
+    RouterError,
+)
+
+BINDINGS = driver.bindings
+
+
+def raises(error):
+    def fail(*given, **more):
+        raise error
+
+    return fail
+
+
+def without_driver(world, error, cause=None):
+    error.__cause__ = cause
+    world.monkeypatch.setattr(driver, "bindings", raises(error))
+
+
+def fork(world):
+    world.monkeypatch.setattr(driver, "bindings", BINDINGS)
+    world.monkeypatch.setattr(driver, "forked", True)
+    driver.bindings.cache_clear()
+
+
+def cubin(world):
+    return world.folder / "router_topk.sm_90a.cubin"
+
+
+def flip_a_byte(world):
+    data = bytearray(cubin(world).read_bytes())
+    data[-1] ^= 1
+    cubin(world).write_bytes(data)
+
+
+def put_a_fifo(world):
+    cubin(world).unlink()
+    os.mkfifo(cubin(world))
+
+
+def put_stale_schema(world):
+    path = world.folder / "manifest.json"
+    document = json.loads(path.read_text())
+    document["schema_version"] -= 1
+    path.write_text(json.dumps(document))
+
+
+def fail_a_rung(world):
+    for entry in world.entries:
+        entry["rungs"]["emulated"] = {"status": "failed", "reason": "a race"}
+    world.write_evidence()
+
+
+def forget_the_hardware(world):
+    for entry in world.entries:
+        entry["rungs"]["hardware"] = {"status": "not run", "reason": "no GPU"}
+    world.write_evidence()
+
+
+def shorten_parameters(world):
+    known = world.cuda.parameters
+    known["router_topk"] = known["router_topk"][:-1]
+
+
+def route_wrongly(change):
+    """Replace the Router by one that changes right outputs."""
+
+    class WrongRouter(RightRouter):
+        def __call__(self, x, weights, ids, *, input_ids):
+            super().__call__(x, weights, ids, input_ids=input_ids)
+            change(weights, ids)
+
+    return lambda world: world.monkeypatch.setattr(
+        selftest.dsv4_router_runtime, "Router", WrongRouter
+    )
+
+
+def swap_last(weights, ids):
+    ids[-1, :2] = ids[-1, :2].flip(0)
+
+
+def fact(**values):
+    return lambda world: world.cuda.facts.update(values)
+
+
+def attribute(**values):
+    return lambda world: [setattr(world.cuda, name, values[name]) for name in values]
+
+
+def without_torch(world):
+    known = metadata.version
+
+    def version(name):
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    world.monkeypatch.setattr(installation.metadata, "version", version)
+    world.monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+
+
+def environment(**values):
+    return lambda world: [world.monkeypatch.setenv(name, values[name]) for name in values]
+
+
+def not_zero(world):
+    error = RouterError("scratch of stream 0 is not zero: 3 words; call reset()")
+    world.monkeypatch.setattr(selftest.dsv4_router_runtime, "check", raises(error))
+
+
+NO_LIBRARY = RuntimeError("libcuda.so.1: cannot open shared object file")
+BUILD = "build-kernels build --artifacts "
+SELF_TEST, TOPK = "self-test gpu 0", "kernel router_topk.sm_90a gpu 0"
+
+# name -> (fault, check, status, what was found, repair)
+FAULTS = {
+    "no driver": (
+        lambda w: without_driver(w, DriverMissingError("no CUDA driver here"), NO_LIBRARY),
+        *("driver", "FAIL", "no CUDA driver here", "docker run --gpus all"),
+    ),
+    "no bindings": (
+        lambda w: without_driver(w, DriverMissingError("no package"), ImportError("cuda")),
+        *("driver", "FAIL", "no package", "pip install cuda-bindings"),
+    ),
+    "no GPU": (
+        lambda w: without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
+        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "nvidia-smi -L"),
+    ),
+    "the GPUs hidden": (
+        lambda w: (
+            environment(CUDA_VISIBLE_DEVICES="")(w),
+            without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
+        ),
+        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "unset CUDA_VISIBLE_DEVICES"),
+    ),
+    "no fabric manager": (
+        lambda w: without_driver(w, DriverMissingError("CUDA_ERROR_SYSTEM_NOT_READY")),
+        *("driver", "FAIL", "NOT_READY", "systemctl start nvidia-fabricmanager"),
+    ),
+    "no device counted": (
+        attribute(count=0),
+        *("driver", "FAIL", "the driver sees no GPU", "nvidia-smi -L"),
+    ),
+    "a forked child": (
+        fork,
+        *("driver", "FAIL", "forked from one that had used CUDA", '("spawn")'),
+    ),
+    "a driver that lacks a function": (
+        lambda w: without_driver(w, DriverTooOldError("the CUDA driver has no cuDeviceGetName")),
+        *("driver", "FAIL", "has no cuDeviceGetName", "update NVIDIA's driver"),
+    ),
+    "an old driver": (
+        attribute(version=12030),
+        *("driver for sm_90a", "FAIL", "CUDA 12.3", "update NVIDIA's driver"),
+    ),
+    "a GPU that does not answer": (
+        fact(MULTIPROCESSOR_COUNT=None),
+        *("gpu 0", "FAIL", "reading MULTIPROCESSOR_COUNT", "nvidia-smi -q -i 0"),
+    ),
+    "another architecture": (
+        fact(COMPUTE_CAPABILITY_MAJOR=8),
+        *("kernels gpu 0", "FAIL", "for sm_100a, sm_90a", "build-kernels build --arch sm_80"),
+    ),
+    "too little shared memory": (
+        fact(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=99_000),
+        *("gpu 0", "FAIL", "99000 bytes of shared memory per CTA", "nvidia-smi -L"),
+    ),
+    "a flipped byte": (
+        flip_a_byte,
+        *("artifacts", "FAIL", "router_topk.sm_90a.cubin: altered or truncated", BUILD),
+    ),
+    "a missing cubin": (
+        lambda w: cubin(w).unlink(),
+        *("artifacts", "FAIL", "router_topk.sm_90a.cubin: missing", BUILD),
+    ),
+    "a FIFO for a cubin": (
+        put_a_fifo,
+        *("artifacts", "FAIL", "a FIFO, not a regular file", BUILD),
+    ),
+    "a foreign manifest": (
+        lambda w: (w.folder / "manifest.json").write_text('{"name": "app"}'),
+        *("artifacts", "FAIL", "manifest.json: schema_version: expected", BUILD),
+    ),
+    "a stale schema": (
+        put_stale_schema,
+        *("artifacts", "FAIL", "manifest.json: schema_version: expected", BUILD),
+    ),
+    "a stranger among the files": (
+        lambda w: (w.folder / "notes.txt").write_text("x"),
+        *("artifacts", "FAIL", "notes.txt: surplus", "move it out of the folder"),
+    ),
+    "no folder": (
+        lambda w: setattr(w, "folder", w.folder / "elsewhere"),
+        *("artifacts", "FAIL", "cannot be read", BUILD),
+    ),
+    "no evidence": (
+        lambda w: (w.folder / "evidence.json").unlink(),
+        *("evidence sm_90a", "WARN", "none for the bytes of", "build-kernels verify"),
+    ),
+    "unreadable evidence": (
+        lambda w: (w.folder / "evidence.json").write_text("{"),
+        *("evidence sm_90a", "FAIL", "evidence.json: $: not valid JSON", "git checkout"),
+    ),
+    "evidence of a failure": (
+        fail_a_rung,
+        *(
+            "evidence sm_90a",
+            "FAIL",
+            "failed: router_decode_emajor_n32.sm_90a emulated",
+            "build-kernels verify",
+        ),
+    ),
+    "evidence without a GPU": (
+        forget_the_hardware,
+        *("evidence sm_90a", "WARN", "not run on a GPU of sm_90a", "pytest -m gpu --record"),
+    ),
+    "a parameter missing": (
+        shorten_parameters,
+        *(TOPK, "FAIL", "the manifest lists", BUILD),
+    ),
+    "a cubin that the driver refuses": (
+        attribute(load_code=200),
+        *(TOPK, "FAIL", "loading router_topk.sm_90a.cubin", "nvidia-smi -q -i 0"),
+    ),
+    "no room for a cluster": (
+        attribute(clusters=0),
+        "kernel router_decode_kmajor_n64.sm_90a gpu 0",
+        *("WARN", "loads; no room for a cluster of 16 CTAs of 100000 bytes", "nvidia-smi -L"),
+    ),
+    "MPS": (
+        fact(MPS_ENABLED=1),
+        *("gpu 0", "WARN", "MPS on", "nvidia-cuda-mps-control"),
+    ),
+    "MIG": (
+        attribute(name=b"NVIDIA H200 MIG 1g.18gb"),
+        *("gpu 0", "WARN", "MIG on", "nvidia-smi -i 0 -mig 0"),
+    ),
+    "no ECC": (
+        fact(ECC_ENABLED=0),
+        *("gpu 0", "WARN", "ECC off", "nvidia-smi -i 0 -e 1"),
+    ),
+    "wrong ids": (
+        route_wrongly(swap_last),
+        *(SELF_TEST, "FAIL", "kmajor, N=1, eager: 1 of 1 rows have other ids", "out of service"),
+    ),
+    "NaN for a weight": (
+        route_wrongly(lambda weights, ids: weights[0].fill_(float("nan"))),
+        *(SELF_TEST, "FAIL", "eager: a weight is off by nan", "out of service"),
+    ),
+    "a weight off by 1e-4": (
+        route_wrongly(lambda weights, ids: weights[0].mul_(1.0001)),
+        *(SELF_TEST, "FAIL", "eager: a weight is off by 0.0001", "out of service"),
+    ),
+    "outputs that are not written": (
+        lambda w: w.monkeypatch.setattr(RightRouter, "__call__", lambda self, *a, **b: None),
+        *(SELF_TEST, "FAIL", "rows have other ids", "out of service"),
+    ),
+    "a replay that does nothing": (
+        lambda w: w.monkeypatch.setattr(selftest, "run_replayed", lambda call: None),
+        *(SELF_TEST, "FAIL", "N=1, replayed: 1 of 1 rows have other ids", "out of service"),
+    ),
+    "a launch that fails": (
+        lambda w: w.monkeypatch.setattr(
+            selftest, "run_eagerly", raises(DriverError("launching: CUDA_ERROR_LAUNCH_FAILED"))
+        ),
+        *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", "nvidia-smi -q -i 0"),
+    ),
+    "a torch without CUDA": (
+        lambda w: w.monkeypatch.setattr(torch.cuda, "is_available", lambda: False),
+        *(SELF_TEST, "FAIL", "sees no GPU, and the driver does", "built for CUDA"),
+    ),
+    "a torch that cannot be imported": (
+        lambda w: w.monkeypatch.setitem(sys.modules, selftest.__name__, None),
+        *(SELF_TEST, "FAIL", "ModuleNotFoundError", "pip install --force-reinstall"),
+    ),
+    "no memory left by a server": (
+        lambda w: w.monkeypatch.setattr(
+            selftest, "run_eagerly", raises(torch.OutOfMemoryError("CUDA out of memory"))
+        ),
+        *(SELF_TEST, "WARN", "CUDA out of memory", "the process that holds the memory"),
+    ),
+    "no memory for a context": (
+        attribute(load_code=OutOfMemory(2)),
+        *(TOPK, "WARN", "CUDA_ERROR_OUT_OF_MEMORY", "the process that holds the memory"),
+    ),
+    "an error of a library": (
+        lambda w: w.monkeypatch.setattr(selftest, "run_eagerly", raises(KeyError("x"))),
+        *(SELF_TEST, "FAIL", "KeyError: 'x'", "doctor --report"),
+    ),
+    "scratch that is not zero": (
+        not_zero,
+        *("workspace gpu 0", "FAIL", "is not zero: 3 words", "nvidia-smi -q -i 0"),
+    ),
+    "no torch": (
+        without_torch,
+        *("package torch", "WARN", "not installed", "pip install 'torch"),
+    ),
+    "blocking launches": (
+        environment(CUDA_LAUNCH_BLOCKING="1"),
+        *("environment CUDA_LAUNCH_BLOCKING", "WARN", "wait for the GPU", "unset CUDA_LAUNCH"),
+    ),
+    "one hardware queue": (
+        environment(CUDA_DEVICE_MAX_CONNECTIONS="1"),
+        "environment CUDA_DEVICE_MAX_CONNECTIONS",
+        *("WARN", "one queue", "unset CUDA_DEVICE_MAX_CONNECTIONS"),
+    ),
+    "cubins ignored": (
+        environment(CUDA_FORCE_PTX_JIT="1"),
+        *("environment CUDA_FORCE_PTX_JIT", "FAIL", "ignore cubins", "unset CUDA_FORCE_PTX_JIT"),
+    ),
+    "a share of the SMs": (
+        environment(CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="40"),
+        "environment CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+        *("WARN", "'40': below 100 takes SMs away", "unset CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
+    ),
+}

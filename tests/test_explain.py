@@ -1,0 +1,200 @@
+"""`explain` says what a Router's binding does, and refuses questions that no call can ask."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import sample_manifest
+
+from dsv4_router_runtime.__main__ import main
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
+from dsv4_router_runtime.errors import NoKernelError
+from dsv4_router_runtime.explain import Question, as_json, as_text, explain
+
+# The first and the last number of tokens of each step.
+ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65)
+QUESTION = Question(num_tokens=48, k=7168, num_experts=384, top_k=6)
+
+
+@pytest.fixture
+def artifacts(write_artifacts, manifest):
+    return ArtifactSet(folder=write_artifacts(manifest), manifest=manifest)
+
+
+def test_explain_is_what_a_binding_does(tmp_path):
+    pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+    pytest.importorskip("hypothesis", reason="draws the questions")
+    import torch
+    from gpu_recorder import replace_gpu, workspace_of
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from dsv4_router_runtime import Router
+
+    artifacts = ArtifactSet(folder=tmp_path, manifest=sample_manifest())
+    kernels = artifacts.manifest.kernels
+    clustered = [kernel.key for kernel in kernels if kernel.launch.cluster != (1, 1, 1)]
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 300)),
+        blocks=st.integers(1, 6),
+        num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
+        top_k=st.integers(1, 8),
+        layout=st.sampled_from(["kmajor", "emajor"]),
+        hashed=st.booleans(),
+        arch=st.sampled_from(["sm_90a", "sm_100a"]),
+    )
+    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, arch):
+        k, top_k = 64 * blocks, min(top_k, num_experts)
+        question = Question(
+            num_tokens=num_tokens,
+            k=k,
+            num_experts=num_experts,
+            top_k=top_k,
+            layout=layout,
+            hashed=hashed,
+        )
+        explained = explain(artifacts, question, arch)
+        shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
+        W = torch.zeros(shape, dtype=torch.bfloat16)
+        table = torch.arange(top_k, dtype=torch.int32)[None] if hashed else None
+
+        def bind_and_route() -> Router:
+            bound = Router(
+                W.t() if layout == "kmajor" else W,
+                None if hashed else torch.zeros(num_experts),
+                top_k=top_k,
+                routed_scaling_factor=1.0,
+                artifacts=artifacts,
+                tid2eid=table,
+            )
+            bound(
+                torch.zeros(num_tokens, k, dtype=torch.bfloat16),
+                torch.zeros(num_tokens, top_k),
+                torch.zeros(num_tokens, top_k, dtype=torch.int32),
+                input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
+            )
+            return bound
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gpu = replace_gpu(monkeypatch)
+            gpu.arch = arch
+            bound = bind_and_route()
+            compare(as_json(explained), bound, gpu)
+            gpu.unfit = dict.fromkeys(clustered, "no room")
+            bind_and_route()
+            assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
+
+    def compare(document, bound, gpu) -> None:
+        (launch,) = gpu.launches
+        assert document["kernel"] == launch["kernel"]
+        assert document["grid"] == list(launch["grid"])
+        assert document["launches"] == 1 + len(gpu.products)
+        assert [step["kernel"] for step in document["steps"]] == list(bound.kernels)
+        assert bool(document["weights_copy_bytes"]) == bound.weights_copied
+        assert (document["copy_reason"] is None) == (not bound.weights_copied)
+        scratch = workspace_of(bound).layout
+        assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+        logits = [out.numel() * out.element_size() for _, _, out in gpu.products]
+        assert document["logits_bytes"] == sum(logits)
+
+    agree()
+
+
+def test_every_candidate_has_a_verdict_and_a_reason(artifacts):
+    document = as_json(explain(artifacts, QUESTION, "sm_90a"))
+    verdicts = {each["kernel"]: each for each in document["candidates"]}
+    assert list(verdicts) == [kernel.key for kernel in artifacts.manifest.kernels]
+    assert verdicts["router_decode_kmajor_n64.sm_90a"]["verdict"] == "accepted"
+    assert verdicts["router_decode_kmajor_n64.sm_90a"]["reason"].startswith("chosen")
+    assert verdicts["router_decode_kmajor_n32.sm_90a"]["reason"] == (
+        "takes num_tokens 1..32, got 48"
+    )
+    assert verdicts["router_topk.sm_100a"]["reason"] == "built for sm_100a, this GPU is sm_90a"
+    one = as_json(explain(artifacts, replace(QUESTION, num_tokens=1), "sm_90a"))
+    chosen = [each for each in one["candidates"] if each["reason"].startswith("chosen")]
+    assert [each["kernel"] for each in chosen] == ["router_decode_kmajor_n8.sm_90a"]
+    reasons = {each["kernel"]: each["reason"] for each in one["candidates"]}
+    assert reasons["router_decode_kmajor_n64.sm_90a"] == "not chosen, made for 1..64 tokens"
+
+
+def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
+    question = replace(QUESTION, num_tokens=100, num_experts=132, layout="emajor", hashed=True)
+    text = as_text(explain(artifacts, question, "sm_90a"))
+    assert "N=100, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
+    assert "path: torch.mm (cuBLAS), then one launch of router_topk.sm_90a, " in text
+    assert "-> 65.. tokens: selects from the logits of a matrix product: router_topk" in text
+    assert "copies: W_gate, 1892352 bytes per layer, since TMA cannot step" in text
+    assert "copies: tid2eid as int32" in text
+    assert f"scratch: {100 * 132 * 4} bytes of logits per stream" in text
+    assert "pdl: allowed" in text
+    assert "evidence of router_topk.sm_90a: none for these bytes" in text
+
+
+def test_clusters_of_the_launch_are_said(artifacts):
+    text = as_text(explain(artifacts, QUESTION, "sm_90a"))
+    assert "one launch of router_decode_kmajor_n64.sm_90a, 96 CTAs in 6 clusters of 16" in text
+    assert "copies: W_gate is read in place" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_tokens": 0}, r"num_tokens: expected 1\.\.2147483647 \(got 0\)"),
+        ({"num_experts": 513}, r"num_experts: expected 1\.\.512 \(got 513\)"),
+        ({"top_k": 9}, r"top_k: expected 1\.\.8 \(got 9\)"),
+        ({"num_experts": 4, "top_k": 6}, r"top_k: expected 1\.\.4 \(got 6\)"),
+        ({"k": 100}, r"k: expected a multiple of 64 \(got 100\)"),
+        ({"k": 0}, r"k: expected 1\.\.\d+ \(got 0\)"),
+        ({"layout": "row"}, r"layout: expected kmajor or emajor \(got 'row'\)"),
+    ],
+)
+def test_a_question_that_no_call_can_ask_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(QUESTION, **wrong)
+
+
+def test_an_architecture_without_kernels_is_an_error_with_every_reason(artifacts, capsys):
+    with pytest.raises(NoKernelError):
+        explain(artifacts, QUESTION, "sm_80")
+    arguments = "explain --n 1 --k 64 --experts 8 --top-k 2 --arch sm_80".split()
+    assert main([*arguments, "--artifacts", str(artifacts.folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: no kernel for role=decode")
+    assert "router_topk.sm_90a: built for sm_90a, this GPU is sm_80" in captured.err
+
+
+def test_the_command_prints_the_document_and_needs_neither_torch_nor_a_gpu(artifacts):
+    arguments = "explain --n 48 --k 7168 --experts 384 --top-k 6 --arch sm_100a --json".split()
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["cuda"] = None
+from dsv4_router_runtime.__main__ import main
+sys.exit(main({[*arguments, "--artifacts", str(artifacts.folder)]!r}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = as_json(explain(artifacts, QUESTION, "sm_100a"))
+    assert json.loads(run.stdout) == json.loads(json.dumps(expected))
+
+
+def test_without_a_gpu_the_architecture_has_to_be_named(artifacts, monkeypatch, capsys):
+    from dsv4_router_runtime.device import driver
+    from dsv4_router_runtime.errors import DriverMissingError
+
+    def missing(index):
+        raise DriverMissingError("no CUDA driver")
+
+    monkeypatch.setattr(driver, "arch_of_device", missing)
+    arguments = "explain --n 1 --k 64 --experts 8 --top-k 2".split()
+    assert main([*arguments, "--artifacts", str(artifacts.folder)]) == 2
+    assert "no CUDA driver; name an architecture: --arch sm_90a" in capsys.readouterr().err
+    monkeypatch.setattr(driver, "arch_of_device", lambda index: {3: "sm_90a"}[index])
+    assert main([*arguments, "--device", "3", "--artifacts", str(artifacts.folder)]) == 0
+    assert "on sm_90a\n" in capsys.readouterr().out

@@ -398,7 +398,7 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
 
     def problems() -> list[str]:
         memory = {each: np.hstack([right[each], beside[each]]) for each in right}
-        return emulated._against_reference(inputs, memory)[0]
+        return emulated.against_reference(inputs, memory)[0]
 
     assert problems() == []
     beside[name][2, -1] = 0

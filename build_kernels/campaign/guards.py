@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from build_kernels.mutants.mutant import Edit
 
-# `trap_if` as the kernels write it: before the tickets are drawn, after, and in each merge's wait.
+# `trap_if` as the kernels write it: first in the producer warp, then in each merge's wait.
 TRAP = r"@\w+ trap;"
 PADDING_KEY = 0xFFFF_FFFF
 _KEY = f"shr.u64 key, \\2, 32; setp.ne.u64 publishes, key, {PADDING_KEY};"
@@ -31,7 +31,7 @@ GUARDS = (
         faults=("padding-set", "padding-clear", "count-up", "count-down", "token-id-leaves"),
         edits=(
             Edit(
-                pattern=r"(st\.relaxed\.gpu\.global\.b64 \[%rd\d+\], (%rd\d+);)",
+                pattern=r"(st\.relaxed\.gpu\.global\.b64 \[[^\]]+\], (%rd\d+);)",
                 replacement="{ .reg .pred publishes; .reg .b64 key; " + _KEY + r" @publishes \1 }",
             ),
         ),
@@ -46,19 +46,13 @@ GUARDS = (
         ),
     ),
     Guard(
-        name="an owner finds its words zero before it draws its tickets",
-        faults=("row-left",),
+        name="an owner finds its words zero and its ticket in range",
+        faults=("row-left", "ticket-left"),
         edits=(Edit(pattern=TRAP, replacement="", nth=0),),
-    ),
-    Guard(
-        name="a ticket is less than the number of tiles",
-        faults=("ticket-left",),
-        edits=(Edit(pattern=TRAP, replacement="", nth=1),),
     ),
     Guard(
         name="the merger's wait has a bound",
         faults=("silent-peer",),
-        # The first two are those above.
         edits=(
             Edit(
                 pattern=rf"(?<=globaltimer;)((?:[^;]*;){{1,24}}?[^;]*;\s*){TRAP}", replacement=r"\1"

@@ -38,8 +38,8 @@ _WIDE = ("kernel", "arch", "state", "N", "can load on", "validated on", *RUNGS)
 _WIDE_KEYS = ("kernel", "arch", "state", "num_tokens", "loads_on", "validated_on", *RUNGS)
 # Of at most 80 columns in all, with a blank between each two.
 _NARROW = (
-    *(("arch", 9), ("state", 11), ("structure", 9), ("lint", 8)),
-    *(("protocol", 8), ("emulated", 8), ("hardware", 8), ("validated on", 12)),
+    *(("arch", 9), ("state", 9), ("structure", 9), ("lint", 8), ("protocol", 8)),
+    *(("emulated", 8), ("faults", 6), ("hardware", 8), ("GPUs", 7)),
 )
 
 

@@ -1,13 +1,15 @@
 """A layer's plan made launchable: kernels loaded, W_gate's tensor maps encoded, tables copied.
 
 A binding holds addresses. It keeps alive what it made itself (private copies of a hash table and,
-if one is needed, of W_gate), not the caller's tensors: `Router` does that.
+if one is needed, of W_gate, in memory of the driver's), not the caller's tensors: `Router` does
+that. A captured graph keeps alive what is pinned when it is captured.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -16,14 +18,17 @@ from .artifacts.folder import ArtifactSet
 from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
 from .artifacts.limits import MAX_TOKENS
 from .call import Call, CallOptions
+from .checks import shape_of, wrong
 from .device import driver
 from .device.launch_site import LayerLaunchSite
 from .device.load import LoadedKernel, load_once
+from .device.memory import DeviceMemory, relaxed
 from .device.streams import (
     current_stream,
     is_capturing,
+    is_lasting,
     refuse_under_capture,
-    stream_identity,
+    stream_id,
     wait_for_current_stream,
 )
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
@@ -32,6 +37,9 @@ from .errors import ArtifactError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .parameters import DTYPES
 from .tables import check_physical_map, copied_hash_table
+
+# Launch sites of one binding, before those on slots that were taken over are dropped.
+MAX_SITES = 256
 
 
 def require_gpu(device: torch.device) -> None:
@@ -76,21 +84,44 @@ class Binding:
         self._lock = threading.Lock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
         self._many_devices = torch.cuda.device_count() > 1
-        with torch.cuda.device(self._index):
+        self.table_copy: torch.Tensor | None = None
+        self.w_copy: torch.Tensor | None = None
+        with torch.cuda.device(self._index), relaxed(self._index):
             arch = driver.arch_of_device(self._index)
             self.plan = plan_layer(artifacts.manifest, _layer_problem(layer), arch)
             for step in self.plan.steps:
                 check_parameter_names(artifacts, step.kernel)
             self._steps = _load_steps(self.plan, artifacts, self._index)
-            self.table_copy = _bind_tables(options, layer)
-            copied = self.plan.copy_reason is not None
-            self.w_copy = _copy_k_contiguous(W_gate) if copied else None
             self._workspace = workspace_for(layer.device, artifacts.manifest.for_arch(arch))
-            if not is_capturing():
-                self._workspace.refill()
-        W_bound = W_gate if self.w_copy is None else self.w_copy
-        self._values = _layer_values(W_bound, e_bias, layer, options, self.table_copy)
-        self._w_maps = _encode_w_maps(self.kernels, W_bound)
+        self.bind(W_gate, e_bias, options)
+
+    def bind(
+        self, W_gate: torch.Tensor, e_bias: torch.Tensor | None, options: LayerOptions
+    ) -> None:
+        """Take the copies, into the memory of those before if there are any, and all addresses.
+
+        The tensors are those of `layer`, checked. No call may run meanwhile.
+        """
+        with torch.cuda.device(self._index), relaxed(self._index):
+            table = _checked_table(options, self.layer)
+            if table is not None:
+                self.table_copy = _copied("tid2eid", table, self.table_copy)
+            W_bound = W_gate
+            if self.plan.copy_reason is not None:
+                refuse_under_capture("W_gate would have to be copied")
+                of_experts = None if self.w_copy is None else self.w_copy.t()
+                W_bound = self.w_copy = _copied("W_gate", W_gate.t(), of_experts).t()
+        with self._lock:
+            self._values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
+            self._w_maps = _encode_w_maps(self.kernels, W_bound)
+            for site in self._sites.values():
+                self._write_layer(site)
+        self._own = tuple(each for each in (self.table_copy, self.w_copy) if each is not None)
+        self.pins: tuple[torch.Tensor, ...] = self._own
+
+    def pin(self, *tensors: torch.Tensor) -> None:
+        """Let every graph captured from now on keep `tensors` alive, beside the private copies."""
+        self.pins = (*self._own, *tensors)
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -117,23 +148,38 @@ class Binding:
         index = 0
         while num_tokens > self._steps[index].max_tokens:
             index += 1
-        step = self._steps[index]
-        site = self._site(index, current_stream(self._index), pdl)
-        if step.is_product_and_select:
-            self._multiply_and_select(site, call, options, hidden_states, W_gate)
-            return
-        with self._lock:
-            site.write_call(call, options)
-            site.launch()
+        stream = current_stream(self._index)
+        if is_capturing():
+            site = self._captured_site(index, stream, pdl, num_tokens)
+        else:
+            found = self._sites.get((index, stream, pdl))
+            if found is None:
+                # A foreign stream is not found by its handle, which may have had another owner.
+                identity = stream_id(stream)
+                if ~identity in self._workspace.slots or not is_lasting(self._index, stream):
+                    with self._workspace.leased_slot(stream, identity) as slot:
+                        site = self._site(index, ~identity, stream, pdl, slot)
+                        self._launch(index, site, call, options, hidden_states, W_gate)
+                    return
+                slot = self._workspace.stream_slot(stream)
+                found = self._site(index, stream, stream, pdl, slot)
+            site = found
+        self._launch(index, site, call, options, hidden_states, W_gate)
 
-    def _multiply_and_select(
+    def _launch(
         self,
+        index: int,
         site: LayerLaunchSite,
         call: Call,
         options: CallOptions,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
     ) -> None:
+        if not self._steps[index].is_product_and_select:
+            with self._lock:
+                site.write_call(call, options)
+                site.launch()
+            return
         W_bound = W_gate if self.w_copy is None else self.w_copy
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
@@ -143,30 +189,41 @@ class Binding:
             site.write_call(call, options)
             site.launch()
 
-    def _site(self, index: int, stream: int, pdl: bool) -> LayerLaunchSite:
-        """Return a step's launch site on a stream; under capture each launch has its own."""
-        if is_capturing():
-            return self._make_site(index, stream, pdl, self._workspace.captured_slot(stream))
-        key = (index, stream_identity(stream), pdl)
-        site = self._sites.get(key)
-        if site is None:
-            site = self._make_site(index, stream, pdl, self._workspace.eager_slot(stream))
-            self._sites[key] = site
+    def _site(self, index: int, key: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
+        """Return a step's launch site on a stream and its slot, made once for each slot."""
+        site = self._sites.get((index, key, pdl))
+        if site is None or site.slot is not slot:
+            if len(self._sites) >= MAX_SITES:
+                kept = {at: each for at, each in self._sites.items() if not each.slot.is_evicted}
+                self._sites = kept
+            site = self._sites[index, key, pdl] = self._make_site(index, stream, pdl, slot)
         return site
 
+    def _captured_site(
+        self, index: int, stream: int, pdl: bool, num_tokens: int
+    ) -> LayerLaunchSite:
+        """Return a launch site for one launch that is captured."""
+        problem = num_tokens, self.layer.num_experts
+        kernel = self._steps[index].loaded.kernel
+        slot = self._workspace.captured_slot(stream, kernel, problem, self.pins)
+        return self._make_site(index, stream, pdl, slot)
+
     def _make_site(self, index: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
-        loaded = self._steps[index].loaded
         site = LayerLaunchSite(
-            loaded,
+            self._steps[index].loaded,
             num_experts=self.layer.num_experts,
             k=self.layer.k,
             stream=stream,
             slot=slot,
             pdl=pdl,
         )
-        blocks = self.layer.k // loaded.kernel.problem.k_multiple
-        site.write_layer({**self._values, "num_k_blocks": blocks, **slot.addresses}, self._w_maps)
+        self._write_layer(site)
         return site
+
+    def _write_layer(self, site: LayerLaunchSite) -> None:
+        blocks = self.layer.k // site.block.kernel.problem.k_multiple
+        values = {**self._values, "num_k_blocks": blocks, **site.slot.addresses}
+        site.write_layer(values, self._w_maps)
 
 
 def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
@@ -237,8 +294,8 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _bind_tables(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
-    """Check the values of every table; return the hash table's private copy, if there is one."""
+def _checked_table(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
+    """Check the values of every table; return the hash table as kernels read it, if any."""
     to_physical, logical_count = options["to_physical"], options["logical_count"]
     if to_physical is not None and logical_count is not None:
         refuse_under_capture("to_physical and logical_count would have to be read")
@@ -247,19 +304,19 @@ def _bind_tables(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
     if tid2eid is None:
         return None
     refuse_under_capture("tid2eid would have to be read and copied")
-    table = copied_hash_table(tid2eid, layer.num_experts)
-    wait_for_current_stream(layer.device)
-    return table
+    return copied_hash_table(tid2eid, layer.num_experts)
 
 
-def _copy_k_contiguous(W_gate: torch.Tensor) -> torch.Tensor:
-    """Copy W_gate [K, E] to strides (1, K); the copy is complete on return."""
-    refuse_under_capture("W_gate would have to be copied")
+def _copied(name: str, tensor: torch.Tensor, copy: torch.Tensor | None) -> torch.Tensor:
+    """Copy `tensor` into `copy`, or into new memory of the driver's; complete on return."""
+    if copy is None:
+        memory = DeviceMemory(tensor.device.index, prod(tensor.shape) * tensor.itemsize)
+        copy = memory.tensor(tensor.dtype, *tensor.shape)
+    elif copy.shape != tensor.shape:
+        raise wrong(name, f"{shape_of(copy)}, as it was bound", shape_of(tensor))
     with torch.no_grad(), torch.inference_mode(False):
-        copy = torch.empty_strided(
-            W_gate.shape, (1, W_gate.shape[0]), dtype=W_gate.dtype, device=W_gate.device
-        ).copy_(W_gate.detach())
-    wait_for_current_stream(W_gate.device)
+        copy.copy_(tensor.detach())
+    wait_for_current_stream(tensor.device)
     return copy
 
 

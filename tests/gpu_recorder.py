@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from types import SimpleNamespace
 
 import torch
+from fake_driver import FakeDriver
 
-from dsv4_router_runtime import Router, binding, router
+from dsv4_router_runtime import Router, binding, router, scratch
 from dsv4_router_runtime.device import (
     driver,
     launch_site,
     load,
+    memory,
     streams,
     tensor_map,
     workspace,
@@ -26,6 +29,9 @@ class Gpu:
         self.arch = "sm_90a"
         self.stream = 0
         self.capture = 0
+        # Streams that torch did not make.
+        self.foreign: set[int] = {2}
+        self.driver = FakeDriver(self)
         self.loads: list[str] = []
         self.maps: list = []
         self.launches: list[dict] = []
@@ -60,6 +66,10 @@ class Gpu:
 def replace_gpu(monkeypatch) -> Gpu:
     """Put a recorder in the place of the driver, of streams and of the matrix product."""
     gpu = Gpu()
+    monkeypatch.setattr(driver, "bindings", lambda: gpu.driver)
+    monkeypatch.setattr(driver, "primary_context", lambda index: "primary")
+    monkeypatch.setattr(memory, "as_bytes", host_bytes)
+    monkeypatch.setattr(memory, "_live", type(memory._live)())
     monkeypatch.setattr(driver, "arch_of_device", lambda index: gpu.arch)
     monkeypatch.setattr(load, "load_kernel", gpu.load)
     monkeypatch.setattr(load, "_loaded", {})
@@ -71,19 +81,26 @@ def replace_gpu(monkeypatch) -> Gpu:
     for name, value in {
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,
+        "is_lasting": lambda index, stream: stream not in gpu.foreign,
         "encode_tensor_map": gpu.encode,
         "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
         "wait_for_current_stream": lambda device: None,
     }.items():
         monkeypatch.setattr(binding, name, value)
-    monkeypatch.setattr(workspace, "capture_id", lambda stream: gpu.capture)
-    monkeypatch.setattr(workspace, "wait_for_current_stream", lambda device: None)
     monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(scratch, "gpu_index", lambda device: None)
     monkeypatch.setattr(router, "require_gpu", lambda device: None)
     monkeypatch.setattr(router, "_remembered", type(router._remembered)())
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return gpu
+
+
+def host_bytes(held: memory.DeviceMemory) -> torch.Tensor:
+    """Return the fake driver's memory as a tensor; the array keeps `held` alive."""
+    array = (ctypes.c_uint8 * held.size).from_address(held.address)
+    array.held = held
+    return torch.frombuffer(array, dtype=torch.uint8)
 
 
 def workspace_of(bound: Router) -> workspace.Workspace:

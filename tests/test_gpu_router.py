@@ -331,28 +331,6 @@ def test_graph_replays_with_new_inputs(random, record_cases, num_tokens, pdl):
     record_cases(len(layers) ** 2)
 
 
-def test_graph_without_prepared_scratch(random):
-    """With the zeroed reserve used up, a capture records the zeroing itself."""
-    x, W, bias = integers(random, 40, 4096, 256)
-    router = bound(W, bias, 1.5, 6)
-    weights, ids = outputs(40, 6)
-    reserve = router._binding._workspace
-    kept, reserve._free = reserve._free, []
-    try:
-        router(x, weights, ids)
-        reserve._free = []
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            router(x, weights, ids)
-    finally:
-        reserve._free = kept
-    for _ in range(3):
-        weights.fill_(CANARY)
-        graph.replay()
-    check(weights, ids, logits_of(x, W), bias, 1.5, 6)
-
-
 @pytest.mark.parametrize("num_tokens", [6, 40, 200])
 def test_on_a_stream_of_the_callers(random, num_tokens):
     """The call is ordered after what the stream does before: a slow product and a copy."""

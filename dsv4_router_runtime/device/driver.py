@@ -68,14 +68,15 @@ def device_attribute(index: int, name: str) -> int:
 def make_context_current(index: int) -> None:
     """Make GPU `index`'s primary context, the one torch uses, current in the calling thread."""
     driver = bindings()
-    context = _primary_context(index)
+    context = primary_context(index)
     current = checked("reading the current context", driver.cuCtxGetCurrent())
     if int(current) != int(context):
         checked("making the GPU's context current", driver.cuCtxSetCurrent(context))
 
 
 @cache
-def _primary_context(index: int) -> Any:
+def primary_context(index: int) -> Any:
+    """Return GPU `index`'s primary context, retained for good."""
     driver = bindings()
     device = checked(f"opening GPU {index}", driver.cuDeviceGet(index))
     return checked(f"retaining GPU {index}'s context", driver.cuDevicePrimaryCtxRetain(device))

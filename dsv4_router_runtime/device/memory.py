@@ -1,0 +1,142 @@
+"""Device memory from the driver: allocated, zeroed, read and freed without breaking any capture.
+
+A server may unmap what torch's allocator holds (vLLM's sleep mode, SGLang's memory saver), and map
+other pages in its place later. Memory whose content has to last is therefore the driver's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dsv4_router_runtime.errors import RouterError
+
+from . import driver, streams
+
+
+@contextlib.contextmanager
+def relaxed(index: int) -> Iterator[Any]:
+    """Yield the driver's bindings, with GPU `index` current and no call that breaks a capture.
+
+    In a thread's usual mode an allocation invalidates a capture of this thread, and one of any
+    other thread if that was begun in global mode.
+    """
+    cuda = driver.bindings()
+    context = driver.primary_context(index)
+    driver.checked("making the GPU's context current", cuda.cuCtxPushCurrent(context))
+    try:
+        mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        exchange = cuda.cuThreadExchangeStreamCaptureMode
+        before = driver.checked("relaxing the thread's capture mode", exchange(mode))
+        try:
+            yield cuda
+        finally:
+            exchange(before)
+    finally:
+        cuda.cuCtxPopCurrent()
+
+
+class DeviceMemory:
+    """`size` bytes on GPU `index` at `address`, freed with the last reference to this object.
+
+    A tensor made by `tensor` is such a reference. The memory is not freed while the current stream
+    is captured (the next allocation does it then), by a forked child, or at the process's end.
+    """
+
+    def __init__(self, index: int, size: int) -> None:
+        if not streams.is_capturing():
+            _free_all()
+        with relaxed(index) as cuda:
+            doing = f"allocating {size} bytes on GPU {index}"
+            self.address = int(driver.checked(doing, cuda.cuMemAlloc(size)))
+        self.index = index
+        self.size = size
+        weakref.finalize(self, _release, index, self.address, os.getpid()).atexit = False
+        _live.add(self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data = (self.address, False)
+        return {"shape": (self.size,), "typestr": "|u1", "data": data, "version": 2}
+
+    def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """Return a contiguous tensor that lies here, and keeps this memory."""
+        # An inference tensor could not be written outside of that mode.
+        with torch.inference_mode(False):
+            return as_bytes(self).view(dtype).view(shape)
+
+
+def as_bytes(memory: DeviceMemory) -> torch.Tensor:
+    """Return `memory` as uint8 [size]; nothing is copied."""
+    return torch.as_tensor(memory, device=torch.device("cuda", memory.index))
+
+
+_live: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()
+_to_free: deque[tuple[int, int]] = deque()
+
+
+def allocated_bytes(index: int) -> int:
+    """Return the bytes that this package holds on GPU `index`, beside torch's."""
+    return sum(memory.size for memory in list(_live) if memory.index == index)
+
+
+def _release(index: int, address: int, process: int) -> None:
+    """Free memory, now or later. Runs wherever Python drops the last reference: never raises."""
+    if os.getpid() != process:
+        return
+    _to_free.append((index, address))
+    if not streams.is_capturing():
+        _free_all()
+
+
+def _free_all() -> None:
+    # After a sticky error the driver frees nothing, and the process has to end.
+    with contextlib.suppress(IndexError, RouterError):
+        while True:
+            index, address = _to_free.popleft()
+            with relaxed(index) as cuda:
+                cuda.cuMemFree(address)
+
+
+def zero(index: int, *ranges: tuple[int, int]) -> None:
+    """Zero ranges (address, bytes) of GPU `index`, and wait for that alone."""
+    with _own_stream(index) as (cuda, stream):
+        for address, size in ranges:
+            doing = f"zeroing {size} bytes on GPU {index}"
+            driver.checked(doing, cuda.cuMemsetD8Async(address, 0, size, stream))
+
+
+def read(index: int, address: int, size: int) -> bytes:
+    """Read `size` bytes at `address` of GPU `index`; the caller has waited for their writers."""
+    content = ctypes.create_string_buffer(size)
+    with _own_stream(index) as (cuda, stream):
+        doing = f"reading {size} bytes of GPU {index}"
+        copy = cuda.cuMemcpyDtoHAsync(ctypes.addressof(content), address, size, stream)
+        driver.checked(doing, copy)
+    return content.raw
+
+
+@contextlib.contextmanager
+def _own_stream(index: int) -> Iterator[tuple[Any, Any]]:
+    """Yield the bindings and a stream that no capture joins; wait for it at the end."""
+    with relaxed(index) as cuda:
+        flag = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = driver.checked("making a stream", cuda.cuStreamCreate(flag))
+        try:
+            yield cuda, stream
+            driver.checked("waiting for a stream", cuda.cuStreamSynchronize(stream))
+        finally:
+            cuda.cuStreamDestroy(stream)
+
+
+def wait_for_device(index: int) -> None:
+    """Wait for all work on GPU `index`. The driver refuses it, and ends captures under way."""
+    with relaxed(index) as cuda:
+        driver.checked(f"waiting for GPU {index}", cuda.cuCtxSynchronize())

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from dsv4_router_runtime.errors import RouterError
-
 from . import driver, streams
 
 
@@ -92,13 +90,15 @@ def _release(index: int, address: int, process: int) -> None:
     if os.getpid() != process:
         return
     _to_free.append((index, address))
-    if not streams.is_capturing():
-        _free_all()
+    # After a sticky error the driver frees nothing, and the process has to end.
+    with contextlib.suppress(RuntimeError):
+        if not streams.is_capturing():
+            _free_all()
 
 
 def _free_all() -> None:
-    # After a sticky error the driver frees nothing, and the process has to end.
-    with contextlib.suppress(IndexError, RouterError):
+    # Another thread may take the last one.
+    with contextlib.suppress(IndexError):
         while True:
             index, address = _to_free.popleft()
             with relaxed(index) as cuda:

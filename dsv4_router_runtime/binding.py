@@ -86,6 +86,8 @@ class Binding:
         self._lock = threading.Lock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
         self._many_devices = torch.cuda.device_count() > 1
+        # The driver's memory of a private copy and the copy, by the name of the argument.
+        self._copies: dict[str, tuple[DeviceMemory, torch.Tensor]] = {}
         self.table_copy: torch.Tensor | None = None
         self.w_copy: torch.Tensor | None = None
         with torch.cuda.device(self._index), relaxed(self._index):
@@ -107,23 +109,35 @@ class Binding:
         with torch.cuda.device(self._index), relaxed(self._index):
             table = _checked_table(options, self.layer)
             if table is not None:
-                self.table_copy = _copied("tid2eid", table, self.table_copy)
+                self.table_copy = self._copied("tid2eid", table)
             W_bound = W_gate
             if self.plan.copy_reason is not None:
                 refuse_under_capture("W_gate would have to be copied")
-                of_experts = None if self.w_copy is None else self.w_copy.t()
-                W_bound = self.w_copy = _copied("W_gate", W_gate.t(), of_experts).t()
+                W_bound = self.w_copy = self._copied("W_gate", W_gate.t()).t()
         with self._lock:
             self._values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
             self._w_maps = _encode_w_maps(self.kernels, W_bound)
             for site in self._sites.values():
                 self._write_layer(site)
-        self._own = tuple(each for each in (self.table_copy, self.w_copy) if each is not None)
-        self.pins: tuple[torch.Tensor, ...] = self._own
+        self.pin()
 
     def pin(self, *tensors: torch.Tensor) -> None:
         """Let every graph captured from now on keep `tensors` alive, beside the private copies."""
-        self.pins = (*self._own, *tensors)
+        self._pins = (*(memory for memory, _ in self._copies.values()), *tensors)
+
+    def _copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy `tensor` to where it was copied before, or to new memory; complete on return."""
+        if name not in self._copies:
+            memory = DeviceMemory(self._index, prod(tensor.shape) * tensor.itemsize)
+            copy = memory.tensor(tensor.dtype, tuple(tensor.shape), tensor.device)
+            self._copies[name] = memory, copy
+        _, copy = self._copies[name]
+        if copy.shape != tensor.shape:
+            raise wrong(name, f"{shape_of(copy)}, as it was bound", shape_of(tensor))
+        with torch.no_grad(), torch.inference_mode(False):
+            copy.copy_(tensor.detach())
+        wait_for_current_stream(tensor.device)
+        return copy
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -218,7 +232,7 @@ class Binding:
         """Return a launch site for one launch that is captured."""
         problem = num_tokens, self.layer.num_experts
         kernel = step.loaded.kernel
-        slot = self._workspace.captured_slot(stream, kernel, problem, self.pins)
+        slot = self._workspace.captured_slot(stream, kernel, problem, self._pins)
         return self._make_site(step, stream, pdl, slot)
 
     def _make_site(self, step: _BoundStep, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
@@ -318,19 +332,6 @@ def _checked_table(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
         return None
     refuse_under_capture("tid2eid would have to be read and copied")
     return copied_hash_table(tid2eid, layer.num_experts)
-
-
-def _copied(name: str, tensor: torch.Tensor, copy: torch.Tensor | None) -> torch.Tensor:
-    """Copy `tensor` into `copy`, or into new memory of the driver's; complete on return."""
-    if copy is None:
-        memory = DeviceMemory(tensor.device.index, prod(tensor.shape) * tensor.itemsize)
-        copy = memory.tensor(tensor.dtype, *tensor.shape)
-    elif copy.shape != tensor.shape:
-        raise wrong(name, f"{shape_of(copy)}, as it was bound", shape_of(tensor))
-    with torch.no_grad(), torch.inference_mode(False):
-        copy.copy_(tensor.detach())
-    wait_for_current_stream(tensor.device)
-    return copy
 
 
 def _encode_w_maps(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from types import SimpleNamespace
 
 import torch
@@ -68,7 +67,6 @@ def replace_gpu(monkeypatch) -> Gpu:
     gpu = Gpu()
     monkeypatch.setattr(driver, "bindings", lambda: gpu.driver)
     monkeypatch.setattr(driver, "primary_context", lambda index: "primary")
-    monkeypatch.setattr(memory, "as_bytes", host_bytes)
     monkeypatch.setattr(memory, "_live", type(memory._live)())
     monkeypatch.setattr(driver, "arch_of_device", lambda index: gpu.arch)
     monkeypatch.setattr(load, "load_kernel", gpu.load)
@@ -94,13 +92,6 @@ def replace_gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return gpu
-
-
-def host_bytes(held: memory.DeviceMemory) -> torch.Tensor:
-    """Return the fake driver's memory as a tensor; the array keeps `held` alive."""
-    array = (ctypes.c_uint8 * held.size).from_address(held.address)
-    array.held = held
-    return torch.frombuffer(array, dtype=torch.uint8)
 
 
 def workspace_of(bound: Router) -> workspace.Workspace:

@@ -44,8 +44,8 @@ def relaxed(index: int) -> Iterator[Any]:
 class DeviceMemory:
     """`size` bytes on GPU `index` at `address`, freed with the last reference to this object.
 
-    A tensor made by `tensor` is such a reference. The memory is not freed while the current stream
-    is captured (the next allocation does it then), by a forked child, or at the process's end.
+    The memory is not freed while the current stream is captured (the next allocation does it then),
+    by a forked child, or at the process's end.
     """
 
     def __init__(self, index: int, size: int) -> None:
@@ -59,21 +59,15 @@ class DeviceMemory:
         weakref.finalize(self, _release, index, self.address, os.getpid()).atexit = False
         _live.add(self)
 
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        data = (self.address, False)
-        return {"shape": (self.size,), "typestr": "|u1", "data": data, "version": 2}
-
-    def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Return a contiguous tensor that lies here, and keeps this memory."""
+    def tensor(
+        self, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+    ) -> torch.Tensor:
+        """Return a contiguous tensor that lies here; it does not keep this memory alive."""
+        # torch.as_tensor would need NumPy to read __cuda_array_interface__.
+        storage = torch._C._construct_storage_from_data_pointer(self.address, device, self.size)
         # An inference tensor could not be written outside of that mode.
         with torch.inference_mode(False):
-            return as_bytes(self).view(dtype).view(shape)
-
-
-def as_bytes(memory: DeviceMemory) -> torch.Tensor:
-    """Return `memory` as uint8 [size]; nothing is copied."""
-    return torch.as_tensor(memory, device=torch.device("cuda", memory.index))
+            return torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
 
 
 _live: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()

@@ -36,12 +36,12 @@ class GraphLife:
         driver.checked("giving the captured graph a user object", retained)
 
     def has_ended(self) -> bool:
-        """Return whether the graph is gone; once True, this object is used up."""
+        """Return whether the graph is gone."""
         libc = _libc()
-        if libc.sem_trywait(self._semaphore) != 0:
-            return False
-        libc.free(self._semaphore)
-        return True
+        if self._semaphore and libc.sem_trywait(self._semaphore) == 0:
+            semaphore, self._semaphore = self._semaphore, 0
+            libc.free(semaphore)
+        return not self._semaphore
 
 
 @cache

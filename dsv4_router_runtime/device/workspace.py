@@ -188,10 +188,13 @@ class Workspace:
                 # Taken over by another stream before it was locked?
                 if slot.is_evicted:
                     continue
-                yield slot
-                if slot.event is not None:
-                    recorded = driver.bindings().cuEventRecord(slot.event, stream)
-                    driver.checked("recording the end of a launch", recorded)
+                try:
+                    yield slot
+                finally:
+                    # After an interrupt too: a launch may be under way.
+                    if slot.event is not None:
+                        recorded = driver.bindings().cuEventRecord(slot.event, stream)
+                        driver.checked("recording the end of a launch", recorded)
                 return
 
     def _foreign_slot(self, stream: int) -> Slot:

@@ -135,7 +135,7 @@ class Router:
         self._bound_at = (*((tensor, tensor.data_ptr()) for tensor in bound), *self._bases_at)
         # Aliases: `.data` takes the memory from the caller's tensor, not from these.
         self._binding.pin(*(tensor.detach() for tensor in bound))
-        self._version = version_of(self.W_gate)
+        self._version = version_of(self.W_gate) if self.weights_copied else None
 
     def reset(self) -> None:
         """Bind the layer's tensors anew: where they lie now, and with what they hold now.
@@ -208,7 +208,7 @@ class Router:
             options = check_call_options(
                 layer, call, image_mask, padding_mask, num_tokens, input_ids
             )
-        if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
+        if self._version is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
                 "and this layer is bound to a copy); call reset(), or make a new Router"

@@ -206,6 +206,22 @@ def test_a_graph_is_right_after_its_router_was_dropped(random, layout):
     gc.collect()
 
 
+def test_a_router_dropped_before_its_call_has_run(random):
+    """Freeing its copy waits for the call."""
+    layer = Layer(random, num_experts=132, layout="emajor")
+    layer.forget()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(400_000_000)
+        layer.call(64)
+    layer.router = None
+    gc.collect()
+    for _ in range(20):
+        waste = memory.DeviceMemory(0, K * 132 * 2)
+        memory.zero(0, (waste.address, waste.size))
+    assert layer.is_right(64)
+
+
 def test_dropped_routers_leave_no_memory_behind(random):
     x, W, bias = integers(random, 4, K, 132, "emajor")
     out = outputs(4, TOP_K)

@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from gpu_recorder import replace_gpu, table_of, w_copy_of
+from gpu_recorder import replace_gpu, table_of, w_copy_of, workspace_of
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels.shapes import WORKSPACE_BYTES
@@ -187,12 +187,13 @@ def test_streams_with_work_under_way_keep_their_slots(gpu, make):
     assert len(set(first.values())) == 200
     assert {stream: call_on(gpu, bound, stream) for stream in streams} == first
     gpu.driver.busy.clear()
-    assert call_on(gpu, bound, 0x9000) in first.values()
+    taken = call_on(gpu, bound, 0x9000)
+    assert taken in first.values()
     assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
     gpu.driver.busy.update(gpu.foreign)
     # Those that lost theirs come back, and share with nobody.
     again = [call_on(gpu, bound, stream) for stream in streams]
-    assert len(set(again)) == 200
+    assert len({*again, taken}) == 201
 
 
 def test_a_slot_is_not_taken_over_between_lease_and_launch(gpu, make, monkeypatch):
@@ -216,6 +217,35 @@ def test_a_slot_is_not_taken_over_between_lease_and_launch(gpu, make, monkeypatc
     assert gpu.last["workspace"] == taken
     assert others
     assert taken not in others
+
+
+def test_a_slot_that_was_taken_over_just_before_it_was_locked_is_not_used(gpu, make):
+    bound, other = make(), make()
+    for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):
+        call_on(gpu, bound, stream)
+    taken = call_on(gpu, bound, 0x5000)
+    slot = list(workspace_of(bound).slots.values())[-1]
+    lock = slot.lock
+
+    class Late:
+        """The lock, before which another thread's call comes."""
+
+        acquire, release, __exit__ = lock.acquire, lock.release, lock.__exit__
+
+        def __enter__(self):
+            slot.lock = lock
+            thread = threading.Thread(target=call_on, args=(gpu, other, 0x6000))
+            thread.start()
+            thread.join()
+            gpu.driver.busy.add(0x6000)
+            gpu.stream = 0x5000
+            return lock.__enter__()
+
+    slot.lock = Late()
+    call_on(gpu, bound, 0x5000)
+    between, late = gpu.launches[-2:]
+    assert (between["stream"], late["stream"]) == (0x6000, 0x5000)
+    assert between["workspace"] == taken != late["workspace"]
 
 
 # ------------------------------------------------------------------ captures

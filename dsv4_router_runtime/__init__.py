@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .reference import router_reference
     from .router import Router, dense_router_dispatch
+    from .scratch import Status, check, reset, status
 
     __version__: str
 
@@ -39,12 +40,16 @@ __all__ = [
     "NoKernelError",
     "Router",
     "RouterError",
+    "Status",
+    "check",
     "dense_router_dispatch",
     "find_artifacts",
     "open_artifacts",
     "parse_manifest",
+    "reset",
     "router_reference",
     "serialise_manifest",
+    "status",
 ]
 
 _HOME = {
@@ -58,12 +63,16 @@ _HOME = {
     "NoKernelError": "errors",
     "Router": "router",
     "RouterError": "errors",
+    "Status": "scratch",
+    "check": "scratch",
     "dense_router_dispatch": "router",
     "find_artifacts": "artifacts.folder",
     "open_artifacts": "artifacts.folder",
     "parse_manifest": "artifacts.manifest",
+    "reset": "scratch",
     "router_reference": "reference",
     "serialise_manifest": "artifacts.manifest",
+    "status": "scratch",
 }
 
 

@@ -1,13 +1,17 @@
 """A layer's plan made launchable: kernels loaded, W_gate's tensor maps encoded, tables copied.
 
 A binding holds addresses. It keeps alive what it made itself (private copies of a hash table and,
-if one is needed, of W_gate), not the caller's tensors: `Router` does that.
+if one is needed, of W_gate, in memory of the driver's), not the caller's tensors: `Router` does
+that. A captured graph keeps alive what is pinned when it is captured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -16,16 +20,18 @@ from .artifacts.folder import ArtifactSet
 from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
 from .artifacts.limits import MAX_TOKENS
 from .call import Call, CallOptions
+from .checks import shape_of, wrong
 from .device import driver
 from .device.launch_site import LayerLaunchSite, NoRoomError
 from .device.load import LoadedKernel, load_once
+from .device.memory import DeviceMemory, relaxed
 from .device.occupancy import ask_room, note_fallback
 from .device.streams import (
-    PER_THREAD_STREAM,
     current_stream,
     is_capturing,
+    is_lasting,
     refuse_under_capture,
-    stream_identity,
+    stream_id,
     wait_for_current_stream,
 )
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
@@ -35,6 +41,9 @@ from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .log import info_once, warn_once
 from .parameters import DTYPES
 from .tables import check_physical_map, copied_hash_table
+
+# Launch sites of one binding, before those on slots that were taken over are dropped.
+MAX_SITES = 256
 
 
 def require_gpu(device: torch.device) -> None:
@@ -79,23 +88,66 @@ class Binding:
         self._lock = threading.Lock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
         self._many_devices = torch.cuda.device_count() > 1
-        with driver.context_kept(), torch.cuda.device(self._index):
-            driver.refuse_foreign_context(self._index)
+        # The driver's memory of a private copy and the copy, by the name of the argument.
+        self._copies: dict[str, tuple[DeviceMemory, torch.Tensor]] = {}
+        self.table_copy: torch.Tensor | None = None
+        self.w_copy: torch.Tensor | None = None
+        with self._gpu():
             arch = driver.arch_of_device(self._index)
             self.plan = plan_layer(artifacts.manifest, _layer_problem(layer), arch)
             for step in self.plan.steps:
                 check_parameter_names(artifacts, step.kernel)
             self._steps = _load_steps(self.plan, artifacts, self._index)
             _log_plan(self.plan, artifacts, arch, self._index)
-            self.table_copy = _bind_tables(options, layer)
-            copied = self.plan.copy_reason is not None
-            self.w_copy = _copy_k_contiguous(W_gate) if copied else None
             self._workspace = workspace_for(layer.device, artifacts.manifest.for_arch(arch))
-            if not is_capturing():
-                self._workspace.refill()
-        W_bound = W_gate if self.w_copy is None else self.w_copy
-        self._values = _layer_values(W_bound, e_bias, layer, options, self.table_copy)
-        self._w_maps = _encode_w_maps(self.kernels, W_bound)
+        self.bind(W_gate, e_bias, options)
+
+    @contextlib.contextmanager
+    def _gpu(self) -> Iterator[None]:
+        """Make the layer's GPU torch's current one; nothing within breaks a capture."""
+        with driver.context_kept(), torch.cuda.device(self._index), relaxed():
+            driver.refuse_foreign_context(self._index)
+            yield
+
+    def bind(
+        self, W_gate: torch.Tensor, e_bias: torch.Tensor | None, options: LayerOptions
+    ) -> None:
+        """Take the copies, into the memory of those before if there are any, and all addresses.
+
+        The tensors are those of `layer`, checked. No call may run meanwhile.
+        """
+        with self._gpu():
+            table = _checked_table(options, self.layer)
+            if table is not None:
+                self.table_copy = self._copied("tid2eid", table)
+            W_bound = W_gate
+            if self.plan.copy_reason is not None:
+                refuse_under_capture("W_gate would have to be copied")
+                W_bound = self.w_copy = self._copied("W_gate", W_gate.t()).t()
+        with self._lock:
+            self._values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
+            self._w_maps = _encode_w_maps(self.kernels, W_bound)
+            for site in self._sites.values():
+                self._write_layer(site)
+        self.pin()
+
+    def pin(self, *tensors: torch.Tensor) -> None:
+        """Let every graph captured from now on keep `tensors` alive, beside the private copies."""
+        self._pins = (*(memory for memory, _ in self._copies.values()), *tensors)
+
+    def _copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy `tensor` to where it was copied before, or to new memory; complete on return."""
+        if name not in self._copies:
+            memory = DeviceMemory(self._index, prod(tensor.shape) * tensor.itemsize)
+            copy = memory.tensor(tensor.dtype, tuple(tensor.shape), tensor.device)
+            self._copies[name] = memory, copy
+        _, copy = self._copies[name]
+        if copy.shape != tensor.shape:
+            raise wrong(name, f"{shape_of(copy)}, as it was bound", shape_of(tensor))
+        with torch.no_grad(), torch.inference_mode(False):
+            copy.copy_(tensor.detach())
+        wait_for_current_stream(tensor.device)
+        return copy
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -127,21 +179,30 @@ class Binding:
         stream = current_stream(self._index)
         while True:
             try:
-                site = self._site(index, stream, pdl)
-                if site.reads_logits:
-                    self._multiply_and_select(site, call, options, hidden_states, W_gate)
-                    return
-                with self._lock:
-                    site.write_call(call, options)
-                    site.launch()
+                site = None
+                if is_capturing():
+                    site = self._captured_site(index, stream, pdl, num_tokens)
+                # The null stream is that of the current context, which may be a green one.
+                elif stream or driver.is_primary_current(self._index):
+                    site = self._sites.get((index, stream, pdl))
+                if site is None:
+                    with self._leased_site(index, stream, pdl) as site:
+                        self._launch(site, call, options, hidden_states, W_gate)
+                elif site.reads_logits:
+                    self._launch(site, call, options, hidden_states, W_gate)
+                else:
+                    # Not through _launch, which would add 0.1 us to every decode call.
+                    with self._lock:
+                        site.write_call(call, options)
+                        site.launch()
                 return
             except NoRoomError as error:
-                index = self._step_after(error.loaded, str(error))
+                index = self._step_after(index, error.loaded, str(error))
             # torch's own driver calls meet what an earlier kernel did too.
             except torch.AcceleratorError as error:
                 raise driver.torch_error(error) from error
 
-    def _multiply_and_select(
+    def _launch(
         self,
         site: LayerLaunchSite,
         call: Call,
@@ -149,36 +210,69 @@ class Binding:
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
     ) -> None:
-        # The driver refuses our own launch in another context, but nothing refuses torch's.
-        driver.refuse_foreign_context(self._index)
-        W_bound = W_gate if self.w_copy is None else self.w_copy
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
-            logits = self._workspace.logits(site.slot, call[0], self.layer.num_experts)
-            multiply(hidden_states, W_bound, logits)
-            site.block.cells["logits"].value = logits.data_ptr()
+            if site.reads_logits:
+                # The driver refuses our own launch in another context, but nothing refuses torch's.
+                driver.refuse_foreign_context(self._index)
+                W_bound = W_gate if self.w_copy is None else self.w_copy
+                logits = self._workspace.logits(site.slot, call[0], self.layer.num_experts)
+                multiply(hidden_states, W_bound, logits)
+                site.block.cells["logits"].value = logits.data_ptr()
             site.write_call(call, options)
             site.launch()
 
-    def _site(self, index: int, stream: int, pdl: bool) -> LayerLaunchSite:
-        """Return a step's launch site on a stream; under capture each launch has its own."""
-        if is_capturing():
-            return self._make_site(index, stream, pdl, self._workspace.captured_slot(stream))
-        key = (index, stream_identity(stream), pdl)
-        site = self._sites.get(key)
-        if site is None:
-            site = self._make_site(index, stream, pdl, self._workspace.eager_slot(stream))
-            # A null stream is that of whichever context is current: only the primary one's is kept.
-            if driver.is_primary_current(self._index) or stream > PER_THREAD_STREAM:
-                self._sites[key] = site
+    @contextlib.contextmanager
+    def _leased_site(self, index: int, stream: int, pdl: bool) -> Iterator[LayerLaunchSite]:
+        """Yield a step's launch site on a foreign stream, or on a stream that has none yet.
+
+        A foreign stream is not found by its handle, which may have had another owner. So is the
+        null stream of a green context, whose handle every context has.
+        """
+        driver.refuse_foreign_context(self._index)
+        identity = stream_id(self._index, stream)
+        if ~identity in self._workspace.slots or not is_lasting(self._index, stream):
+            with self._workspace.leased_slot(stream, identity) as slot:
+                yield self._site(index, ~identity, stream, pdl, slot)
+        else:
+            yield self._site(index, stream, stream, pdl, self._workspace.stream_slot(stream))
+
+    def _site(self, index: int, key: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
+        """Return a step's launch site on a stream and its slot, made once for each slot."""
+        site = self._sites.get((index, key, pdl))
+        # Another stream may have taken over the slot since.
+        if site is None or site.slot is not slot:
+            if len(self._sites) >= MAX_SITES:
+                kept = {at: each for at, each in self._sites.items() if not each.slot.is_evicted}
+                self._sites = kept
+            step = self._step_with_room(index, stream)
+            site = self._sites[index, key, pdl] = self._make_site(*step, stream, pdl, slot)
         return site
 
-    def _make_site(self, index: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
-        """Make the site of the first step from `index` on that fits the stream's context."""
-        loaded = self._steps[index].loaded
-        room = ask_room(loaded, stream)
-        if room.reason is not None:
-            return self._make_site(self._step_after(loaded, room.reason), stream, pdl, slot)
+    def _captured_site(
+        self, index: int, stream: int, pdl: bool, num_tokens: int
+    ) -> LayerLaunchSite:
+        """Return a launch site for one launch that is captured."""
+        loaded, exclusive_clusters = self._step_with_room(index, stream)
+        problem = num_tokens, self.layer.num_experts
+        slot = self._workspace.captured_slot(stream, loaded.kernel, problem, self._pins)
+        return self._make_site(loaded, exclusive_clusters, stream, pdl, slot)
+
+    def _step_with_room(self, index: int, stream: int) -> tuple[LoadedKernel, int]:
+        """Return the kernel of the first step from `index` on that fits the stream's context.
+
+        The number is `exclusive_clusters` of its room.
+        """
+        while True:
+            loaded = self._steps[index].loaded
+            room = ask_room(loaded, stream)
+            if room.reason is None:
+                return loaded, room.exclusive_clusters
+            index = self._step_after(index, loaded, room.reason)
+
+    def _make_site(
+        self, loaded: LoadedKernel, exclusive_clusters: int, stream: int, pdl: bool, slot: Slot
+    ) -> LayerLaunchSite:
         site = LayerLaunchSite(
             loaded,
             num_experts=self.layer.num_experts,
@@ -186,19 +280,24 @@ class Binding:
             stream=stream,
             slot=slot,
             pdl=pdl,
-            exclusive_clusters=room.exclusive_clusters,
+            exclusive_clusters=exclusive_clusters,
         )
-        blocks = self.layer.k // loaded.kernel.problem.k_multiple
-        site.write_layer({**self._values, "num_k_blocks": blocks, **slot.addresses}, self._w_maps)
+        self._write_layer(site)
         return site
 
-    def _step_after(self, loaded: LoadedKernel, reason: str) -> int:
-        """Return the index of the step that serves a call instead of a kernel that does not fit."""
-        index = next(at for at, step in enumerate(self._steps) if step.loaded is loaded) + 1
-        if index == len(self._steps):
+    def _step_after(self, index: int, loaded: LoadedKernel, reason: str) -> int:
+        """Return the step to take instead of the first from `index` on whose kernel is `loaded`."""
+        while self._steps[index].loaded is not loaded:
+            index += 1
+        if self._steps[index].max_tokens == MAX_TOKENS:
             raise NoKernelError(f"{loaded.kernel.key}, the last step of this layer: {reason}")
-        note_fallback(loaded, reason, self._steps[index].loaded.kernel.key)
-        return index
+        note_fallback(loaded, reason, self._steps[index + 1].loaded.kernel.key)
+        return index + 1
+
+    def _write_layer(self, site: LayerLaunchSite) -> None:
+        blocks = self.layer.k // site.block.kernel.problem.k_multiple
+        values = {**self._values, "num_k_blocks": blocks, **site.slot.addresses}
+        site.write_layer(values, self._w_maps)
 
 
 def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
@@ -276,8 +375,8 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _bind_tables(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
-    """Check the values of every table; return the hash table's private copy, if there is one."""
+def _checked_table(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
+    """Check the values of every table; return the hash table as kernels read it, if any."""
     to_physical, logical_count = options["to_physical"], options["logical_count"]
     if to_physical is not None and logical_count is not None:
         refuse_under_capture("to_physical and logical_count would have to be read")
@@ -286,20 +385,7 @@ def _bind_tables(options: LayerOptions, layer: Layer) -> torch.Tensor | None:
     if tid2eid is None:
         return None
     refuse_under_capture("tid2eid would have to be read and copied")
-    table = copied_hash_table(tid2eid, layer.num_experts)
-    wait_for_current_stream(layer.device)
-    return table
-
-
-def _copy_k_contiguous(W_gate: torch.Tensor) -> torch.Tensor:
-    """Copy W_gate [K, E] to strides (1, K); the copy is complete on return."""
-    refuse_under_capture("W_gate would have to be copied")
-    with torch.no_grad(), torch.inference_mode(False):
-        copy = torch.empty_strided(
-            W_gate.shape, (1, W_gate.shape[0]), dtype=W_gate.dtype, device=W_gate.device
-        ).copy_(W_gate.detach())
-    wait_for_current_stream(W_gate.device)
-    return copy
+    return copied_hash_table(tid2eid, layer.num_experts)
 
 
 def _encode_w_maps(

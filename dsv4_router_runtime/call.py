@@ -49,13 +49,13 @@ def check_call(layer: Layer, hidden_states: Any, out_weights: Any, out_ids: Any)
     hidden_states [N, K] BF16; out_weights FP32 and out_ids int32 or int64, of at least
     [N, layer.columns].
     """
-    call = _plainly_right(layer, hidden_states, out_weights, out_ids)
+    call = plainly_right(layer, hidden_states, out_weights, out_ids)
     if call is None:
         call = _check_call_slowly(layer, hidden_states, out_weights, out_ids)
     return call
 
 
-def _plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
+def plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
     """Check the usual call in about 1.5 us; None sends it to the full check.
 
     Each property is read once. A call that passes here passes the full check too (see

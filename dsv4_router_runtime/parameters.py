@@ -92,6 +92,8 @@ LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_w
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
+# Tickets of 64 tokens come first, then the candidates of each token, 64 for each expert tile.
+TICKETS_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 64 * 4, 64, 8
 BIASES = (
     # Null in a hash layer.
     _pointer("e_bias", "float32", _FLOAT32, "E", given=BOUND),
@@ -166,6 +168,13 @@ ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
         *(*WEIGHING, *FORMATS, LOGITS_STRIDE, *OUTPUT_STRIDES),
     ),
 }
+
+
+def workspace_bytes(num_tokens: int, num_experts: int) -> int:
+    """Return the bytes of WORKSPACE that a launch accesses: none if one expert tile is all."""
+    tiles = -(-num_experts // TILE_EXPERTS)
+    row_bytes = tiles * TILE_EXPERTS * CANDIDATE_BYTES
+    return TICKETS_BYTES + num_tokens * row_bytes if tiles > 1 else 0
 
 
 def tensor_dtypes(role: str) -> dict[str, tuple[str, ...]]:

@@ -11,11 +11,15 @@ import torch
 
 from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
-from .call import NO_OPTIONS, check_call, check_call_options
+from .call import NO_OPTIONS, check_call, check_call_options, plainly_right
 from .checks import check_bool
 from .device import driver
+from .device.memory import wait_for_device
+from .device.streams import refuse_under_capture
 from .layer import LayerOptions, check_layer, complete_options, options_on
 
+# The tensors of a layer that every call reads where they lie.
+_READ_IN_PLACE = ("W_gate", "e_bias", "bias_vl", "to_physical", "logical_count")
 # dense_router_dispatch remembers this many layers: a few models of 61.
 MAX_REMEMBERED_LAYERS = 512
 
@@ -28,7 +32,10 @@ class Router:
 
     W_gate [K, E] BF16, with unit stride along K or along E; e_bias [E] FP32; K a multiple of 64, E
     up to 512, top_k 1..8 and at most E. Both tensors are kept, and are read where they lie:
-    changing them in place changes later calls. Two cases are different: with unit stride along E,
+    changing them in place changes later calls. If a bound tensor has moved (`.data` was set), a
+    call is refused; the memory that it had is kept. See `reset` for weights that are swapped.
+
+    Two cases are different: with unit stride along E,
     rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a
     hash layer are bound as a K-contiguous copy. Then `weights_copied` is True, and a call after
     W_gate was modified in place is refused. (What torch does not count, through `.data` or to an
@@ -68,7 +75,8 @@ class Router:
     bound to memory: leave it out of what is copied or sent (in the module's `__deepcopy__` or
     `__getstate__`), and bind a new one from the copy's tensors.
 
-    A Router owns what it copied (W_gate, tid2eid): keep it while a CUDA graph replays its calls.
+    A CUDA graph that holds a call keeps what the call reads of this layer alive, and its scratch,
+    until the graph is gone: a Router may be dropped before.
 
     Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
     same kernels was made before, W_gate needs no copy, and it has neither tid2eid nor to_physical.
@@ -108,15 +116,55 @@ class Router:
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
         self._layer = layer
+        self._options = options
         self._options_on = options_on(options)
         self._binding = Binding(W_gate, e_bias, layer, options, artifacts=artifacts)
         self._pdl = pdl
-        self._version = version_of(W_gate)
         self.W_gate = W_gate
         self.e_bias = e_bias
         self.bias_vl = options["bias_vl"]
         self.to_physical = options["to_physical"]
         self.logical_count = options["logical_count"]
+        self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        """Remember where the bound tensors lie, and keep that memory."""
+        bound = [tensor for tensor in map(self.__dict__.get, _READ_IN_PLACE) if tensor is not None]
+        # A view (weight.t()) stays with the old memory if `.data` of its base is set.
+        bases = [tensor._base for tensor in bound if tensor._base is not None]
+        self._bases_at = tuple((base, base.data_ptr()) for base in bases)
+        self._bound_at = (*((tensor, tensor.data_ptr()) for tensor in bound), *self._bases_at)
+        # Aliases: `.data` takes the memory from the caller's tensor, not from these.
+        self._binding.pin(*(tensor.detach() for tensor in bound))
+        self._version = version_of(self.W_gate) if self.weights_copied else None
+
+    def reset(self) -> None:
+        """Bind the layer's tensors anew: where they lie now, and with what they hold now.
+
+        For weights that were swapped or moved (`.data`), and tables that changed. The tensors must
+        be as they were in shape, strides, dtype and device. Private copies (`weights_copied`, a
+        hash layer's table) are taken again at the addresses that they had, so that captured graphs
+        read the new ones. A graph keeps the addresses of the other tensors: capture it again if one
+        moved. Call it outside capture, with no call of this layer under way: it waits for the GPU.
+        """
+        refuse_under_capture("the layer's tensors would have to be read")
+        if any(base.data_ptr() != address for base, address in self._bases_at):
+            raise self._moved()
+        layer = check_layer(
+            self.W_gate,
+            self.e_bias,
+            top_k=self._layer.top_k,
+            routed_scaling_factor=self._layer.scale,
+            options=self._options,
+        )
+        if layer != self._layer:
+            raise ValueError(
+                f"W_gate: expected a layer as it was bound, {self._layer} (got {layer}); make a "
+                "new Router"
+            )
+        wait_for_device(layer.device.index)
+        self._binding.bind(self.W_gate, self.e_bias, self._options)
+        self._note_addresses()
 
     def __call__(
         self,
@@ -148,17 +196,23 @@ class Router:
         replayed with others in their place.
         """
         layer = self._layer
-        call = check_call(layer, hidden_states, out_weights, out_ids)
+        for tensor, address in self._bound_at:
+            if tensor.data_ptr() != address:
+                raise self._moved()
+        # check_call asks the same first; a call of it costs 0.1 us.
+        call = plainly_right(layer, hidden_states, out_weights, out_ids) or check_call(
+            layer, hidden_states, out_weights, out_ids
+        )
         if image_mask is padding_mask is num_tokens is input_ids is None and not layer.hashed:
             options = NO_OPTIONS
         else:
             options = check_call_options(
                 layer, call, image_mask, padding_mask, num_tokens, input_ids
             )
-        if self._binding.w_copy is not None and version_of(self.W_gate) != self._version:
+        if self._version is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
-                "and this layer is bound to a copy); make a new Router"
+                "and this layer is bound to a copy); call reset(), or make a new Router"
             )
         if pdl is None:
             pdl = self._pdl
@@ -168,6 +222,23 @@ class Router:
             )
         if call[0]:
             self._binding.run(call, options, hidden_states, self.W_gate, pdl)
+
+    def _moved(self) -> ValueError:
+        """Return the error about the first bound tensor, or base of one, that has moved."""
+        moved, was = next((each, at) for each, at in self._bound_at if each.data_ptr() != at)
+        bound = {name: tensor for name, tensor in vars(self).items() if name in _READ_IN_PLACE}
+        name = next(
+            name
+            for name, tensor in bound.items()
+            if tensor is moved or (tensor is not None and tensor._base is moved)
+        )
+        of_base = "" if bound[name] is moved else " of the tensor that it is a view of"
+        repair = "" if of_base else "call this Router's reset(), or "
+        return ValueError(
+            f"{name}: expected the memory{of_base} as it was bound, at {was:#x} (got "
+            f"{moved.data_ptr():#x}: moved since, by `.data` or `Module.to`, say); {repair}make a "
+            "new Router, and capture graphs of its calls again"
+        )
 
     @property
     def weights_copied(self) -> bool:

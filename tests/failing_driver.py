@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from typing import Any
 
 from cuda.bindings import driver as real
 from gpu_recorder import replace_gpu
 
 from dsv4_router_runtime import binding
-from dsv4_router_runtime.device import driver, launch_site, load, occupancy, tensor_map
+from dsv4_router_runtime.device import driver, launch_site, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 
 PRIMARY, FOREIGN, GREEN = 7, 8, 9
 # What `replace_gpu` replaces above the driver, and this module puts back.
 _ABOVE = [
+    (driver, "_primary_context"),
     (driver, "arch_of_device"),
     (driver, "context_kept"),
     (driver, "refuse_foreign_context"),
@@ -23,6 +25,7 @@ _ABOVE = [
     (tensor_map, "encode_tensor_map"),
     (binding, "encode_tensor_map"),
     (binding, "ask_room"),
+    (binding, "is_lasting"),
     (launch_site, "launch_config"),
     (LaunchSite, "launch"),
 ]
@@ -81,7 +84,10 @@ class FakeDriver:
         return (code, *answered)
 
     def _number_of_values(self, name: str) -> int:
-        without = ("cuCtxPush", "cuCtxSet", "cuFuncSet", "cuKernelSet", "cuLaunch", "cuLibraryUnl")
+        without = (
+            *("cuCtxPush", "cuCtxSet", "cuFuncSet", "cuKernelSet", "cuLaunch", "cuLibraryUnl"),
+            *("cuMemsetD8Async", "cuStreamSynchronize", "cuStreamDestroy"),
+        )
         return 0 if name.startswith(without) else {"cuKernelGetParamInfo": 2}.get(name, 1)
 
     def _cuGetErrorString(self, code):
@@ -119,6 +125,22 @@ class FakeDriver:
     def _cuCtxSetCurrent(self, context):
         self.stack[-1:] = [int(context)]
         return ()
+
+    def _cuMemAlloc(self, size):
+        return (len(self.calls) << 24,)
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode):
+        return (real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL,)
+
+    def _cuStreamGetId(self, stream):
+        # Each context has a null stream of its own.
+        return (self.stack[-1] if self.stack else 0,)
+
+    def _cuStreamGetCaptureInfo(self, stream):
+        active = real.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+        return active, self.gpu.capture, self.gpu.capture, (), (), 0
+
+    _cuStreamGetCaptureInfo_v3 = _cuStreamGetCaptureInfo
 
     def _cuLibraryLoadData(self, code, *options):
         (kernel,) = (kernel for key, kernel in self.kernels.items() if _payload(key) in code)
@@ -170,6 +192,8 @@ def _payload(key: str) -> bytes:
 
 def replace_driver(monkeypatch, kernels) -> FakeDriver:
     """Put a fake driver below a Router whose tensors lie in host memory."""
+    # Memory that tests before left over is not freed by this driver.
+    gc.collect()
     gpu = replace_gpu(monkeypatch)
     for owner, name, value in _REAL:
         monkeypatch.setattr(owner, name, value)
@@ -185,6 +209,7 @@ def plug_in(monkeypatch, fake: FakeDriver) -> FakeDriver:
     wrapped = driver._Bindings(fake)
     monkeypatch.setattr(driver, "bindings", lambda: wrapped)
     monkeypatch.setattr(load, "_loaded", {})
+    monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(tensor_map, "_map_caches", {})
     monkeypatch.setattr(occupancy, "_fallbacks", {})
     return fake

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from fake_driver import FakeDriver
 
-from dsv4_router_runtime import Router, binding, router
+from dsv4_router_runtime import Router, binding, router, scratch
 from dsv4_router_runtime.device import (
     driver,
     launch_site,
     load,
+    memory,
     occupancy,
     streams,
     tensor_map,
@@ -28,11 +29,16 @@ class Gpu:
         self.arch = "sm_90a"
         self.stream = 0
         self.capture = 0
+        # Streams that torch did not make.
+        self.foreign: set[int] = {2}
+        self.driver = FakeDriver(self)
         self.loads: list[str] = []
         self.maps: list = []
         self.launches: list[dict] = []
         self.products: list = []
         self.pdl: list[bool] = []
+        # Kernels that no context has room for, by key, with the reason.
+        self.unfit: dict[str, str] = {}
 
     @property
     def last(self) -> dict:
@@ -43,7 +49,7 @@ class Gpu:
         return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
 
     def room(self, loaded, stream):
-        return occupancy.Room(exclusive_clusters=0)
+        return occupancy.Room(exclusive_clusters=0, reason=self.unfit.get(loaded.kernel.key))
 
     def encode(self, arguments):
         self.maps.append(arguments)
@@ -65,6 +71,10 @@ class Gpu:
 def replace_gpu(monkeypatch) -> Gpu:
     """Put a recorder in the place of the driver, of streams and of the matrix product."""
     gpu = Gpu()
+    monkeypatch.setattr(driver, "bindings", lambda: gpu.driver)
+    monkeypatch.setattr(driver, "_primary_context", lambda index: "primary")
+    monkeypatch.setattr(memory, "_live", type(memory._live)())
+    monkeypatch.setattr(memory, "_to_free", type(memory._to_free)())
     monkeypatch.setattr(driver, "arch_of_device", lambda index: gpu.arch)
     monkeypatch.setattr(load, "load_kernel", gpu.load)
     monkeypatch.setattr(load, "_loaded", {})
@@ -80,15 +90,15 @@ def replace_gpu(monkeypatch) -> Gpu:
     for name, value in {
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,
+        "is_lasting": lambda index, stream: stream not in gpu.foreign,
         "encode_tensor_map": gpu.encode,
         "ask_room": gpu.room,
         "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
         "wait_for_current_stream": lambda device: None,
     }.items():
         monkeypatch.setattr(binding, name, value)
-    monkeypatch.setattr(workspace, "capture_id", lambda stream: gpu.capture)
-    monkeypatch.setattr(workspace, "wait_for_current_stream", lambda device: None)
     monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(scratch, "gpu_index", lambda device: None)
     monkeypatch.setattr(router, "require_gpu", lambda device: None)
     monkeypatch.setattr(router, "_remembered", type(router._remembered)())
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
@@ -98,47 +108,6 @@ def replace_gpu(monkeypatch) -> Gpu:
 
 def workspace_of(bound: Router) -> workspace.Workspace:
     return bound._binding._workspace
-
-
-def workspaces() -> list[workspace.Workspace]:
-    return list(workspace._workspaces.values())
-
-
-def free_slots(space: workspace.Workspace) -> list[int]:
-    """Return the addresses that no capture has taken yet: the workspace's own list."""
-    return space._free
-
-
-def reserve_chunks(space: workspace.Workspace) -> list[torch.Tensor]:
-    return space._reserve
-
-
-def eager_slots(space: workspace.Workspace) -> list[workspace.Slot]:
-    return list(space._slots.values())
-
-
-@contextlib.contextmanager
-def reserve_used_up(bound: Router):
-    """Leave a capture within the block no zeroed slot."""
-    space = workspace_of(bound)
-    kept, space._free = space._free, []
-    try:
-        yield
-    finally:
-        space._free = kept
-
-
-def note_zeroing(monkeypatch, note: Callable[[int], object]) -> None:
-    """Call `note` with the size of each piece of memory that a workspace zeroes."""
-    zeros = workspace.Workspace._zeros
-    noted = lambda space, size: (note(size), zeros(space, size))[1]  # noqa: E731
-    monkeypatch.setattr(workspace.Workspace, "_zeros", noted)
-
-
-def fill_plain_scratch(monkeypatch, value: int) -> None:
-    """Let memory that is not zeroed come with `value` in each byte."""
-    filled = lambda _, size, dtype=torch.uint8: torch.full((size,), value, dtype=dtype)  # noqa: E731
-    monkeypatch.setattr(workspace.Workspace, "_empty", filled)
 
 
 def remembered_layers() -> list[tuple[binding.Binding, torch.Tensor | None]]:

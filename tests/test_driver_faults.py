@@ -17,12 +17,14 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not install
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
 from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
+from gpu_recorder import sites_of, workspace_of
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, dense_router_dispatch, router
+from dsv4_router_runtime import Router, binding, dense_router_dispatch, router, status
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import driver, load, occupancy, tensor_map
 from dsv4_router_runtime.errors import (
     DriverError,
@@ -240,6 +242,7 @@ class TestWithoutRoomForACluster:
         ]
         (fallback,) = occupancy.fallbacks()
         assert (fallback.instead, fallback.times) == ("router_topk.sm_90a", 1)
+        assert status().fallbacks == (fallback,)
 
     def test_a_refused_launch_takes_the_next_step_too(self, fake, bind, caplog):
         """The current context may have changed since its room was asked for."""
@@ -263,6 +266,18 @@ class TestWithoutRoomForACluster:
         names = [fake.handles[handle].name for handle in fake.launched]
         assert names == ["router_topk", "router_decode_kmajor_n8"]
 
+    def test_a_null_stream_of_a_green_context_has_a_site_and_scratch_of_its_own(self, fake, bind):
+        """The handle is 0 in every context, and the streams may run at once."""
+        bound = bind()
+        for fake.stack in ([PRIMARY], [GREEN], [PRIMARY], [GREEN]):
+            for n in (3, 70):
+                call(bound, n)
+        slots = [site.slot for site in sites_of(bound)]
+        assert slots == [slots[0], slots[0], slots[2], slots[2]]
+        assert list(workspace_of(bound).slots) == [0, ~GREEN]
+        primary, green = slots[0].addresses, slots[2].addresses
+        assert all(primary[name] != green[name] for name in primary)
+
     def test_a_capture_takes_the_next_step_too(self, fake, bind):
         bound = bind()
         fake.gpu.capture, fake.room = 5, 0
@@ -273,7 +288,8 @@ class TestWithoutRoomForACluster:
 
     def test_no_step_is_left(self, monkeypatch, fake, bind):
         bound = bind()
-        monkeypatch.setattr(bound._binding, "_steps", bound._binding._steps[:1])
+        (first, _) = bound._binding._steps
+        monkeypatch.setattr(bound._binding, "_steps", (replace(first, max_tokens=MAX_TOKENS),))
         fake.room = 0
         with pytest.raises(NoKernelError, match="the last step of this layer: no room for a clu"):
             call(bound)

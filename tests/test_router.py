@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import pickle
 import sys
 import threading
@@ -19,29 +18,23 @@ import pytest
 pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
 
 import torch
-from conftest import decode_kernel, sample_manifest, topk_kernel
+from conftest import decode_kernel, sample_manifest
 from gpu_recorder import (
-    eager_slots,
-    fill_plain_scratch,
-    free_slots,
     interrupt_at_last_parameter,
-    note_zeroing,
     remembered_layers,
     replace_gpu,
-    reserve_chunks,
     sites_of,
     table_of,
     w_copy_of,
     workspace_of,
-    workspaces,
 )
 from watchdog import ends_within
 
 from dsv4_router_runtime import Router, binding, router
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
-from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange, Scratch
-from dsv4_router_runtime.device import streams, tensor_map, workspace
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange
+from dsv4_router_runtime.device import tensor_map
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.device.tensor_map import encode_arguments
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
@@ -235,7 +228,7 @@ def test_streams_have_their_own_scratch_and_layers_share_it(gpu, make):
 
 def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make):
     bound = make()
-    gpu.stream = streams.PER_THREAD_STREAM
+    gpu.stream = 2  # CU_STREAM_PER_THREAD
     bound(*step(4))
     thread = threading.Thread(target=lambda: bound(*step(4)))
     thread.start()
@@ -255,76 +248,6 @@ def test_captures_have_their_own_counters(gpu, make):
     assert eager == eager_again
     assert one == one_again
     assert len({eager, one, two, two_forked}) == 4
-
-
-def with_scratch(kernel, **elements):
-    """The kernel with the sizes of some of its scratch parameters changed."""
-    parameters = tuple(
-        replace(p, scratch=Scratch(elements=elements[p.name], zeroed=p.scratch.zeroed))
-        if p.name in elements
-        else p
-        for p in kernel.parameters
-    )
-    return replace(kernel, parameters=parameters)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_scratch_of_a_name_is_as_large_as_any_kernel_wants_it(order):
-    """Sizes differ from kernel to kernel, and none fills its last 256 bytes."""
-    small = with_scratch(decode_kernel(tile=8), partials=65, counters=3)
-    large = with_scratch(decode_kernel(tile=64), partials=129, counters=65)
-    layout = workspace.scratch_layout([small, topk_kernel(), large][::order])
-    assert (layout.plain, layout.plain_bytes) == ((("partials", 0),), 768)
-    assert (layout.zeroed, layout.zeroed_bytes) == ((("counters", 0),), 512)
-
-
-def test_each_scratch_starts_on_256_bytes():
-    kernel = with_scratch(decode_kernel(), partials=65, counters=3)
-    renamed = tuple(
-        replace(p, name={"partials": "aside", "counters": "begun"}.get(p.name, p.name))
-        for p in kernel.parameters
-    )
-    layout = workspace.scratch_layout([kernel, replace(kernel, parameters=renamed)])
-    assert layout.plain == (("aside", 0), ("partials", 512))
-    assert layout.zeroed == (("begun", 0), ("counters", 256))
-    assert (layout.plain_bytes, layout.zeroed_bytes) == (1024, 512)
-
-
-def test_counters_of_a_stream_are_zeroed_even_in_used_memory(gpu, make, monkeypatch):
-    fill_plain_scratch(monkeypatch, 0x7F)
-    bound = make()
-    bound(*step(4))
-    assert ctypes.string_at(gpu.last["counters"], 256) == bytes(256)
-    assert ctypes.string_at(gpu.last["partials"], 4) == b"\x7f" * 4
-
-
-def test_reserve_is_kept_and_shared_only_once_zeroed(gpu, make, monkeypatch):
-    """The zeroing runs on the stream that asked for it; captures come on others."""
-    events = []
-
-    def wait(device):
-        [space] = workspaces()
-        events.append(f"waited with {len(free_slots(space))} shared")
-
-    note_zeroing(monkeypatch, lambda size: events.append("zeroed"))
-    monkeypatch.setattr(workspace, "wait_for_current_stream", wait)
-    reserve = workspace_of(make())
-    assert events == ["zeroed", "waited with 0 shared"]
-    [chunk] = reserve_chunks(reserve)
-    start, end = chunk.data_ptr(), chunk.data_ptr() + chunk.numel()
-    assert all(start <= address < end for address in free_slots(reserve))
-    assert chunk.numel() == workspace.RESERVE_SLOTS * reserve.layout.zeroed_bytes
-
-
-def test_reserve_is_topped_up_by_a_new_stream_when_low(gpu, make):
-    bound = make()
-    reserve = workspace_of(bound)
-    free_slots(reserve).clear()
-    bound(*step(4))
-    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS
-    assert len(reserve_chunks(reserve)) == 2
-    bound(*step(40))
-    assert len(reserve_chunks(reserve)) == 2
 
 
 def test_call_from_another_current_device_runs_on_the_layers_own(gpu, make, monkeypatch):
@@ -358,72 +281,23 @@ def test_prefill_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
     """Another layer's prefill on the stream writes the same logits: it must not come between."""
     bound = make()
     bound(*step(100))
-    [slot] = eager_slots(workspace_of(bound))
+    [slot] = workspace_of(bound).slots.values()
     held = []
     product, launch = binding.multiply, LaunchSite.launch
     monkeypatch.setattr(
-        binding, "multiply", lambda *given: held.append(slot.lock.locked()) or product(*given)
+        binding, "multiply", lambda *given: held.append(slot.lock._is_owned()) or product(*given)
     )
     second = make()
 
     def launched(site):
-        held.append(slot.lock.locked())
+        held.append(slot.lock._is_owned())
         launch(site)
 
     monkeypatch.setattr(LaunchSite, "launch", launched)
     second(*step(100))
     assert gpu.launches[0]["logits"] == gpu.launches[1]["logits"]
     assert held == [True, True]
-    assert not slot.lock.locked()
-
-
-def test_captured_counters_are_zeroed_beforehand_and_disjoint(gpu, make):
-    bound = make()
-    reserve = workspace_of(bound)
-    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS
-    assert all(not chunk.any() for chunk in reserve_chunks(reserve))
-    seen = set()
-    for gpu.capture in range(1, 20):
-        bound(*step(4))
-        seen.add(gpu.last["counters"])
-    assert len(seen) == 19
-    assert all(b - a >= 256 for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False))
-    assert len(free_slots(reserve)) == workspace.RESERVE_SLOTS - 19
-
-
-def test_reserve_is_topped_up_by_new_layers_when_low(gpu, make, monkeypatch):
-    monkeypatch.setattr(workspace, "RESERVE_SLOTS", 8)
-    monkeypatch.setattr(workspace, "RESERVE_LOW", 2)
-    bound = make()
-    reserve = workspace_of(bound)
-    for gpu.capture in range(1, 7):
-        bound(*step(4))
-    gpu.capture = 0
-    make()
-    assert len(free_slots(reserve)) == 2
-    gpu.capture = 7
-    bound(*step(4))
-    make()
-    assert len(free_slots(reserve)) == 1
-    gpu.capture = 0
-    make()
-    assert len(free_slots(reserve)) == 9
-
-
-def test_capture_that_finds_the_reserve_empty_zeroes_memory_of_its_own_once(gpu, make, monkeypatch):
-    zeroed = []
-    note_zeroing(monkeypatch, zeroed.append)
-    bound = make()
-    bound(*step(4))
-    free_slots(workspace_of(bound)).clear()
-    zeroed.clear()
-    for gpu.capture in (1, 1, 1, 2, 2):
-        bound(*step(4))
-    assert zeroed == [256, 256]
-    eager, *first, second, again = (item["counters"] for item in gpu.launches)
-    assert len(set(first)) == 1
-    assert second == again
-    assert eager not in (first[0], second)
+    assert not slot.lock._is_owned()
 
 
 def test_prefill_under_capture_leaves_the_eager_logits_alone(gpu, make):

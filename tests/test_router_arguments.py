@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_router_runtime import Router, dense_router_dispatch
-from dsv4_router_runtime.call import _check_call_slowly, _plainly_right, check_call
+from dsv4_router_runtime.call import _check_call_slowly, check_call, plainly_right
 from dsv4_router_runtime.layer import check_layer, complete_options, layout_of
 
 K, E, TOP_K, N = 128, 16, 4, 3
@@ -302,7 +302,7 @@ def test_the_quick_check_never_passes_what_the_rules_refuse(
         .as_strided((n, width), (width + more, 1))
         for dtype, n, width, more, at in zip(dtypes, rows, columns, padding, start, strict=True)
     ]
-    quick = _plainly_right(facts, *tensors)
+    quick = plainly_right(facts, *tensors)
     if quick is not None:
         assert _check_call_slowly(facts, *tensors) == quick
 
@@ -310,9 +310,9 @@ def test_the_quick_check_never_passes_what_the_rules_refuse(
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_the_quick_check_takes_the_usual_call(ids_dtype):
     usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2).to(ids_dtype)
-    assert _plainly_right(layer(), *usual) == _check_call_slowly(layer(), *usual)
-    assert _plainly_right(layer(), *usual)[0] == N
-    assert _plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0
+    assert plainly_right(layer(), *usual) == _check_call_slowly(layer(), *usual)
+    assert plainly_right(layer(), *usual)[0] == N
+    assert plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0
 
 
 @pytest.mark.parametrize("freed", [0, 1, 2])

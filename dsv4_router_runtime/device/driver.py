@@ -245,7 +245,11 @@ def current_context() -> int:
 
 def is_primary_current(index: int) -> bool:
     """Return whether no other context than GPU `index`'s primary one is current in this thread."""
-    return current_context() in (0, int(_primary_context(index)))
+    # Written out, since every call on the null stream comes here.
+    code, current = bindings().cuCtxGetCurrent()
+    if code != 0:
+        checked("reading the current context", (code, current))
+    return int(current) in (int(_primary_context(index)), 0)
 
 
 def refuse_foreign_context(index: int) -> None:

@@ -1,19 +1,22 @@
 """Scratch memory, and which stream or capture may use it.
 
-Launches on one stream run one after another, so they share one set of scratch; two streams, or two
-CUDA graphs, may run at once and never share. One workspace serves every layer of a device.
+Launches on one stream run one after another, so they share one slot of scratch; two streams, or two
+CUDA graphs, may run at once and never share. One workspace serves every layer of a device. Slots
+are memory of the driver's, zeroed before their first use; a kernel leaves zeroed scratch zero.
 
-Outside capture: one slot for each stream handle, allocated and zeroed on that stream by its first
-call, kept for good; the prefill logits grow when a larger N arrives.
+Streams: the first call on a stream takes a slot for it. torch destroys none of its streams, 32 for
+each priority, so those keep their slots. Of foreign streams the first KEPT_FOREIGN_SLOTS do too;
+each launch on a further one records an event, and a new stream takes over a slot whose event is
+complete. So 10,000 streams, one after another, take KEPT_FOREIGN_SLOTS + 1 slots. A foreign stream
+goes by its id: its handle is given out again once it is destroyed.
 
-Under capture: a slot belongs to the capture's id, which is unique in the process, and to the stream
-within it. Scratch that needs no zeroing is taken from torch under capture, so it lies in the
-graph's own memory pool and lives as long as the graph. Zeroed scratch comes from a reserve that was
-zeroed before, outside capture: a kernel leaves it zero, so that no memset enters the graph, and no
-two captures ever get the same piece (it is never given back: nothing says when a graph is gone).
-The reserve is topped up when a layer is bound outside capture. A capture that finds it empty takes
-memory of the graph's own and records one memset of it, which then runs in each replay before the
-graph's first router: 1 or 2 us a replay slower, and as right.
+Captures: a slot belongs to a capture and to a stream within it, is as large as the launch needs,
+and is shared by the launches there that need no more. It returns when the graph is gone. Memory is
+allocated and zeroed under capture as well, on a stream that no capture joins: a graph holds
+launches and never a memset. The layer's tensors are kept alive as long as the graph.
+
+Logits of more than 64 tokens are torch's: they need no zeroing, so a server that unmaps torch's
+memory while it sleeps does no harm. Under capture they lie in the graph's own memory pool.
 
 Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator supports
 capture; and do not run two instances of one captured graph at once: they would share scratch.
@@ -21,21 +24,26 @@ capture; and do not run two instances of one captured graph at once: they would 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
+from dsv4_router_runtime.parameters import WORKSPACE, workspace_bytes
 
-from .streams import capture_id, stream_identity, wait_for_current_stream
+from . import driver
+from .graph_life import GraphLife
+from .memory import DeviceMemory, relaxed_on, zero
+from .streams import capture_of, stream_id
 
 ALIGNMENT_BYTES = 256
-# A decode workspace is 256 KB, so 128 captures take 34 MB. All layers of a capture share one, and
-# a server captures each batch size once.
-RESERVE_SLOTS = 128
-RESERVE_LOW = 32
+# The driver maps memory in pieces of 2 MB.
+CHUNK_BYTES = 2 * 2**20
+KEPT_FOREIGN_SLOTS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +56,20 @@ class ScratchLayout:
     plain_bytes: int
 
 
-def scratch_layout(kernels: Iterable[Kernel]) -> ScratchLayout:
-    """Lay out every scratch parameter of `kernels` by name, each at its largest size."""
+def scratch_layout(
+    kernels: Iterable[Kernel], problem: tuple[int, int] | None = None
+) -> ScratchLayout:
+    """Lay out every scratch parameter of `kernels` by name, each at its largest size.
+
+    `problem` (num_tokens, num_experts) reduces the sizes to what one launch of it accesses.
+    """
     sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for kernel in kernels:
         for parameter in kernel.parameters:
             if parameter.scratch is not None and parameter.element_type is not None:
                 size = parameter.scratch.elements * POINTER_ELEMENT_BYTES[parameter.element_type]
+                if problem is not None and parameter.name == WORKSPACE.name:
+                    size = min(size, workspace_bytes(*problem))
                 known = sizes[parameter.scratch.zeroed]
                 known[parameter.name] = max(size, known.get(parameter.name, 0))
     zeroed, zeroed_bytes = _offsets(sizes[True])
@@ -73,7 +88,45 @@ def _offsets(sizes: dict[str, int]) -> tuple[tuple[tuple[str, int], ...], int]:
     return tuple(placed), end
 
 
-@dataclass(kw_only=True)
+class Pool:
+    """Zeroed device memory in chunks, carved into pieces; a piece that returns is zero again."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.chunks: list[DeviceMemory] = []
+        # Bytes in use from the start of each chunk, and pieces given back, by size.
+        self._used: list[int] = []
+        self._free: dict[int, list[int]] = {}
+
+    def take(self, size: int) -> int:
+        """Return the address of `size` zeroed bytes, a multiple of 256; 0 if `size` is."""
+        if size == 0:
+            return 0
+        if free := self._free.get(size):
+            return free.pop()
+        for at, chunk in enumerate(self.chunks):
+            if self._used[at] + size <= chunk.size:
+                break
+        else:
+            at, chunk = len(self.chunks), DeviceMemory(self.index, max(size, CHUNK_BYTES))
+            zero(self.index, (chunk.address, chunk.size))
+            self.chunks.append(chunk)
+            self._used.append(0)
+        address = chunk.address + self._used[at]
+        self._used[at] += size
+        return address
+
+    def has(self, size: int) -> bool:
+        """Return whether `take` needs no new chunk."""
+        room = (chunk.size - used for chunk, used in zip(self.chunks, self._used, strict=True))
+        return bool(self._free.get(size)) or any(size <= left for left in room)
+
+    def give_back(self, address: int, size: int) -> None:
+        if size:
+            self._free.setdefault(size, []).append(address)
+
+
+@dataclass(kw_only=True, eq=False)
 class Slot:
     """Scratch for the launches of one stream: the address of each scratch parameter.
 
@@ -82,10 +135,24 @@ class Slot:
     """
 
     addresses: dict[str, int]
-    # What keeps the addresses alive.
-    tensors: list[torch.Tensor] = field(default_factory=list)
+    zeroed: int
+    plain: int = 0
     logits: torch.Tensor | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    # Complete once the last launch is; None for a slot that its stream keeps.
+    event: Any = None
+    is_evicted: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Capture:
+    """What a captured graph uses until it is gone: pieces (zeroed, address, size), and objects."""
+
+    life: GraphLife
+    pieces: list[tuple[bool, int, int]] = field(default_factory=list)
+    # Address and size of the largest piece so far, by (zeroed, stream id).
+    largest: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
+    pins: dict[int, object] = field(default_factory=dict)
 
 
 class Workspace:
@@ -94,85 +161,142 @@ class Workspace:
     def __init__(self, device: torch.device, layout: ScratchLayout) -> None:
         self.device = device
         self.layout = layout
-        self._lock = threading.Lock()
-        self._slots: dict[int, Slot] = {}
-        self._captured: dict[tuple[int, int], int] = {}
-        # By stream, the capture that found the reserve empty and the memory it zeroes by itself:
-        # kept until another capture on the stream, so that torch does not hand it out within this.
-        self._recorded: dict[int, tuple[int, torch.Tensor]] = {}
-        self._reserve: list[torch.Tensor] = []
-        self._free: list[int] = []
+        # By what needs the zeroing: pieces of plain scratch come back as they are.
+        self.pools = {zeroed: Pool(device.index) for zeroed in (True, False)}
+        # Streams of torch's by handle, foreign ones by ~id, the oldest first.
+        self.slots: dict[int, Slot] = {}
+        self.captures: dict[int, Capture] = {}
+        self._lock = threading.RLock()
 
-    def refill(self) -> None:
-        """Top up the zeroed reserve; outside capture only, since it waits for the zeroing."""
+    def stream_slot(self, stream: int) -> Slot:
+        """Return the slot of one of torch's streams; the stream's first call makes it."""
         with self._lock:
-            if self.layout.zeroed_bytes == 0 or len(self._free) >= RESERVE_LOW:
-                return
-            size = self.layout.zeroed_bytes
-            chunk = self._zeros(RESERVE_SLOTS * size)
-            wait_for_current_stream(self.device)
-            self._reserve.append(chunk)
-            self._free += range(chunk.data_ptr(), chunk.data_ptr() + chunk.numel(), size)
-
-    def eager_slot(self, stream: int) -> Slot:
-        """Return the slot of `stream`, the current one; the stream's first call makes it."""
-        identity = stream_identity(stream)
-        slot = self._slots.get(identity)
-        if slot is None:
-            # Zeroed on the stream that will use it, so no other synchronisation is needed.
-            zeroed, plain = self._zeros(self.layout.zeroed_bytes), self._empty_plain()
-            addresses = self._addresses(zeroed.data_ptr(), plain.data_ptr())
-            slot = Slot(addresses=addresses, tensors=[zeroed, plain])
-            with self._lock:
-                slot = self._slots.setdefault(identity, slot)
-            self.refill()
+            slot = self.slots.get(stream)
+            if slot is None:
+                slot = self.slots[stream] = self._new_slot()
         return slot
 
-    def captured_slot(self, stream: int) -> Slot:
-        """Return a slot for one launch that `stream`, the current one, records into a graph."""
-        plain = self._empty_plain()
-        with self._lock:
-            zeroed = self._captured_zeroed(stream, capture_id(stream))
-        return Slot(addresses=self._addresses(zeroed, plain.data_ptr()), tensors=[plain])
+    @contextlib.contextmanager
+    def leased_slot(self, stream: int, identity: int) -> Iterator[Slot]:
+        """Yield the slot of a foreign stream with its lock held; the launch is to come within."""
+        while True:
+            with self._lock:
+                slot = self.slots.get(~identity)
+                if slot is None:
+                    slot = self.slots[~identity] = self._foreign_slot(stream)
+            with slot.lock:
+                # Taken over by another stream before it was locked?
+                if slot.is_evicted:
+                    continue
+                try:
+                    yield slot
+                finally:
+                    # After an interrupt too: a launch may be under way.
+                    if slot.event is not None:
+                        recorded = driver.bindings().cuEventRecord(slot.event, stream)
+                        driver.checked("recording the end of a launch", recorded)
+                return
 
-    def _captured_zeroed(self, stream: int, capture: int) -> int:
-        """Return the zeroed scratch of `stream` in `capture`, one address for all its layers."""
-        known = self._captured.get((stream, capture))
-        if known is not None:
-            return known
-        recorded = self._recorded.get(stream)
-        if recorded is not None and recorded[0] == capture:
-            return recorded[1].data_ptr()
-        if self._free:
-            return self._captured.setdefault((stream, capture), self._free.pop())
-        memory = self._zeros(self.layout.zeroed_bytes)
-        self._recorded[stream] = (capture, memory)
-        return memory.data_ptr()
+    def _foreign_slot(self, stream: int) -> Slot:
+        foreign = [key for key in self.slots if key < 0]
+        if len(foreign) < KEPT_FOREIGN_SLOTS:
+            return self._new_slot()
+        with relaxed_on(self.device.index) as cuda:
+            for key in foreign:
+                self._evict_if_done(cuda, key)
+        slot = self._new_slot()
+        slot.event = _event_on(stream)
+        return slot
+
+    def _evict_if_done(self, cuda: Any, key: int) -> None:
+        """Give a slot back if its last launch has ended, whether or not its stream is alive."""
+        slot = self.slots[key]
+        if slot.event is None or not slot.lock.acquire(blocking=False):
+            return
+        try:
+            if int(cuda.cuEventQuery(slot.event)[0]) == 0:
+                slot.is_evicted = True
+                del self.slots[key]
+                cuda.cuEventDestroy(slot.event)
+                self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
+                self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
+        finally:
+            slot.lock.release()
+
+    def _new_slot(self) -> Slot:
+        zeroed = self._take(True, self.layout.zeroed_bytes)
+        plain = self._take(False, self.layout.plain_bytes)
+        return _slot(self.layout, zeroed, plain)
+
+    def _take(self, zeroed: bool, size: int) -> int:
+        pool = self.pools[zeroed]
+        if not pool.has(size):
+            self.release_ended()
+        return pool.take(size)
+
+    def captured_slot(
+        self, stream: int, kernel: Kernel, problem: tuple[int, int], pins: tuple[object, ...]
+    ) -> Slot:
+        """Return a slot for one launch of `problem` that `stream`, the current one, records.
+
+        `pins` stay alive as long as the graph.
+        """
+        layout = scratch_layout([kernel], problem)
+        if not (layout.zeroed_bytes or layout.plain_bytes or pins):
+            return _slot(layout, 0, 0)
+        identifier, graph = capture_of(stream)
+        key = stream_id(self.device.index, stream)
+        with self._lock:
+            capture = self.captures.get(identifier)
+            if capture is None:
+                capture = self.captures[identifier] = Capture(life=GraphLife(graph))
+            capture.pins.update((id(pin), pin) for pin in pins)
+            zeroed = self._captured_piece(capture, True, key, layout.zeroed_bytes)
+            plain = self._captured_piece(capture, False, key, layout.plain_bytes)
+        return _slot(layout, zeroed, plain)
+
+    def _captured_piece(self, capture: Capture, zeroed: bool, stream: int, size: int) -> int:
+        address, known = capture.largest.get((zeroed, stream), (0, 0))
+        if known < size:
+            address = self._take(zeroed, size)
+            capture.pieces.append((zeroed, address, size))
+            capture.largest[zeroed, stream] = address, size
+        return address
+
+    def release_ended(self) -> None:
+        """Take back what the captures of graphs that are gone have used."""
+        with self._lock:
+            ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
+            for key in ended:
+                for zeroed, address, size in self.captures.pop(key).pieces:
+                    self.pools[zeroed].give_back(address, size)
 
     def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
         """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
         size = num_tokens * num_experts
         if slot.logits is None or slot.logits.numel() < size:
-            slot.logits = self._empty(size, torch.float32)
+            # An inference tensor could not be written by a later call that is not in that mode.
+            with torch.inference_mode(False):
+                slot.logits = torch.empty(size, dtype=torch.float32, device=self.device)
         return slot.logits[:size].view(num_tokens, num_experts)
 
-    def _addresses(self, zeroed: int, plain: int) -> dict[str, int]:
-        return {name: zeroed + offset for name, offset in self.layout.zeroed} | {
-            name: plain + offset for name, offset in self.layout.plain
-        }
 
-    def _empty_plain(self) -> torch.Tensor:
-        return self._empty(self.layout.plain_bytes)
+def _slot(layout: ScratchLayout, zeroed: int, plain: int) -> Slot:
+    addresses = {name: zeroed + offset for name, offset in layout.zeroed}
+    addresses |= {name: plain + offset for name, offset in layout.plain}
+    return Slot(addresses=addresses, zeroed=zeroed, plain=plain)
 
-    # Made outside inference mode, whatever the caller's mode: an inference tensor could not be
-    # written by a later call that is not in that mode.
-    def _empty(self, size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(size, dtype=dtype, device=self.device)
 
-    def _zeros(self, size: int) -> torch.Tensor:
-        with torch.inference_mode(False):
-            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+def _event_on(stream: int) -> Any:
+    """Return an event for `stream`, which has to come from the stream's own context."""
+    cuda = driver.bindings()
+    context = driver.checked("asking for the stream's context", cuda.cuStreamGetCtx(stream))
+    driver.checked("making the stream's context current", cuda.cuCtxPushCurrent(context))
+    try:
+        flag = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        return driver.checked("making an event", cuda.cuEventCreate(flag))
+    finally:
+        cuda.cuCtxPopCurrent()
 
 
 _workspaces: dict[tuple[torch.device, ScratchLayout], Workspace] = {}
@@ -187,3 +311,9 @@ def workspace_for(device: torch.device, kernels: Iterable[Kernel]) -> Workspace:
         if workspace is None:
             workspace = _workspaces[device, layout] = Workspace(device, layout)
     return workspace
+
+
+def workspaces_on(index: int) -> list[Workspace]:
+    """Return the workspaces of GPU `index`, one for each set of kernels."""
+    with _workspaces_lock:
+        return [each for each in _workspaces.values() if each.device.index == index]

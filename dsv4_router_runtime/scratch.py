@@ -1,0 +1,140 @@
+"""The memory that this package holds on a GPU: its sizes, its check and its reset.
+
+A server calls these after sleep and wake, after a fault, or to see what the routers cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .device.memory import allocated_bytes, read, wait_for_device, zero
+from .device.occupancy import Fallback, fallbacks
+from .device.streams import refuse_under_capture
+from .device.workspace import Workspace, workspaces_on
+from .errors import RouterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What this package holds on one GPU; `dataclasses.asdict` of it is JSON.
+
+    streams             streams that have a slot of scratch
+    bytes_per_stream    bytes of one such slot
+    captures            graphs that are alive, or may be, and hold scratch or a layer's tensors
+    capture_slots       slots of scratch that these hold
+    capture_bytes       bytes of these slots
+    scratch_bytes       bytes of all scratch, with what is free for the next capture
+    prefill_bytes       bytes of logits for more than 64 tokens, outside graphs
+    driver_bytes        bytes taken from the driver: scratch, and private copies of layers
+    fallbacks           kernels whose cluster did not fit a context, and those taken instead
+
+    No graph ever holds a memset or an allocation.
+    """
+
+    device: str
+    streams: int
+    bytes_per_stream: int
+    captures: int
+    capture_slots: int
+    capture_bytes: int
+    scratch_bytes: int
+    prefill_bytes: int
+    driver_bytes: int
+    fallbacks: tuple[Fallback, ...]
+
+
+def status(device: torch.device | int | str | None = None) -> Status:
+    """Return what this package holds on a GPU (torch's current one if None); nothing waits."""
+    index = gpu_index(device)
+    spaces = workspaces_on(index)
+    for space in spaces:
+        space.release_ended()
+    slots = [slot for space in spaces for slot in list(space.slots.values())]
+    captures = [capture for space in spaces for capture in list(space.captures.values())]
+    pieces = [size for capture in captures for _, _, size in capture.pieces]
+    layouts = [space.layout for space in spaces]
+    pools = [pool for space in spaces for pool in space.pools.values()]
+    return Status(
+        device=f"cuda:{index}",
+        streams=len(slots),
+        bytes_per_stream=max((each.zeroed_bytes + each.plain_bytes for each in layouts), default=0),
+        captures=len(captures),
+        capture_slots=len(pieces),
+        capture_bytes=sum(pieces),
+        scratch_bytes=sum(chunk.size for pool in pools for chunk in pool.chunks),
+        prefill_bytes=sum(slot.logits.nbytes for slot in slots if slot.logits is not None),
+        driver_bytes=allocated_bytes(index),
+        fallbacks=tuple(each for each in fallbacks() if each.device == index),
+    )
+
+
+def check(device: torch.device | int | str | None = None) -> None:
+    """Wait for a GPU (torch's current one if None), and check that all zeroed scratch is zero.
+
+    RouterError names the first slot that is not. Words that are left there can only come from a
+    fault: memory that was unmapped and mapped anew, a write by another kernel, or a launch that was
+    ended. `reset` repairs it. No graph may be under capture meanwhile, in any thread, and no call.
+    """
+    for space in _idle_workspaces(gpu_index(device), "scratch would have to be read"):
+        for chunk in space.pools[True].chunks:
+            content = read(chunk.index, chunk.address, chunk.size)
+            if content.count(0) != chunk.size:
+                at = next(at for at, byte in enumerate(content) if byte)
+                raise RouterError(
+                    f"{_owner(space, chunk.address + at)}: expected zeroed scratch (got byte "
+                    f"{content[at]:#04x} at address {chunk.address + at:#x}); a launch would route "
+                    "wrongly or fail: call dsv4_router_runtime.reset()"
+                )
+
+
+def reset(device: torch.device | int | str | None = None) -> None:
+    """Wait for a GPU (torch's current one if None), and zero all scratch where it lies.
+
+    Addresses stay, so captured graphs stay valid. Prefill logits outside graphs are freed. No graph
+    may be under capture meanwhile, in any thread, and no call. Copies of weights are the layers':
+    see `Router.reset`.
+    """
+    for space in _idle_workspaces(gpu_index(device), "scratch would have to be zeroed"):
+        zero(
+            space.device.index,
+            *((chunk.address, chunk.size) for chunk in space.pools[True].chunks),
+        )
+        for slot in list(space.slots.values()):
+            with slot.lock:
+                slot.logits = None
+
+
+def _idle_workspaces(index: int, what: str) -> list[Workspace]:
+    refuse_under_capture(what)
+    spaces = workspaces_on(index)
+    if spaces:
+        wait_for_device(index)
+    return spaces
+
+
+def _owner(space: Workspace, address: int) -> str:
+    """Name the slot that `address` lies in."""
+    for key, slot in space.slots.items():
+        if slot.zeroed <= address < slot.zeroed + space.layout.zeroed_bytes:
+            return f"stream {key:#x}" if key >= 0 else f"foreign stream with id {~key}"
+    for identifier, capture in space.captures.items():
+        for _, start, size in capture.pieces:
+            if start <= address < start + size:
+                return f"capture {identifier}"
+    return "scratch of no stream and no capture"
+
+
+def gpu_index(device: torch.device | int | str | None) -> int:
+    """Return the index of a GPU that is given as torch takes it; None is torch's current one."""
+    if device is None:
+        return torch.cuda.current_device()
+    if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
+        raise TypeError(
+            f"device: expected a torch.device, an int, a str or None (got {type(device).__name__})"
+        )
+    given = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if given.type != "cuda":
+        raise ValueError(f"device: expected a CUDA device (got {given})")
+    return torch.cuda.current_device() if given.index is None else given.index

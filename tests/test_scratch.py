@@ -1,0 +1,587 @@
+"""Scratch, private copies and bound tensors: whose memory, how much, how long, and when refused.
+
+The driver is a fake in host memory, see fake_driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict, replace
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
+import torch
+from conftest import decode_kernel, sample_manifest, topk_kernel
+from gpu_recorder import replace_gpu, table_of, w_copy_of, workspace_of
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from build_kernels.kernels.shapes import WORKSPACE_BYTES
+from build_kernels.specs import KERNELS
+from dsv4_router_runtime import Router, check, reset, scratch, status
+from dsv4_router_runtime.artifacts.folder import ArtifactSet
+from dsv4_router_runtime.artifacts.kernel import Parameter, Scratch
+from dsv4_router_runtime.device import workspace
+from dsv4_router_runtime.device.launch_site import LaunchSite
+from dsv4_router_runtime.errors import DriverError, RouterError
+from dsv4_router_runtime.parameters import workspace_bytes
+
+K, E, TOP_K = 512, 384, 6
+MIB = 2**20
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return replace_gpu(monkeypatch)
+
+
+def with_workspace(kernel):
+    """The sample kernel with the scratch of the built one."""
+    [spec] = [spec for spec in KERNELS if spec.name == kernel.name]
+    kept = [p for p in kernel.parameters if p.scratch is None]
+    own = [Parameter(**vars(p), offset=0, size=8) for p in spec.parameters if p.scratch]
+    return replace(kernel, parameters=tuple(kept + own))
+
+
+@pytest.fixture
+def make(gpu, tmp_path):
+    manifest = sample_manifest()
+    kernels = tuple(with_workspace(kernel) for kernel in manifest.kernels)
+    artifacts = ArtifactSet(folder=tmp_path, manifest=replace(manifest, kernels=kernels))
+
+    def made(e=E, emajor=False, W=None, **more) -> Router:
+        # No view of another tensor, which would keep the memory.
+        plain = torch.empty_strided(
+            (K, e), (e, 1) if emajor else (1, K), dtype=torch.bfloat16
+        ).zero_()
+        bias = None if "tid2eid" in more else torch.zeros(e)
+        given = {"top_k": TOP_K, "routed_scaling_factor": 2.5, "artifacts": artifacts} | more
+        return Router(plain if W is None else W, bias, **given)
+
+    return made
+
+
+def step(num_tokens):
+    x = torch.zeros(num_tokens, K, dtype=torch.bfloat16)
+    return x, torch.zeros(num_tokens, TOP_K), torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
+
+
+def hash_table(first=0, vocab=20):
+    return torch.arange(first, first + TOP_K).repeat(vocab, 1)
+
+
+# ------------------------------------------------------------------ sizes
+
+
+def with_scratch(kernel, **elements):
+    """The kernel with the sizes of some of its scratch parameters changed."""
+    parameters = tuple(
+        replace(p, scratch=Scratch(elements=elements[p.name], zeroed=p.scratch.zeroed))
+        if p.name in elements
+        else p
+        for p in kernel.parameters
+    )
+    return replace(kernel, parameters=parameters)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_scratch_of_a_name_is_as_large_as_any_kernel_wants_it(order):
+    """Sizes differ from kernel to kernel, and none fills its last 256 bytes."""
+    small = with_scratch(decode_kernel(tile=8), partials=65, counters=3)
+    large = with_scratch(decode_kernel(tile=64), partials=129, counters=65)
+    layout = workspace.scratch_layout([small, topk_kernel(), large][::order])
+    assert (layout.plain, layout.plain_bytes) == ((("partials", 0),), 768)
+    assert (layout.zeroed, layout.zeroed_bytes) == ((("counters", 0),), 512)
+
+
+def test_each_scratch_starts_on_256_bytes():
+    kernel = with_scratch(decode_kernel(), partials=65, counters=3)
+    renamed = tuple(
+        replace(p, name={"partials": "aside", "counters": "begun"}.get(p.name, p.name))
+        for p in kernel.parameters
+    )
+    layout = workspace.scratch_layout([kernel, replace(kernel, parameters=renamed)])
+    assert layout.plain == (("aside", 0), ("partials", 512))
+    assert layout.zeroed == (("begun", 0), ("counters", 256))
+    assert (layout.plain_bytes, layout.zeroed_bytes) == (1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "size"),
+    [(64, 64, 0), (1, 65, 256 + 1024), (8, 384, 256 + 24576), (64, 512, WORKSPACE_BYTES)],
+)
+def test_a_launch_accesses_tickets_and_whole_tiles_of_candidates(num_tokens, num_experts, size):
+    assert workspace_bytes(num_tokens, num_experts) == size
+
+
+# ------------------------------------------------------------------ streams
+
+
+def test_scratch_is_the_drivers_and_zeroed(gpu, make):
+    """Fresh memory of the fake driver holds 0x7F, and torch's is not in its list."""
+    make()(*step(4))
+    address = gpu.last["workspace"]
+    assert ctypes.string_at(address, WORKSPACE_BYTES) == bytes(WORKSPACE_BYTES)
+    [start] = gpu.driver.memory
+    assert start <= address < start + len(gpu.driver.memory[start])
+
+
+def test_a_bind_and_a_first_call_leave_a_capture_in_another_thread_alone(gpu, make):
+    gpu.driver.captured_elsewhere = True
+    table = hash_table()
+    bound = make(tid2eid=table, emajor=True)
+    bound(*step(4), input_ids=torch.zeros(4, dtype=torch.int32))
+    make()(*step(4))
+    bound.reset()
+    del bound
+    gc.collect()
+    assert gpu.driver.broken_captures == 0
+
+
+FOUR = step(4)
+
+
+def call_on(gpu, router, stream, given=FOUR) -> int:
+    gpu.stream = stream
+    gpu.foreign.add(stream)
+    router(*given)
+    return gpu.last["workspace"]
+
+
+def test_a_stream_that_has_anothers_handle_has_scratch_of_its_own(gpu, make):
+    bound = make()
+    first = call_on(gpu, bound, 0x900)
+    assert call_on(gpu, bound, 0x900) == first
+    gpu.driver.reuse(0x900)
+    assert call_on(gpu, bound, 0x900) != first
+
+
+def test_a_thread_that_has_anothers_identifier_has_scratch_of_its_own(gpu, make):
+    bound = make()
+    first = call_on(gpu, bound, 2)
+    gpu.driver.reuse((2, threading.get_ident()))
+    assert call_on(gpu, bound, 2) != first
+
+
+def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
+    bound = make()
+    for stream in range(0x1000, 0x1000 + 10_000):
+        call_on(gpu, bound, stream)
+    assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
+    assert status().scratch_bytes < 16 * MIB
+    assert len(gpu.driver.events) == 1
+    assert len(bound._binding._sites) < 300
+
+
+def test_streams_with_work_under_way_keep_their_slots(gpu, make):
+    bound = make()
+    streams = range(0x1000, 0x1000 + 200)
+    gpu.driver.busy.update(streams)
+    first = {stream: call_on(gpu, bound, stream) for stream in streams}
+    assert len(set(first.values())) == 200
+    assert {stream: call_on(gpu, bound, stream) for stream in streams} == first
+    gpu.driver.busy.clear()
+    taken = call_on(gpu, bound, 0x9000)
+    assert taken in first.values()
+    assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
+    gpu.driver.busy.update(gpu.foreign)
+    # Those that lost theirs come back, and share with nobody.
+    again = [call_on(gpu, bound, stream) for stream in streams]
+    assert len({*again, taken}) == 201
+
+
+def test_a_slot_is_not_taken_over_between_lease_and_launch(gpu, make, monkeypatch):
+    """Its last launch has ended, and the next one is about to start."""
+    bound = make()
+    for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):
+        call_on(gpu, bound, stream)
+    taken = call_on(gpu, bound, 0x5000)
+    launch, others = LaunchSite.launch, []
+
+    def late(site):
+        monkeypatch.setattr(LaunchSite, "launch", launch)
+        other = make()
+        thread = threading.Thread(target=lambda: others.append(call_on(gpu, other, 0x6000)))
+        thread.start()
+        thread.join()
+        launch(site)
+
+    monkeypatch.setattr(LaunchSite, "launch", late)
+    call_on(gpu, bound, 0x5000)
+    assert gpu.last["workspace"] == taken
+    assert others
+    assert taken not in others
+
+
+def test_a_slot_that_was_taken_over_just_before_it_was_locked_is_not_used(gpu, make):
+    bound, other = make(), make()
+    for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):
+        call_on(gpu, bound, stream)
+    taken = call_on(gpu, bound, 0x5000)
+    slot = list(workspace_of(bound).slots.values())[-1]
+    lock = slot.lock
+
+    class Late:
+        """The lock, before which another thread's call comes."""
+
+        acquire, release, __exit__ = lock.acquire, lock.release, lock.__exit__
+
+        def __enter__(self):
+            slot.lock = lock
+            thread = threading.Thread(target=call_on, args=(gpu, other, 0x6000))
+            thread.start()
+            thread.join()
+            gpu.driver.busy.add(0x6000)
+            gpu.stream = 0x5000
+            return lock.__enter__()
+
+    slot.lock = Late()
+    call_on(gpu, bound, 0x5000)
+    between, late = gpu.launches[-2:]
+    assert (between["stream"], late["stream"]) == (0x6000, 0x5000)
+    assert between["workspace"] == taken != late["workspace"]
+
+
+# ------------------------------------------------------------------ captures
+
+
+def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
+    """61 layers and 83 sizes of batches, each a graph: as vLLM captures them."""
+    bound = make()
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 80 + 16 * 72, 16)]
+    steps, slots = {num_tokens: step(num_tokens) for num_tokens in sizes}, []
+    for capture in range(1, 61 * len(sizes) + 1):
+        gpu.capture = capture
+        num_tokens = sizes[capture % len(sizes)]
+        bound(*steps[num_tokens])
+        if num_tokens <= 64:
+            slots.append((gpu.last["workspace"], workspace_bytes(num_tokens, E)))
+    assert capture == 5063
+    slots.sort()
+    assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(slots))
+    assert all(ctypes.string_at(address, size) == bytes(size) for address, size in slots)
+    assert (gpu.driver.memsets, gpu.driver.broken_captures) == (0, 0)
+    held = status()
+    assert (held.captures, held.capture_slots) == (5063, 61 * 11)
+    assert held.capture_bytes == sum(size for _, size in slots)
+    assert held.driver_bytes == held.scratch_bytes <= 64 * MIB
+
+
+@pytest.mark.parametrize(("e", "num_tokens"), [(64, 4), (384, 65)])
+def test_captures_that_use_no_zeroed_scratch_take_none(gpu, make, e, num_tokens):
+    bound = make(e)
+    gpu.capture = 1
+    bound(*step(num_tokens))
+    assert not gpu.last.get("workspace")
+    assert status().capture_slots == status().scratch_bytes == 0
+
+
+def test_launches_of_a_capture_share_the_largest_slot_so_far(gpu, make):
+    bound = make()
+    gpu.capture = 1
+    for num_tokens in (8, 4, 16, 8):
+        bound(*step(num_tokens))
+    first, smaller, larger, again = (item["workspace"] for item in gpu.launches)
+    assert first == smaller != larger == again
+    assert status().capture_bytes == workspace_bytes(8, E) + workspace_bytes(16, E)
+
+
+def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
+    bound = make()
+    for gpu.capture in range(1, 301):
+        bound(*step(64))
+    held = status()
+    used = {item["workspace"] for item in gpu.launches}
+    for capture in range(1, 301):
+        gpu.driver.destroy_graph(capture)
+    assert (status().captures, status().capture_bytes) == (0, 0)
+    for gpu.capture in range(301, 601):
+        bound(*step(64))
+    assert {item["workspace"] for item in gpu.launches[300:]} == used
+    assert status().scratch_bytes == held.scratch_bytes
+
+
+def test_no_memory_under_capture_is_an_error_in_words(gpu, make):
+    bound = make()
+    gpu.capture = 1
+    gpu.driver.full = True
+    with pytest.raises(DriverError, match="allocating 2097152 bytes on GPU"):
+        bound(*step(4))
+    gpu.driver.full = False
+    bound(*step(4))
+    assert len(gpu.launches) == 1
+
+
+def test_an_invalidated_capture_is_an_error_in_words(gpu, make, monkeypatch):
+    bound = make()
+    gpu.capture = 1
+    invalidated = (0, 2, 0, 0, (), (), 0)
+    monkeypatch.setattr(gpu.driver, "cuStreamGetCaptureInfo", lambda stream: invalidated)
+    with pytest.raises(RouterError, match="capture has been invalidated"):
+        bound(*step(4))
+
+
+# ------------------------------------------------------------------ memory's life
+
+
+@pytest.mark.parametrize("kind", ["weights", "table"])
+def test_a_private_copy_lives_as_long_as_a_graph_that_reads_it(gpu, make, kind):
+    bound = make(132, emajor=True) if kind == "weights" else make(tid2eid=hash_table())
+    given = {} if kind == "weights" else {"input_ids": torch.zeros(4, dtype=torch.int64)}
+    address = (w_copy_of if kind == "weights" else table_of)(bound).data_ptr()
+    gpu.capture = 7
+    bound(*step(4), **given)
+    gpu.capture = 0
+    del bound
+    gc.collect()
+    assert address in gpu.driver.memory
+    gpu.driver.destroy_graph(7)
+    status()
+    gc.collect()
+    assert address in gpu.driver.freed
+
+
+def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make):
+    bound = make()
+    storage = StorageWeakRef(bound.W_gate.untyped_storage())
+    gpu.capture = 7
+    bound(*step(100))
+    gpu.capture = 0
+    del bound
+    gpu.products.clear()
+    gc.collect()
+    assert not storage.expired()
+    gpu.driver.destroy_graph(7)
+    status()
+    gc.collect()
+    assert storage.expired()
+
+
+def test_a_copy_dropped_under_capture_is_freed_afterwards(gpu, make):
+    bound = make(132, emajor=True)
+    address = w_copy_of(bound).data_ptr()
+    gpu.capture = 1
+    del bound
+    gc.collect()
+    assert address not in gpu.driver.freed
+    gpu.capture = 0
+    make(132, emajor=True)
+    assert address in gpu.driver.freed
+    assert gpu.driver.broken_captures == 0
+
+
+def test_a_forked_child_frees_nothing(gpu, make, monkeypatch):
+    bound = make(132, emajor=True)
+    address = w_copy_of(bound).data_ptr()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    del bound
+    gc.collect()
+    assert address in gpu.driver.memory
+
+
+def test_a_driver_that_frees_nothing_is_no_exception(gpu, make, monkeypatch):
+    """After a sticky error every call fails; the error that says so is another call's."""
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    bound = make(132, emajor=True)
+    monkeypatch.setattr(gpu.driver, "cuCtxPushCurrent", lambda context: (719,))
+    del bound
+    gc.collect()
+    assert raised == []
+
+
+# ------------------------------------------------------------------ tensors that moved
+
+BOUND = ("W_gate", "e_bias", "bias_vl", "to_physical", "logical_count")
+
+
+def with_options(make) -> Router:
+    to_physical, count = torch.zeros(E, 2, dtype=torch.int32), torch.ones(E, dtype=torch.int32)
+    more = {"bias_vl": torch.zeros(E), "to_physical": to_physical, "logical_count": count}
+    return make(**more)
+
+
+def test_a_weight_that_moved_is_refused_through_its_view(gpu, make):
+    """weight.t() stays with the memory that the module no longer has."""
+    weight = torch.nn.Linear(K, E, bias=False).to(torch.bfloat16).weight
+    bound = make(W=weight.t())
+    bound(*FOUR)
+    weight.data = weight.data.clone()
+    refused = "W_gate: expected the memory of the tensor that it is a view of as it was bound"
+    for act in (lambda: bound(*FOUR), bound.reset):
+        with pytest.raises(ValueError, match=rf"{refused}.*say\); make a new Router"):
+            act()
+    assert len(gpu.launches) == 1
+
+
+@pytest.mark.parametrize("name", BOUND)
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_a_bound_tensor_that_moved_is_refused(gpu, make, name, num_tokens):
+    bound = with_options(make)
+    bound(*step(num_tokens))
+    tensor = getattr(bound, name)
+    was = tensor.data_ptr()
+    tensor.data = tensor.data.clone()
+    refused = rf"{name}: expected the memory .* at {was:#x} \(got {tensor.data_ptr():#x}: moved"
+    with pytest.raises(ValueError, match=rf"{refused}.*reset\(\), or make a new Router"):
+        bound(*step(num_tokens))
+    assert len(gpu.launches) == 1
+    bound.reset()
+    bound(*step(num_tokens))
+    assert len(gpu.launches) == 2
+
+
+def test_the_memory_that_was_bound_is_kept(gpu, make):
+    bound = make()
+    storage = StorageWeakRef(bound.W_gate.untyped_storage())
+    bound.W_gate.data = bound.W_gate.data.clone()
+    gc.collect()
+    assert not storage.expired()
+    bound.reset()
+    gc.collect()
+    assert storage.expired()
+
+
+def test_after_reset_every_launch_has_the_new_addresses(gpu, make):
+    bound = with_options(make)
+    for num_tokens in (4, 100):
+        bound(*step(num_tokens))
+    for name in BOUND:
+        tensor = getattr(bound, name)
+        tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+    bound.reset()
+    for num_tokens in (4, 100):
+        bound(*step(num_tokens))
+        for name in BOUND[1:]:
+            assert gpu.last[name] == getattr(bound, name).data_ptr()
+    assert [m.address for m in gpu.maps if m.dims == (K, E)][-1] == bound.W_gate.data_ptr()
+    assert gpu.launches[-2]["w_map"] != gpu.launches[0]["w_map"]
+    assert gpu.driver.waits == 1
+
+
+def test_private_copies_are_taken_again_where_they_lie(gpu, make):
+    table = hash_table()
+    bound, copied = make(tid2eid=table, emajor=True), make(132, emajor=True)
+    lie = [tensor.data_ptr() for tensor in (table_of(bound), w_copy_of(bound), w_copy_of(copied))]
+    table += 1
+    bound.W_gate.fill_(2)
+    copied.W_gate.fill_(3)
+    with pytest.raises(ValueError, match=r"modified in place.*call reset\(\)"):
+        copied(*step(4))
+    for router in (bound, copied):
+        router.reset()
+    copied(*step(4))
+    assert torch.equal(table_of(bound), hash_table(first=1).int())
+    assert (w_copy_of(bound) == 2).all()
+    assert (w_copy_of(copied) == 3).all()
+    copies = (table_of(bound), w_copy_of(bound), w_copy_of(copied))
+    assert [tensor.data_ptr() for tensor in copies] == lie
+
+
+def test_reset_refuses_what_is_another_layer(gpu, make):
+    table = hash_table()
+    bound, hashed = make(), make(tid2eid=table)
+    bound.W_gate.data = torch.zeros(E, 2 * K, dtype=torch.bfloat16).t()
+    with pytest.raises(
+        ValueError, match=r"W_gate: expected a layer as it was bound, .* new Router"
+    ):
+        bound.reset()
+    table.data = hash_table(vocab=30)
+    with pytest.raises(ValueError, match=r"tid2eid: expected shape \[20, 6\], as it was bound"):
+        hashed.reset()
+    table.data = hash_table(first=E)
+    with pytest.raises(ValueError, match=r"tid2eid: expected ids in 0..383"):
+        hashed.reset()
+    assert torch.equal(table_of(hashed), hash_table().int())
+
+
+# ------------------------------------------------------------------ status, check, reset
+
+
+def test_status_counts_and_is_json(gpu, make):
+    bound = make(132, emajor=True)
+    for gpu.stream in (0, 0x70):
+        bound(*step(100))
+    gpu.capture = 1
+    bound(*step(8))
+    held = status()
+    assert json.loads(json.dumps(asdict(held))) == {**asdict(held), "fallbacks": []}
+    assert (held.streams, held.bytes_per_stream) == (2, WORKSPACE_BYTES)
+    assert (held.captures, held.capture_slots) == (1, 1)
+    assert held.capture_bytes == workspace_bytes(8, 132)
+    assert held.scratch_bytes == 2 * MIB
+    assert held.prefill_bytes == 2 * 100 * 132 * 4
+    assert held.driver_bytes == 2 * MIB + 132 * K * 2
+
+
+@pytest.mark.parametrize("where", ["stream 0x0", "foreign stream with id 77", "capture 5", "of no"])
+def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
+    bound = make()
+    bound(*step(4))
+    gpu.driver.ids[0x900] = 77
+    call_on(gpu, bound, 0x900)
+    gpu.capture = 5
+    bound(*step(4))
+    gpu.capture = 0
+    check()
+    at = ["stream 0x0", "foreign stream with id 77", "capture 5"].index
+    launch = gpu.launches[-1 if where == "of no" else at(where)]
+    past = MIB if where == "of no" else 0
+    address = launch["workspace"] + past + 300
+    ctypes.memset(address, 0xFF, 1)
+    with pytest.raises(
+        RouterError, match=rf"{where}.*got byte 0xff at address {address:#x}.*reset"
+    ):
+        check()
+    reset()
+    check()
+    gpu.stream = 0
+    bound(*step(4))
+    assert gpu.last["workspace"] == gpu.launches[0]["workspace"]
+
+
+def test_reset_frees_the_logits_of_prefill_outside_graphs(gpu, make):
+    bound = make()
+    bound(*step(1000))
+    assert status().prefill_bytes == 1000 * E * 4
+    reset()
+    assert status().prefill_bytes == 0
+    bound(*step(100))
+    assert status().prefill_bytes == 100 * E * 4
+
+
+@pytest.mark.parametrize("what", [check, reset])
+def test_nothing_waits_for_the_gpu_under_capture(gpu, make, what):
+    bound = make()
+    bound(*step(4))
+    gpu.capture = 1
+    for act in (what, bound.reset):
+        with pytest.raises(RouterError, match="the current stream is being captured"):
+            act()
+    assert gpu.driver.broken_captures == gpu.driver.waits == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("cpu", ValueError, r"device: expected a CUDA device \(got cpu\)"),
+        (True, TypeError, r"device: expected a torch.device, an int, a str or None \(got bool\)"),
+        (1.0, TypeError, r"\(got float\)"),
+    ],
+)
+def test_a_device_that_is_no_gpu_is_refused(device, error, message):
+    for act in (status, check, reset):
+        with pytest.raises(error, match=message):
+            act(device)
+
+
+def test_a_device_is_given_as_torch_takes_it():
+    for given in (1, "cuda:1", torch.device("cuda:1")):
+        assert scratch.gpu_index(given) == 1

@@ -206,8 +206,6 @@ def _check_options(
 ) -> None:
     bias_vl, tid2eid = options["bias_vl"], options["tid2eid"]
     if bias_vl is not None:
-        if tid2eid is not None:
-            raise wrong("bias_vl", "None beside tid2eid, whose ids need no bias", "a bias")
         check_vector(
             "bias_vl", bias_vl, torch.float32, length=num_experts, each="expert", device=device
         )

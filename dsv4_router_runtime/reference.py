@@ -69,12 +69,14 @@ def select_reference(
     NaN logit adds a score of 0. A logit of +inf, or one that FP32 cannot hold, counts as the
     largest finite FP32 number.
 
-    bias_vl [E], image_mask [N] bool: rows of the mask select with bias_vl instead of e_bias.
+    bias_vl [E], image_mask [N] bool: rows of the mask select with bias_vl instead of e_bias, or
+        instead of the table.
     gate_temp: see `tempered`.
     padding_mask [N] bool, num_tokens (one element): the mask's rows, and those from num_tokens on,
         get id -1 and weight 0 in every column.
     tid2eid [vocab, top_k], input_ids [N]: ids are the token's row of the table, in its order, and
         no bias is used (e_bias None). A token id outside the table makes a row like a padded one.
+        The token id of an image row is not used.
     to_physical [E, replicas], logical_count [E]: id e of row r becomes
         to_physical[e, r % count], the count held within 1..replicas.
     num_shared_slots: columns top_k + j hold id E + j and weight 1.
@@ -111,12 +113,17 @@ def _chosen(
     """Return the logical ids [N, top_k] and the padded rows [N], from the table or by rank."""
     padded = padded_rows(len(logits), logits.device, given["padding_mask"], given["num_tokens"])
     tid2eid, input_ids = given["tid2eid"], given["input_ids"]
+    bias_vl, image_mask = given["bias_vl"], given["image_mask"]
     if tid2eid is not None and input_ids is not None:
         outside = (input_ids < 0) | (input_ids >= tid2eid.shape[0])
-        return tid2eid[input_ids.masked_fill(outside, 0).long()].long(), padded | outside
+        ids = tid2eid[input_ids.masked_fill(outside, 0).long()].long()
+        if bias_vl is None or image_mask is None:
+            return ids, padded | outside
+        of_images = ranking(selection_keys(logits, bias_vl))[:, :top_k]
+        return torch.where(image_mask[:, None], of_images, ids), padded | outside & ~image_mask
     if e_bias is None:
         raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
-    bias = selection_bias(e_bias, given["bias_vl"], given["image_mask"])
+    bias = selection_bias(e_bias, bias_vl, image_mask)
     return ranking(selection_keys(logits, bias))[:, :top_k], padded
 
 

@@ -26,6 +26,8 @@ GATE_OPTIONS = (
 TABLE_OPTIONS = (
     *("unknown", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
 )
+# For a kernel that takes both a table and biases. Image rows use no token id.
+MIXED_OPTIONS = ("table", "images", *TABLE_OPTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +78,14 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, k=block, options=GATE_OPTIONS),
-        Case(num_tokens=7, num_experts=72, top_k=6, k=block, options=("table", *TABLE_OPTIONS)),
+        Case(num_tokens=7, num_experts=72, top_k=6, k=block, options=MIXED_OPTIONS),
     )
     if quick:
         return first
     served = ("temperature", "physical", "shared")
     return (
         *first,
-        Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=block, options=("table",)),
+        Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=block, options=("table", "images")),
         Case(num_tokens=3, num_experts=512, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
         Case(num_tokens=tile, num_experts=64, top_k=8, k=block),
@@ -131,7 +133,7 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, options=GATE_OPTIONS),
-        Case(num_tokens=7, num_experts=40, top_k=6, options=("table", *TABLE_OPTIONS)),
+        Case(num_tokens=7, num_experts=40, top_k=6, options=MIXED_OPTIONS),
     )
     if quick:
         return first

@@ -63,7 +63,11 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
         hidden, weight, logits, bias = _draw(generator, kernel, case)
         keyed = tempered(logits, options.get("gate_temp", 1.0))
         margin = ranking_margin(keyed, selection_bias(bias, *images), case.top_k)
-        if hashed or float(margin.min()) > CLEAR_MARGIN:
+        if hashed:
+            # Only an image row of a hash layer is ranked.
+            mask = options.get("image_mask", torch.zeros(case.num_tokens, dtype=torch.bool))
+            margin = margin.masked_fill(~mask, torch.inf)
+        if float(margin.min()) > CLEAR_MARGIN:
             break
     else:
         raise ValueError(f"{case}: no inputs with clear margins in 100 draws")

@@ -385,7 +385,7 @@ def against_reference(
 RUNG = Rung(
     name="emulated",
     climb=climb,
-    checker=Checker(number=4),
+    checker=Checker(number=5),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=3,
     figures={"cases": lambda node: node.items("a list of cases"), "runs": JsonNode.integer},

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("--top-k", type=int, required=True, help="experts per token")
     call.add_argument("--layout", choices=LAYOUTS, default="kmajor", help="unit stride of W_gate")
     call.add_argument("--hash", action="store_true", help="a layer with tid2eid")
+    call.add_argument("--images", action="store_true", help="a call with image_mask")
     place = call.add_mutually_exclusive_group()
     place.add_argument("--arch", metavar="SM", help="architecture, such as sm_90a")
     place.add_argument("--device", type=int, metavar="N", help="architecture of GPU N (default: 0)")
@@ -84,6 +85,7 @@ def _explain(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         layout=options.layout,
         hashed=options.hash,
+        images=options.images,
     )
     artifacts = open_artifacts(options.artifacts)
     explained = explain.explain(artifacts, question, options.arch or _arch(options.device or 0))

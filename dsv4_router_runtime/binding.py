@@ -61,7 +61,7 @@ def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Te
 
 @dataclass(frozen=True, kw_only=True)
 class _BoundStep:
-    """One step of the plan with its kernel loaded; the last step takes every number of tokens."""
+    """One step of the plan with its kernel loaded; the last step takes MAX_TOKENS."""
 
     max_tokens: int
     loaded: LoadedKernel
@@ -95,9 +95,11 @@ class Binding:
         with self._gpu():
             arch = driver.arch_of_device(self._index)
             self.plan = plan_layer(artifacts.manifest, _layer_problem(layer), arch)
-            for step in self.plan.steps:
-                check_parameter_names(artifacts, step.kernel)
+            for kernel in self.plan.kernels:
+                check_parameter_names(artifacts, kernel)
+            # The steps of calls without an image_mask, then those of calls with one.
             self._steps = _load_steps(self.plan, artifacts, self._index)
+            self._first_image_step = len(self.plan.steps) if self.plan.image_steps else 0
             _log_plan(self.plan, artifacts, arch, self._index)
             self._workspace = workspace_for(layer.device, artifacts.manifest.for_arch(arch))
         self.bind(W_gate, e_bias, options)
@@ -151,8 +153,8 @@ class Binding:
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """The kernels of the plan's steps, by ascending number of tokens."""
-        return tuple(step.kernel for step in self.plan.steps)
+        """The kernels of the plan, each once."""
+        return self.plan.kernels
 
     def run(
         self,
@@ -173,7 +175,7 @@ class Binding:
                 self.run(call, options, hidden_states, W_gate, pdl)
             return
         num_tokens = call[0]
-        index = 0
+        index = self._first_image_step if options.image_mask else 0
         while num_tokens > self._steps[index].max_tokens:
             index += 1
         stream = current_stream(self._index)
@@ -317,6 +319,7 @@ def _layer_problem(layer: Layer) -> LayerProblem:
         layout=layer.layout,
         tma_loadable=layer.tma_loadable,
         hashed=layer.hashed,
+        has_bias_vl=layer.has_bias_vl,
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
@@ -330,13 +333,13 @@ def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_
             max_tokens=MAX_TOKENS if step.max_tokens is None else step.max_tokens,
             loaded=load_once(artifacts, step.kernel, device),
         )
-        for step in plan.steps
+        for step in (*plan.steps, *plan.image_steps)
     )
 
 
 def _log_plan(plan: LayerPlan, artifacts: ArtifactSet, arch: str, device: int) -> None:
     """Log the artifacts and kernels of the first layer on a GPU, and the first copy of weights."""
-    keys = ", ".join(step.kernel.key for step in plan.steps)
+    keys = ", ".join(kernel.key for kernel in plan.kernels)
     info_once(f"gpu {device}", f"GPU {device} is {arch}; from {artifacts.folder}: {keys}")
     if plan.copy_reason is not None:
         warn_once("weights copied", f"W_gate is bound as a copy, since {plan.copy_reason}")

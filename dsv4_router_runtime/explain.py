@@ -33,14 +33,17 @@ from .artifacts.limits import (
     MAX_TOP_K,
 )
 from .device.launch import grid_of, has_clusters
-from .parameters import DTYPES
+from .parameters import DTYPES, WORKSPACE, workspace_bytes
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A call of `num_tokens` rows to a layer whose W_gate [k, num_experts] has no gaps."""
+    """A call of `num_tokens` rows to a layer whose W_gate [k, num_experts] has no gaps.
+
+    hashed: the layer has tid2eid. images: the call has an image_mask.
+    """
 
     num_tokens: int
     k: int
@@ -48,6 +51,7 @@ class Question:
     top_k: int
     layout: str = "kmajor"
     hashed: bool = False
+    images: bool = False
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -68,7 +72,7 @@ class Question:
         kind = "hash layer" if self.hashed else "layer"
         return (
             f"N={self.num_tokens}, K={self.k}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, {self.layout} {kind}"
+            f"top_k={self.top_k}, {self.layout} {kind}{', image_mask' if self.images else ''}"
         )
 
     @property
@@ -80,6 +84,8 @@ class Question:
             layout="kmajor" if kmajor else "emajor",
             tma_loadable=kmajor or row_bytes % MAP_ALIGNMENT_BYTES == 0,
             hashed=self.hashed,
+            # Any layer may have it, and its kernels are shown too.
+            has_bias_vl=True,
             num_experts=self.num_experts,
             top_k=self.top_k,
             k=self.k,
@@ -117,11 +123,25 @@ class Explanation:
     @property
     def scratch_bytes(self) -> int:
         """Scratch of the kernel, of which each stream has one."""
-        return sum(
-            parameter.scratch.elements * POINTER_ELEMENT_BYTES[parameter.element_type]
+        return sum(self._scratch_sizes().values())
+
+    @property
+    def capture_bytes(self) -> int:
+        """Scratch that a captured launch of the call takes, of which each capture has one."""
+        asked = self.question
+        sizes = self._scratch_sizes()
+        if WORKSPACE.name in sizes:
+            used = workspace_bytes(asked.num_tokens, asked.num_experts)
+            sizes[WORKSPACE.name] = min(sizes[WORKSPACE.name], used)
+        return sum(sizes.values())
+
+    def _scratch_sizes(self) -> dict[str, int]:
+        return {
+            parameter.name: parameter.scratch.elements
+            * POINTER_ELEMENT_BYTES[parameter.element_type]
             for parameter in self.kernel.parameters
             if parameter.scratch is not None and parameter.element_type is not None
-        )
+        }
 
     @property
     def logits_bytes(self) -> int:
@@ -140,11 +160,11 @@ class Explanation:
 def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanation:
     """Plan the layer on `arch` and find the step of the call; NoKernelError if there is none."""
     plan = plan_layer(artifacts.manifest, question.layer, arch)
-    step = _step_of(plan, question.num_tokens)
+    step = _step_of(plan, question)
     clusters = {
-        step.kernel.key: "no room for a cluster"
-        for step in plan.steps
-        if has_clusters(step.kernel.launch)
+        kernel.key: "no room for a cluster"
+        for kernel in plan.kernels
+        if has_clusters(kernel.launch)
     }
     layer = question.layer
     problem = Problem(
@@ -163,17 +183,32 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         arch=arch,
         plan=plan,
         step=step,
-        step_without_clusters=_step_of(without(plan, clusters), question.num_tokens),
+        step_without_clusters=_step_of(without(plan, clusters), question),
         candidates=resolve(artifacts.manifest, problem, arch),
         evidence=read_summary(artifacts.folder).of(step.kernel),
     )
 
 
-def _step_of(plan: LayerPlan, num_tokens: int) -> Step:
-    """Return the step of a plan that takes a call of `num_tokens`."""
+def _step_of(plan: LayerPlan, question: Question) -> Step:
+    """Return the step of a plan that takes the call."""
     return next(
-        step for step in plan.steps if step.max_tokens is None or num_tokens <= step.max_tokens
+        step
+        for step in plan.steps_of(images=question.images)
+        if step.max_tokens is None or question.num_tokens <= step.max_tokens
     )
+
+
+def _as_items(steps: tuple[Step, ...]) -> list[dict[str, Any]]:
+    return [
+        {"kernel": step.kernel.key, "max_tokens": step.max_tokens, "reason": step.reason}
+        for step in steps
+    ]
+
+
+def _lines(explained: Explanation, steps: tuple[Step, ...]) -> Iterator[str]:
+    for step in steps:
+        mark = "->" if step is explained.step else "  "
+        yield f"  {mark} {step.reason}: {step.kernel.key}"
 
 
 def as_json(explained: Explanation) -> dict[str, Any]:
@@ -189,10 +224,8 @@ def as_json(explained: Explanation) -> dict[str, Any]:
         "grid": list(explained.grid),
         "cluster": list(explained.kernel.launch.cluster),
         "pdl": explained.kernel.launch.pdl,
-        "steps": [
-            {"kernel": step.kernel.key, "max_tokens": step.max_tokens, "reason": step.reason}
-            for step in explained.plan.steps
-        ],
+        "steps": _as_items(explained.plan.steps),
+        "image_steps": _as_items(explained.plan.image_steps),
         "candidates": [
             {"kernel": each.kernel.key, "verdict": verdict, "reason": reason}
             for each, verdict, reason in _verdicts(explained)
@@ -200,6 +233,7 @@ def as_json(explained: Explanation) -> dict[str, Any]:
         "copy_reason": explained.plan.copy_reason,
         "weights_copy_bytes": explained.weights_copy_bytes,
         "scratch_bytes": explained.scratch_bytes,
+        "capture_bytes": explained.capture_bytes,
         "logits_bytes": explained.logits_bytes,
         "evidence": None if evidence is None else dict(evidence.rungs),
         "ran_on": [] if evidence is None else list(evidence.gpus),
@@ -210,9 +244,10 @@ def as_text(explained: Explanation) -> str:
     """Return the lines of `explain`."""
     kernel = explained.kernel
     lines = [f"{explained.question} on {explained.arch}", f"path: {_path(explained)}", "steps:"]
-    for step in explained.plan.steps:
-        mark = "->" if step is explained.step else "  "
-        lines.append(f"  {mark} {step.reason}: {step.kernel.key}")
+    lines += _lines(explained, explained.plan.steps)
+    if explained.plan.image_steps:
+        lines.append("steps of calls with an image_mask, if the layer has bias_vl:")
+        lines += _lines(explained, explained.plan.image_steps)
     if has_clusters(kernel.launch):
         instead = explained.step_without_clusters.kernel.key
         lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")
@@ -256,6 +291,7 @@ def _memory(explained: Explanation) -> Iterator[str]:
     if explained.question.hashed:
         yield "copies: tid2eid as int32, 4 bytes per element and layer"
     yield f"scratch: {explained.scratch_bytes} bytes per stream, shared by all layers"
+    yield f"scratch: {explained.capture_bytes} bytes per captured graph and stream in it"
     if explained.logits_bytes:
         yield f"scratch: {explained.logits_bytes} bytes of logits per stream, shared by all layers"
 

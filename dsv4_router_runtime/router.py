@@ -44,7 +44,8 @@ class Router:
     Options, of which none is compile-time: every one is a number, or a pointer that is null when
     the option is off, passed to the same kernels. Only a hash layer has a kernel of its own.
 
-    bias_vl [E] FP32: a second bias, for the rows of a call's image_mask; like e_bias, in place.
+    bias_vl [E] FP32: a second bias, for the rows of a call's image_mask; like e_bias, in place. A
+        hash layer's call with an image_mask takes the kernels of the whole gate, at any N.
     gate_temp: logits are divided by it.
     norm_topk_prob: False leaves weights at score * scale.
     num_shared_slots: 0..8 columns after the top_k, for fused shared experts: ids E, E + 1, ... and
@@ -184,12 +185,12 @@ class Router:
         and nowhere else; both may be larger. N = 0 returns at once. Up to 64 tokens take one
         launch, more take cuBLAS and one. A refused call has launched nothing and touched no output.
 
-        image_mask [N] bool: the rows that select with bias_vl instead of e_bias.
+        image_mask [N] bool: the rows that select with bias_vl instead of e_bias or the table.
         padding_mask [N] bool, num_tokens (int32, one element): the mask's rows, and those from
             num_tokens on, are padding. They get id -1 and weight 0 in every column, and nothing
             that their hidden_states hold, NaN included, reaches an output.
         input_ids [N] int32 or int64: a hash layer's token ids, and no other layer's. A row whose
-            token id is outside the table is treated like padding.
+            token id is outside the table is treated like padding; that of an image row is not used.
         pdl: for this call, instead of the Router's.
 
         All four lie on the device and the host never reads them, so that a captured graph may be
@@ -247,7 +248,10 @@ class Router:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The artifacts bound: decode kernels by ascending number of tokens, then prefill's."""
+        """The artifacts bound: decode kernels by ascending number of tokens, then prefill's.
+
+        Those that only a hash layer's calls with an image_mask take come last.
+        """
         return tuple(kernel.key for kernel in self._binding.kernels)
 
     def __copy__(self) -> Router:

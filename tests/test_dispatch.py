@@ -18,6 +18,7 @@ from dsv4_router_runtime.artifacts.dispatch import (
     resolve,
     runs_on,
     select_kernel,
+    without,
 )
 from dsv4_router_runtime.artifacts.kernel import IntRange
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
@@ -164,6 +165,36 @@ def test_a_hash_layer_goes_on_with_the_whole_gate(manifest):
         (64, "router_decode_kmajor_n64"),
         (None, "router_topk"),
     ]
+
+
+def test_a_hash_layers_calls_with_images_take_the_whole_gate(manifest):
+    plain = plan_layer(manifest, LAYER, "sm_90a")
+    hashed = plan_layer(manifest, replace(LAYER, hashed=True), "sm_90a")
+    mixed = plan_layer(manifest, replace(LAYER, hashed=True, has_bias_vl=True), "sm_90a")
+    assert (mixed.steps, mixed.image_steps) == (hashed.steps, plain.steps)
+    assert (mixed.steps_of(images=False), mixed.steps_of(images=True)) == (
+        mixed.steps,
+        mixed.image_steps,
+    )
+    assert [kernel.name for kernel in mixed.kernels] == [
+        "router_hash",
+        "router_decode_kmajor_n64",
+        "router_topk",
+        "router_decode_kmajor_n8",
+        "router_decode_kmajor_n32",
+    ]
+    # No other layer has two kinds of calls.
+    assert plan_layer(manifest, replace(LAYER, has_bias_vl=True), "sm_90a") == plain
+    assert hashed.steps_of(images=True) == hashed.steps
+
+
+def test_image_steps_lose_the_kernels_that_do_not_fit_too(manifest):
+    plan = plan_layer(manifest, replace(LAYER, hashed=True, has_bias_vl=True), "sm_90a")
+    unfit = {kernel.key: "full" for kernel in plan.kernels if kernel.role != "select"}
+    left = without(plan, unfit)
+    assert left.steps == plan.steps[-1:]
+    assert left.image_steps == plan.image_steps[-1:]
+    assert {item.kernel.key: item.reason for item in left.rejected} == unfit
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def test_explain_is_what_a_binding_does(tmp_path):
         top_k=st.integers(1, 8),
         layout=st.sampled_from(["kmajor", "emajor"]),
         hashed=st.booleans(),
+        images=st.booleans(),
         arch=st.sampled_from(["sm_90a", "sm_100a"]),
     )
-    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, arch):
+    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, images, arch):
         k, top_k = 64 * blocks, min(top_k, num_experts)
         question = Question(
             num_tokens=num_tokens,
@@ -58,6 +59,7 @@ def test_explain_is_what_a_binding_does(tmp_path):
             top_k=top_k,
             layout=layout,
             hashed=hashed,
+            images=images,
         )
         explained = explain(artifacts, question, arch)
         shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
@@ -72,12 +74,14 @@ def test_explain_is_what_a_binding_does(tmp_path):
                 routed_scaling_factor=1.0,
                 artifacts=artifacts,
                 tid2eid=table,
+                bias_vl=torch.zeros(num_experts) if images else None,
             )
             bound(
                 torch.zeros(num_tokens, k, dtype=torch.bfloat16),
                 torch.zeros(num_tokens, top_k),
                 torch.zeros(num_tokens, top_k, dtype=torch.int32),
                 input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
+                image_mask=torch.zeros(num_tokens, dtype=torch.bool) if images else None,
             )
             return bound
 
@@ -85,17 +89,18 @@ def test_explain_is_what_a_binding_does(tmp_path):
             gpu = replace_gpu(monkeypatch)
             gpu.arch = arch
             bound = bind_and_route()
-            compare(as_json(explained), bound, gpu)
+            compare(as_json(explained), bound, gpu, images)
             gpu.unfit = dict.fromkeys(clustered, "no room")
             bind_and_route()
             assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
 
-    def compare(document, bound, gpu) -> None:
+    def compare(document, bound, gpu, images) -> None:
         (launch,) = gpu.launches
         assert document["kernel"] == launch["kernel"]
         assert document["grid"] == list(launch["grid"])
         assert document["launches"] == 1 + len(gpu.products)
-        assert [step["kernel"] for step in document["steps"]] == list(bound.kernels)
+        steps = document["steps"] + (document["image_steps"] if images else [])
+        assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
         assert bool(document["weights_copy_bytes"]) == bound.weights_copied
         assert (document["copy_reason"] is None) == (not bound.weights_copied)
         scratch = workspace_of(bound).layout
@@ -134,6 +139,19 @@ def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
     assert f"scratch: {100 * 132 * 4} bytes of logits per stream" in text
     assert "pdl: allowed" in text
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
+
+
+def test_a_hash_layer_has_other_steps_for_calls_with_images(artifacts):
+    question = replace(QUESTION, hashed=True)
+    for images, chosen in ((False, "router_hash"), (True, "router_decode_kmajor_n64")):
+        text = as_text(explain(artifacts, replace(question, images=images), "sm_90a"))
+        assert "steps of calls with an image_mask, if the layer has bias_vl:" in text
+        assert f"path: one launch of {chosen}.sm_90a, " in text
+        assert text.count("  -> ") == 1
+    assert "emajor hash layer, image_mask on" in as_text(
+        explain(artifacts, replace(question, images=True, layout="emajor"), "sm_90a")
+    )
+    assert "image_mask" not in as_text(explain(artifacts, QUESTION, "sm_90a"))
 
 
 def test_clusters_of_the_launch_are_said(artifacts):

@@ -42,7 +42,7 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return load_artifact(folder, KEY)
 
 
-def tests_of(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """Return the names of a module's tests and test classes."""
     found = set()
     for node in ast.parse(path.read_text()).body:
@@ -69,7 +69,7 @@ def test_every_named_test_exists(fault: Fault) -> None:
     for test in fault.tests:
         module, _, name = test.partition("::")
         assert (ROOT / module).is_file(), test
-        assert re.sub(r"\[.*", "", name) in tests_of(ROOT / module), test
+        assert re.sub(r"\[.*", "", name) in names_in(ROOT / module), test
 
 
 @pytest.mark.parametrize("name", EMULATED)

@@ -111,18 +111,27 @@ class Routed:
         padded = padded_rows(len(self.x), self.x.device, *masks)
         if "tid2eid" in self.layer:
             tokens = self.call["input_ids"]
-            padded |= (tokens < 0) | (tokens >= len(self.layer["tid2eid"]))
+            outside = (tokens < 0) | (tokens >= len(self.layer["tid2eid"]))
+            padded |= outside & ~self.images()
         return padded
+
+    def images(self):
+        """Which rows are of images, bool [N]."""
+        mask = self.call.get("image_mask")
+        return torch.zeros(len(self.x), dtype=torch.bool, device="cuda") if mask is None else mask
 
     def unclear(self):
         """Rows whose ranking FP32 may turn, bool [N]."""
-        if "tid2eid" in self.layer:
-            return torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        hashed = "tid2eid" in self.layer
+        if hashed and not self.images().any():
+            return self.images()
         logits = tempered(logits_of(self.x, self.W), self.layer.get("gate_temp", 1.0))
         images = self.layer.get("bias_vl"), self.call.get("image_mask")
-        bias = selection_bias(self.bias, *images)
+        # Of a hash layer only the rows of images are ranked.
+        bias = self.layer["bias_vl"] if hashed else selection_bias(self.bias, *images)
         tolerance = KEY_ROUNDING * selection_keys(logits, bias).abs().clamp(min=1).amax(1)
-        return ranking_margin(logits, bias, self.top_k) <= tolerance
+        close = ranking_margin(logits, bias, self.top_k) <= tolerance
+        return close & self.images() if hashed else close
 
     def spoil(self):
         """Fill what padded rows hold with NaN, inf and -inf."""
@@ -232,18 +241,19 @@ OPTIONS = {
     "hash": with_table,
     "hash64": with_table_of_int64,
 }
-# What excludes each other: only one of these at a time.
-WAYS_TO_SELECT = ("text", "images", "hash", "hash64")
+# What excludes each other: only one of each of these at a time.
+SECOND_BIAS, TABLE = ("text", "images"), ("hash", "hash64")
+WAYS_TO_SELECT = (*SECOND_BIAS, *TABLE)
 REST = tuple(name for name in OPTIONS if name not in WAYS_TO_SELECT)
 
 
 def goes_together(names) -> bool:
-    return sum(name in WAYS_TO_SELECT for name in names) <= 1
+    return not any(set(names).issuperset(ways) for ways in (SECOND_BIAS, TABLE))
 
 
 SINGLES = [(name,) for name in OPTIONS]
 PAIRS = [pair for pair in combinations(OPTIONS, 2) if goes_together(pair)]
-ALL = [("images", *REST), ("hash64", *REST)]
+ALL = [("images", *REST), ("hash64", *REST), ("images", "hash64", *REST)]
 
 
 def joined(options) -> str:
@@ -300,7 +310,7 @@ def test_options_alone_in_pairs_and_together(random, options):
             routed.agrees(*routed.run(), about)
 
 
-@pytest.mark.parametrize("options", [("hash",), ALL[1], ALL[0]], ids=joined)
+@pytest.mark.parametrize("options", [("hash",), ("images", "hash"), *ALL], ids=joined)
 def test_shapes_of_layers_with_options(random, options):
     """Ragged E, few blocks of K, every top_k; K = 64 leaves most K splits nothing to add."""
     for k, num_experts, top_k in [
@@ -326,10 +336,61 @@ def test_shapes_of_layers_with_options(random, options):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [("images", "hash"), ("images", "hash64", "int64"), ALL[2]],
+    ids=["int32", "int64", "all"],
+)
+def test_images_in_a_hash_layer(random, options, layout):
+    """Of one Router: rows mixed, of images alone, of text alone, and a call without the mask."""
+    for num_tokens in (*range(1, 66), 128, 300):
+        about = f"N = {num_tokens}, {layout}"
+        routed = routed_with(random, options, num_tokens, layout, spoiled=False)
+        router = routed.router()
+        clean, images = routed.x.clone(), routed.call["image_mask"]
+        for kind, mask in (
+            ("mixed", images.clone()),
+            ("images", torch.ones_like(images)),
+            ("text", torch.zeros_like(images)),
+            ("no mask", None),
+        ):
+            routed.call.pop("image_mask", None)
+            if mask is not None:
+                routed.call["image_mask"] = images.copy_(mask)
+            routed.x.copy_(clean)
+            routed.spoil()
+            # Rows that were of text were not redrawn until clear.
+            clear = ~routed.unclear() | routed.padded()
+            weights, ids = routed.run(router)
+            expected_weights, expected_ids = routed.expected()
+            assert clear.sum() >= num_tokens // 2, about
+            assert torch.equal(ids[clear], expected_ids[clear]), f"{about}, {kind}"
+            torch.testing.assert_close(
+                weights[clear].double(), expected_weights[clear].double(), rtol=1e-6, atol=1e-37,
+                msg=f"{about}, {kind}",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 56, 64, 100])
+def test_token_ids_of_image_rows_are_not_looked_at(random, num_tokens):
+    routed = routed_with(random, ("images", "hash64", "physical"), num_tokens, spoiled=False)
+    routed.call["image_mask"].fill_(True)
+    router, answers = routed.router(), []
+    for token in (0, -1, VOCAB, 2**40, -(2**63)):
+        routed.call["input_ids"].fill_(token)
+        answers.append(routed.run(router))
+    assert (answers[0][1] >= PHYSICAL).all()
+    for weights, ids in answers[1:]:
+        assert torch.equal(ids, answers[0][1])
+        assert torch.equal(weights, answers[0][0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [("hash",), ("text", "hash")], ids=joined)
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 56, 100])
-def test_a_hash_layer_looks_at_the_chosen_experts_only(random, num_tokens, layout):
+def test_a_hash_layer_looks_at_the_chosen_experts_only(random, num_tokens, options, layout):
     """All tokens choose among 40 experts; the others' weights are NaN."""
-    routed = routed_with(random, ("hash",), num_tokens, layout)
+    routed = routed_with(random, options, num_tokens, layout)
     table = routed.layer["tid2eid"]
     table.copy_(torch.rand(VOCAB, 40, generator=random, device="cuda").argsort(1)[:, :TOP_K] * 4)
     chosen = torch.arange(E, device="cuda") % 4 == 0
@@ -472,7 +533,11 @@ def test_graph_replays_with_other_masks_ids_and_maps(random, num_tokens, pdl):
             replayed.routed.agrees(weights, ids, f"{joined(options)}, replay {step}")
 
 
-@pytest.mark.parametrize("options", [("images", "mask", "count"), ("hash", "mask")], ids=joined)
+@pytest.mark.parametrize(
+    "options",
+    [("images", "mask", "count"), ("hash", "mask"), ("images", "hash", "mask")],
+    ids=joined,
+)
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 200])
 def test_pdl_with_inputs_that_the_kernel_before_writes(random, num_tokens, options):
     """hidden_states, masks and num_tokens may be the work of the launch right before."""
@@ -518,7 +583,10 @@ def test_pdl_with_inputs_that_the_kernel_before_writes(random, num_tokens, optio
 
 def test_back_to_back_dependents_of_every_kind(random):
     """With pdl, 100 launches in a row, hash layers among full gates, scratch shared."""
-    kinds = [("images", "mask"), ("hash",), ("physical", "count"), ("hash64", "physical"), ()]
+    kinds = [
+        *(("images", "mask"), ("hash",), ("physical", "count")),
+        *(("hash64", "physical"), ("images", "hash"), ()),
+    ]
     layers = [
         routed_with(random, options, num_tokens, draw=gaussian)
         for options in kinds
@@ -657,8 +725,9 @@ def promised(routed: Routed, weights, ids) -> None:
     assert (ids[~padded][:, top_k:] == experts + slots).all()
     assert (weights[~padded][:, top_k:] == 1).all()
     if "tid2eid" in routed.layer:
-        tokens = routed.call["input_ids"][~padded].long()
-        assert torch.equal(chosen, routed.layer["tid2eid"].long()[tokens])
+        text = ~routed.images()[~padded]
+        tokens = routed.call["input_ids"][~padded][text].long()
+        assert torch.equal(chosen[text], routed.layer["tid2eid"].long()[tokens])
     if routed.layer.get("norm_topk_prob", True):
         sums = weights[~padded][:, :top_k].double().sum(1)
         # Below it where every score of a row vanishes beside the epsilon, NaN being 0.
@@ -672,7 +741,8 @@ def promised(routed: Routed, weights, ids) -> None:
     num_experts=st.integers(1, 512),
     top_k=st.integers(1, 8),
     layout=st.sampled_from(LAYOUTS),
-    select=st.sampled_from(["none", *WAYS_TO_SELECT]),
+    bias=st.sampled_from(["none", *SECOND_BIAS]),
+    table=st.sampled_from(["none", *TABLE]),
     rest=st.sets(st.sampled_from(REST)),
     spare=st.tuples(st.integers(0, 3), st.integers(0, 5)),
     odd=st.sampled_from([0.0, 0.0, 0.001, 0.1]),
@@ -680,12 +750,12 @@ def promised(routed: Routed, weights, ids) -> None:
     number=st.integers(0, 2**31),
 )
 def test_any_options_on_any_shape(
-    num_tokens, blocks, num_experts, top_k, layout, select, rest, spare, odd, pdl, number
+    num_tokens, blocks, num_experts, top_k, layout, bias, table, rest, spare, odd, pdl, number
 ):
     """Integers, some of them replaced by NaN and infinities; where none is, the oracle's answer."""
     random = torch.Generator(device="cuda").manual_seed(number)
     shape = {"k": 64 * blocks, "num_experts": num_experts, "top_k": min(top_k, num_experts)}
-    options = [name for name in OPTIONS if name == select or name in rest]
+    options = [name for name in OPTIONS if name in {bias, table, *rest}]
     routed = routed_with(random, options, num_tokens, layout, **shape)
     for value in (torch.nan, torch.inf, -torch.inf):
         routed.x[on(random, *routed.x.shape, share=odd)] = value
@@ -711,6 +781,7 @@ def test_refused_calls_touch_nothing(random, num_tokens):
     rows = torch.zeros(num_tokens, dtype=torch.bool, device="cuda")
     plain = routed_with(random, (), num_tokens)
     hashed = routed_with(random, ("hash",), num_tokens)
+    mixed = routed_with(random, ("images", "hash"), num_tokens)
     tokens = hashed.call["input_ids"]
     for routed, wrong in (
         (plain, {"image_mask": rows}),
@@ -724,6 +795,7 @@ def test_refused_calls_touch_nothing(random, num_tokens):
         (hashed, {"input_ids": tokens[1:]}),
         (hashed, {"input_ids": tokens.float()}),
         (hashed, {"input_ids": tokens, "image_mask": rows}),
+        (mixed, {"image_mask": rows}),
     ):
         weights, ids = routed.outputs()
         with pytest.raises((TypeError, ValueError)):

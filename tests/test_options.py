@@ -66,6 +66,7 @@ def test_what_a_layers_options_settle_for_its_calls():
         {"tid2eid": table(TOP_K, VOCAB).t()},
         {"tid2eid": table(1)},
         {"tid2eid": table(), "layout": "emajor"},
+        {"tid2eid": table(), "bias_vl": torch.zeros(E)},
         {"tid2eid": table(), "to_physical": ints(E, 2), "logical_count": ints(E)},
         {"to_physical": ints(E, 1), "logical_count": ints(E), "num_shared_slots": 1},
     ],
@@ -81,11 +82,6 @@ def test_right_layers(right):
             {"e_bias": torch.zeros(E), "tid2eid": table()},
             ValueError,
             "e_bias: expected None beside tid2eid, whose ids need no bias (got a bias)",
-        ),
-        (
-            {"bias_vl": torch.zeros(E), "tid2eid": table()},
-            ValueError,
-            "bias_vl: expected None beside tid2eid, whose ids need no bias (got a bias)",
         ),
         ({"bias_vl": 1.0}, TypeError, "bias_vl: expected a torch.Tensor (got float)"),
         ({"bias_vl": torch.zeros(E).double()}, TypeError, "bias_vl: expected dtype torch.float32"),
@@ -319,6 +315,7 @@ def mask(n=N):
 
 def test_right_calls():
     text, hashed, vl = layer(), layer(tid2eid=table()), layer(bias_vl=torch.zeros(E))
+    both = layer(tid2eid=table(), bias_vl=torch.zeros(E))
     assert options_of(text) == NO_OPTIONS
     rows, count = mask(), ints(1)
     assert options_of(text, padding_mask=rows) == (0, rows.data_ptr(), 0, 0, 0)
@@ -332,6 +329,10 @@ def test_right_calls():
     for dtype, wide in ((torch.int32, 0), (torch.int64, 1)):
         tokens = torch.zeros(N, dtype=dtype)
         assert options_of(hashed, input_ids=tokens) == (0, 0, 0, tokens.data_ptr(), wide)
+        assert options_of(both, input_ids=tokens, image_mask=images) == (
+            *(images.data_ptr(), 0, 0),
+            *(tokens.data_ptr(), wide),
+        )
 
 
 def test_one_row_has_no_stride_and_no_row_no_element():
@@ -359,6 +360,12 @@ def test_one_row_has_no_stride_and_no_row_no_element():
         (
             {"tid2eid": table()},
             {},
+            TypeError,
+            "input_ids: expected a torch.Tensor of the 3 rows' token ids, which the layer's tid2e",
+        ),
+        (
+            {"tid2eid": table(), "bias_vl": torch.zeros(E)},
+            {"image_mask": mask()},
             TypeError,
             "input_ids: expected a torch.Tensor of the 3 rows' token ids, which the layer's tid2e",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from build_kernels.kernels import shapes
 from dsv4_router_runtime.artifacts.kernel import PARAMETER_KINDS, POINTER_ELEMENT_BYTES
 from dsv4_router_runtime.parameters import (
     ABI,
@@ -14,6 +15,7 @@ from dsv4_router_runtime.parameters import (
     PARAMETERS_OFF,
     TENSORS,
     tensor_dtypes,
+    workspace_bytes,
 )
 
 ALL = {item.name: item for abi in ABI.values() for item in abi}
@@ -75,3 +77,14 @@ def test_a_tensor_of_either_integer_has_a_flag_that_is_off_for_int32(name: str) 
     flag = TENSORS[name].int64_flag
     assert (flag is not None) == ("int64" in TENSORS[name].dtypes)
     assert flag is None or PARAMETERS_OFF[flag] == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, shapes.MAX_DECODE_TOKENS])
+@pytest.mark.parametrize("num_tiles", range(1, shapes.MAX_EXPERTS // shapes.EXPERT_TILE + 1))
+def test_a_workspace_is_laid_out_as_the_kernels_do(num_tokens: int, num_tiles: int) -> None:
+    """Tickets, then per token a pitch of whole tiles: see `candidates_of`. One tile merges none."""
+    low, high = (num_tiles - 1) * shapes.EXPERT_TILE + 1, num_tiles * shapes.EXPERT_TILE
+    candidates = num_tokens * num_tiles * shapes.EXPERT_TILE * shapes.CANDIDATE_BYTES
+    size = 0 if num_tiles == 1 else shapes.TICKET_BYTES + candidates
+    assert workspace_bytes(num_tokens, low) == workspace_bytes(num_tokens, high) == size
+    assert size <= shapes.WORKSPACE_BYTES

@@ -216,6 +216,23 @@ def test_image_rows_select_with_their_own_bias():
     assert options([row] * 3, **given)[1].tolist() == [[1, 2]] * 3
 
 
+def test_image_rows_of_a_hash_layer_select_by_bias_and_the_rest_by_the_table():
+    row = [1.0, 2.0, 3.0, 0.0]
+    given = {"bias_vl": torch.tensor([8.0, 0.0, 0.0, 9.0])}
+    table, tokens = torch.tensor([[0, 1], [2, 1]]), torch.tensor([1, 7, 7, 0])
+    mask = torch.tensor([False, True, False, True])
+    weights, ids = hashed([row] * 4, table, tokens, image_mask=mask, **given)
+    # The token id 7 is outside the table, which matters to the row of text alone.
+    assert ids.tolist() == [[2, 1], [3, 0], [-1, -1], [3, 0]]
+    scores = published_scores(row)
+    assert weights[1].tolist() == pytest.approx(
+        [scores[3] / (scores[3] + scores[0]), scores[0] / (scores[3] + scores[0])]
+    )
+    assert torch.equal(
+        hashed([row] * 4, table, tokens, **given)[1], hashed([row] * 4, table, tokens)[1]
+    )
+
+
 def test_gate_temperature_divides_the_logits():
     cold, warm = [[-6.0, 3.0, 1.0]], [[-4.0, 2.0, 2 / 3]]
     got, expected = options(cold, gate_temp=1.5, top_k=3), options(warm, top_k=3)
@@ -335,7 +352,13 @@ def test_any_options_hold_what_is_promised(data):
         orders = [data.draw(st.permutations(range(e)))[:top_k] for _ in range(3)]
         tokens = data.draw(st.lists(st.integers(-1, 3), min_size=rows, max_size=rows))
         given |= {"tid2eid": torch.tensor(orders), "input_ids": torch.tensor(tokens).long()}
-        padding = padding | torch.tensor([token not in range(3) for token in tokens]).bool()
+        images = data.draw(flags)
+        if data.draw(st.booleans()):
+            given |= {"bias_vl": -torch.linspace(0, 8, e), "image_mask": images}
+        else:
+            images = torch.zeros_like(images)
+        outside = torch.tensor([token not in range(3) for token in tokens]).bool()
+        padding = padding | outside & ~images
         bias = None
     elif data.draw(st.booleans()):
         given |= {"bias_vl": -torch.linspace(0, 8, e), "image_mask": data.draw(flags)}

@@ -702,6 +702,47 @@ def test_refused_options_launch_nothing(gpu, make):
     assert len(gpu.launches) == 1
 
 
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize(
+    ("num_tokens", "of_images"),
+    [
+        (1, "router_decode_kmajor_n8"),
+        (9, "router_decode_kmajor_n32"),
+        (56, "router_decode_kmajor_n64"),
+        (64, "router_decode_kmajor_n64"),
+        (65, "router_topk"),
+    ],
+)
+def test_image_rows_of_a_hash_layer_take_the_whole_gate(gpu, make, num_tokens, of_images, layout):
+    """router_hash reads the weights of the table's experts only; a row of an image may take any."""
+    bias_vl = torch.zeros(E)
+    bound = make(layout, tid2eid=hash_table(), bias_vl=bias_vl)
+    tokens = torch.zeros(num_tokens, dtype=torch.int32)
+    images = torch.zeros(num_tokens, dtype=torch.bool)
+    x, w, ids = step(num_tokens)
+    for mask in (images, None, images):
+        bound(x, w, ids, input_ids=tokens, image_mask=mask)
+    first, text, again = gpu.launches
+    assert first == again
+    assert first["kernel"] == f"{of_images}.sm_90a"
+    expected = {
+        "e_bias": 0,
+        "bias_vl": bias_vl.data_ptr(),
+        "image_mask": images.data_ptr(),
+        "tid2eid": table_of(bound).data_ptr(),
+        "input_ids": tokens.data_ptr(),
+    }
+    assert of(first, expected) == expected
+    if num_tokens <= 56:
+        assert text["kernel"] == "router_hash.sm_90a"
+    else:
+        assert (text["kernel"], text["image_mask"]) == (first["kernel"], 0)
+    if of_images == "router_topk":
+        W = w_copy_of(bound) if layout == "emajor" else bound.W_gate
+        assert all(product[1] is W for product in gpu.products)
+        assert len(gpu.products) == 3
+
+
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 56])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):

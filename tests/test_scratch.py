@@ -31,6 +31,7 @@ from dsv4_router_runtime.artifacts.kernel import Parameter, Scratch
 from dsv4_router_runtime.device import workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.errors import DriverError, RouterError
+from dsv4_router_runtime.explain import Question, as_text, explain
 from dsv4_router_runtime.parameters import workspace_bytes
 
 K, E, TOP_K = 512, 384, 6
@@ -51,11 +52,14 @@ def with_workspace(kernel):
 
 
 @pytest.fixture
-def make(gpu, tmp_path):
+def artifacts(tmp_path):
     manifest = sample_manifest()
     kernels = tuple(with_workspace(kernel) for kernel in manifest.kernels)
-    artifacts = ArtifactSet(folder=tmp_path, manifest=replace(manifest, kernels=kernels))
+    return ArtifactSet(folder=tmp_path, manifest=replace(manifest, kernels=kernels))
 
+
+@pytest.fixture
+def make(gpu, artifacts):
     def made(e=E, emajor=False, W=None, **more) -> Router:
         # No view of another tensor, which would keep the memory.
         plain = torch.empty_strided(
@@ -117,8 +121,17 @@ def test_each_scratch_starts_on_256_bytes():
     ("num_tokens", "num_experts", "size"),
     [(64, 64, 0), (1, 65, 256 + 1024), (8, 384, 256 + 24576), (64, 512, WORKSPACE_BYTES)],
 )
-def test_a_launch_accesses_tickets_and_whole_tiles_of_candidates(num_tokens, num_experts, size):
-    assert workspace_bytes(num_tokens, num_experts) == size
+def test_a_captures_scratch_is_what_explain_says(
+    gpu, make, artifacts, num_tokens, num_experts, size
+):
+    question = Question(num_tokens=num_tokens, k=K, num_experts=num_experts, top_k=TOP_K)
+    explained = explain(artifacts, question, "sm_90a")
+    bound = make(num_experts)
+    gpu.capture = 1
+    bound(*step(num_tokens))
+    assert explained.capture_bytes == status().capture_bytes == size
+    assert explained.scratch_bytes == status().bytes_per_stream == WORKSPACE_BYTES
+    assert f"scratch: {size} bytes per captured graph" in as_text(explained)
 
 
 # ------------------------------------------------------------------ streams

@@ -118,7 +118,8 @@ class LayerProblem:
     """The properties of a layer that choose its kernels.
 
     layout: kmajor or emajor, as W_gate was given. tma_loadable: TMA can step by W_gate's rows.
-    hashed: the ids come from a table. dtypes: as in `Problem`.
+    hashed: the ids come from a table. has_bias_vl: the ids of image rows do not. dtypes: as in
+    `Problem`.
     """
 
     layout: str
@@ -127,6 +128,7 @@ class LayerProblem:
     num_experts: int
     top_k: int
     k: int
+    has_bias_vl: bool = False
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
 
@@ -151,12 +153,24 @@ class LayerPlan:
     """The steps of a layer by ascending number of tokens; the last one has no end.
 
     copy_reason: why W_gate has to be bound as a K-contiguous copy, or None if it is read in place.
+    image_steps: the steps of calls with an image_mask; empty if they are `steps`.
     rejected: the kernels of steps that were taken out (see `without`).
     """
 
     steps: tuple[Step, ...]
     copy_reason: str | None
+    image_steps: tuple[Step, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels of `steps` by ascending number of tokens, then those of image_steps only."""
+        steps = {step.kernel.key: step.kernel for step in (*self.steps, *self.image_steps)}
+        return tuple(steps.values())
+
+    def steps_of(self, *, images: bool) -> tuple[Step, ...]:
+        """Return the steps of calls with an image_mask or without."""
+        return self.image_steps if images and self.image_steps else self.steps
 
 
 # The roles that serve a layer, in order: each goes on where the one before it ends.
@@ -172,7 +186,8 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
     """Choose the steps of a layer on a GPU of `arch`; NoKernelError if a role has no kernel.
 
     Within a role, the kernel made for the fewest tokens serves them. A role is left where none of
-    its kernels accepts the next number of tokens.
+    its kernels accepts the next number of tokens. An image row of a hash layer may choose any
+    expert, and router_hash reads those of the table only: such calls take the whole gate.
     """
     copy_reason = _copy_reason(layer)
     problem = Problem(
@@ -184,8 +199,19 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
         k=layer.k,
         dtypes=layer.dtypes,
     )
+    steps = _steps_of_layer(manifest, problem, _ROLES[layer.hashed], arch)
+    image_steps: tuple[Step, ...] = ()
+    if layer.hashed and layer.has_bias_vl:
+        image_steps = _steps_of_layer(manifest, problem, _ROLES[False], arch)
+    return LayerPlan(steps=steps, image_steps=image_steps, copy_reason=copy_reason)
+
+
+def _steps_of_layer(
+    manifest: Manifest, problem: Problem, roles: tuple[str, ...], arch: str
+) -> tuple[Step, ...]:
+    """Return the steps that take any number of tokens by kernels of `roles`, in their order."""
     steps: list[Step] = []
-    for role in _ROLES[layer.hashed]:
+    for role in roles:
         layout = None if role == "select" else problem.layout
         wanted = replace(problem, role=role, layout=layout)
         if role == "decode" and steps and not _accepted(resolve(manifest, wanted, arch)):
@@ -202,7 +228,7 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
             f"no kernel for more than {steps[-1].max_tokens} tokens on {arch}; "
             f"build them all with `{BUILD_COMMAND}`"
         )
-    return LayerPlan(steps=tuple(steps), copy_reason=copy_reason)
+    return tuple(steps)
 
 
 def without(plan: LayerPlan, unfit: Mapping[str, str]) -> LayerPlan:
@@ -211,16 +237,20 @@ def without(plan: LayerPlan, unfit: Mapping[str, str]) -> LayerPlan:
     NoKernelError if no step is left for the most tokens. It is how a plan follows a context that
     has no room for a kernel's cluster.
     """
-    steps = tuple(step for step in plan.steps if step.kernel.key not in unfit)
     rejected = tuple(
-        Rejected(kernel=step.kernel, reason=unfit[step.kernel.key])
-        for step in plan.steps
-        if step.kernel.key in unfit
+        Rejected(kernel=kernel, reason=unfit[kernel.key])
+        for kernel in plan.kernels
+        if kernel.key in unfit
     )
-    if not steps or steps[-1].max_tokens is not None:
+    if any(steps and steps[-1].kernel.key in unfit for steps in (plan.steps, plan.image_steps)):
         reasons = "".join(f"\n  {item.kernel.key}: {item.reason}" for item in rejected)
         raise NoKernelError(f"no kernel of this layer fits:{reasons}")
-    return replace(plan, steps=steps, rejected=(*plan.rejected, *rejected))
+    return replace(
+        plan,
+        steps=tuple(step for step in plan.steps if step.kernel.key not in unfit),
+        image_steps=tuple(step for step in plan.image_steps if step.kernel.key not in unfit),
+        rejected=(*plan.rejected, *rejected),
+    )
 
 
 def _copy_reason(layer: LayerProblem) -> str | None:

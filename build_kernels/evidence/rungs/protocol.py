@@ -91,6 +91,12 @@ NO_TICKET = Rewrite(
     why="with several expert tiles every ticket is 0 and no warp merges: who merges, when, and "
     "what it reads is the emulator's to check",
 )
+# A trap's predicate is read from memory, and a control predicate has to be static.
+NO_TRAP = Rewrite(
+    pattern=r"@fault trap;",
+    replacement="",
+    why="no trap is taken: it would end the launch with an error",
+)
 ALWAYS_ASSUMED = (
     "fences and memory scopes are not modelled: a missing proxy fence is the emulator's to find",
     "one launch at a time: griddepcontrol orders nothing but this launch's own instructions",
@@ -133,7 +139,7 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
     if kernel.role == "decode":
-        return (NO_COLLECTOR, *nulls)
+        return (NO_COLLECTOR, NO_TRAP, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
     pointers = Rewrite(
@@ -371,7 +377,7 @@ def _version() -> str:
 RUNG = Rung(
     name="protocol",
     climb=climb,
-    checker=Checker(number=1, tool="sentryward"),
+    checker=Checker(number=2, tool="sentryward"),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=4,
     figures={"race_free": lambda node: node.items("a list of cases")},

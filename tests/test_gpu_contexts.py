@@ -15,9 +15,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from gpu_calls import captured, integers, outputs  # noqa: E402
+from gpu_recorder import workspace_of  # noqa: E402
 
 from dsv4_router_runtime import Router, RouterError  # noqa: E402
-from dsv4_router_runtime.device import driver, occupancy  # noqa: E402
+from dsv4_router_runtime.device import driver, occupancy, streams  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +62,7 @@ def test_green_contexts_are_right_and_say_what_did_not_fit(sms, flags):
         pytest.skip(f"gpu: no green context of {sms} SMs with flags {flags}: {seen['refused']}")
     assert seen["wrong"] == []
     assert seen["contexts_kept"]
+    assert seen["null_streams_scratch"], "the null streams of two contexts share scratch"
     # A step is left exactly if its kernel had no room.
     assert {item["kernel"] for item in seen["fallbacks"]} == set(seen["unfit"])
     assert len(seen["warnings"]) == len(seen["fallbacks"])
@@ -176,6 +178,7 @@ def green(sms: str, flags: str) -> dict:
         ask("push", cuda.cuCtxPushCurrent(context))
         route_into(router, x, n, out)
         ask("synchronise", cuda.cuCtxSynchronize())
+        null_stream = streams.stream_id(0, 0)
         kept &= driver.current_context() == int(context)
         ask("pop", cuda.cuCtxPopCurrent())
         if not same(out, expected[n]):
@@ -184,6 +187,8 @@ def green(sms: str, flags: str) -> dict:
         "sms": count,
         "wrong": wrong,
         "contexts_kept": kept and driver.is_primary_current(0),
+        "null_streams_scratch": ~null_stream in workspace_of(router).slots
+        and null_stream != streams.stream_id(0, 0),
         "unfit": [key for key, room in rooms.items() if room.reason],
         "exclusive_clusters": {key: room.exclusive_clusters for key, room in rooms.items()},
         "fallbacks": fallbacks,

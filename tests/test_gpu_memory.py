@@ -293,9 +293,9 @@ def test_foreign_streams_without_end(random, busy):
 def test_ids_tell_streams_and_threads_apart(random):
     """What the runtime takes for granted about the driver's ids and torch's."""
     made = [torch.cuda.Stream() for _ in range(3)]
-    ids = [streams.stream_id(each.cuda_stream) for each in made]
+    ids = [streams.stream_id(0, each.cuda_stream) for each in made]
     assert len(set(ids)) == 3
-    assert ids == [streams.stream_id(each.cuda_stream) for each in made]
+    assert ids == [streams.stream_id(0, each.cuda_stream) for each in made]
     assert streams.is_lasting(0, torch.cuda.current_stream().cuda_stream)
     with torch.cuda.stream(made[0]):
         assert streams.is_lasting(0, made[0].cuda_stream)
@@ -303,7 +303,7 @@ def test_ids_tell_streams_and_threads_apart(random):
     seen = set()
     for _ in range(50):
         handle = driver.checked("making", cuda.cuStreamCreate(1))
-        seen.add(streams.stream_id(int(handle)))
+        seen.add(streams.stream_id(0, int(handle)))
         with torch.cuda.stream(torch.cuda.ExternalStream(int(handle))):
             assert not streams.is_lasting(0, int(handle))
         driver.checked("destroying", cuda.cuStreamDestroy(handle))

@@ -191,6 +191,10 @@ class Binding:
                     with self._leased_site(index, stream, pdl) as site:
                         self._launch(site, call, options, hidden_states, W_gate)
                 elif site.reads_logits:
+                    # The driver refuses our own launch in another context, but nothing refuses
+                    # torch's.
+                    if stream:
+                        driver.refuse_foreign_context(self._index)
                     self._launch(site, call, options, hidden_states, W_gate)
                 else:
                     # Not through _launch, which would add 0.1 us to every decode call.
@@ -215,8 +219,6 @@ class Binding:
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
             if site.reads_logits:
-                # The driver refuses our own launch in another context, but nothing refuses torch's.
-                driver.refuse_foreign_context(self._index)
                 W_bound = W_gate if self.w_copy is None else self.w_copy
                 logits = self._workspace.logits(site.slot, call[0], self.layer.num_experts)
                 multiply(hidden_states, W_bound, logits)

@@ -228,7 +228,7 @@ def test_thread_without_a_context_gets_one(uninitialised, monkeypatch):
         "cuCtxPopCurrent": lambda: (success, bindings.CUcontext(stack.pop())),
     }.items():
         monkeypatch.setattr(uninitialised, name, answer)
-    monkeypatch.setattr(driver, "_primary_context", lambda index: bindings.CUcontext(7))
+    monkeypatch.setattr(driver, "_primary_context", lambda index: 7)
     site(topk_kernel()).launch()
     assert (codes, stack) == ([], [])
 

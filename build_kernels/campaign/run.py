@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import traceback
@@ -35,8 +36,8 @@ class Outcome:
 
 def test_command(fault: Fault) -> str:
     """Return the command that runs a row's tests; it needs the checkout."""
-    marker = "" if fault.place is Place.CPU else "-m gpu "
-    return f"python -m pytest {marker}{' '.join(fault.tests)}"
+    marker = [] if fault.place is Place.CPU else ["-m", "gpu"]
+    return shlex.join(["python", "-m", "pytest", *marker, *fault.tests])
 
 
 def run_faults(

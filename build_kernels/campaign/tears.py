@@ -61,10 +61,12 @@ IMAGES = Scenario(options=("images",), roles=("decode", "select"))
 TABLE = Scenario(options=("table",), roles=EVERY_ROLE)
 UNKNOWN = Scenario(options=("table", "unknown"), roles=EVERY_ROLE)
 MAPS = Scenario(options=("physical",), roles=EVERY_ROLE)
+BETWEEN = tuple(range(66, 128))
+PAIR = Scenario(options=("images", "padding"), experts=BETWEEN, quick=(97,))
 ALL = Scenario(
     options=("images", "padding", "count"),
     num_tokens=7,
-    experts=tuple(range(66, 128)),
+    experts=BETWEEN,
     quick=(97,),
     at_every_load=False,
 )
@@ -110,8 +112,13 @@ TEARS = (
         replace(MAPS, tears=other_counts, torn_rows=(0, 1)),
     ),
     torn(
+        "pair-torn",
+        "both masks of two rows, E = 66..127",
+        like(PAIR, 0, 1, padding_mask={0: 1, 1: 0}, image_mask={0: 0, 1: 1}),
+    ),
+    torn(
         "all-torn",
-        "every mask and the count at once, E = 66..127",
+        "the masks and the count of seven rows, at one load for each E = 66..127",
         like(
             *(ALL, 0, 1, 2, 3, 5, 6),
             padding_mask={0: 1, 1: 0},

@@ -146,7 +146,7 @@ GPU = """
         gpu_contexts: after_a_reset_a_call_says_to_restart
     gpu-context-foreign | H11 | REFUSED | a context of the caller's
         gpu_contexts: a_context_of_the_caller_is_refused_and_kept
-        gpu_contexts: a_thread_without_a_context_has_none_after_a_call
+        gpu_contexts: a_thread_without_a_context_gets_no_other_than_torchs
     gpu-capture-elsewhere | H11 | RIGHT | a bind and a first call during another thread's capture
         gpu_memory: a_bind_and_a_first_call_leave_another_threads_global_capture_alone
     gpu-no-memory |  | REFUSED | no memory left

@@ -247,9 +247,10 @@ def is_primary_current(index: int) -> bool:
     """Return whether no other context than GPU `index`'s primary one is current in this thread."""
     # Written out, since every call on the null stream comes here.
     code, current = bindings().cuCtxGetCurrent()
-    if code != 0:
+    if code:
         checked("reading the current context", (code, current))
-    return int(current) in (int(_primary_context(index)), 0)
+    handle = int(current)
+    return handle == _primary_context(index) or handle == 0
 
 
 def refuse_foreign_context(index: int) -> None:
@@ -261,7 +262,7 @@ def refuse_foreign_context(index: int) -> None:
     driver = bindings()
     # Written out, since every call with a matrix product comes here.
     code, current = driver.cuCtxGetCurrent()
-    if code == 0 and int(current) in (int(_primary_context(index)), 0):
+    if not code and int(current) in (_primary_context(index), 0):
         return
     checked("reading the current context", (code, current))
     # The null stream's green context is that of the current context.
@@ -276,7 +277,6 @@ def refuse_foreign_context(index: int) -> None:
 
 
 @cache
-def _primary_context(index: int) -> Any:
-    return checked(
-        f"retaining GPU {index}'s context", bindings().cuDevicePrimaryCtxRetain(_device(index))
-    )
+def _primary_context(index: int) -> int:
+    retained = bindings().cuDevicePrimaryCtxRetain(_device(index))
+    return int(checked(f"retaining GPU {index}'s context", retained))

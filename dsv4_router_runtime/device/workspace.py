@@ -38,7 +38,7 @@ from dsv4_router_runtime.parameters import WORKSPACE, workspace_bytes
 from . import driver
 from .graph_life import GraphLife
 from .memory import DeviceMemory, relaxed_on, zero
-from .streams import capture_of, stream_id
+from .streams import capture_of
 
 ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
@@ -150,7 +150,8 @@ class Capture:
 
     life: GraphLife
     pieces: list[tuple[bool, int, int]] = field(default_factory=list)
-    # Address and size of the largest piece so far, by (zeroed, stream id).
+    # Address and size of the largest piece so far, by (zeroed, stream). A handle will do: a stream
+    # outlives its capture. Under capture the driver gives no ids.
     largest: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
     pins: dict[int, object] = field(default_factory=dict)
 
@@ -245,14 +246,13 @@ class Workspace:
         if not (layout.zeroed_bytes or layout.plain_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        key = stream_id(self.device.index, stream)
         with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
-            zeroed = self._captured_piece(capture, True, key, layout.zeroed_bytes)
-            plain = self._captured_piece(capture, False, key, layout.plain_bytes)
+            zeroed = self._captured_piece(capture, True, stream, layout.zeroed_bytes)
+            plain = self._captured_piece(capture, False, stream, layout.plain_bytes)
         return _slot(layout, zeroed, plain)
 
     def _captured_piece(self, capture: Capture, zeroed: bool, stream: int, size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
@@ -10,7 +10,7 @@ from dsv4_router_runtime.call import NO_OPTIONS, Call, CallOptions
 from dsv4_router_runtime.errors import DriverError
 
 from . import driver
-from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launch_kernel
+from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launcher
 from .load import LoadedKernel
 from .occupancy import no_room
 from .tensor_map import TensorMap, map_cache
@@ -57,6 +57,7 @@ class LaunchSite:
             stream=stream,
             pdl=pdl,
         )
+        self._launch: Callable[[], tuple[Any]] | None = None
 
     def set_grid(self, grid: tuple[int, int, int]) -> None:
         """Launch with another grid from now on."""
@@ -65,16 +66,14 @@ class LaunchSite:
 
     def launch(self) -> None:
         """Launch with the present values of `block`; the driver has copied them on return."""
-        (code,) = launch_kernel(self._config, self.loaded.function, self.block.address)
+        if self._launch is None:
+            self._launch = launcher(self._config, self.loaded.function, self.block.address)
+        (code,) = self._launch()
         if code != 0:
-            self._handle_refusal(code)
+            self._handle_refusal(code, self._launch)
 
-    def _handle_refusal(self, code: Any) -> None:
+    def _handle_refusal(self, code: Any, again: Callable[[], tuple[Any]]) -> None:
         """Launch again in a thread that had no context, or raise what a failed launch means."""
-
-        def again() -> tuple[Any]:
-            return launch_kernel(self._config, self.loaded.function, self.block.address)
-
         refused = driver.bindings().CUresult
         (code,) = driver.in_a_context(self.loaded.device, (code,), again)
         if code == refused.CUDA_ERROR_INVALID_CLUSTER_SIZE:

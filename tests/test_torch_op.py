@@ -203,6 +203,14 @@ def test_a_layer_that_was_pruned_in_place_is_bound_again(random):
     check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
 
 
+def test_a_bias_that_was_moved_is_read_where_it_is(random):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K)
+    e_bias.data = e_bias.data.flip(0).contiguous()
+    check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
+
+
 def test_a_moved_weight_leaves_nothing_behind(random):
     weight, e_bias = layer(random)
     x = rows(random)

@@ -1,0 +1,1 @@
+"""Ways to call the router from a model or an engine; each module is imported by itself."""

@@ -1,0 +1,555 @@
+"""The router as operators of torch: on a CPU by the reference, on a GPU by Router."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
+
+from gpu_recorder import replace_gpu  # noqa: E402
+
+from dsv4_router_runtime import Router, router_reference  # noqa: E402
+from dsv4_router_runtime.integrations import torch_op  # noqa: E402
+from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS  # noqa: E402
+
+K, E, TOP_K, SCALE, VOCABULARY = 128, 32, 6, 2.5, 9
+
+
+@pytest.fixture(autouse=True)
+def nothing_bound():
+    torch_op.forget()
+    yield
+    torch_op.forget()
+
+
+@pytest.fixture
+def random(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Bind a Router to tensors of the CPU, with a recorder in the GPU's place."""
+    monkeypatch.setattr(torch_op, "_CpuRouter", torch_op.Router)
+    return replace_gpu(monkeypatch)
+
+
+def layer(random, device="cpu", k=K, num_experts=E):
+    """Return weight [E, K] and e_bias [E] of a layer."""
+    weight = torch.randn(num_experts, k, generator=random).bfloat16().to(device)
+    e_bias = torch.randn(num_experts, generator=random).to(device)
+    return torch.nn.Parameter(weight, requires_grad=False), e_bias
+
+
+def rows(random, num_tokens=5, device="cpu", k=K):
+    return torch.randn(num_tokens, k, generator=random).bfloat16().to(device)
+
+
+def outputs(num_tokens=5, columns=TOP_K, ids_dtype=torch.int32, device="cpu"):
+    return (
+        torch.full((num_tokens, columns), -77.0, device=device),
+        torch.full((num_tokens, columns), -77, dtype=ids_dtype, device=device),
+    )
+
+
+def hash_table(random, num_experts=E):
+    rows = [torch.randperm(num_experts, generator=random)[:TOP_K] for _ in range(VOCABULARY)]
+    return torch.stack(rows)
+
+
+def check(got, hidden_states, weight, e_bias, **options):
+    weights, ids = router_reference(hidden_states, weight.t(), e_bias, SCALE, TOP_K, **options)
+    assert torch.equal(got[1].long(), ids.long())
+    torch.testing.assert_close(got[0].double(), weights, rtol=1e-5, atol=1e-6)
+
+
+def all_options(random, device="cpu", num_tokens=5):
+    """Return every option of a layer that is no hash layer, and of its calls."""
+    return {
+        "bias_vl": torch.randn(E, generator=random).to(device),
+        "gate_temp": 0.5,
+        "to_physical": torch.arange(2 * E, dtype=torch.int32, device=device).reshape(E, 2),
+        "logical_count": torch.full((E,), 2, dtype=torch.int32, device=device),
+        "num_shared_slots": 1,
+        "norm_topk_prob": False,
+        "image_mask": torch.arange(num_tokens, device=device) % 2 == 1,
+        "padding_mask": torch.arange(num_tokens, device=device) == 2,
+        "num_tokens": torch.tensor([num_tokens - 1], dtype=torch.int32, device=device),
+    }
+
+
+# On a CPU
+
+
+def test_route_writes_the_references_rows_and_nothing_else(random):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    out = outputs(7, 8)
+    torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    check([part[:5, :TOP_K] for part in out], x, weight, e_bias)
+    for part in out:
+        assert (part[5:] == -77).all()
+        assert (part[:, TOP_K:] == -77).all()
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_every_option_reaches_the_reference(random, ids_dtype):
+    weight, e_bias = layer(random)
+    x, options = rows(random), all_options(random)
+    out = outputs(5, TOP_K + 1, ids_dtype)
+    torch_op.route_options(x, weight, e_bias, SCALE, TOP_K, *out, **options)
+    check(out, x, weight, e_bias, **options)
+    twin = torch_op.route_functional(
+        x, weight, e_bias, SCALE, TOP_K, **options, ids_dtype=ids_dtype
+    )
+    for ours, other in zip(out, twin, strict=True):
+        assert ours.dtype == other.dtype
+        assert torch.equal(ours, other)
+
+
+def test_a_hash_layer_takes_its_ids_from_the_table(random):
+    weight, _ = layer(random)
+    x, tid2eid = rows(random), hash_table(random)
+    tokens = torch.tensor([3, 0, 8, -1, 9])
+    got = torch_op.route_functional(
+        x, weight, None, SCALE, TOP_K, tid2eid=tid2eid, input_ids=tokens
+    )
+    check(got, x, weight, None, tid2eid=tid2eid, input_ids=tokens)
+
+
+def test_without_ids_dtype_the_ids_are_int32(random):
+    weight, e_bias = layer(random)
+    got = torch_op.route_functional(rows(random), weight, e_bias, SCALE, TOP_K)
+    assert [part.dtype for part in got] == [torch.float32, torch.int32]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": lambda w: w.float()}, TypeError, "W_gate: expected dtype torch.bfloat16"),
+        ({"weight": lambda w: w.t()}, ValueError, "so pass weight.t"),
+        ({"weight": lambda w: w[None]}, ValueError, "W_gate: expected 2 dimensions"),
+        ({"e_bias": lambda b: None}, TypeError, "e_bias: expected a torch.Tensor"),
+        ({"x": lambda x: x[:, :64]}, ValueError, r"hidden_states: expected shape \[N, 128\]"),
+        ({"top_k": lambda k: 9}, ValueError, r"top_k: expected 1\.\.8"),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True], ids=["first", "bound"])
+def test_a_wrong_argument_is_refused_as_router_refuses_it(random, change, error, words, before):
+    weight, e_bias = layer(random, k=128, num_experts=32)
+    given = {"x": rows(random), "weight": weight, "e_bias": e_bias, "top_k": TOP_K}
+    if before:
+        torch_op.route(given["x"], weight, e_bias, SCALE, TOP_K, *outputs())
+    given |= {name: changed(given[name]) for name, changed in change.items()}
+    out = outputs()
+    with pytest.raises(error, match=words):
+        torch_op.route(given["x"], given["weight"], given["e_bias"], SCALE, given["top_k"], *out)
+    assert all((part == -77).all() for part in out)
+
+
+def test_wrong_values_of_tables_are_refused(random):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    with pytest.raises(ValueError, match="tid2eid: expected distinct ids in each row"):
+        torch_op.route_functional(
+            x,
+            weight,
+            None,
+            SCALE,
+            TOP_K,
+            tid2eid=torch.zeros(VOCABULARY, TOP_K, dtype=torch.int64),
+            input_ids=torch.arange(5),
+        )
+    maps = {
+        "to_physical": torch.zeros(E, 1, dtype=torch.int32),
+        "logical_count": torch.zeros(E, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match=r"logical_count: expected 1\.\.1"):
+        torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K, **maps)
+
+
+def test_wrong_options_of_a_call_are_refused(random):
+    weight, e_bias = layer(random)
+    plain = (rows(random), weight, e_bias, SCALE, TOP_K)
+    with pytest.raises(ValueError, match="input_ids: expected None, since the layer has no tid"):
+        torch_op.route_functional(*plain, input_ids=torch.arange(5))
+    with pytest.raises(ValueError, match=r"padding_mask: expected shape \[5\]"):
+        torch_op.route_functional(*plain, padding_mask=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"input_ids: expected a torch\.Tensor"):
+        torch_op.route_functional(
+            rows(random), weight, None, SCALE, TOP_K, tid2eid=hash_table(random)
+        )
+
+
+# What a call remembers
+
+
+def versions_of(random):
+    """Yield layers that one call binds and the next must not take for the same."""
+    weight, e_bias = layer(random)
+    yield "first", (weight, e_bias, SCALE, TOP_K), {}
+    yield "scale", (weight, e_bias, 1.0, TOP_K), {}
+    yield "top_k", (weight, e_bias, SCALE, 3), {}
+    yield "bias", (weight, e_bias.flip(0).contiguous(), SCALE, TOP_K), {}
+    yield "fewer experts", (weight[:16], e_bias[:16], SCALE, TOP_K), {}
+    yield "gate_temp", (weight, e_bias, SCALE, TOP_K), {"gate_temp": 2.0}
+    yield "a slot", (weight, e_bias, SCALE, TOP_K), {"num_shared_slots": 2}
+    yield "norm", (weight, e_bias, SCALE, TOP_K), {"norm_topk_prob": False}
+
+
+@pytest.mark.parametrize("operator", ["route", "route_options"])
+def test_layers_are_told_apart_in_any_order(random, operator):
+    x = rows(random)
+    layers = [item for item in versions_of(random) if operator == "route_options" or not item[2]]
+    for pair in itertools.permutations(layers, 2):
+        for name, (weight, e_bias, scale, top_k), options in pair:
+            out = outputs(5, top_k + options.get("num_shared_slots", 0))
+            getattr(torch_op, operator)(x, weight, e_bias, scale, top_k, *out, **options)
+            weights, ids = router_reference(x, weight.t(), e_bias, scale, top_k, **options)
+            assert torch.equal(out[1], ids), name
+            torch.testing.assert_close(out[0].double(), weights, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_layer_that_was_pruned_in_place_is_bound_again(random):
+    """The same tensors at the same address, with half the experts."""
+    weight, e_bias = layer(random)
+    x = rows(random)
+    torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K)
+    weight.data, e_bias.data = weight.data[: E // 2], e_bias.data[: E // 2]
+    check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
+
+
+def test_a_bias_that_was_moved_is_read_where_it_is(random, as_on_a_gpu):
+    weight, e_bias = layer(random)
+    x, out = rows(random), outputs()
+    torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    e_bias.data = e_bias.data.flip(0).contiguous()
+    torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    assert as_on_a_gpu.last["e_bias"] == e_bias.data_ptr()
+
+
+def test_another_bias_at_the_same_address_is_checked(random):
+    weight, e_bias = layer(random)
+    x, out = rows(random), outputs()
+    torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    with pytest.raises(ValueError, match=r"e_bias: expected shape \[32\]"):
+        torch_op.route(x, weight, e_bias[:16], SCALE, TOP_K, *out)
+
+
+def test_a_moved_weight_leaves_nothing_behind(random):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K)
+    weight.data = weight.data.flip(0).contiguous()
+    check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
+    assert len(torch_op._layers) == len(torch_op._plain_layers) == 1
+
+
+def test_a_hash_layer_sees_its_table_change(random):
+    weight, _ = layer(random)
+    x, tokens, tid2eid = rows(random), torch.arange(5), hash_table(random)
+    given = {"tid2eid": tid2eid, "input_ids": tokens}
+    torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    tid2eid.copy_(tid2eid.flip(0).clone())
+    got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    check(got, x, weight, None, **given)
+
+
+def test_forget_shows_a_change_that_torch_does_not_count(random):
+    weight, _ = layer(random)
+    other, _ = layer(random)
+    x, tokens, tid2eid = rows(random), torch.arange(5), hash_table(random)
+    given = {"tid2eid": tid2eid, "input_ids": tokens}
+    before = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    tid2eid.data.copy_(tid2eid.flip(0).clone())
+    torch_op.forget(other)
+    got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    assert torch.equal(got[1], before[1])
+    torch_op.forget(weight)
+    got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    check(got, x, weight, None, **given)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_parameter_takes_its_layers_along(random, hashed):
+    weight, e_bias = layer(random)
+    given = {}
+    if hashed:
+        e_bias, given = None, {"tid2eid": hash_table(random), "input_ids": torch.arange(5)}
+    torch_op.route_functional(rows(random), weight, e_bias, SCALE, TOP_K, **given)
+    assert len(torch_op._layers) == 1
+    del weight
+    gc.collect()
+    assert not torch_op._layers
+    assert not torch_op._plain_layers
+
+
+def test_views_made_for_a_call_find_the_layer_and_are_kept_up_to_a_number(random, monkeypatch):
+    parameter, e_bias = layer(random)
+    x = rows(random)
+    made = []
+    bound = torch_op._CpuRouter
+    monkeypatch.setattr(torch_op, "_CpuRouter", lambda *a, **k: made.append(0) or bound(*a, **k))
+    for _ in range(3):
+        weight = parameter.data.reshape(E, K)
+        check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
+    assert len(made) == 1
+    for number in range(MAX_REMEMBERED_LAYERS + 5):
+        torch_op.route_functional(x, weight, e_bias, 1.0 + number, TOP_K)
+    assert len(torch_op._layers) == MAX_REMEMBERED_LAYERS
+    assert len(torch_op._plain_layers) == 1
+
+
+def test_threads_bind_a_layer_once(random, monkeypatch):
+    weight, e_bias = layer(random)
+    x, made, kind = rows(random), [], torch_op._CpuRouter
+
+    def slow(*tensors, **options):
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return kind(*tensors, **options)
+
+    monkeypatch.setattr(torch_op, "_CpuRouter", slow)
+    with ThreadPoolExecutor(4) as pool:
+        given = (x, weight, e_bias, SCALE, TOP_K)
+        for got in [pool.submit(torch_op.route_functional, *given) for _ in range(8)]:
+            check(got.result(), x, weight, e_bias)
+    assert len(made) == 1
+
+
+def test_on_a_gpu_the_layer_is_a_router_with_all_that_it_was_given(random, as_on_a_gpu):
+    gpu = as_on_a_gpu
+    weight, e_bias = layer(random)
+    x, options, out = rows(random), all_options(random), outputs(5, TOP_K + 1)
+    for _ in range(2):
+        torch_op.route_options(x, weight, e_bias, SCALE, TOP_K, *out, **options, pdl=True)
+        torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    assert len(gpu.launches) == 4
+    assert gpu.pdl == [True, False]
+    first, second = gpu.launches[:2]
+    for name in ("bias_vl", "to_physical", "logical_count", "image_mask", "padding_mask"):
+        assert first[name] == options[name].data_ptr()
+        assert second[name] == 0
+    assert first["num_valid_tokens"] == options["num_tokens"].data_ptr()
+    for launch in (first, second):
+        assert launch["e_bias"] == e_bias.data_ptr()
+        assert launch["out_ids"] == out[1].data_ptr()
+    assert {recipe.address for recipe in gpu.maps} >= {weight.data_ptr()}
+
+
+# Under torch's tracers
+
+
+def opcheck_cases(random, device="cpu"):
+    weight, e_bias = layer(random, device)
+    x, out = rows(random, device=device), outputs(device=device)
+    plain = (x, weight, e_bias, SCALE, TOP_K)
+    tid2eid, tokens = hash_table(random).to(device), torch.arange(5, device=device)
+    yield torch_op.route, (*plain, *out), {}
+    options = all_options(random, device)
+    yield torch_op.route_options, (*plain, *outputs(5, TOP_K + 1, device=device)), options
+    hashed = (x, weight, None, SCALE, TOP_K)
+    yield torch_op.route_options, (*hashed, *out), {"tid2eid": tid2eid, "input_ids": tokens}
+    yield torch_op.route_functional, plain, {**options, "ids_dtype": torch.int64}
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_opcheck_passes(random, case):
+    operator, arguments, options = list(opcheck_cases(random))[case]
+    torch.library.opcheck(operator, arguments, options)
+
+
+class Step(torch.nn.Module):
+    """A piece of a model around the router, by the mutable operator or by its twin."""
+
+    def __init__(self, weight, e_bias, functional: bool) -> None:
+        super().__init__()
+        self.weight, self.functional = weight, functional
+        self.register_buffer("e_bias", e_bias)
+
+    def forward(self, x, *out):
+        given = (x, self.weight, self.e_bias, SCALE, TOP_K)
+        if self.functional:
+            return torch_op.route_functional(*given)
+        if not out:
+            shape = x.shape[0], TOP_K
+            out = [x.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32)]
+        torch_op.route(*given, *out)
+        return out
+
+
+@pytest.fixture
+def dynamo():
+    from torch._dynamo import testing
+
+    torch._dynamo.reset()
+    yield testing
+    torch._dynamo.reset()
+
+
+each_operator = pytest.mark.parametrize("functional", [False, True], ids=["route", "functional"])
+
+
+@each_operator
+def test_compile_traces_one_graph_for_every_number_of_tokens(random, dynamo, functional):
+    step = Step(*layer(random), functional)
+    graphs = dynamo.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=True)
+    traced = []
+    for num_tokens in (5, 8, 70):
+        x = rows(random, num_tokens)
+        check(compiled(x), x, step.weight, step.e_bias)
+        # Dynamo starts over once, since the scale is a float: it traced an empty graph before.
+        traced.append([graph for graph in graphs.graphs if len(graph.graph.nodes) > 1])
+    assert [len(made) for made in traced] == [1, 1, 1]
+    assert len(torch_op._layers) == 1
+
+
+def check_for_copies(step, *calls):
+    """Compile a step with inductor; check its results, and its code for copies and kernels."""
+    from torch._inductor.utils import run_and_get_code
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    (code,) = run_and_get_code(compiled, *calls[0])[1]
+    # Neither a copy, nor a kernel that inductor generates or calls.
+    assert not re.findall(r"\.(?:copy_?|clone)\(|async_compile\.\w+\('|extern_kernels\.\w+\(", code)
+    assert len(re.findall(r"^ +(?:buf\d+ = )?torch\.ops\.dsv4_router\.", code, re.M)) == 1, code
+    for call in calls:
+        check(compiled(*call), call[0], step.weight, step.e_bias)
+
+
+@each_operator
+def test_inductor_adds_neither_a_copy_nor_a_kernel(random, dynamo, functional):
+    step = Step(*layer(random), functional)
+    check_for_copies(step, *((rows(random, num_tokens),) for num_tokens in (5, 70)))
+
+
+def test_inductor_adds_no_copy_of_the_callers_outputs(random, dynamo):
+    step = Step(*layer(random), functional=False)
+    check_for_copies(step, *((rows(random, number), *outputs(number)) for number in (5, 70)))
+
+
+@each_operator
+def test_export_lifts_the_weights(random, functional):
+    step = Step(*layer(random), functional)
+    tokens = torch.export.Dim("tokens")
+    exported = torch.export.export(step, (rows(random),), dynamic_shapes=({0: tokens},))
+    assert exported.graph_signature.parameters == ("weight",)
+    assert exported.graph_signature.buffers == ("e_bias",)
+    loaded = exported.module()
+    x = rows(random, 70)
+    check(loaded(x), x, step.weight, step.e_bias)
+    # The program's own weights are what is read.
+    state = {"weight": step.weight.flip(1), "e_bias": step.e_bias.flip(0)}
+    loaded.load_state_dict(state)
+    check(loaded(x), x, state["weight"].contiguous(), state["e_bias"])
+
+
+@pytest.mark.parametrize("trainable", ["hidden_states", "weight"])
+@pytest.mark.parametrize("way", ["eager", "compiled", "exported"])
+@each_operator
+def test_a_gradient_is_refused_in_words(random, dynamo, trainable, way, functional):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    (x if trainable == "hidden_states" else weight).requires_grad_()
+    step = Step(weight, e_bias, functional)
+    run = {
+        "compiled": torch.compile(step, backend="aot_eager", fullgraph=True),
+        "exported": lambda x: torch.export.export(step, (x,)),
+    }.get(way, step)
+    words = f"{trainable}: expected a tensor that needs no gradient.*torch.no_grad"
+    with pytest.raises(Exception, match=words):
+        run(x)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            check(step(x), x, weight, e_bias)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", range(4))
+def test_opcheck_passes_on_a_gpu(random, case):
+    operator, arguments, options = list(opcheck_cases(random, "cuda"))[case]
+    torch.library.opcheck(operator, arguments, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200])
+def test_all_operators_give_the_references_rows_on_a_gpu(random, num_tokens):
+    weight, e_bias = layer(random, "cuda")
+    x, options = rows(random, num_tokens, "cuda"), all_options(random, "cuda", num_tokens)
+    out = outputs(num_tokens, device="cuda")
+    torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+    check(out, x, weight, e_bias)
+    given = (x, weight, e_bias, SCALE, TOP_K)
+    check(torch_op.route_functional(*given, **options), *given[:3], **options)
+    tid2eid = hash_table(random).cuda()
+    hashed = {"tid2eid": tid2eid, "input_ids": torch.arange(num_tokens, device="cuda") % 10}
+    out = outputs(num_tokens, ids_dtype=torch.int64, device="cuda")
+    torch_op.route_options(x, weight, None, SCALE, TOP_K, *out, **hashed)
+    check(out, x, weight, None, **hashed)
+
+
+@pytest.mark.gpu
+@each_operator
+def test_inductor_adds_nothing_on_a_gpu(random, dynamo, functional):
+    step = Step(*layer(random, "cuda"), functional)
+    check_for_copies(step, *((rows(random, num_tokens, "cuda"),) for num_tokens in (5, 200)))
+
+
+@pytest.mark.gpu
+@each_operator
+def test_a_captured_call_is_replayed_with_new_rows_and_weights(random, functional):
+    step = Step(*layer(random, "cuda"), functional)
+    x = rows(random, 8, "cuda")
+    step(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(x)
+    for _ in range(2):
+        x.copy_(rows(random, 8))
+        step.weight.copy_(step.weight.flip(1))
+        graph.replay()
+        check(out, x, step.weight, step.e_bias)
+
+
+@pytest.mark.gpu
+def test_an_exported_program_routes_on_a_gpu(random):
+    step = Step(*layer(random, "cuda"), functional=True)
+    tokens = torch.export.Dim("tokens")
+    given = (rows(random, device="cuda"),)
+    loaded = torch.export.export(step, given, dynamic_shapes=({0: tokens},)).module()
+    x = rows(random, 70, "cuda")
+    check(loaded(x), x, step.weight, step.e_bias)
+
+
+@pytest.mark.gpu
+def test_an_eager_call_costs_little_more_than_a_routers(random):
+    """The host's time of a call, the best of 30 rounds: at most 2.5 us more than Router's."""
+    weight, e_bias = layer(random, "cuda")
+    x, out = rows(random, 8, "cuda"), outputs(8, device="cuda")
+    router = Router(weight.t(), e_bias, top_k=TOP_K, routed_scaling_factor=SCALE)
+    calls = {
+        "router": lambda: router(x, *out),
+        "route": lambda: torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out),
+    }
+    best = dict.fromkeys(calls, float("inf"))
+    with torch.inference_mode():
+        for _ in range(30):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(200):
+                    call()
+                best[name] = min(best[name], (time.perf_counter() - start) / 200 * 1e6)
+                torch.cuda.synchronize()
+    print(best)
+    assert best["route"] <= best["router"] + 2.5, best

@@ -1,14 +1,11 @@
-"""transformers' DeepSeek-V4 with its routers served: real classes, tiny sizes; real ones on a GPU.
-
-The judge is the same model with gates in FP64. transformers rounds its router's logits to BF16,
-which gives some rows other experts, so that its own routers are no judge of a BF16 model.
-"""
+"""DeepSeek-V4 of transformers with served routers: real classes, tiny sizes; real on a GPU."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,179 +18,26 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 model_code = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
-from gpu_calls import BF16, KEY_ROUNDING  # noqa: E402
-from transformers import AutoModelForCausalLM, DeepseekV4Config, monkey_patching  # noqa: E402
+from gpu_calls import BF16  # noqa: E402
+from transformers import monkey_patching  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
+from transformers_models import (  # noqa: E402
+    FUSED,
+    JUDGE,
+    STOCK,
+    VOCABULARY,
+    build,
+    check_experts,
+    greedy,
+    in_bf16,
+    load,
+    prompts,
+    routers,
+    use,
+)
 
 from dsv4_router_runtime import log  # noqa: E402
 from dsv4_router_runtime.integrations import transformers as served  # noqa: E402
-from dsv4_router_runtime.reference import (  # noqa: E402
-    router_reference,
-    select_reference,
-    selection_margin,
-)
-
-STOCK = (served.TopKRouter, served.HashRouter)
-FUSED = (served.FusedTopKRouter, served.FusedHashRouter)
-VOCABULARY = 512
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "q_lora_rank": 64,
-    "num_experts_per_tok": 6,
-    "n_routed_experts": 32,
-    "sliding_window": 16,
-    "o_groups": 2,
-    "o_lora_rank": 32,
-    "index_n_heads": 2,
-    "index_head_dim": 32,
-    "index_topk": 8,
-    "partial_rotary_factor": 0.5,
-    "hc_mult": 2,
-    "hc_sinkhorn_iters": 4,
-}
-
-
-class Fp64TopKRouter(served.TopKRouter):
-    """The judge's learned router; weights in FP32, as a kernel writes them."""
-
-    def forward(self, hidden_states):
-        flat = hidden_states.reshape(-1, self.hidden_dim)
-        return None, *_fp64(self, flat, self.e_score_correction_bias)
-
-
-class Fp64HashRouter(served.HashRouter):
-    """The judge's hash router."""
-
-    def forward(self, hidden_states, input_ids):
-        flat = hidden_states.reshape(-1, self.hidden_dim)
-        ids = input_ids.reshape(-1)
-        return None, *_fp64(self, flat, None, tid2eid=self.tid2eid, input_ids=ids)
-
-
-def _fp64(router: Any, flat: Any, bias: Any, **options: Any) -> tuple[Any, Any]:
-    scale, top_k = router.routed_scaling_factor, router.top_k
-    weights, ids = router_reference(flat, router.weight.t(), bias, scale, top_k, **options)
-    return weights.float(), ids.long()
-
-
-JUDGE = (Fp64TopKRouter, Fp64HashRouter)
-
-
-def build(seed: int, device: str = "cpu", dtype: Any = BF16, num_layers: int = 4, **more: Any):
-    """Return a random model: a hash layer, then learned ones with biases like V4's."""
-    layer_types = ["sliding_attention", "heavily_compressed_attention"]
-    layer_types += ["compressed_sparse_attention"] * 2
-    config = DeepseekV4Config(
-        **SMALL | more,
-        num_hidden_layers=num_layers,
-        layer_types=layer_types[:num_layers],
-        mlp_layer_types=["hash_moe", *["moe"] * (num_layers - 1)],
-    )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype).eval()
-        for router in routers(model):
-            shape = router.num_experts, router.top_k
-            if isinstance(router, served.HashRouter):
-                rows = torch.rand(VOCABULARY, shape[0]).argsort(1)[:, : shape[1]]
-                router.tid2eid.copy_(rows)
-            else:
-                # from_config makes this buffer BF16; from_pretrained keeps it FP32.
-                router.e_score_correction_bias = 8.08 + 0.05 * torch.randn(shape[0])
-    return model
-
-
-def load(folder: Path) -> Any:
-    """Return the model of a folder, its parameters in BF16 as `build` has them.
-
-    5.17 loads the norms in FP32, with which a BF16 model does not run. On a CPU, parameters lie in
-    the mapped file at addresses that are no multiple of 16; these are copies.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(BF16, copy=True)
-    return model
-
-
-def routers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, STOCK)]
-
-
-def use(model: Any, classes: tuple[type, type]) -> Any:
-    """Let every router of the model be of these classes, with the weights that it has."""
-    for router in routers(model):
-        router.__class__ = classes[isinstance(router, served.HashRouter)]
-    return model
-
-
-def prompts(seed: int, *shape: int, device: str = "cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, shape, generator=generator).to(device)
-
-
-def greedy(model: Any, classes: tuple[type, type], ids: Any, num_tokens: int) -> list[list[int]]:
-    answer = use(model, classes).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-    )
-    return answer[:, ids.shape[1] :].tolist()
-
-
-def answers(model: Any, ids: Any) -> list[tuple[Any, Any, Any]]:
-    """Return of each router, in one forward: itself, its hidden states [N, K] and its output."""
-    seen: list[tuple[Any, Any, Any]] = []
-    hooks = [
-        router.register_forward_hook(
-            lambda router, given, out: seen.append((router, given[0].flatten(0, -2), out))
-        )
-        for router in routers(model)
-    ]
-    with torch.no_grad():
-        model(ids)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def other_experts(ids: Any, expected: Any) -> Any:
-    """Return bool [N]: the rows whose sets of experts differ."""
-    return (ids.sort(1).values != expected.sort(1).values).any(1)
-
-
-def check_experts(model: Any, ids: Any) -> int:
-    """Check every row of every learned layer; return in how many transformers' own router errs."""
-    wrong_of_stock = 0
-    seen = answers(use(model, FUSED), ids)
-    assert len(seen) == len(routers(model))
-    for router, hidden_states, (logits, weights, chosen) in seen:
-        assert logits is None
-        assert weights.dtype is torch.float32
-        assert chosen.dtype is torch.int64
-        if isinstance(router, served.HashRouter):
-            assert torch.equal(chosen, router.tid2eid[ids.flatten()])
-            continue
-        exact = hidden_states.double() @ router.weight.double().t()
-        bias, top_k = router.e_score_correction_bias, router.top_k
-        expected_weights, expected = select_reference(
-            exact, bias, router.routed_scaling_factor, top_k
-        )
-        clear = selection_margin(exact, bias, top_k) > KEY_ROUNDING
-        assert clear.sum() >= len(clear) - 1
-        assert not (other_experts(chosen, expected) & clear).any()
-        total, expected_total = weights.double().sum(1), expected_weights.sum(1)
-        torch.testing.assert_close(total, expected_total, rtol=1e-5, atol=0)
-        with torch.no_grad():
-            stock = served.TopKRouter.forward(router, hidden_states)[2]
-        wrong_of_stock += int((other_experts(stock, expected) & clear).sum())
-    return wrong_of_stock
 
 
 @pytest.fixture(scope="module")
@@ -304,9 +148,16 @@ def test_a_gradient_flows_through_the_models_own_forward(tiny, caplog, monkeypat
         (lambda router: router.bfloat16(), "e_score_correction_bias is torch.bfloat16"),
         (lambda router: vars(router).update(top_k=9), "it takes 9 of 32 experts"),
         (lambda router: vars(router).update(hidden_dim=32), "hidden_size is 32"),
-        (lambda router: setattr(router, "score_fn", torch.nn.Sigmoid()), "Sigmoid"),
+        (lambda router: setattr(router, "score_fn", torch.nn.Sigmoid()), "are Sigmoid"),
         (lambda router: router.to("meta"), "the weight is on meta"),
+        (
+            lambda router: setattr(
+                router.weight, "data", torch.zeros(32 * 256 + 1, dtype=BF16)[1:].view(32, 256)
+            ),
+            "address is no multiple of 16",
+        ),
     ],
+    ids=["FP32", "BF16 bias", "top 9", "K of 32", "sigmoid", "meta", "address"],
 )
 def test_what_no_kernel_takes_is_left_to_the_model_and_said(
     tiny, caplog, monkeypatch, change, reason
@@ -463,6 +314,21 @@ def test_a_router_is_one_launch(k, num_experts, num_tokens, seed) -> None:
         assert num_nodes == 1
         graph.replay()
         assert all(map(torch.equal, out[1:], eager[1:]))
+
+
+@pytest.mark.gpu
+def test_the_page_runs_as_written(seed, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(served.__file__).with_name("TRANSFORMERS.md").read_text(encoding="utf-8")
+    model = build(seed, hidden_size=4096, n_routed_experts=256, num_layers=2)
+    model.save_pretrained("checkpoint")
+    names: dict[str, Any] = {"folder": "checkpoint", "prompt": prompts(seed, 1, 8, device="cuda")}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "TRANSFORMERS.md", "exec"), names)
+        if transformers.__version__.startswith("5.17.") and "before" not in names:
+            in_bf16(names["model"])  # as the page says
+    assert set(names["before"].values()) == {"dsv4_router"}
+    assert all(each.startswith("transformers: ") for each in names["after"].values())
 
 
 @pytest.mark.gpu

@@ -33,7 +33,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from transformers.utils import output_capturing
 
 from dsv4_router_runtime.artifacts.folder import open_artifacts
-from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
+from dsv4_router_runtime.artifacts.limits import (
+    K_MULTIPLE,
+    MAP_ALIGNMENT_BYTES,
+    MAX_EXPERTS,
+    MAX_TOP_K,
+)
 from dsv4_router_runtime.log import info_once, warn_once
 
 from . import torch_op
@@ -100,6 +105,9 @@ def _reason_of_layer(module: Any) -> str | None:
         return f"the weight is {weight.dtype}; load the model with dtype=torch.bfloat16"
     if bias is not None and bias.dtype is not torch.float32:
         return f"e_score_correction_bias is {bias.dtype}; from_pretrained keeps it torch.float32"
+    # A traced tensor has no address.
+    if not torch.compiler.is_compiling() and weight.data_ptr() % MAP_ALIGNMENT_BYTES:
+        return f"the weight's address is no multiple of {MAP_ALIGNMENT_BYTES}; clone the weight"
     if not isinstance(module.score_fn, SqrtSoftplusActivation):
         return f"the scores are {type(module.score_fn).__name__}; sqrtsoftplus is served"
     if module.hidden_dim % K_MULTIPLE:

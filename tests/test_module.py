@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,10 +173,10 @@ def test_a_hash_layer_that_was_never_loaded_says_so():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @each_kind
 def test_a_load_is_seen_by_the_next_call(random, config, context, assign):
-    gate = loaded(config, random)
-    x, call = batch(gate, random)
-    check(gate, x, **call)
     with context():
+        gate = loaded(config, random)
+        x, call = batch(gate, random)
+        check(gate, x, **call)
         gate.load_state_dict(checkpoint(config, random), assign=assign)
         check(gate, x, **call)
 
@@ -303,6 +305,31 @@ def test_fields_that_no_model_has_are_passed_on():
     assert (config.num_shared_slots, config.ids_dtype, config.pdl) == (1, torch.int64, True)
 
 
+# The page
+
+README = Path(torch_op.__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def run_the_pages_examples(device):
+    """Run the examples of README.md in their order, on `device`; return their names."""
+    names: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example.replace('"cuda"', f'"{device}"'), names)
+    return names
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_pages_examples_run(device):
+    torch._dynamo.reset()
+    names = run_the_pages_examples(device)
+    check(names["gate"], names["hidden_states"])
+    with torch.no_grad():
+        for ours, other in zip(
+            (names["weights"], names["ids"]), names["step"](names["hidden_states"]), strict=True
+        ):
+            assert torch.equal(ours, other)
+
+
 # On a GPU
 
 
@@ -312,7 +339,8 @@ def test_a_gate_moves_to_a_gpu_and_back(random, config):
     gate = loaded(config, random)
     for device in ("cpu", "cuda", "cpu"):
         gate.to(device)
-        check(gate, *batch(gate, random)[:1], **batch(gate, random)[1])
+        x, call = batch(gate, random)
+        check(gate, x, **call)
     assert len(torch_op._layers) == 1
 
 

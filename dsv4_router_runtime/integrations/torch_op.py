@@ -7,18 +7,19 @@
     weights, ids = torch_op.route_functional(hidden_states, weight, e_bias, 2.5, 6)
 
 Importing this module registers `torch.ops.dsv4_router`. Arguments, checks and errors are those of
-`Router` and its calls, with one difference: weight [E, K] is in a checkpoint's layout, and is bound
+`Router` and its calls, with one difference: weight [E, K] has a checkpoint's layout, and is bound
 as W_gate = weight.t(). The last two operators take every option of `Router` and of its calls as a
-keyword; `route` takes none, since each argument of an operator costs 0.1 us per call.
-route_functional allocates its outputs, with ids of `ids_dtype` (int32 if None).
+keyword. `route` takes none, since each argument of an operator costs host time.
+`route_functional` allocates its outputs, with ids of `ids_dtype` (int32 if None).
 
-The first call with a layer binds it: a `Router` on a GPU, `router_reference` in FP64 on a CPU. It
-must not happen under stream capture (see `Router`). A layer is known by the memory of its tensors
-and by its numbers. It is kept for as long as its weight, if that is an nn.Parameter. The last 512
-layers are kept whose weight is none, and their memory with them. A layer with copies (`Router`) is
-bound again after its weight or tid2eid was modified in place, unless torch does not count the
-change (through `.data`, or in inference mode): call `forget(weight)` then. A CUDA graph reads the
-copies of its capture; capture it again after that.
+The first call with a layer binds it: a `Router` on a GPU, on a CPU `router_reference` in FP64. It
+must not happen under stream capture (see `Router`). A layer is found by the memory of its tensors
+and by its numbers. It is kept for as long as its weight lives, if that is an nn.Parameter. Of
+layers with other weights the last 512 are kept, and their memory with them.
+
+A layer with copies (see `Router`) is bound again after its weight or tid2eid was modified in place.
+torch does not count a change through `.data` or to an inference tensor: call `forget(weight)` after
+it. A CUDA graph reads the copies of its capture: capture it again.
 
 The operators have no gradient: a call that would need one is a RuntimeError.
 """

@@ -320,8 +320,7 @@ def test_a_router_is_one_launch(k, num_experts, num_tokens, seed) -> None:
 def test_the_page_runs_as_written(seed, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = Path(served.__file__).with_name("TRANSFORMERS.md").read_text(encoding="utf-8")
-    model = build(seed, hidden_size=4096, n_routed_experts=256, num_layers=2)
-    model.save_pretrained("checkpoint")
+    build(seed, num_layers=2).save_pretrained("checkpoint")
     names: dict[str, Any] = {"folder": "checkpoint", "prompt": prompts(seed, 1, 8, device="cuda")}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "TRANSFORMERS.md", "exec"), names)

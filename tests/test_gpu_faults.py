@@ -1,5 +1,8 @@
 """Faults on a GPU, each in a process of its own with a time limit: a hang is a failed test.
 
+They want the GPU for themselves (`-n 0`): a kernel that never ends takes every other process's time
+slices, and a test beside it runs into its time limit.
+
 DSV4_FAULT_SECONDS: how long the soak runs; 20 by default.
 """
 

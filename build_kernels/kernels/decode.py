@@ -27,22 +27,20 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import (
-    candidates_of,
-    draw_ticket,
-    load_neighbours,
-    merge,
-    neighbours_of,
-    own_candidates,
-    publish,
-    trap_if,
-)
+from build_kernels.kernels.candidates import merge, own_candidates, publish
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
-from build_kernels.kernels.masks import is_padding, read_mask
 from build_kernels.kernels.outputs import OutputColumn, output_column, store
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
+from build_kernels.kernels.row_flags import (
+    IS_IMAGE,
+    IS_PADDING,
+    MAX_TICKET,
+    MAX_TILES,
+    publish_row_flags,
+    row_flags,
+)
 from build_kernels.kernels.score import choose, reciprocal, router_score, tempered
 from build_kernels.kernels.shapes import EXPERT_TILE, K_BLOCK, MAX_EXPERTS, NUM_SPLITS
 from build_kernels.kernels.top_k import (
@@ -52,12 +50,6 @@ from build_kernels.kernels.top_k import (
     selection_key,
     take_top_k,
 )
-
-MAX_TILES = MAX_EXPERTS // EXPERT_TILE
-# The row flags of a token in one word: the ticket in the low bits, then two flags.
-MAX_TICKET = MAX_TILES - 1
-IS_IMAGE = MAX_TILES
-IS_PADDING = 2 * MAX_TILES
 
 # The launch parameters after the tensor maps, as dsv4_router_runtime/parameters.py orders them.
 Arguments = arguments_of("decode")
@@ -187,7 +179,7 @@ class RouterDecode:
         if warp == self.gemm.producer_warp:
             self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, first_block, num_blocks)
         if warp == self.row_flags_warp:
-            self.publish_row_flags(storage, args, split, tile, num_tiles)
+            publish_row_flags(storage, self.max_owned, args, split, tile, num_tiles)
         if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
             self.publish_physical_ids(storage, args, split)
         self.gemm.issue_mma(storage, warp, num_blocks)
@@ -210,8 +202,8 @@ class RouterDecode:
                 # Outputs and workspace may be in use until the grid before has ended.
                 cute.arch.griddepcontrol_wait()
                 cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
-                row_flags = self.row_flags(storage)[warp]
-                is_image = row_flags & IS_IMAGE
+                flags = row_flags(storage, self.max_owned)[warp]
+                is_image = flags & IS_IMAGE
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 keys, scores = self.score(
@@ -220,7 +212,7 @@ class RouterDecode:
                 )
                 # No row of the table: padding, unless the row is an image row.
                 is_unknown = choose(is_image != 0, Int32(0), unknown)
-                is_padded = ((row_flags & IS_PADDING) | is_unknown) != 0
+                is_padded = ((flags & IS_PADDING) | is_unknown) != 0
                 for i in cutlass.range_constexpr(2):
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
@@ -229,7 +221,7 @@ class RouterDecode:
                 else:
                     for i in cutlass.range_constexpr(2):
                         publish(candidates[i], keys[i], scores[i])
-                    if row_flags & MAX_TICKET == num_tiles - 1:
+                    if flags & MAX_TICKET == num_tiles - 1:
                         # E up to 256, 384 and 512: as few registers as hold the candidates.
                         merged = (args.workspace, token, num_tiles, args.top_k)
                         if num_tiles <= 4:
@@ -316,53 +308,11 @@ class RouterDecode:
                 tma_bar_ptr=full,
             )
 
-    def row_flags(self, storage) -> cute.Tensor:
-        """Return (epilogue warp,) int32: the ticket and the flags of each owned token."""
-        return cute.make_tensor(storage.row_flags.data_ptr(), cute.make_layout(self.max_owned))
-
     def physical_ids(self, storage) -> cute.Tensor:
         """Return (expert, epilogue warp) int32: the physical ids for each owned token."""
         return cute.make_tensor(
             storage.physical_ids.data_ptr(), cute.make_layout((MAX_EXPERTS, self.max_owned))
         )
-
-    @cute.jit
-    def publish_row_flags(
-        self, storage, args: Arguments, split: Int32, tile: Int32, num_tiles: Int32
-    ):
-        """Draw a ticket and read the masks for each of the CTA's tokens.
-
-        The masks and the workspace may be in use until the grid before has ended.
-        """
-        lane = cute.arch.lane_idx()
-        token = owned_token(split, lane)
-        ticket = Int32(0)
-        neighbours = neighbours_of(tile, num_tiles)
-        # Always true: makes the wait depend on the division, which the compiler would do after it.
-        if neighbours >= 0:
-            cute.arch.griddepcontrol_wait()
-        # Read before the tickets are drawn, so before any merge: a word that no owner published
-        # cannot pass for a candidate.
-        left_over = []
-        for warp in cutlass.range_constexpr(self.max_owned):
-            owned = owned_token(split, warp)
-            left_over += load_neighbours(
-                candidates_of(args.workspace, owned, num_tiles) + neighbours,
-                num_tiles > 1 and owned < args.num_tokens,
-            )
-        if lane < self.max_owned and token < args.num_tokens:
-            ticket = draw_ticket(args.workspace, token, num_tiles)
-            is_image = read_mask(args.image_mask, token, args.num_tokens)
-            padding = is_padding(args, token)
-            row_flags = self.row_flags(storage)
-            row_flags[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padding, IS_PADDING)
-        cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
-        # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no
-        # warp merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
-        is_damaged = Uint32(ticket) >= Uint32(num_tiles)
-        for word in left_over:
-            is_damaged = is_damaged | (word != 0)
-        trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
 
     @cute.jit
     def publish_physical_ids(self, storage, args: Arguments, split: Int32):
@@ -466,8 +416,3 @@ class RouterDecode:
             if cute.arch.lane_idx() < args.top_k:
                 expert = self.physical_ids(storage)[expert, warp]
         store(output, expert, score, total, is_padding)
-
-
-def flag(value: Int32, bit: int) -> Int32:
-    """Return `bit` if the value is nonzero, else 0."""
-    return choose(value != 0, Int32(bit), Int32(0))

@@ -46,10 +46,10 @@ DECODE = (
     ),
     sm100(
         *("no griddepcontrol.wait in the epilogue", "harmless"),
-        deleted(r"griddepcontrol\.wait;", 1),
+        deleted(r"griddepcontrol\.wait;", 2),
         rejected_by=(),
         case=replace(TWO_TILES, options=("images", "padding")),
         harmless="an epilogue warp touches memory of the grid before after its wait for "
-        "row_flags_full, and the producer's lanes arrive there after their griddepcontrol.wait",
+        "row_flags_full, and that warp's lanes arrive there after their griddepcontrol.wait",
     ),
 )

@@ -21,7 +21,8 @@ _COUNT = Edit(
 _HIGH_OF_IDS = deleted(r"st\.global\.b32 \t\[%rd\d+\+4\], [^;]*;")
 _HIGH_OF_TOKEN = Edit(pattern=r"ld\.global\.b64(.*?);", replacement=r"ld.global.s32\1;")
 _ALWAYS_A_ROW = Edit(
-    pattern=r"setp\.gt\.s32 \t(%p\d+), %r\d+, -1;", replacement=r"mov.pred \t\1, -1;"
+    pattern=r"(shfl\.sync\.idx\.b32 \t(%r\d+), %r\d+, 0, 31, -1;\s+)shr\.u32 \t(%r\d+), \2, 31;",
+    replacement=r"\1mov.b32 \t\3, 0;",
 )
 _RANK = Edit(
     pattern=r"selp\.b32( \t%r\d+), 1, (%r\d+, %p\d+;\s+shfl)", replacement=r"selp.b32\1, 2, \2"
@@ -43,6 +44,7 @@ DECODE = (
     *of_kind(
         *(sm100, "option ignored"),
         ("image_mask ignored", _IMAGES, given("images"), WRONG_IDS),
+        ("image_mask ignored in a hash layer", _IMAGES, given("table", "images"), WRONG_IDS),
         ("padding ignored", _PADDING, given("padding"), WRONG_IDS),
         ("num_valid_tokens ignored", _COUNT, given("count"), WRONG_IDS),
         ("gate_temp ignored", _fixed("gate_temp", _ONE), given("temperature"), WRONG_WEIGHT),

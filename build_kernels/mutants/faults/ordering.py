@@ -29,13 +29,8 @@ _AFTER_SYNC = r"tcgen05\.fence::after_thread_sync;"
 _WAIT_LD = r"tcgen05\.wait::ld\.sync\.aligned;"
 _GRID_WAIT = r"griddepcontrol\.wait;"
 
-# The producer's wait stands above the loads of hidden_states. Here the row flags are read above it.
-# (A CTA without a block of K would jump back: the case has none.)
-_EARLY = Edit(
-    pattern=r"(?s)(barrier\.cluster\.wait;\s+// begin inline asm\s+griddepcontrol\.wait;.*?\n)"
-    r"(\$L\w+:\s+ld\.param[^\n]*\n\s+mov\.u32 \t%r\d+, %laneid;.*?mbarrier\.arrive[^\n]*\n)",
-    replacement=r"\2\1",
-)
+# Of the waits in the text's order the first is the producer's, the second the row-flags warp's.
+_EARLY = deleted(_GRID_WAIT, 1)
 
 
 def _of(what: str) -> str:

@@ -499,6 +499,7 @@ def test_words_in_brackets_are_not_markup(report: Report, tmp_path: Path) -> Non
     assert "[bold]no kernel[/bold]" in bench("--render", tmp_path / "r.json").stdout
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png_and_the_same_each_time(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `bench`")
     for name in ("one.png", "two.png"):

@@ -303,7 +303,7 @@ class TestAPartOfABuild:
 
 
 class TestDeterminism:
-    @pytest.mark.quick(1)
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "arch"), [(TOPK.name, "sm_90a"), (DECODE.name, "sm_90a"), (DECODE.name, "sm_100a")]
     )

@@ -116,7 +116,7 @@ def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact
     assert verdict.word == "rejected", verdict.reason
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
 def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     quicker = replace(mutant, schedules=(("random", 1),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import struct
 import zlib
@@ -33,6 +34,10 @@ ELF_FLAGS = {
     "sm_100a": (0x0600640A, 8),
     "sm_103a": (0x0600670A, 8),
 }
+
+
+# The parameter sets of each `quick(n)` test that were collected.
+SEEN: Counter[object] = Counter()
 
 
 def pytest_addoption(parser):
@@ -70,19 +75,25 @@ def why_no_gpu() -> str | None:
     return None if kernels else f"the artifacts hold no kernel for this GPU's {arch}"
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """Mark the parameter sets after the first n of `quick(n)`; a plugin may shuffle them later."""
+    if quick := item.get_closest_marker("quick"):
+        SEEN[item.function] += 1
+        if SEEN[item.function] > quick.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(items):
-    seen: Counter[object] = Counter()
-    for item in items:
-        if quick := item.get_closest_marker("quick"):
-            seen[item.function] += 1
-            if seen[item.function] > quick.args[0]:
-                item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if marked else None
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
+
+
+def pytest_collection_finish():
+    """Take the imported modules out of what a collection of garbage looks at: seconds in all."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

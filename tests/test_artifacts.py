@@ -359,6 +359,7 @@ def test_a_set_swapped_after_it_was_opened_says_so(folder, next_set):
         assert str(caught.value).endswith("; open the folder again (a server: restart it)")
 
 
+@pytest.mark.slow
 def test_no_reader_ever_sees_a_mixed_set(folder, next_set):
     """Two builds take turns as fast as they can: an open is one of them, whole, or refused."""
     sets = [open_artifacts(place).manifest for place in (folder, next_set)]

@@ -409,6 +409,7 @@ def test_the_command_needs_no_compiler_and_no_elf_reader() -> None:
     assert "--render" in done.stdout
 
 
+@pytest.mark.slow
 def test_measuring_imports_no_compiler() -> None:
     code = f"""
 import sys
@@ -498,6 +499,7 @@ def test_words_in_brackets_are_not_markup(report: Report, tmp_path: Path) -> Non
     assert "[bold]no kernel[/bold]" in bench("--render", tmp_path / "r.json").stdout
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png_and_the_same_each_time(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `bench`")
     for name in ("one.png", "two.png"):
@@ -508,6 +510,7 @@ def test_the_picture_is_a_png_and_the_same_each_time(report: Report, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["one.png", "two.png"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_any_number_of_shapes_is_drawn(report: Report, tmp_path: Path, count: int) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `bench`")
@@ -1181,6 +1184,7 @@ def test_without_pdl_the_options_are_timed_once() -> None:
     assert tuple(e.contender.name for e in entrants) == NAMES
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("forgets", "words"),
     [

@@ -54,7 +54,7 @@ print([name for name in {FOREIGN} if name in sys.modules])
     assert python(code) == "[]"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference"])
 def test_the_rest_brings_in_torch_and_no_builder(module):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
@@ -66,6 +66,7 @@ print("torch" in sys.modules, [name for name in builders if name in sys.modules]
     assert python(code) == "True []"
 
 
+@pytest.mark.slow
 def test_every_public_name_resolves():
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     code = """
@@ -93,6 +94,7 @@ except ImportError as error:
     assert said.endswith("install it, or this package's extra: pip install 'dsv4-router[torch]'")
 
 
+@pytest.mark.slow
 def test_another_missing_module_is_not_blamed_on_torch():
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     code = """

@@ -303,7 +303,7 @@ class TestAPartOfABuild:
 
 
 class TestDeterminism:
-    @pytest.mark.quick(1)
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "arch"), [(TOPK.name, "sm_90a"), (DECODE.name, "sm_90a"), (DECODE.name, "sm_100a")]
     )
@@ -374,6 +374,7 @@ class TestRefusals:
         assert "broken.cu for sm_90a does not compile" in outcome
         assert "Traceback" not in outcome
 
+    @pytest.mark.slow
     def test_block(self, tmp_path: Path) -> None:
         source = dataclasses.replace(TOPK.source, block=(64, 1, 1))
         assert "block that the cubin is bounded to" in self.outcome(tmp_path, source=source)
@@ -383,6 +384,7 @@ class TestRefusals:
             tmp_path, symbol="other"
         )
 
+    @pytest.mark.slow
     def test_a_parameter_of_another_kind(self, tmp_path: Path) -> None:
         first, *rest = TOPK.parameters
         wrong = dataclasses.replace(first, kind="int32", element_type=None)
@@ -393,6 +395,7 @@ class TestRefusals:
         outcome = self.outcome(tmp_path, parameters=TOPK.parameters[:-1])
         assert "parameter 25: the source declares out_ids_stride, the spec None" in outcome
 
+    @pytest.mark.slow
     def test_parameters_of_one_size_in_another_order(self, tmp_path: Path) -> None:
         """Neither sizes nor offsets tell e_bias from bias_vl: their names have to."""
         logits, e_bias, bias_vl, *rest = TOPK.parameters
@@ -486,6 +489,7 @@ class TestRefusals:
         monkeypatch.setattr(build.os, "fsync", over_quota)
         assert "(Disk quota exceeded): not a readable cubin" in self.outcome(tmp_path)
 
+    @pytest.mark.slow
     def test_one_failure_publishes_nothing(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

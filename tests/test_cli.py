@@ -44,6 +44,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_build_prints_json_on_stdout_and_talks_on_stderr(tmp_path: Path) -> None:
     options = ("--kernel", TOPK, "--arch", "sm_90a", "--arch", "sm_100a", "--jobs", "1")
     result = call("build", *options, "--artifacts", tmp_path / "a", "--json")
@@ -241,6 +242,7 @@ def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts).exit_code == 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("width", [80, 200])
 def test_list_is_readable_on_a_terminal_of(width: int, artifacts: Path) -> None:
     rows = list_rows(artifacts)
@@ -281,6 +283,7 @@ def test_inspect_for_people_names_abi_resources_and_opcodes(artifacts: Path) -> 
     assert "sm_100a" not in output
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("damage", ["missing", "altered"])
 def test_inspect_of_what_is_not_whole_names_the_repair(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "a"
@@ -349,6 +352,7 @@ def test_the_version_is_told_with_the_compilers(monkeypatch: pytest.MonkeyPatch)
 MODULES = ("build_kernels list", "build_kernels --help", "build_kernels.mutants --help")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 def test_a_stdout_that_takes_nothing_is_a_plain_error(

@@ -65,6 +65,7 @@ def test_the_command_prints_a_table_and_keeps_the_evidence(artifacts: Path) -> N
     assert rows["emulated"]["status"] == "not run"
 
 
+@pytest.mark.slow
 def test_a_result_names_its_checker_and_a_stale_one_says_so(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +181,7 @@ def _read_only(path: Path, change: object) -> Evidence:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_verified_and_its_evidence_not_kept(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ def test_bytes_built_anew_during_a_run_get_no_evidence(artifacts: Path) -> None:
     assert (result.status, "built anew" in result.reason) == ("not run", True)
 
 
+@pytest.mark.slow
 def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
     folder = topk_set(tmp_path / "artifacts", ["sm_90a", "sm_100a"])
     outcomes = verify(folder, rungs=["structure"], jobs=2)
@@ -261,6 +264,7 @@ def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
     assert {item.rung: item.result.status for item in only}["structure"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
     """The full emulated rung of router_topk takes tens of seconds."""
     pytest.importorskip("torch")
@@ -286,6 +290,7 @@ def test_importing_the_package_is_cheap() -> None:
     assert process.stdout.strip() == b"[]"
 
 
+@pytest.mark.slow
 def test_one_climb_serves_ptx_that_differs_in_its_target_alone(tmp_path: Path) -> None:
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
     folder = topk_set(tmp_path / "artifacts", ["sm_100a", "sm_103a"])

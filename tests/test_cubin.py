@@ -268,7 +268,7 @@ def refused_of(count: int, arch: str, seed: int) -> int:
     return refused
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_mutation_raises_anything_else(arch: str, seed: int) -> None:
     assert 100 < refused_of(1000, arch, seed) < 1000

@@ -35,7 +35,8 @@ from dsv4_router_runtime.errors import (
 from dsv4_router_runtime.parameters import DTYPES
 
 K, E, TOP_K = 128, 80, 6
-CODES = (1, 2, 3, 101, 200, 201, 209, 400, 700, 719, 801, 900, 912, 999)
+# First one of each outcome: see test_each_call_in_turn_fails.
+CODES = (1, 912, 700, 2, 3, 101, 200, 201, 209, 400, 719, 801, 900, 999)
 
 
 @pytest.fixture
@@ -88,6 +89,7 @@ def test_a_healthy_driver(fake, bind):
     assert fake.stack == [PRIMARY]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("code", CODES)
 def test_each_call_in_turn_fails(monkeypatch, fake, bind, code):
     """Every failure is an error of this package, and leaves nothing that the next try trips over.
@@ -191,7 +193,8 @@ def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
     assert (fake.launched, fake.gpu.products, fake.stack) == ([], [], [FOREIGN])
 
 
-@pytest.mark.parametrize("code", [700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 999])
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("code", [700, 719, 214, 702, 710, 714, 715, 716, 717, 718, 999])
 def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
     bound = bind()
     fake.launch_code = code

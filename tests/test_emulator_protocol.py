@@ -114,6 +114,7 @@ DONE:
 """
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -119,6 +119,7 @@ WAIT:
     assert result.findings == ()
 
 
+@pytest.mark.slow
 def test_an_endless_spin_that_looks_at_the_clock_is_a_deadlock() -> None:
     endless = "AGAIN:\n    mov.u64 %rd2, %globaltimer;\n    bra AGAIN;\n"
     result = run(endless, ctas=1)

@@ -289,6 +289,7 @@ def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None):
 MAJORS = [(False, False), (True, True), (False, True), (True, False)]
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("swizzle", SPAN)
 @pytest.mark.parametrize(("a_mn", "b_mn"), MAJORS)
 @pytest.mark.parametrize("m", [64, 128])
@@ -358,6 +359,7 @@ TCGEN05_MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", TCGEN05_MUTANTS)
 def test_tcgen05_mutants_are_found(name):
     changes, expected = TCGEN05_MUTANTS[name]

@@ -387,9 +387,9 @@ def test_a_tool_that_is_not_installed_makes_no_evidence_stale(
     """A machine that only lists the evidence need not have the tools that made it."""
     assert {name for name in RUNGS if RUNGS[name].checker is None} == {"hardware"}
     monkeypatch.setattr(rung, "installed_version", lambda distribution: None)
-    assert protocol.RUNG.present_checker() == "protocol 1"
-    assert protocol.RUNG.is_present("protocol 1, sentryward 0.1.1")
-    assert not protocol.RUNG.is_present("protocol 0, sentryward 0.1.1")
+    assert protocol.RUNG.present_checker() == "protocol 2"
+    assert protocol.RUNG.is_present("protocol 2, sentryward 0.1.1")
+    assert not protocol.RUNG.is_present("protocol 1, sentryward 0.1.1")
 
 
 def test_a_result_that_shows_nothing_says_why() -> None:
@@ -416,6 +416,7 @@ for step in range(40):
 """
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_folder_keep_what_both_found(tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
     folder.mkdir()

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")
 
+from builds import kernel_set
 from click.testing import CliRunner
 
-from build_kernels.building.build import run_build
-from build_kernels.building.plan import make_plan
 from build_kernels.campaign import run
 from build_kernels.campaign.command import faults_command
 from build_kernels.campaign.fault import Expected, Fault, Place
@@ -31,17 +31,19 @@ from build_kernels.evidence.artifact import Artifact, load_artifact
 ROOT = Path(__file__).parents[1]
 KEY = "router_decode_kmajor_n8.sm_90a"
 EMULATED = tuple(fault.name for fault in FAULTS if fault.scenario is not None)
+# A second each: one torn input and one workspace with words left in it are quick.
+QUICK = ("padding-set", "random-left")
 
 
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """One decode kernel, built."""
-    folder = tmp_path_factory.mktemp("faults") / "artifacts"
     name, _, arch = KEY.partition(".")
-    run_build(folder, make_plan(folder, [name], [arch]), jobs=1)
+    folder = kernel_set(tmp_path_factory.mktemp("faults") / "artifacts", [name], [arch])
     return load_artifact(folder, KEY)
 
 
+@lru_cache
 def names_in(path: Path) -> set[str]:
     """Return the names of a module's tests and test classes."""
     found = set()
@@ -72,7 +74,8 @@ def test_every_named_test_exists(fault: Fault) -> None:
         assert re.sub(r"\[.*", "", name) in names_in(ROOT / module), test
 
 
-@pytest.mark.parametrize("name", EMULATED)
+@pytest.mark.quick(len(QUICK))
+@pytest.mark.parametrize("name", sorted(EMULATED, key=lambda name: name not in QUICK))
 def test_a_decode_kernel_survives(decode: Artifact, name: str) -> None:
     fault = BY_NAME[name]
     assert applies(fault, decode)
@@ -94,6 +97,7 @@ def test_a_row_fails_without_its_guard(decode: Artifact, guard, name: str) -> No
     assert try_fault(BY_NAME[name], replace(decode, ptx=ptx), quick=True).problems
 
 
+@pytest.mark.slow
 def test_a_trap_is_no_way_to_survive_a_torn_input(decode: Artifact) -> None:
     """ENDS allows the trap; a torn input must not lead to it."""
     ptx = decode.ptx.replace("griddepcontrol.wait;", "trap;", 1)
@@ -103,6 +107,7 @@ def test_a_trap_is_no_way_to_survive_a_torn_input(decode: Artifact) -> None:
     assert try_fault(ends, trapping, quick=True).problems == ()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("body", "status", "detail"),
     [

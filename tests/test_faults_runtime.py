@@ -111,6 +111,7 @@ def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(gpu, make
     assert line > 20
 
 
+@pytest.mark.slow
 def test_first_use_by_two_threads(gpu, make):
     """Whichever comes first, both launch with their own arguments, on one stream's one scratch."""
     cases = [step(3), step(4)]

@@ -105,6 +105,7 @@ def test_inspect_works_on_the_installed_set(site: Path, tmp_path: Path) -> None:
     assert "pip install --force-reinstall dsv4-router" in missing.stderr
 
 
+@pytest.mark.slow
 def test_verify_says_what_needs_the_ptx_and_changes_no_installed_file(
     site: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_verify_says_what_needs_the_ptx_and_changes_no_installed_file(
     assert [path.name for path in (site / "dsv4_router_runtime").glob(".*")] == []
 
 
+@pytest.mark.slow
 def test_stored_evidence_stands_where_the_ptx_is_missing(site: Path, tmp_path: Path) -> None:
     """Unless the rung is asked for by name."""
     other = shutil.copytree(site, tmp_path / "site")

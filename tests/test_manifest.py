@@ -350,6 +350,7 @@ def packed(parameters):
     return moved
 
 
+@pytest.mark.slow
 def test_every_kind_of_a_passed_parameter_is_checked(manifest):
     """A pointer written as an int32 would lose its upper half, and be an address all the same."""
     for at in (0, 12, 15):
@@ -458,6 +459,7 @@ def test_a_text_beyond_all_manifests_is_not_parsed(kind):
         parse_manifest(text if kind is str else text.encode())
 
 
+@pytest.mark.slow
 def test_the_largest_text_that_is_parsed_is_parsed_soon():
     text = (
         '{"schema_version": 4, "toolchain": {}, "driver": {}, "kernels": ['

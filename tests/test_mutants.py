@@ -29,7 +29,6 @@ from build_kernels.mutants.faults import (
     MUTANTS,
     barriers,
     layouts,
-    options,
     ordering,
     selection,
 )
@@ -69,11 +68,8 @@ WANTED = {
 # One of each class is enough for the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
-# A second each: one of each kind of fault for each kernel is quick.
-GROUPS = (
-    *(barriers.DECODE, ordering.DECODE, layouts.DECODE, selection.DECODE, options.DECODE),
-    *(ordering.SM90, layouts.HASH, (selection.TOPK_STORE,)),
-)
+# A second each: one for each role and architecture is quick, of another kind of fault each.
+GROUPS = (barriers.DECODE, ordering.SM90, layouts.HASH, (selection.TOPK_STORE,))
 QUICK = [next(mutant for mutant in group if mutant in EMULATED) for group in GROUPS]
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
@@ -120,7 +116,7 @@ def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact
     assert verdict.word == "rejected", verdict.reason
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
 def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     quicker = replace(mutant, schedules=(("random", 1),))
@@ -220,6 +216,7 @@ def test_the_command_fails_for_a_survivor(
         assert "0 of 1 faults rejected" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_mutant_in_processes(folder: Path) -> None:
     name = "top-k: logits read before the grid dependency"
     options = ["--artifacts", str(folder), "--only", name, "--jobs", "1"]

@@ -263,6 +263,7 @@ class TestAKilledBuild:
         assert ".artifacts.publish" in leftovers(artifacts)
         self.check_cleared(artifacts)
 
+    @pytest.mark.slow
     def test_after_the_manifest_and_before_the_surplus(
         self, artifacts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

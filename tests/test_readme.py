@@ -7,6 +7,7 @@ import inspect
 import re
 import tomllib
 import typing
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def features() -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
+@lru_cache
 def functions_in(name: str) -> set[str]:
     """Return the names of the functions of a test module, at its top or in a class."""
     tree = ast.parse((ROOT / "tests" / name).read_text(encoding="utf-8"))
@@ -140,7 +142,7 @@ def test_the_readme_names_the_dsl_that_is_pinned():
 
 def test_ci_runs_the_readmes_test_command():
     command = COMMANDS.split("&& ")[-1].splitlines()[0]
-    assert command == "python -m pytest -q"
+    assert command == "python -m pytest -q -n 2"
     assert f"start_leg first {command}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 

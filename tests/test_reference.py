@@ -328,6 +328,7 @@ def test_neither_a_bias_nor_a_table():
         select_reference(torch.zeros(1, 2), None, 1.0, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_options_hold_what_is_promised(data):

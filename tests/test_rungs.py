@@ -70,6 +70,7 @@ def _spoiled(topk: Artifact, what: str) -> Artifact:
     return replace(topk, ptx=topk.ptx.replace(wait.group(), ""))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "what",
     [
@@ -185,6 +186,7 @@ def test_the_lint_rung_knows_every_dsl_kernel() -> None:
     assert compilers.NVRTC_OPTIONS, "the CUDA kernels are compiled by NVRTC, not linted"
 
 
+@pytest.mark.slow
 def test_the_lint_rung_refuses_sources_that_do_not_make_the_artifact(tmp_path: Path) -> None:
     pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     kernel = decode_kernel("sm_100a")
@@ -236,6 +238,7 @@ def test_full_decode_cases_wrap_every_ring_twice_and_reach_the_tile() -> None:
         assert any(case.num_experts % 64 for case in cases)
 
 
+@pytest.mark.slow
 def test_sentryward_proves_topk_and_finds_its_missing_barrier(topk: Artifact) -> None:
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
     proven = protocol.climb(topk, quick=True)
@@ -411,6 +414,7 @@ def _named(topk: Artifact, name: str) -> str:
     return f"[router_topk_param_{index}]"
 
 
+@pytest.mark.slow
 def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("build_kernels.emulator")
@@ -498,6 +502,7 @@ def hashed(dsl_artifacts: Path) -> Artifact:
     return load_artifact(dsl_artifacts, "router_hash.sm_100a")
 
 
+@pytest.mark.slow
 def test_the_hash_kernel_gives_the_tables_experts(
     hashed: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_thread_that_has_anothers_identifier_has_scratch_of_its_own(gpu, make)
     assert call_on(gpu, bound, 2) != first
 
 
+@pytest.mark.slow
 def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     bound = make()
     for stream in range(0x1000, 0x1000 + 10_000):

@@ -195,7 +195,7 @@ def clear_gaussians(
     return np.concatenate(rows), bias
 
 
-@pytest.mark.quick(9)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_real_bias_scale(ptx: dict[str, str], arch: str, num_experts: int, top_k: int) -> None:

@@ -19,8 +19,8 @@ ARCHS = [arch.name for arch in ARCHITECTURES]
 
 NAMES = [parameter.name for parameter in SPEC.parameters]
 POINTERS = {p.name for p in SPEC.parameters if p.kind == "pointer"}
-# What makes a row a padded one; its warp then leaves.
-PADDING = {"padding_mask", "num_valid_tokens", "input_ids"}
+# What makes a row a padded one, whose warp selects nothing, or an image row, which no table serves.
+ROW_FLAGS = {"padding_mask", "num_valid_tokens", "input_ids", "image_mask"}
 
 REGISTER = re.compile(r"%(?:p|r|rd|rs|f|fd)\d+")
 GUARD = re.compile(r"@!?(%p\d+)\s+")
@@ -95,9 +95,9 @@ def test_the_score_has_the_constants_of_the_decode_kernels() -> None:
     assert found == in_decode
 
 
-def test_control_flow_depends_on_arguments_and_padding(compiled: compilers.Compiled) -> None:
+def test_control_flow_depends_on_arguments_and_row_flags(compiled: compilers.Compiled) -> None:
     deciding = named(data_behind_branches(compiled.ptx))
-    assert {name[1:] for name in deciding if name.startswith("*")} == PADDING
+    assert {name[1:] for name in deciding if name.startswith("*")} == ROW_FLAGS
     # The strides and the scale decide nothing.
     assert not deciding & {"logits_stride", "out_weights_stride", "routed_scaling_factor"}
 

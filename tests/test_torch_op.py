@@ -425,6 +425,7 @@ def check_for_copies(step, *calls):
         check(compiled(*call), call[0], step.weight, step.e_bias)
 
 
+@pytest.mark.quick(1)
 @each_operator
 def test_inductor_adds_neither_a_copy_nor_a_kernel(random, dynamo, functional):
     step = Step(*layer(random), functional)

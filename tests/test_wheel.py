@@ -103,6 +103,7 @@ class TestRefused:
         (checkout / "artifacts" / min(CUBINS)).write_bytes(b"\x7fELF")
         assert "altered or truncated" in refused(package, target)
 
+    @pytest.mark.quick(1)
     def test_a_part_of_the_kernels(self, checkout, package, target, tmp_path_factory) -> None:
         part = tmp_path_factory.mktemp("part") / "artifacts"
         make(part, archs=["sm_90a"])

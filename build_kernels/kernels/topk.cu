@@ -28,8 +28,8 @@
 //     correctly. So a score has the same bits in the emulator, in score.py and on every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
-//     Control flow depends on the arguments and on whether a row is padding, never on logits,
-//     biases, tables or maps. Weights are summed in rank order.
+//     Control flow depends on the arguments and on whether a row is padding or an image row, never
+//     on logits, biases, tables or maps. Weights are summed in rank order.
 //     The logits of a padding row are not read; of a row with ids from the table, only theirs.
 //     Nothing is read out of bounds, whatever values the token ids, the table and the map hold.
 

@@ -118,6 +118,8 @@ class Binding:
 
         The tensors are those of `layer`, checked. No call may run meanwhile.
         """
+        # Frees what only graphs that are gone have kept, before a new model takes its memory.
+        self._workspace.release_ended()
         with self._gpu():
             table = _checked_table(options, self.layer)
             if table is not None:

@@ -20,12 +20,20 @@ from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
 from gpu_recorder import sites_of, workspace_of
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, dense_router_dispatch, router, status
+from dsv4_router_runtime import (
+    Router,
+    binding,
+    check,
+    dense_router_dispatch,
+    reset,
+    router,
+    status,
+)
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
-from dsv4_router_runtime.device import driver, load, occupancy, tensor_map
+from dsv4_router_runtime.device import driver, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.errors import (
     DriverError,
     DriverTooOldError,
@@ -338,6 +346,10 @@ class TestFork:
                 call(bound)
             with pytest.raises(RouterError, match='start it with the method "spawn"'):
                 dense_router_dispatch(X, W, bias, 1.0, TOP_K, OUT, IDS)
+        with ends_within(5), workspace._workspaces_lock:
+            for act in (status, check, reset):
+                with pytest.raises(RouterError, match='start it with the method "spawn"'):
+                    act(0)
 
     def test_a_fork_after_the_driver_was_used_is_noticed(self):
         program = """

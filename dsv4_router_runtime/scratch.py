@@ -12,7 +12,7 @@ import torch
 from .device import driver
 from .device.memory import allocated_bytes, read, wait_for_device, zero
 from .device.occupancy import Fallback, fallbacks
-from .device.streams import refuse_under_capture
+from .device.streams import CALL_OUTSIDE, refuse_under_capture
 from .device.workspace import Workspace, workspaces_on
 from .errors import RouterError
 
@@ -47,7 +47,7 @@ class Status:
 
 
 def status(device: torch.device | int | str | None = None) -> Status:
-    """Return what this package holds on a GPU (torch's current one if None); nothing waits."""
+    """Return what this package holds on a GPU (torch's current one if None)."""
     index = _usable_gpu(device)
     spaces = workspaces_on(index)
     for space in spaces:
@@ -108,7 +108,7 @@ def reset(device: torch.device | int | str | None = None) -> None:
 
 
 def _idle_workspaces(index: int, what: str) -> list[Workspace]:
-    refuse_under_capture(what)
+    refuse_under_capture(what, CALL_OUTSIDE)
     spaces = workspaces_on(index)
     if spaces:
         wait_for_device(index)

@@ -384,6 +384,18 @@ def test_a_private_copy_lives_as_long_as_a_graph_that_reads_it(gpu, make, kind):
     assert address in gpu.driver.freed
 
 
+def test_a_graph_that_takes_no_user_object_leaves_none_behind(gpu, make, monkeypatch):
+    bound = make()
+    gpu.capture = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.driver, "cuGraphRetainUserObject", lambda *given: (2,))
+        with pytest.raises(DriverError, match="giving the captured graph a user object"):
+            bound(*step(4))
+    assert not gpu.driver.objects
+    bound(*step(4))
+    assert status().captures == 1
+
+
 @pytest.mark.parametrize("act", ["status", "check", "reset", "a new Router"])
 def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make, act):
     bound = make()
@@ -601,7 +613,7 @@ def test_nothing_waits_for_the_gpu_under_capture(gpu, make, what):
     bound(*step(4))
     gpu.capture = 1
     for act in (what, bound.reset):
-        with pytest.raises(RouterError, match="the current stream is being captured"):
+        with pytest.raises(RouterError, match=r"being captured and .*; call it before .* or after"):
             act()
     assert gpu.driver.broken_captures == gpu.driver.waits == 0
 

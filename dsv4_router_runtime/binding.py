@@ -107,9 +107,13 @@ class Binding:
     @contextlib.contextmanager
     def _gpu(self) -> Iterator[None]:
         """Make the layer's GPU torch's current one; nothing within breaks a capture."""
-        with driver.context_kept(), torch.cuda.device(self._index), relaxed():
-            driver.refuse_foreign_context(self._index)
-            yield
+        try:
+            with driver.context_kept(), torch.cuda.device(self._index), relaxed():
+                driver.refuse_foreign_context(self._index)
+                yield
+        # torch's own driver calls meet what an earlier kernel did too.
+        except torch.AcceleratorError as error:
+            raise driver.torch_error(error) from error
 
     def bind(
         self, W_gate: torch.Tensor, e_bias: torch.Tensor | None, options: LayerOptions
@@ -118,6 +122,8 @@ class Binding:
 
         The tensors are those of `layer`, checked. No call may run meanwhile.
         """
+        # Frees what only graphs that are gone have kept, before a new model takes its memory.
+        self._workspace.release_ended()
         with self._gpu():
             table = _checked_table(options, self.layer)
             if table is not None:
@@ -129,7 +135,7 @@ class Binding:
         with self._lock:
             self._values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
             self._w_maps = _encode_w_maps(self.kernels, W_bound)
-            for site in self._sites.values():
+            for site in list(self._sites.values()):
                 self._write_layer(site)
         self.pin()
 
@@ -204,7 +210,6 @@ class Binding:
                 return
             except NoRoomError as error:
                 index = self._step_after(index, error.loaded, str(error))
-            # torch's own driver calls meet what an earlier kernel did too.
             except torch.AcceleratorError as error:
                 raise driver.torch_error(error) from error
 
@@ -247,7 +252,9 @@ class Binding:
         # Another stream may have taken over the slot since.
         if site is None or site.slot is not slot:
             if len(self._sites) >= MAX_SITES:
-                kept = {at: each for at, each in self._sites.items() if not each.slot.is_evicted}
+                # A copy: another thread may add its site meanwhile.
+                sites = list(self._sites.items())
+                kept = {at: each for at, each in sites if not each.slot.is_evicted}
                 self._sites = kept
             step = self._step_with_room(index, stream)
             site = self._sites[index, key, pdl] = self._make_site(*step, stream, pdl, slot)

@@ -112,7 +112,15 @@ class NoKernelError(RouterError):
     """
 
 
-class DriverError(RouterError):
+class _DriverAnswerError(RouterError):
+    """The driver answered with an error. code: its name, as CUDA_ERROR_NO_DEVICE; "" if none."""
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class DriverError(_DriverAnswerError):
     """A CUDA driver call failed; the message names the call's purpose and the driver's code."""
 
 
@@ -120,5 +128,5 @@ class DriverTooOldError(RouterError):
     """The CUDA driver, or the package cuda.bindings, is older than the kernels need."""
 
 
-class DriverMissingError(RouterError):
+class DriverMissingError(_DriverAnswerError):
     """There is no usable CUDA driver, or no cuda.bindings package to reach it with."""

@@ -15,7 +15,7 @@ from .call import NO_OPTIONS, check_call, check_call_options, plainly_right
 from .checks import check_bool
 from .device import driver
 from .device.memory import wait_for_device
-from .device.streams import refuse_under_capture
+from .device.streams import CALL_OUTSIDE, refuse_under_capture
 from .layer import LayerOptions, check_layer, complete_options, options_on
 
 # The tensors of a layer that every call reads where they lie.
@@ -149,7 +149,7 @@ class Router:
         read the new ones. A graph keeps the addresses of the other tensors: capture it again if one
         moved. Call it outside capture, with no call of this layer under way: it waits for the GPU.
         """
-        refuse_under_capture("the layer's tensors would have to be read")
+        refuse_under_capture("the layer's tensors would have to be read", CALL_OUTSIDE)
         if any(base.data_ptr() != address for base, address in self._bases_at):
             raise self._moved()
         layer = check_layer(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .device import driver
 from .device.memory import allocated_bytes, read, wait_for_device, zero
 from .device.occupancy import Fallback, fallbacks
-from .device.streams import refuse_under_capture
+from .device.streams import CALL_OUTSIDE, refuse_under_capture
 from .device.workspace import Workspace, workspaces_on
 from .errors import RouterError
 
@@ -46,8 +47,8 @@ class Status:
 
 
 def status(device: torch.device | int | str | None = None) -> Status:
-    """Return what this package holds on a GPU (torch's current one if None); nothing waits."""
-    index = gpu_index(device)
+    """Return what this package holds on a GPU (torch's current one if None)."""
+    index = _usable_gpu(device)
     spaces = workspaces_on(index)
     for space in spaces:
         space.release_ended()
@@ -77,7 +78,7 @@ def check(device: torch.device | int | str | None = None) -> None:
     fault: memory that was unmapped and mapped anew, a write by another kernel, or a launch that was
     ended. `reset` repairs it. No graph may be under capture meanwhile, in any thread, and no call.
     """
-    for space in _idle_workspaces(gpu_index(device), "scratch would have to be read"):
+    for space in _idle_workspaces(_usable_gpu(device), "scratch would have to be read"):
         for chunk in space.pools[True].chunks:
             content = read(chunk.index, chunk.address, chunk.size)
             if content.count(0) != chunk.size:
@@ -96,7 +97,7 @@ def reset(device: torch.device | int | str | None = None) -> None:
     may be under capture meanwhile, in any thread, and no call. Copies of weights are the layers':
     see `Router.reset`.
     """
-    for space in _idle_workspaces(gpu_index(device), "scratch would have to be zeroed"):
+    for space in _idle_workspaces(_usable_gpu(device), "scratch would have to be zeroed"):
         zero(
             space.device.index,
             *((chunk.address, chunk.size) for chunk in space.pools[True].chunks),
@@ -107,10 +108,12 @@ def reset(device: torch.device | int | str | None = None) -> None:
 
 
 def _idle_workspaces(index: int, what: str) -> list[Workspace]:
-    refuse_under_capture(what)
+    refuse_under_capture(what, CALL_OUTSIDE)
     spaces = workspaces_on(index)
     if spaces:
         wait_for_device(index)
+    for space in spaces:
+        space.release_ended()
     return spaces
 
 
@@ -124,6 +127,13 @@ def _owner(space: Workspace, address: int) -> str:
             if start <= address < start + size:
                 return f"capture {identifier}"
     return "scratch of no stream and no capture"
+
+
+def _usable_gpu(device: torch.device | int | str | None) -> int:
+    """Return `gpu_index`, but refuse a forked child: another thread may have held a lock then."""
+    if driver.forked:
+        driver.bindings()  # which says so
+    return gpu_index(device)
 
 
 def gpu_index(device: torch.device | int | str | None) -> int:

@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 
 import torch
-from doctor_world import OutOfMemory, RightRouter
+from doctor_world import BUS_ID, OutOfMemory, RightRouter
 
 from dsv4_router_runtime import doctor
 from dsv4_router_runtime.device import driver
@@ -141,19 +141,21 @@ FAULTS = {
         *("driver", "FAIL", "no package", "pip install cuda-bindings"),
     ),
     "no GPU": (
-        lambda w: without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
-        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "nvidia-smi -L"),
+        lambda w: without_driver(w, DriverMissingError("no GPU", code="CUDA_ERROR_NO_DEVICE")),
+        *("driver", "FAIL", "no GPU", "nvidia-smi -L"),
     ),
     "the GPUs hidden": (
         lambda w: (
             environment(CUDA_VISIBLE_DEVICES="")(w),
-            without_driver(w, DriverMissingError("not start: CUDA_ERROR_NO_DEVICE")),
+            without_driver(w, DriverMissingError("no GPU", code="CUDA_ERROR_NO_DEVICE")),
         ),
-        *("driver", "FAIL", "CUDA_ERROR_NO_DEVICE", "unset CUDA_VISIBLE_DEVICES"),
+        *("driver", "FAIL", "no GPU", "unset CUDA_VISIBLE_DEVICES"),
     ),
     "no fabric manager": (
-        lambda w: without_driver(w, DriverMissingError("CUDA_ERROR_SYSTEM_NOT_READY")),
-        *("driver", "FAIL", "NOT_READY", "systemctl start nvidia-fabricmanager"),
+        lambda w: without_driver(
+            w, DriverMissingError("no start", code="CUDA_ERROR_SYSTEM_NOT_READY")
+        ),
+        *("driver", "FAIL", "no start", "systemctl start nvidia-fabricmanager"),
     ),
     "no device counted": (
         attribute(count=0),
@@ -173,7 +175,7 @@ FAULTS = {
     ),
     "a GPU that does not answer": (
         fact(MULTIPROCESSOR_COUNT=None),
-        *("gpu 0", "FAIL", "reading MULTIPROCESSOR_COUNT", "nvidia-smi -q -i 0"),
+        *("gpu 0", "FAIL", "reading MULTIPROCESSOR_COUNT", f"nvidia-smi -q -i {BUS_ID}"),
     ),
     "another architecture": (
         fact(COMPUTE_CAPABILITY_MAJOR=8),
@@ -238,7 +240,7 @@ FAULTS = {
     ),
     "a cubin that the driver refuses": (
         attribute(load_code=200),
-        *(TOPK, "FAIL", "loading router_topk.sm_90a.cubin", "nvidia-smi -q -i 0"),
+        *(TOPK, "FAIL", "loading router_topk.sm_90a.cubin", f"nvidia-smi -q -i {BUS_ID}"),
     ),
     "no room for a cluster": (
         attribute(clusters=0),
@@ -251,11 +253,15 @@ FAULTS = {
     ),
     "MIG": (
         attribute(name=b"NVIDIA H200 MIG 1g.18gb"),
-        *("gpu 0", "WARN", "MIG on", "nvidia-smi -i 0 -mig 0"),
+        *("gpu 0", "WARN", "MIG on", f"nvidia-smi -i {BUS_ID} -mig 0"),
+    ),
+    "a GPU without a bus id": (
+        lambda w: (attribute(bus_ids=False)(w), fact(ECC_ENABLED=0)(w)),
+        *("gpu 0", "WARN", "ECC off", "nvidia-smi -e 1"),
     ),
     "no ECC": (
         fact(ECC_ENABLED=0),
-        *("gpu 0", "WARN", "ECC off", "nvidia-smi -i 0 -e 1"),
+        *("gpu 0", "WARN", "ECC off", f"nvidia-smi -i {BUS_ID} -e 1"),
     ),
     "wrong ids": (
         route_wrongly(swap_last),
@@ -281,7 +287,7 @@ FAULTS = {
         lambda w: w.monkeypatch.setattr(
             selftest, "run_eagerly", raises(DriverError("launching: CUDA_ERROR_LAUNCH_FAILED"))
         ),
-        *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", "nvidia-smi -q -i 0"),
+        *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", f"nvidia-smi -q -i {BUS_ID}"),
     ),
     "a torch without CUDA": (
         lambda w: w.monkeypatch.setattr(torch.cuda, "is_available", lambda: False),
@@ -307,7 +313,7 @@ FAULTS = {
     ),
     "scratch that is not zero": (
         not_zero,
-        *("workspace gpu 0", "FAIL", "is not zero: 3 words", "nvidia-smi -q -i 0"),
+        *("workspace gpu 0", "FAIL", "is not zero: 3 words", f"nvidia-smi -q -i {BUS_ID}"),
     ),
     "no torch": (
         without_torch,

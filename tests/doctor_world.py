@@ -12,6 +12,7 @@ from dsv4_router_runtime.device import driver, occupancy
 from dsv4_router_runtime.doctor import machine, selftest
 from dsv4_router_runtime.reference import router_reference
 
+BUS_ID = "00000000:19:00.0"
 ENVIRONMENT = [variable.name for variable in machine.VARIABLES]
 
 
@@ -59,7 +60,7 @@ class FakeCuda:
             "MPS_ENABLED": 0,
         }
         self.version, self.count, self.name = 13000, 1, b"NVIDIA H200"
-        self.clusters, self.load_code = 7, 0
+        self.clusters, self.load_code, self.bus_ids = 7, 0, True
         self.parameters = {kernel.symbol: kernel.parameters for kernel in kernels}
         self.CUdevice_attribute = self.CUfunction_attribute = Words()
 
@@ -76,6 +77,9 @@ class FakeCuda:
 
     def cuDeviceGetName(self, most, device):
         return 0, self.name + bytes(most - len(self.name))
+
+    def cuDeviceGetPCIBusId(self, most, device):
+        return (0, BUS_ID.encode() + bytes(most - len(BUS_ID))) if self.bus_ids else (1, None)
 
     def cuDeviceGetAttribute(self, which, device):
         value = self.facts.get(which.removeprefix("CU_DEVICE_ATTRIBUTE_"))

@@ -9,7 +9,7 @@ from typing import Any
 from cuda.bindings import driver as real
 from gpu_recorder import replace_gpu
 
-from dsv4_router_runtime import binding
+from dsv4_router_runtime import binding, log
 from dsv4_router_runtime.device import driver, launch_site, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 
@@ -212,4 +212,5 @@ def plug_in(monkeypatch, fake: FakeDriver) -> FakeDriver:
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(tensor_map, "_map_caches", {})
     monkeypatch.setattr(occupancy, "_fallbacks", {})
+    monkeypatch.setattr(log, "_logged", set())
     return fake

@@ -53,8 +53,7 @@ class FakeDriver:
     def destroy_graph(self, capture: int) -> None:
         """Destroy the graph of a capture, and call its user objects' destructors."""
         for user_object in self.retained.pop(capture):
-            pointer, destroy = self.objects.pop(user_object)
-            destroy(pointer)
+            self.cuUserObjectRelease(user_object, 1)
 
     # -------------------------------------------------------------- the driver
 
@@ -135,6 +134,11 @@ class FakeDriver:
         number = next(self._numbers)
         self.objects[number] = (pointer, destroy)
         return 0, number
+
+    def cuUserObjectRelease(self, user_object, count):
+        pointer, destroy = self.objects.pop(user_object)
+        destroy(pointer)
+        return (0,)
 
     def cuGraphRetainUserObject(self, graph, user_object, count, flags):
         self.retained.setdefault(graph, []).append(user_object)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from fake_driver import FakeDriver
 
-from dsv4_router_runtime import Router, binding, router, scratch
+from dsv4_router_runtime import Router, binding, log, router, scratch
 from dsv4_router_runtime.device import (
     driver,
     launch_site,
@@ -87,6 +87,7 @@ def replace_gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(driver, "refuse_foreign_context", lambda index: None)
     monkeypatch.setattr(driver, "is_primary_current", lambda index: True)
     monkeypatch.setattr(occupancy, "_fallbacks", {})
+    monkeypatch.setattr(log, "_logged", set())
     for name, value in {
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,

@@ -16,16 +16,25 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not install
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
+from cuda.bindings.driver import CUresult
 from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
 from gpu_recorder import sites_of, workspace_of
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, dense_router_dispatch, router, status
+from dsv4_router_runtime import (
+    Router,
+    binding,
+    check,
+    dense_router_dispatch,
+    reset,
+    router,
+    status,
+)
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
-from dsv4_router_runtime.device import driver, load, occupancy, tensor_map
+from dsv4_router_runtime.device import driver, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.errors import (
     DriverError,
     DriverTooOldError,
@@ -204,20 +213,41 @@ def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
     assert "launching router_decode_kmajor_n8.sm_90a: the CUDA driver answered" in message
     assert "an earlier kernel, of any library, may be to blame" in message
     assert message.endswith("the GPU's context is lost: restart the process")
-    assert ("wait_limit_ms" in message) == (code in (715, 719))
+    # Both causes of a trap, of which only one waits.
+    for cause in ("wait_limit_ms", "scratch was not zero"):
+        assert (cause in message) == (code in (715, 719))
+    assert caught.value.code == CUresult(code).name
 
 
-def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind):
+@pytest.mark.parametrize(
+    ("code", "name", "is_lost"),
+    [
+        (719, "CUDA_ERROR_LAUNCH_FAILED", True),
+        (700, "CUDA_ERROR_ILLEGAL_ADDRESS", True),
+        (None, "CUDA_ERROR_UNKNOWN", True),
+        (900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", False),
+        (901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", False),
+        (801, "CUDA_ERROR_NOT_SUPPORTED", False),
+        (12345, "12345", False),
+    ],
+)
+@pytest.mark.parametrize("at", ["call", "bind"])
+def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind, at, code, name, is_lost):
     bound = bind()
+    error = torch.AcceleratorError("CUDA error: in words\nSearch for ...")
+    if code is not None:
+        error.error_code = code
 
-    def is_capturing():
-        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for ...")
+    def meet(*given):
+        raise error
 
-    monkeypatch.setattr(binding, "is_capturing", is_capturing)
+    monkeypatch.setattr(binding, "is_capturing" if at == "call" else "_checked_table", meet)
     with pytest.raises(DriverError) as caught:
-        call(bound)
-    assert "CUDA driver: CUDA error: unspecified launch failure; an earlier" in str(caught.value)
-    assert str(caught.value).endswith("restart the process")
+        call(bound) if at == "call" else bind()
+    message = str(caught.value)
+    assert message.startswith("torch's call of the CUDA driver: CUDA error: in words")
+    assert message.endswith("restart the process" if is_lost else "in words")
+    assert caught.value.code == name
 
 
 @pytest.mark.parametrize("code", [4, 400, 709])
@@ -259,6 +289,13 @@ class TestWithoutRoomForACluster:
         assert names == ["router_topk"] * 3 + ["router_decode_kmajor_n8"]
         assert len(caplog.records) == 1
         assert occupancy.fallbacks()[0].times == 3
+
+    def test_a_warning_that_was_switched_off_comes_with_the_next_one(self, fake, bind, caplog):
+        fake.room = 0
+        for level, number in ((logging.ERROR, 0), (logging.WARNING, 1)):
+            with caplog.at_level(level, "dsv4_router_runtime"):
+                call(bind())
+            assert len(caplog.records) == number
 
     def test_a_null_stream_of_a_green_context_is_asked_for_again(self, fake, bind):
         bound = bind()
@@ -341,6 +378,10 @@ class TestFork:
                 call(bound)
             with pytest.raises(RouterError, match='start it with the method "spawn"'):
                 dense_router_dispatch(X, W, bias, 1.0, TOP_K, OUT, IDS)
+        with ends_within(5), workspace._workspaces_lock:
+            for act in (status, check, reset):
+                with pytest.raises(RouterError, match='start it with the method "spawn"'):
+                    act(0)
 
     def test_a_fork_after_the_driver_was_used_is_noticed(self):
         program = """

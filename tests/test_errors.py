@@ -50,7 +50,7 @@ MADE = [
     errors.ArtifactError(file="a/b.cubin", problem="missing"),
     errors.ArtifactError(file="a/b.txt", problem="surplus", next_step="move it away"),
     errors.NoKernelError("no kernel\n  one\n  two"),
-    errors.DriverError("launching x: the CUDA driver answered y"),
+    errors.DriverError("launching x: the CUDA driver answered y", code="y"),
     errors.DriverMissingError("no CUDA driver"),
     errors.DriverTooOldError("the CUDA driver has no x"),
     HouseError("seven"),

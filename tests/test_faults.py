@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +25,12 @@ from build_kernels.campaign import run
 from build_kernels.campaign.command import faults_command
 from build_kernels.campaign.fault import Expected, Fault, Place
 from build_kernels.campaign.guards import GUARDS
-from build_kernels.campaign.run import AS_EXPECTED, NOT_RUN, WRONG, run_one
+from build_kernels.campaign.run import AS_EXPECTED, NOT_RUN, WRONG, Outcome, run_one
 from build_kernels.campaign.table import BY_NAME, FAULTS
 from build_kernels.campaign.trial import applies, try_fault
 from build_kernels.evidence.artifact import Artifact, load_artifact
+from build_kernels.workers import WorkerDiedError
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 ROOT = Path(__file__).parents[1]
 KEY = "router_decode_kmajor_n8.sm_90a"
@@ -140,6 +144,37 @@ def test_a_checkout_without_the_tests_runs_none(
 
 def test_a_kernel_that_is_not_there_is_no_success(tmp_path: Path) -> None:
     assert run_one(tmp_path, "padding-set", KEY, True).status == WRONG
+
+
+def test_a_row_whose_process_dies_is_not_as_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash or a kernel that eats all memory may be the fault itself."""
+
+    @contextmanager
+    def dying(task: object, calls: Mapping[object, object], *, jobs: int) -> Iterator[object]:
+        yield iter([(key, WorkerDiedError()) for key in calls])
+
+    monkeypatch.setattr(run, "run_tasks", dying)
+    monkeypatch.setattr(run, "_distinct", lambda folder: [])
+    outcomes: list[Outcome] = []
+    faults = [BY_NAME["first-use-twice"]]
+    run.run_faults(tmp_path, faults, quick=True, jobs=1, on_outcome=outcomes.append)
+    assert [outcome.status for outcome in outcomes] == [WRONG]
+    assert str(WorkerDiedError()) in outcomes[0].detail
+
+
+def test_the_bound_of_a_wait_is_the_manifests() -> None:
+    """A kernel that never asks for the time has none, which the manifest states as 0."""
+    folder = ROOT / "artifacts"
+    kernels = open_artifacts(folder).manifest.kernels
+    for kernel in kernels:
+        ptx = load_artifact(folder, kernel.key).ptx
+        bound = kernel.launch.wait_limit_ms * 1_000_000
+        waits = re.findall(r"globaltimer;(?:[^;]*;){3}\s*setp\.gt\.u64\s+\S+ \S+ (\d+);", ptx)
+        assert len(waits) == ptx.count("globaltimer;"), kernel.key
+        assert {int(wait) for wait in waits} == ({bound} if bound else set()), kernel.key
+    assert any(kernel.launch.wait_limit_ms for kernel in kernels)
 
 
 def test_the_list_names_every_row_and_runs_none() -> None:

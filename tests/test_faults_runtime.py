@@ -88,12 +88,17 @@ def call_interrupted_at(line: int, call) -> bool:
     return False
 
 
-@pytest.mark.parametrize("num_tokens", [5, 65])
-def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(gpu, make, num_tokens):
-    """Ctrl-C between two writes passes for no whole write, and leaves no lock held."""
+@pytest.mark.parametrize(("next_one", "interrupted"), [(5, 6), (400, 65)])
+def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(
+    gpu, make, next_one, interrupted
+):
+    """Ctrl-C between two writes passes for no whole write, and leaves no lock held.
+
+    Grids of 65 and 400 tokens differ.
+    """
     bound = make(bias_vl=torch.zeros(E))
-    plain, masked = step(num_tokens), step(num_tokens + 1)
-    mask = torch.zeros(num_tokens + 1, dtype=torch.bool)
+    plain, masked = step(next_one), step(interrupted)
+    mask = torch.zeros(interrupted, dtype=torch.bool)
 
     def other() -> None:
         bound(*masked, image_mask=mask, padding_mask=mask)

@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from gpu_recorder import replace_gpu, table_of, w_copy_of, workspace_of
+from gpu_recorder import replace_gpu, sites_of, table_of, w_copy_of, workspace_of
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels.shapes import WORKSPACE_BYTES
@@ -194,6 +194,29 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     assert len(bound._binding._sites) < 300
 
 
+def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):
+    bound, given = make(), step(100)
+    for gpu.stream in range(0x1000, 0x1000 + 200):
+        gpu.foreign.add(gpu.stream)
+        bound(*given)
+    held = {id(site.slot): site.slot.logits for site in sites_of(bound)}.values()
+    most = (workspace.KEPT_FOREIGN_SLOTS + 1) * 100 * E * 4
+    assert sum(each.nbytes for each in held if each is not None) == most
+    assert status().prefill_bytes == most
+
+
+def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):
+    bound = make()
+    for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):
+        call_on(gpu, bound, stream)
+    before = status()
+    monkeypatch.setattr(gpu.driver, "cuEventCreate", lambda flags: (2, None))
+    for stream in range(0x5000, 0x5000 + 100):
+        with pytest.raises(DriverError, match="making an event"):
+            call_on(gpu, bound, stream)
+    assert status() == before
+
+
 def test_streams_with_work_under_way_keep_their_slots(gpu, make):
     bound = make()
     streams = range(0x1000, 0x1000 + 200)
@@ -362,7 +385,20 @@ def test_a_private_copy_lives_as_long_as_a_graph_that_reads_it(gpu, make, kind):
     assert address in gpu.driver.freed
 
 
-def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make):
+def test_a_graph_that_takes_no_user_object_leaves_none_behind(gpu, make, monkeypatch):
+    bound = make()
+    gpu.capture = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.driver, "cuGraphRetainUserObject", lambda *given: (2,))
+        with pytest.raises(DriverError, match="giving the captured graph a user object"):
+            bound(*step(4))
+    assert not gpu.driver.objects
+    bound(*step(4))
+    assert status().captures == 1
+
+
+@pytest.mark.parametrize("act", ["status", "check", "reset", "a new Router"])
+def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make, act):
     bound = make()
     storage = StorageWeakRef(bound.W_gate.untyped_storage())
     gpu.capture = 7
@@ -373,7 +409,8 @@ def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make):
     gc.collect()
     assert not storage.expired()
     gpu.driver.destroy_graph(7)
-    status()
+    acts = {"status": status, "check": check, "reset": reset, "a new Router": make}
+    acts[act]()
     gc.collect()
     assert storage.expired()
 
@@ -577,7 +614,7 @@ def test_nothing_waits_for_the_gpu_under_capture(gpu, make, what):
     bound(*step(4))
     gpu.capture = 1
     for act in (what, bound.reset):
-        with pytest.raises(RouterError, match="the current stream is being captured"):
+        with pytest.raises(RouterError, match=r"being captured and .*; call it before .* or after"):
             act()
     assert gpu.driver.broken_captures == gpu.driver.waits == 0
 

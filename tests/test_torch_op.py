@@ -252,6 +252,33 @@ def test_a_moved_weight_leaves_nothing_behind(random):
     assert len(torch_op._layers) == len(torch_op._plain_layers) == 1
 
 
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+@pytest.mark.parametrize("which", ["e_bias", "tid2eid"])
+def test_other_tensors_that_come_and_go_leave_few_layers(random, how, which):
+    weight, e_bias = layer(random)
+    x = rows(random)
+    options = {"tid2eid": hash_table(random), "input_ids": torch.arange(5)}
+    kept = []  # Their addresses are not used again.
+    for _ in range(torch_op.MAX_LAYERS_OF_A_WEIGHT + 4):
+        bias, given = (e_bias, {}) if which == "e_bias" else (None, options)
+        check(
+            torch_op.route_functional(x, weight, bias, SCALE, TOP_K, **given),
+            x,
+            weight,
+            bias,
+            **given,
+        )
+        other = e_bias if which == "e_bias" else options["tid2eid"]
+        kept.append(other.data)
+        if how == "moved":
+            other.data = other.data.flip(0).contiguous()
+        elif which == "e_bias":
+            e_bias = e_bias.flip(0).contiguous()
+        else:
+            options["tid2eid"] = other.flip(0).contiguous()
+    assert len(torch_op._layers) == (1 if how == "moved" else torch_op.MAX_LAYERS_OF_A_WEIGHT)
+
+
 def test_a_hash_layer_sees_its_table_change(random):
     weight, _ = layer(random)
     x, tokens, tid2eid = rows(random), torch.arange(5), hash_table(random)

@@ -64,7 +64,7 @@ def run_faults(
     with run_tasks(run_one, calls, jobs=jobs) as ended:
         for (name, key), outcome in ended:
             if isinstance(outcome, WorkerDiedError):
-                outcome = Outcome(fault=name, status=NOT_RUN, detail=f"{key}: {outcome}")
+                outcome = Outcome(fault=name, status=WRONG, detail=f"{key}: {outcome}")
             parts.setdefault(name, []).append(outcome)
             if len(parts[name]) == sum(key[0] == name for key in calls):
                 on_outcome(_worst(parts[name]))

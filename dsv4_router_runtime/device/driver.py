@@ -33,7 +33,8 @@ _LOST = (
 # What a kernel's trap gives, by the architecture and the driver.
 _TRAPS = ("LAUNCH_FAILED", "ILLEGAL_INSTRUCTION")
 _TRAP_ADVICE = (
-    "; a kernel of this router traps so after waiting for other CTAs longer than "
+    "; a kernel of this router traps so at once if its scratch was not zero (memory that was "
+    "unmapped and mapped anew without reset()), or after waiting for other CTAs longer than "
     "launch.wait_limit_ms of its manifest"
 )
 _LOST_ADVICE = (
@@ -111,11 +112,13 @@ def bindings() -> Any:
     if result == driver.CUresult.CUDA_ERROR_NOT_INITIALIZED:
         raise DriverMissingError(
             f"the CUDA driver does not start: {result.name}, as in a child forked from a process "
-            'that had used CUDA; start such a process with the method "spawn"'
+            'that had used CUDA; start such a process with the method "spawn"',
+            code=result.name,
         )
     if result != driver.CUresult.CUDA_SUCCESS:
         raise DriverMissingError(
-            f"the CUDA driver does not start: {result.name}; kernels need an NVIDIA GPU"
+            f"the CUDA driver does not start: {result.name}; kernels need an NVIDIA GPU",
+            code=result.name,
         )
     os.register_at_fork(after_in_child=_refuse_from_now_on)
     return _Bindings(driver)
@@ -131,19 +134,20 @@ def checked(doing: str, results: tuple[Any, ...]) -> Any:
     """Return the value (or tuple of values) of a successful call; DriverError names what failed."""
     code, *values = results
     if int(code) != 0:
-        raise DriverError(f"{doing}: the CUDA driver answered {_error_text(code)}{_advice(code)}")
+        name = getattr(code, "name", str(code))
+        answered = f"the CUDA driver answered {name}{_meaning(code)}"
+        raise DriverError(f"{doing}: {answered}{_advice(name)}", code=name)
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _error_text(code: Any) -> str:
+def _meaning(code: Any) -> str:
     failed, text = bindings().cuGetErrorString(code)
-    name = getattr(code, "name", str(code))
-    return f"{name} ({text.decode()})" if int(failed) == 0 and text else name
+    return f" ({text.decode()})" if int(failed) == 0 and text else ""
 
 
-def _advice(code: Any) -> str:
+def _advice(name: str) -> str:
     """Say what an error means for the process, if it means more than that one call failed."""
-    name = getattr(code, "name", "").removeprefix("CUDA_ERROR_")
+    name = name.removeprefix("CUDA_ERROR_")
     if name in _RESET:
         return (
             "; its context is not the one that the kernels were loaded into: after "
@@ -157,7 +161,14 @@ def _advice(code: Any) -> str:
 def torch_error(error: Exception) -> DriverError:
     """Return the error of a driver call that torch made, as one of this package."""
     said = str(error).partition("\n")[0]
-    return DriverError(f"torch's call of the CUDA driver: {said}{_LOST_ADVICE}")
+    known = bindings().CUresult
+    # torch gives the runtime's code, which is the driver's for every error of both.
+    code = getattr(error, "error_code", known.CUDA_ERROR_UNKNOWN)
+    try:
+        name = known(code).name
+    except ValueError:
+        name = str(code)
+    return DriverError(f"torch's call of the CUDA driver: {said}{_advice(name)}", code=name)
 
 
 @cache

@@ -55,6 +55,21 @@ def read_gpu(index: int) -> Gpu:
     )
 
 
+def smi_option(index: int) -> str:
+    """Return nvidia-smi's option that selects GPU `index`; "", for all GPUs, if there is no id.
+
+    nvidia-smi counts every GPU, in another order; the bus id is one for both.
+    """
+    cuda = driver.bindings()
+    try:
+        device = driver.checked(f"opening GPU {index}", cuda.cuDeviceGet(index))
+        asked = cuda.cuDeviceGetPCIBusId(_NAME_BYTES, device)
+        bus_id = driver.checked(f"reading the PCI bus id of GPU {index}", asked)
+    except DriverError:
+        return ""
+    return f" -i {bus_id.split(bytes(1))[0].decode()}"
+
+
 def _uses_mps(index: int) -> bool | None:
     try:
         return driver.device_attribute(index, "MPS_ENABLED") != 0

@@ -30,9 +30,14 @@ class GraphLife:
         post = cuda.CUhostFn(ctypes.cast(libc.sem_post, ctypes.c_void_p).value)
         unsynchronised = cuda.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
         made = cuda.cuUserObjectCreate(self._semaphore, post, 1, unsynchronised)
+        if int(made[0]) != 0:
+            libc.free(self._semaphore)
         user_object = driver.checked("making a user object", made)
         move = cuda.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
         retained = cuda.cuGraphRetainUserObject(graph, user_object, 1, move)
+        if int(retained[0]) != 0:
+            # Not the semaphore's bytes: the destructor posts it on the driver's thread, later.
+            cuda.cuUserObjectRelease(user_object, 1)
         driver.checked("giving the captured graph a user object", retained)
 
     def has_ended(self) -> bool:

@@ -171,6 +171,8 @@ class LayerLaunchSite(LaunchSite):
         ids_stride.value = i_stride
         int64.value = ids_are_int64
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
+            # Forgotten first, as in write_call.
+            self._grid_tokens = 0
             self.set_grid(
                 grid_of(self._kernel_launch, num_tokens=num_tokens, num_experts=self._num_experts)
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -60,7 +61,8 @@ class DeviceMemory:
         self.index = index
         self.size = size
         weakref.finalize(self, _release, index, self.address, os.getpid()).atexit = False
-        _live.add(self)
+        with _live_lock:
+            _live.add(self)
 
     def tensor(
         self, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
@@ -74,12 +76,16 @@ class DeviceMemory:
 
 
 _live: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()
+# Another thread may not add memory while it is counted.
+_live_lock = threading.Lock()
 _to_free: deque[tuple[int, int]] = deque()
 
 
 def allocated_bytes(index: int) -> int:
     """Return the bytes that this package holds on GPU `index`, beside torch's."""
-    return sum(memory.size for memory in list(_live) if memory.index == index)
+    with _live_lock:
+        live = list(_live)
+    return sum(memory.size for memory in live if memory.index == index)
 
 
 def _release(index: int, address: int, process: int) -> None:

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4_router_runtime.log import LOGGER
+from dsv4_router_runtime.log import warn_once
 
 from . import driver
 from .launch import has_clusters, launch_config
@@ -93,8 +93,8 @@ def note_fallback(loaded: LoadedKernel, reason: str, instead: str) -> None:
         if known is None:
             known = Fallback(kernel=key[0], device=key[1], reason=reason, instead=instead, times=0)
         _fallbacks[key] = replace(known, instead=instead, times=known.times + 1)
-    if known.times == 0:
-        LOGGER.warning("%s is not launched: %s; such calls take %s", key[0], reason, instead)
+    text = f"{key[0]} is not launched: {reason}; such calls take {instead}"
+    warn_once(f"no room for {key[0]} on GPU {key[1]}", text)
 
 
 def fallbacks() -> tuple[Fallback, ...]:

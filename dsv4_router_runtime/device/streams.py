@@ -28,13 +28,17 @@ is_capturing: Callable[[], bool] = getattr(
 )
 
 
-def refuse_under_capture(what: str) -> None:
+CALL_OUTSIDE = "call it before the capture begins, or after its end"
+BIND_BEFORE = (
+    "make the Router, or call dense_router_dispatch once with these weights, before the capture "
+    "begins"
+)
+
+
+def refuse_under_capture(what: str, next_step: str = BIND_BEFORE) -> None:
     """Raise RouterError if the current stream is being captured; `what` is what would be done."""
     if is_capturing():
-        raise RouterError(
-            f"the current stream is being captured and {what}; make the Router, or call "
-            "dense_router_dispatch once with these weights, before the capture begins"
-        )
+        raise RouterError(f"the current stream is being captured and {what}; {next_step}")
 
 
 def capture_of(stream: int) -> tuple[int, Any]:

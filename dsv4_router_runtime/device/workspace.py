@@ -205,8 +205,10 @@ class Workspace:
         with relaxed_on(self.device.index) as cuda:
             for key in foreign:
                 self._evict_if_done(cuda, key)
+        # Made first: if the driver makes none, no scratch has been taken.
+        event = _event_on(stream)
         slot = self._new_slot()
-        slot.event = _event_on(stream)
+        slot.event = event
         return slot
 
     def _evict_if_done(self, cuda: Any, key: int) -> None:
@@ -217,6 +219,8 @@ class Workspace:
         try:
             if int(cuda.cuEventQuery(slot.event)[0]) == 0:
                 slot.is_evicted = True
+                # Launch sites of the stream that is gone still hold the slot.
+                slot.logits = None
                 del self.slots[key]
                 cuda.cuEventDestroy(slot.event)
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4_router_runtime.device.facts import smi_option
 from dsv4_router_runtime.errors import (
     ArtifactError,
+    DriverError,
     ManifestError,
     RouterError,
     printable,
@@ -66,7 +68,7 @@ def guarded(check: str, look: Callable[[], Finding], *, needed: str, repair: str
     except (ArtifactError, ManifestError) as error:
         return artifact_failure(check, error, needed=needed)
     except RouterError as error:
-        if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
+        if isinstance(error, DriverError) and error.code == "CUDA_ERROR_OUT_OF_MEMORY":
             return _no_memory(check, error)
         return fail(check, str(error), needed=needed, repair=repair)
     # Any other error is a fault of doctor or of a library: it is shown, with the checks after it.
@@ -100,7 +102,7 @@ def artifact_failure(check: str, error: ArtifactError | ManifestError, *, needed
 
 def out_of_service(index: int) -> str:
     """Return the next step for a GPU that fails."""
-    return f"nvidia-smi -q -i {index} shows its errors: take the GPU out of service"
+    return f"nvidia-smi -q{smi_option(index)} shows its errors: take the GPU out of service"
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -11,7 +11,12 @@ from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.device import driver, facts
 from dsv4_router_runtime.device.driver import version_text
 from dsv4_router_runtime.device.facts import Gpu
-from dsv4_router_runtime.errors import DriverMissingError, DriverTooOldError, RouterError
+from dsv4_router_runtime.errors import (
+    DriverError,
+    DriverMissingError,
+    DriverTooOldError,
+    RouterError,
+)
 
 from .finding import COMMAND, Finding, fail, ok, skip, warn
 
@@ -48,10 +53,11 @@ def _driver_repair(error: RouterError) -> str:
         return _UPDATE_DRIVER
     if isinstance(error.__cause__, ImportError):
         return "pip install cuda-bindings"
-    for code, repair in _REPAIR_BY_CODE.items():
-        if code in str(error):
-            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
-            return "unset CUDA_VISIBLE_DEVICES" if hidden and code.endswith("NO_DEVICE") else repair
+    code = error.code if isinstance(error, DriverError | DriverMissingError) else ""
+    if code == "CUDA_ERROR_NO_DEVICE" and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return "unset CUDA_VISIBLE_DEVICES"
+    if code in _REPAIR_BY_CODE:
+        return _REPAIR_BY_CODE[code]
     return _INSTALL_DRIVER if isinstance(error, DriverMissingError) else _RESTART
 
 
@@ -84,7 +90,7 @@ def see_gpus(device: int | None) -> tuple[list[Gpu], list[Finding]]:
         try:
             gpus.append(facts.read_gpu(index))
         except RouterError as error:
-            needed, repair = "a GPU that answers", f"nvidia-smi -q -i {index}"
+            needed, repair = "a GPU that answers", f"nvidia-smi -q{facts.smi_option(index)}"
             failed.append(fail(f"gpu {index}", str(error), needed=needed, repair=repair))
     return gpus, failed
 
@@ -107,12 +113,14 @@ def check_gpu(gpu: Gpu, artifacts: ArtifactSet | None) -> Finding:
         return fail(check, found, needed=needed, repair="nvidia-smi -L, for another GPU")
     if gpu.mig or gpu.mps:
         needed = "a whole GPU: on a part of one, clusters of 16 CTAs may not fit"
-        whole = f"nvidia-smi -i {gpu.index} -mig 0"
+        whole = f"nvidia-smi{facts.smi_option(gpu.index)} -mig 0"
         repair = whole if gpu.mig else "echo quit | nvidia-cuda-mps-control"
         return warn(check, found, needed=needed, repair=repair)
     if not gpu.ecc:
         needed = "ECC, since a flipped bit routes wrongly in silence"
-        return warn(check, found, needed=needed, repair=f"nvidia-smi -i {gpu.index} -e 1")
+        return warn(
+            check, found, needed=needed, repair=f"nvidia-smi{facts.smi_option(gpu.index)} -e 1"
+        )
     return ok(check, found)
 
 

@@ -14,8 +14,8 @@ keyword. `route` takes none, since each argument of an operator costs host time.
 
 The first call with a layer binds it: a `Router` on a GPU, on a CPU `router_reference` in FP64. It
 must not happen under stream capture (see `Router`). A layer is found by the memory of its tensors
-and by its numbers. It is kept for as long as its weight lives, if that is an nn.Parameter. Of
-layers with other weights the last 512 are kept, and their memory with them.
+and by its numbers. If the weight is an nn.Parameter, its last 16 layers are kept for as long as it
+lives. Of layers with other weights the last 512 are kept, and their memory with them.
 
 A layer with copies (see `Router`) is bound again after its weight or tid2eid was modified in place.
 torch does not count a change through `.data` or to an inference tensor: call `forget(weight)` after
@@ -52,6 +52,8 @@ _OPTIONS = (
 )
 _CALL_OPTIONS = ("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl")
 _NO_OPTIONS = LayerOptions()
+# Layers that an nn.Parameter keeps: they differ in the biases, the tables or the numbers.
+MAX_LAYERS_OF_A_WEIGHT = 16
 
 
 class _CpuRouter:
@@ -140,6 +142,14 @@ class _Bound:
         self.e_bias = e_bias
         self.e_bias_address = 0 if e_bias is None else e_bias.data_ptr()
         self.scale, self.top_k = scale, top_k
+        given = (e_bias, *options.values())
+        self._others = [(t, t.data_ptr()) for t in given if isinstance(t, torch.Tensor)]
+
+    def has_moved(self) -> bool:
+        """Return whether `.to()` or `.data = ...` moved a tensor, so that no call finds this."""
+        weight = self.weight()
+        moved = weight is not None and weight.data_ptr() != self.address
+        return moved or any(tensor.data_ptr() != at for tensor, at in self._others)
 
 
 # A layer's key -> the layer, the oldest first.
@@ -152,7 +162,8 @@ _lock = threading.Lock()
 def forget(weight: torch.Tensor | None = None) -> None:
     """Drop the layers bound to `weight`, or all of them, with their copies of weights and tables.
 
-    The next call binds the layer again. A CUDA graph that reads such a copy may not be replayed.
+    The next call binds the layer again. A CUDA graph keeps the copies of its capture: a replay
+    routes by the old weights.
     """
     address = None if weight is None else weight.data_ptr()
     for table in (_layers, _plain_layers):
@@ -195,14 +206,19 @@ def _find(
         if bound is not None and _fresh(bound, weight, tid2eid):
             return bound
         bound = _Bound(weight, e_bias, scale, top_k, options)
-        # Where `.to()` or `.data = ...` has moved the weight from, no call can come from again.
         for table in (_layers, _plain_layers):
-            _drop(table, lambda old: old.weight() is weight and old.address != bound.address)
+            _drop(table, lambda old: old.weight() is weight and old.has_moved())
         _layers[key] = bound
         if bound.versions is None and not options:
             _plain_layers[id(weight)] = bound
         loose = [key for key, bound in list(_layers.items()) if not bound.kept_by_parameter]
-        for key in loose[:-MAX_REMEMBERED_LAYERS]:
+        # Tensors that were replaced by others, not moved, leave such layers behind.
+        same = [
+            key
+            for key, each in list(_layers.items())
+            if each.kept_by_parameter and each.weight() is weight
+        ]
+        for key in (*loose[:-MAX_REMEMBERED_LAYERS], *same[:-MAX_LAYERS_OF_A_WEIGHT]):
             _layers.pop(key, None)
         return bound
 

@@ -1,7 +1,7 @@
 """`pytest -m gpu --record FILE`: what ran on which cubin, for `build-kernels verify --record FILE`.
 
 A test is one case for each artifact that it launched, found by watching launches; a test of several
-cases says so with the fixture `record_cases`.
+cases says so with the fixture `record_cases`. A test of the host's time (`timing`) is none.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class HardwareRecord:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if call.when == "call" and item.get_closest_marker("gpu"):
+        is_case = item.get_closest_marker("gpu") and not item.get_closest_marker("timing")
+        if call.when == "call" and is_case:
             self.tally.end(item.originalname, item.name, failed=report.failed)
         if call.when == "teardown":
             self.tally.forget()

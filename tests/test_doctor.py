@@ -262,6 +262,7 @@ def test_the_keys_of_the_self_test_are_equal_or_far_apart():
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 def test_doctor_finds_nothing_wrong_here_within_5_seconds():
     start = time.perf_counter()
     run = subprocess.run(
@@ -279,6 +280,7 @@ def test_doctor_finds_nothing_wrong_here_within_5_seconds():
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 def test_the_self_test_is_right_here_within_2_seconds():
     from dsv4_router_runtime.artifacts.folder import open_artifacts
 

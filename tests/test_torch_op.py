@@ -561,6 +561,7 @@ def test_an_exported_program_routes_on_a_gpu(random):
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 def test_an_eager_call_costs_little_more_than_a_routers(random):
     """The host's time of a call, the best of 30 rounds: at most 2.5 us more than Router's."""
     weight, e_bias = layer(random, "cuda")

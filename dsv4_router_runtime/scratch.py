@@ -31,7 +31,7 @@ class Status:
     driver_bytes        bytes taken from the driver: scratch, and private copies of layers
     fallbacks           kernels whose cluster did not fit a context, and those taken instead
 
-    No graph ever holds a memset or an allocation.
+    For N <= 64 a graph holds launches alone; beyond, it holds what torch.mm records too.
     """
 
     device: str

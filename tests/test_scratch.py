@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels.shapes import WORKSPACE_BYTES
 from build_kernels.specs import KERNELS
-from dsv4_router_runtime import Router, check, reset, scratch, status
+from dsv4_router_runtime import Router, binding, check, reset, scratch, status
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import Parameter, Scratch
 from dsv4_router_runtime.device import workspace
@@ -192,6 +193,27 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     assert status().scratch_bytes < 16 * MIB
     assert len(gpu.driver.events) == 1
     assert len(bound._binding._sites) < 300
+
+
+def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monkeypatch):
+    monkeypatch.setattr(binding, "MAX_SITES", 1)
+    bound = make()
+    call_on(gpu, bound, 0x900)
+    sites = bound._binding._sites
+    ((key, site),) = sites.items()
+
+    class Slot:
+        """A slot that is looked at while another thread's call comes."""
+
+        @property
+        def is_evicted(self) -> bool:
+            sites[len(sites), 0, False] = site
+            return True
+
+    sites[-1, 0, False] = SimpleNamespace(slot=Slot())
+    call_on(gpu, bound, 0xA00)
+    assert bound._binding._sites[key] is site
+    assert (-1, 0, False) not in bound._binding._sites
 
 
 def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from build_kernels.mutants.mutant import Edit
 
-# `trap_if` as the kernels write it: first in the producer warp, then in each merge's wait.
+# `trap_if` as the kernels write it: first in the warp of the row flags, then in each merge's wait.
 TRAP = r"@\w+ trap;"
 PADDING_KEY = 0xFFFF_FFFF
 _KEY = f"shr.u64 key, \\2, 32; setp.ne.u64 publishes, key, {PADDING_KEY};"

@@ -138,7 +138,7 @@ GPU = """
         gpu_memory: ids_tell_streams_and_threads_apart
     gpu-spinner | H9 | LEAVES_ZERO | a neighbour on k SMs, k = 0 .. all
         gpu_faults: a_neighbour_on_any_number_of_sms
-    gpu-pdl-chain | H10 | LEAVES_ZERO | a dependent kernel between two calls that never waits
+    gpu-pdl-chain | H10 | LEAVES_ZERO | a kernel that never waits, then a call; pdl is not tried
         gpu_faults: a_chain_with_a_kernel_that_never_waits
     gpu-context-lost | H11 | REFUSED | an illegal access elsewhere, then a call
         gpu_contexts: after_a_failed_kernel_a_call_says_to_restart

@@ -12,8 +12,8 @@ goes by its id: its handle is given out again once it is destroyed.
 
 Captures: a slot belongs to a capture and to a stream within it, is as large as the launch needs,
 and is shared by the launches there that need no more. It returns when the graph is gone. Memory is
-allocated and zeroed under capture as well, on a stream that no capture joins: a graph holds
-launches and never a memset. The layer's tensors are kept alive as long as the graph.
+allocated and zeroed under capture as well, on a stream that no capture joins: no graph holds a
+memset of scratch. The layer's tensors are kept alive as long as the graph.
 
 Logits of more than 64 tokens are torch's: they need no zeroing, so a server that unmaps torch's
 memory while it sleeps does no harm. Under capture they lie in the graph's own memory pool.

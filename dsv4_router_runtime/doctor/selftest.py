@@ -18,7 +18,7 @@ from dsv4_router_runtime.reference import router_reference
 from .finding import RIGHT_OUTPUTS, Finding, fail, ok, out_of_service
 
 K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
-# One call for each step of the plan, and the last row of each.
+# The largest N of each decode kernel, N = 1, and the smallest that takes torch.mm.
 TOKENS = (1, 8, 32, 64, 65)
 VOCABULARY = 128
 # Of an FP32 weight against FP64: 2e-7 is the worst that the evidence records.

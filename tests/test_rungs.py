@@ -589,6 +589,7 @@ def test_a_block_below_the_bound_of_the_ptx_is_refused_before_it_starts(
     topk: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The PTX of topk.cu states .maxntid, which a smaller block would pass."""
+    pytest.importorskip("torch")
     kernel = replace(topk.kernel, launch=replace(topk.kernel.launch, block=(96, 1, 1)))
     inputs = make_inputs(kernel, Case(num_tokens=3, num_experts=70, top_k=4))
     assert "launch.block" in _refusal(topk, kernel, monkeypatch, inputs)

@@ -122,7 +122,7 @@ class Explanation:
 
     @property
     def scratch_bytes(self) -> int:
-        """Scratch of the kernel, of which each stream has one."""
+        """Bytes of the kernel's scratch per stream."""
         return sum(self._scratch_sizes().values())
 
     @property

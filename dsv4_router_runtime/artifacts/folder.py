@@ -66,7 +66,7 @@ def find_artifacts() -> Path:
     package = Path(__file__).resolve().parent.parent
     installed, built = package / WHEEL_FOLDER, package.parent / CHECKOUT_FOLDER
     checkout = checkout_settings(package.parent) is not None
-    # Beside an installed package lies site-packages/artifacts, of whichever package put it there.
+    # Beside an installed package, site-packages/artifacts may belong to another package.
     for place in (installed, built) if checkout else (installed,):
         if place.is_dir():
             return place

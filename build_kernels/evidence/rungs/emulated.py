@@ -155,7 +155,7 @@ def emulate_case(
     contents: Mapping[str, Callable[[Array], Array]] = MappingProxyType({}),
     **options: Any,
 ) -> EmulatorResult:
-    """Emulate one launch and return what the emulator found, unjudged.
+    """Emulate one launch and return the emulator's result, unjudged.
 
     contents: by parameter name, a function from the initial contents of an array, such as the
     workspace, to others. options: keywords of `emulate`. See `run` for the rest.

@@ -50,6 +50,6 @@ BOX_ROW_ALIGNMENT_BYTES = 16
 # Of a tensor map's address and of its strides.
 MAP_ALIGNMENT_BYTES = 16
 
-# A kernel's scratch, of which there is one per stream and many in reserve for captures. Four times
-# what FP32 pairs of 64 tokens, 512 experts and 16 splits of K take; those here take 0.26 MB.
+# A kernel's scratch, per stream. Four times the bytes of FP32 pairs of 64 tokens, 512 experts and
+# 16 splits of K; the kernels here take 0.26 MB.
 MAX_SCRATCH_BYTES = 16 * 2**20

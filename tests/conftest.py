@@ -114,6 +114,16 @@ def seed(request) -> int:
 
 
 @pytest.fixture
+def nothing_bound():
+    """The operators of torch keep no layer of another test."""
+    from dsv4_router_runtime.integrations import torch_op
+
+    torch_op.forget()
+    yield
+    torch_op.forget()
+
+
+@pytest.fixture
 def compile_once(monkeypatch):
     """Let builds in this process take what a kernel was compiled to before: a second each."""
     import builds

@@ -26,11 +26,7 @@ KINDS = {"text": TEXT, "hash": HASH, "vision": VISION, "vision hash": VISION_HAS
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
-@pytest.fixture(autouse=True)
-def nothing_bound():
-    torch_op.forget()
-    yield
-    torch_op.forget()
+pytestmark = pytest.mark.usefixtures("nothing_bound")
 
 
 @pytest.fixture

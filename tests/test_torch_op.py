@@ -22,11 +22,7 @@ from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS  # noqa: E402
 K, E, TOP_K, SCALE, VOCABULARY = 128, 32, 6, 2.5, 9
 
 
-@pytest.fixture(autouse=True)
-def nothing_bound():
-    torch_op.forget()
-    yield
-    torch_op.forget()
+pytestmark = pytest.mark.usefixtures("nothing_bound")
 
 
 @pytest.fixture

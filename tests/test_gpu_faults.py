@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gpu
 
 CHILDREN = Path(__file__).with_name("gpu_fault_children.py")
 SOAK_SECONDS = float(os.environ.get("DSV4_FAULT_SECONDS", "20"))
+CLEAN = (1, 8, 9, 64, 300)
 TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "input_ids"]
 
 
@@ -107,7 +108,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_launch():
         watchdog.cancel()
         victim.kill()
     assert victim.wait(timeout=60) == -signal.SIGKILL
-    child("clean")
+    child("clean", CLEAN)
 
 
 def test_two_processes_at_once():
@@ -119,7 +120,7 @@ def test_two_processes_at_once():
     ]
     try:
         child("nan_everywhere")
-        child("clean")
+        child("clean", CLEAN)
         _, errors = others[0].communicate(timeout=180)
         # Its device bytes are not its own alone while another process runs.
         assert others[0].returncode == 0 or "device bytes grew" in errors, errors
@@ -145,13 +146,23 @@ def test_a_launch_on_scratch_that_is_not_zero(byte):
     child("poisoned_launch", byte)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer(tool):
+@pytest.mark.parametrize(
+    ("options", "num_tokens"),
+    [
+        # Loading asks the driver for one parameter more than a kernel has, and expects its refusal.
+        ("--tool memcheck --report-api-errors no", CLEAN),
+        ("--tool racecheck", CLEAN),
+        ("--tool synccheck", CLEAN),
+        # initcheck does not see the TMA stores by which cuBLAS writes the logits above N = 64.
+        ("--tool initcheck", CLEAN[:-1]),
+    ],
+)
+def test_compute_sanitizer(options, num_tokens):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", *command("clean")],
+        [sanitizer, *options.split(), "--error-exitcode", "9", *command("clean", num_tokens)],
         env=environment(),
         capture_output=True,
         text=True,

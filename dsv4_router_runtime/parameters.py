@@ -18,6 +18,7 @@ BOUND, BROUGHT, LAUNCH = "bound", "brought", "launch"
 
 _BFLOAT16, _FLOAT32, _INT32, _MASK = ("bfloat16",), ("float32",), ("int32",), ("bool",)
 _INTEGERS = ("int32", "int64")
+_WEIGHTS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class LaunchParameter:
     shape        sizes of `tensor`, slowest first
     off          value that disables the option; None for a parameter that every launch sets
     after_wait   accessed only after griddepcontrol.wait: the kernel before may still use it
-    int64_flag   the parameter that is 1 if `tensor` holds int64
+    other_dtype  the parameter that is 1 if `tensor` holds the second of `dtypes`
     """
 
     name: str
@@ -45,7 +46,7 @@ class LaunchParameter:
     shape: tuple[str, ...] = ()
     off: int | float | None = None
     after_wait: bool = False
-    int64_flag: str | None = None
+    other_dtype: str | None = None
 
     @property
     def keyword(self) -> str:
@@ -107,24 +108,41 @@ PADDING = (
 TABLE = (
     _pointer("tid2eid", "int32", _INT32, "vocab_size", "top_k", given=BOUND, off=0),
     _pointer(
-        "input_ids", "int32", _INTEGERS, "N", given=BROUGHT, off=0, int64_flag="input_ids_are_int64"
+        *("input_ids", "int32", _INTEGERS, "N"),
+        given=BROUGHT,
+        off=0,
+        other_dtype="input_ids_are_int64",
     ),
 )
-OUTPUTS = (
-    _pointer("to_physical", "int32", _INT32, "E", "max_replicas", given=BOUND, off=0),
-    _pointer("logical_count", "int32", _INT32, "E", given=BOUND, off=0),
-    _pointer("out_weights", "float32", _FLOAT32, "N", "columns", given=BROUGHT, after_wait=True),
+# Ids that the caller chose, for the rows of a mask: they are weighed, and not selected.
+FORCED = (
     _pointer(
-        "out_ids",
-        "int32",
-        _INTEGERS,
-        "N",
-        "columns",
+        *("forced_ids", "int32", _INTEGERS, "N", "top_k"),
+        **_PRODUCED,
+        other_dtype="forced_ids_are_int64",
+    ),
+    _pointer("forced_mask", "uint8", _MASK, "N", **_PRODUCED),
+)
+_MAP: dict[str, Any] = {"given": BOUND, "off": 0, "other_dtype": "map_is_int64"}
+OUTPUTS = (
+    _pointer("to_physical", "int32", _INTEGERS, "E", "max_replicas", **_MAP),
+    _pointer("logical_count", "int32", _INTEGERS, "E", **_MAP),
+    _pointer(
+        *("out_weights", "float32", _WEIGHTS, "N", "columns"),
         given=BROUGHT,
         after_wait=True,
-        int64_flag="ids_are_int64",
+        other_dtype="weights_are_bfloat16",
     ),
+    _pointer(
+        *("out_ids", "int32", _INTEGERS, "N", "columns"),
+        given=BROUGHT,
+        after_wait=True,
+        other_dtype="ids_are_int64",
+    ),
+    _pointer("out_logical_ids", "int32", _INT32, "N", "top_k", **_PRODUCED),
 )
+# The whole gate's logits. A kernel that reads logits has them from the caller's own tensor.
+OUT_LOGITS = _pointer("out_logits", "float32", _FLOAT32, "N", "E", **_PRODUCED)
 NUM_TOKENS = _int32("num_tokens", BROUGHT)
 NUM_EXPERTS = _int32("num_experts", BOUND)
 NUM_K_BLOCKS = _int32("num_k_blocks", BOUND)
@@ -136,36 +154,49 @@ WEIGHING = (
     _float32("routed_scaling_factor", BOUND),
     _float32("gate_temp", BOUND, off=1.0),
     _int32("norm_topk_prob", BOUND, off=1),
+    # The weight of a shared expert.
+    _float32("shared_weight", BOUND, off=1.0),
 )
 # Extents and element widths of the tensors above.
 FORMATS = (
     _int32("vocab_size", BOUND, off=0),
     _int32("input_ids_are_int64", BROUGHT, off=0),
     _int32("max_replicas", BOUND, off=0),
+    _int32("map_is_int64", BOUND, off=0),
     _int32("num_shared_slots", BOUND, off=0),
+    _int32("weights_are_bfloat16", BROUGHT, off=0),
     _int32("ids_are_int64", BROUGHT, off=0),
+    _int32("forced_ids_are_int64", BROUGHT, off=0),
 )
-OUTPUT_STRIDES = (_int32("out_weights_stride", BROUGHT), _int32("out_ids_stride", BROUGHT))
+# Token ids from first_image_id on, num_image_ids of them, make a row an image row.
+IMAGE_IDS = (_int32("first_image_id", BOUND, off=0), _int32("num_image_ids", BOUND, off=0))
+STRIDES = (
+    _int32("out_weights_stride", BROUGHT),
+    _int32("out_ids_stride", BROUGHT),
+    _int32("out_logical_ids_stride", BROUGHT, off=0),
+    _int32("forced_ids_stride", BROUGHT, off=0),
+)
+OUT_LOGITS_STRIDE = _int32("out_logits_stride", BROUGHT, off=0)
 
 # Role of a kernel -> its parameters in ABI order.
 ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
     "decode": (
         *(W_MAP, X_MAP, WORKSPACE),
-        *(*BIASES, *PADDING, *TABLE, *OUTPUTS),
+        *(*BIASES, *PADDING, *TABLE, *FORCED, *OUTPUTS, OUT_LOGITS),
         *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K),
-        *(*WEIGHING, *FORMATS, *OUTPUT_STRIDES),
+        *(*WEIGHING, *FORMATS, *IMAGE_IDS, *STRIDES, OUT_LOGITS_STRIDE),
     ),
     "hash": (
         *(X_MAP, W_GATE),
-        *(*PADDING, *TABLE, *OUTPUTS),
+        *(*PADDING, *TABLE, *FORCED, *OUTPUTS),
         *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K, W_STRIDE),
-        *(*WEIGHING, *FORMATS, *OUTPUT_STRIDES),
+        *(*WEIGHING, *FORMATS, *STRIDES),
     ),
     "select": (
         LOGITS,
-        *(*BIASES, *PADDING, *TABLE, *OUTPUTS),
+        *(*BIASES, *PADDING, *TABLE, *FORCED, *OUTPUTS),
         *(NUM_TOKENS, NUM_EXPERTS, TOP_K),
-        *(*WEIGHING, *FORMATS, LOGITS_STRIDE, *OUTPUT_STRIDES),
+        *(*WEIGHING, *FORMATS, *IMAGE_IDS, LOGITS_STRIDE, *STRIDES),
     ),
 }
 

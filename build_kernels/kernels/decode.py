@@ -23,26 +23,34 @@ Exchanges
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.candidates import merge, own_candidates, publish
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
-from build_kernels.kernels.outputs import OutputColumn, output_column, store
+from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logical_id
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.row_flags import (
+    IS_FORCED,
     IS_IMAGE,
     IS_PADDING,
     MAX_TICKET,
     MAX_TILES,
     publish_row_flags,
+    rank_forced,
     row_flags,
 )
 from build_kernels.kernels.score import choose, reciprocal, router_score, tempered
-from build_kernels.kernels.shapes import EXPERT_TILE, K_BLOCK, MAX_EXPERTS, NUM_SPLITS
+from build_kernels.kernels.shapes import (
+    EXPERT_TILE,
+    K_BLOCK,
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    NUM_SPLITS,
+)
 from build_kernels.kernels.top_k import (
     NOT_A_CANDIDATE,
     PADDING_KEY,
@@ -62,7 +70,7 @@ class RouterDecode:
         0-3                   epilogue: read the accumulators, send, sum, select, store
         mma_warp              issues the MMAs on sm_100, where one thread does that
         producer_warp         loads W_gate and hidden_states by TMA
-        row_flags_warp        draws the tickets and reads the masks
+        row_flags_warp        draws the tickets, reads the masks and the forced ids
         physical_ids_warp     reads the physical ids of all experts, if there is a physical map
 
     Pipelines (producer -> consumer: arrivals to fill / to empty)
@@ -110,6 +118,8 @@ class RouterDecode:
             physical_ids: cute.struct.MemRange[Int32, MAX_EXPERTS * self.max_owned]
             # (epilogue warp,)
             row_flags: cute.struct.MemRange[Int32, self.max_owned]
+            # (slot, epilogue warp)
+            forced: cute.struct.MemRange[Int32, MAX_TOP_K * self.max_owned]
             full: gemm.ring_barriers
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
@@ -186,7 +196,6 @@ class RouterDecode:
 
         # ---------------------------------------------------------------- reduce and select
         if warp < EPILOGUE_WARPS:
-            pair, column = warp // 2, warp % 2
             token = owned_token(split, warp)
             # All that needs no sum is computed before the multiply, off the path that others wait
             # for.
@@ -204,20 +213,25 @@ class RouterDecode:
                 cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
                 flags = row_flags(storage, self.max_owned)[warp]
                 is_image = flags & IS_IMAGE
+                is_ranked = args.tid2eid.toint() != 0 and is_image == 0
+                if args.forced_ids.toint() != 0 and flags & IS_FORCED != 0:
+                    rank_forced(storage, self.max_owned, warp, experts, ranks)
+                    is_ranked = True
+                    unknown = Int32(0)
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 keys, scores = self.score(
-                    *(storage, args, pair, column, experts),
-                    *(biases, is_image, ranks, inverse_temp),
+                    *(storage, args, token, warp, experts, biases),
+                    *(is_image, is_ranked, ranks, inverse_temp),
                 )
-                # No row of the table: padding, unless the row is an image row.
+                # No row of the table: padding, unless the row is an image row or forced.
                 is_unknown = choose(is_image != 0, Int32(0), unknown)
                 is_padded = ((flags & IS_PADDING) | is_unknown) != 0
                 for i in cutlass.range_constexpr(2):
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
                     best = self.select_alone(keys, scores, args.top_k, output.shared_id)
-                    self.store(storage, args, output, warp, (*best, is_padded))
+                    self.store(storage, args, token, warp, output, (*best, is_padded))
                 else:
                     for i in cutlass.range_constexpr(2):
                         publish(candidates[i], keys[i], scores[i])
@@ -226,13 +240,13 @@ class RouterDecode:
                         merged = (args.workspace, token, num_tiles, args.top_k)
                         if num_tiles <= 4:
                             best = merge(4, *merged, output.shared_id)
-                            self.store(storage, args, output, warp, best)
+                            self.store(storage, args, token, warp, output, best)
                         elif num_tiles <= 6:
                             best = merge(6, *merged, output.shared_id)
-                            self.store(storage, args, output, warp, best)
+                            self.store(storage, args, token, warp, output, best)
                         else:
                             best = merge(MAX_TILES, *merged, output.shared_id)
-                            self.store(storage, args, output, warp, best)
+                            self.store(storage, args, token, warp, output, best)
 
     @cute.jit
     def load(
@@ -355,25 +369,32 @@ class RouterDecode:
         self,
         storage,
         args: Arguments,
-        pair: Int32,
-        column: Int32,
+        token: Int32,
+        warp: Int32,
         experts: tuple,
         biases: cute.Tensor,
         is_image: Int32,
+        is_ranked: cutlass.Boolean,
         ranks: cute.Tensor,
         inverse_temp: Float32,
     ):
-        """Return (half,) keys (uint32) and scores (FP32) of a lane's two experts."""
+        """Return (half,) keys (uint32) and scores (FP32) of a lane's two experts.
+
+        Their logits are stored, if the call asks for them.
+        """
         # (half, source)
-        parts = self.exchange.read(storage, pair, column)
+        parts = self.exchange.read(storage, warp // 2, warp % 2)
         keys = cute.make_rmem_tensor((2,), Uint32)
         scores = cute.make_rmem_tensor((2,), Float32)
         for i in cutlass.range_constexpr(2):
             logit = add_splits(parts[(i, None)])
+            if args.out_logits.toint() != 0 and experts[i] < args.num_experts:
+                at = args.out_logits + (Int64(token) * args.out_logits_stride + experts[i])
+                cute.make_tensor(at, cute.make_layout(1))[0] = logit
             score = router_score(tempered(logit, args.gate_temp, inverse_temp))
             key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
-            if args.tid2eid.toint() != 0:
-                key = choose(is_image != 0, key, ranked_key(ranks[i]))
+            if is_ranked:
+                key = ranked_key(ranks[i])
             if experts[i] >= args.num_experts:
                 key = Uint32(NOT_A_CANDIDATE)
             # A NaN counts as 0 in the sum of the weights.
@@ -408,9 +429,18 @@ class RouterDecode:
         return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise)
 
     @cute.jit
-    def store(self, storage, args: Arguments, output: OutputColumn, warp: Int32, best: tuple):
+    def store(
+        self,
+        storage,
+        args: Arguments,
+        token: Int32,
+        warp: Int32,
+        output: OutputColumn,
+        best: tuple,
+    ):
         """Store the token's row of (expert, score, total, is_padding), by physical id if mapped."""
         expert, score, total, is_padding = best
+        store_logical_id(args, token, expert, is_padding)
         if args.to_physical.toint() != 0:
             cute.arch.mbarrier_wait(storage.physical_ids_full.data_ptr(), 0)
             if cute.arch.lane_idx() < args.top_k:

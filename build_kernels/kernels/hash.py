@@ -19,8 +19,8 @@ from cutlass.cute.nvgpu import cpasync
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import lookup
-from build_kernels.kernels.masks import is_padding
-from build_kernels.kernels.outputs import output_column, store
+from build_kernels.kernels.masks import forced_expert, is_forced, is_padding
+from build_kernels.kernels.outputs import output_column, store, store_logical_id
 from build_kernels.kernels.partial_sums import add_splits
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.score import bits_of, choose, reciprocal, router_score, tempered
@@ -60,7 +60,8 @@ class RouterHash:
         init barriers | look up, read rows of W_gate, cluster sync | wait for the grid before
         | load hidden_states | multiply | st.async to the owners | sum, score, store
 
-    W_gate, tid2eid, input_ids and the physical map are read before the wait.
+    W_gate, tid2eid, input_ids and the physical map are read before the wait, unless a call brings
+    forced ids.
     """
 
     def __init__(self, gemm: TileGemm):
@@ -134,11 +135,16 @@ class RouterHash:
             # Lane r < top_k has slot r of the CTA's token.
             lane = cute.arch.lane_idx()
             inverse_temp = reciprocal(args.gate_temp)
-            expert = lookup(args, token, lane)
+            logical = self.chosen(args, token, lane)
             # The experts of an unknown token are -1.
-            unknown = cute.arch.vote_ballot_sync(lane < args.top_k and expert < 0)
+            is_unknown = logical < 0
+            if args.forced_ids.toint() != 0:
+                for other in cutlass.range_constexpr(SLOTS - 1):
+                    same = cute.arch.shuffle_sync(logical, other) == logical
+                    is_unknown = is_unknown or (other < lane and same)
+            unknown = cute.arch.vote_ballot_sync(lane < args.top_k and is_unknown)
             ids = cute.make_rmem_tensor((1,), Int32)
-            ids[0] = choose(lane < args.top_k, cutlass.max(expert, 0), Int32(0))
+            ids[0] = choose(lane < args.top_k, cutlass.max(logical, 0), Int32(0))
             if args.to_physical.toint() != 0:
                 row_index = choose(is_owner, token, Int32(0))
                 ids[0] = read_physical_ids(args, ids, read_counts(args, ids), row_index)[0]
@@ -153,7 +159,20 @@ class RouterHash:
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
                 score, total = self.score(storage, args, inverse_temp)
                 expert = choose(lane < args.top_k, ids[0], output.shared_id)
-                store(output, expert, score, total, padding != 0 or unknown != 0)
+                is_padded = padding != 0 or unknown != 0
+                store(output, expert, score, total, is_padded)
+                store_logical_id(args, token, logical, is_padded)
+
+    @cute.jit
+    def chosen(self, args: Arguments, token: Int32, slot: Int32) -> Int32:
+        """Return the expert in a slot of a token: the table's, or the caller's; -1 for none."""
+        expert = lookup(args, token, slot)
+        if args.forced_ids.toint() != 0:
+            # They may be in the making until the grid before has ended.
+            cute.arch.griddepcontrol_wait()
+            if is_forced(args, token) != 0:
+                expert = forced_expert(args, token, slot)
+        return expert
 
     @cute.jit
     def load_x(
@@ -200,7 +219,7 @@ class RouterHash:
         for i in cutlass.range_constexpr(num_rows):
             row = thread // VECTORS + i * ROWS_AT_ONCE
             rows.append(row)
-            sources.append(lookup(args, first_token + row // SLOTS, row % SLOTS))
+            sources.append(self.chosen(args, first_token + row // SLOTS, row % SLOTS))
         num_chunks = (num_blocks + self.gemm.chunk - 1) // self.gemm.chunk
         for chunk in cutlass.range(num_chunks, unroll=1):
             stage = chunk % self.gemm.stages

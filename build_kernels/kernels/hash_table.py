@@ -4,6 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
+from build_kernels.kernels.masks import read_id
 from build_kernels.kernels.score import choose
 from build_kernels.kernels.shapes import MAX_TOP_K
 
@@ -16,14 +17,7 @@ def lookup(args, token: Int32, slot: Int32) -> Int32:
     """
     expert = Int32(-1)
     if token < args.num_tokens and slot < args.top_k:
-        # [num_tokens] int32 or int64
-        layout = cute.make_layout(args.num_tokens)
-        token_id = Int64(0)
-        if args.input_ids_are_int64 != 0:
-            wide = cute.recast_ptr(args.input_ids.align(8), dtype=Int64)
-            token_id = cute.make_tensor(wide, layout)[token]
-        else:
-            token_id = Int64(cute.make_tensor(args.input_ids, layout)[token])
+        token_id = read_id(args.input_ids, Int64(token), args.input_ids_are_int64)
         if token_id >= 0 and token_id < args.vocab_size:
             # [top_k] of tid2eid [vocab_size, top_k]; the layout only bounds the coordinate
             row = cute.make_tensor(

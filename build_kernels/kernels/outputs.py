@@ -1,10 +1,10 @@
-"""A token's row of the outputs: weights, ids and shared experts' columns."""
+"""A token's row of the outputs: weights, ids, logical ids and shared experts' columns."""
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64
 
 from build_kernels.kernels.score import choose, fused, quotient, reciprocal
 
@@ -19,7 +19,8 @@ class OutputColumn(NamedTuple):
     weight is score / (norm * total + otherwise) * scale + added.
     """
 
-    weight: cute.Pointer
+    weight: cute.Pointer  # of BF16, though FP32 may be stored there
+    is_bfloat16: Int32
     id: cute.Pointer  # of the low word if ids are int64
     is_wide: Int32
     is_stored: cutlass.Boolean
@@ -38,9 +39,12 @@ def output_column(args, token: Int32) -> OutputColumn:
     """
     lane = cute.arch.lane_idx()
     words = choose(args.ids_are_int64 != 0, Int32(2), Int32(1))
+    halves = choose(args.weights_are_bfloat16 != 0, Int32(1), Int32(2))
+    weights = cute.recast_ptr(args.out_weights, dtype=BFloat16)
     norms = args.norm_topk_prob != 0
     return OutputColumn(
-        weight=args.out_weights + (Int64(token) * args.out_weights_stride + lane),
+        weight=weights + (Int64(token) * args.out_weights_stride + lane) * halves,
+        is_bfloat16=args.weights_are_bfloat16,
         id=args.out_ids + (Int64(token) * args.out_ids_stride + lane) * words,
         is_wide=args.ids_are_int64,
         is_stored=lane < args.top_k + args.num_shared_slots,
@@ -49,7 +53,7 @@ def output_column(args, token: Int32) -> OutputColumn:
         otherwise=choose(norms, Float32(EPSILON), Float32(1.0)),
         scale=args.routed_scaling_factor,
         # A shared expert has score 0, so this is its weight.
-        added=choose(lane < args.top_k, Float32(0.0), Float32(1.0)),
+        added=choose(lane < args.top_k, Float32(0.0), args.shared_weight),
     )
 
 
@@ -70,10 +74,23 @@ def store(
     weight = choose(is_padding, Float32(0.0), weight)
     expert_id = choose(is_padding, Int32(-1), expert_id)
     if column.is_stored:
-        cute.make_tensor(column.weight, cute.make_layout(1))[0] = weight
+        if column.is_bfloat16 != 0:
+            cute.make_tensor(column.weight, cute.make_layout(1))[0] = BFloat16(weight)
+        else:
+            wide = cute.recast_ptr(column.weight.align(4), dtype=Float32)
+            cute.make_tensor(wide, cute.make_layout(1))[0] = weight
         # (low word, high word) of an int64, or one int32
         ids = cute.make_tensor(column.id, cute.make_layout(2))
         ids[0] = expert_id
         if column.is_wide != 0:
             # The sign's extension: -1 for padding.
             ids[1] = expert_id >> 31
+
+
+@cute.jit
+def store_logical_id(args, token: Int32, expert: Int32, is_padding: cutlass.Boolean):
+    """Store the expert of a lane's rank in the row of out_logical_ids, if given; -1 for padding."""
+    lane = cute.arch.lane_idx()
+    if args.out_logical_ids.toint() != 0 and lane < args.top_k:
+        at = args.out_logical_ids + (Int64(token) * args.out_logical_ids_stride + lane)
+        cute.make_tensor(at, cute.make_layout(1))[0] = choose(is_padding, Int32(-1), expert)

@@ -1,7 +1,8 @@
 """The physical map of expert-parallel load balancing: logical expert to physical id.
 
-Needs `args.to_physical` [num_experts, max_replicas] and `args.logical_count` [num_experts], int32.
-Both tables are the caller's and may be rewritten at any time, so every index and count is clamped.
+Needs `args.to_physical` [num_experts, max_replicas] and `args.logical_count` [num_experts], both
+int32 or both int64, of which the low words are read. Both tables are the caller's and may be
+rewritten at any time, so every index and count is clamped.
 """
 
 import cutlass
@@ -18,11 +19,18 @@ def read_counts(args, experts: cute.Tensor) -> cute.Tensor:
     An index beyond the experts is taken as the last one.
     """
     counts = cute.make_rmem_tensor(experts.shape, Int32)
-    table = cute.make_tensor(args.logical_count, cute.make_layout(args.num_experts))
+    table = _words_of(args.logical_count, args, args.num_experts)
     # All counts are read before the first one is used, so that the reads overlap.
     for i in cutlass.range_constexpr(cute.size(experts)):
         counts[i] = table[cutlass.min(experts[i], args.num_experts - 1)]
     return counts
+
+
+@cute.jit
+def _words_of(table: cute.Pointer, args, size: Int32) -> cute.Tensor:
+    """Return the low words [size] of a flat table of int32 or int64."""
+    words = choose(args.map_is_int64 != 0, Int32(2), Int32(1))
+    return cute.make_tensor(table, cute.make_layout(size, stride=words))
 
 
 @cute.jit
@@ -34,8 +42,7 @@ def read_physical_ids(args, experts: cute.Tensor, counts: cute.Tensor, token: In
     """
     physical_ids = cute.make_rmem_tensor(experts.shape, Int32)
     # [num_experts * max_replicas]
-    size = args.num_experts * args.max_replicas
-    table = cute.make_tensor(args.to_physical, cute.make_layout(size))
+    table = _words_of(args.to_physical, args, args.num_experts * args.max_replicas)
     # One remainder per lane instead of one per expert: lane c - 1 computes that of count c. A count
     # above 32 goes into a token below 64 at most once.
     remainder = token % (cute.arch.lane_idx() + 1)

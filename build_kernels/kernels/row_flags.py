@@ -1,4 +1,4 @@
-"""The row flags of a token: its ticket, and whether it is an image row or padding, in one word."""
+"""The row flags of a token, in one word: its ticket, and whether it is image, padding or forced."""
 
 import cutlass
 import cutlass.cute as cute
@@ -11,16 +11,23 @@ from build_kernels.kernels.candidates import (
     neighbours_of,
     trap_if,
 )
-from build_kernels.kernels.masks import is_padding, read_mask
+from build_kernels.kernels.masks import (
+    forced_expert,
+    has_image_id,
+    is_forced,
+    is_padding,
+    read_mask,
+)
 from build_kernels.kernels.partial_sums import owned_token
 from build_kernels.kernels.score import choose
-from build_kernels.kernels.shapes import EXPERT_TILE, MAX_EXPERTS
+from build_kernels.kernels.shapes import EXPERT_TILE, MAX_EXPERTS, MAX_TOP_K
 
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
-# The ticket in the low bits, then two flags.
+# The ticket in the low bits, then three flags.
 MAX_TICKET = MAX_TILES - 1
 IS_IMAGE = MAX_TILES
 IS_PADDING = 2 * MAX_TILES
+IS_FORCED = 4 * MAX_TILES
 
 
 def row_flags(storage, max_owned: int) -> cute.Tensor:
@@ -39,13 +46,14 @@ def publish_row_flags(
 ):
     """Draw a ticket and read the masks for each of the CTA's tokens, by one warp.
 
-    `row_flags_full` of the storage takes 32 arrivals. The masks and the workspace may be in use
-    until the grid before has ended.
+    `row_flags_full` of the storage takes 32 arrivals. The masks, the forced ids and the workspace
+    may be in use until the grid before has ended; input_ids may not.
     """
     lane = cute.arch.lane_idx()
     token = owned_token(split, lane)
     ticket = Int32(0)
     neighbours = neighbours_of(tile, num_tiles)
+    has_id = has_image_id(args, token)
     # Always true: makes the wait depend on the division, which the compiler would do after it.
     if neighbours >= 0:
         cute.arch.griddepcontrol_wait()
@@ -58,12 +66,19 @@ def publish_row_flags(
             candidates_of(args.workspace, owned, num_tiles) + neighbours,
             num_tiles > 1 and owned < args.num_tokens,
         )
+    unknown = publish_forced(storage, max_owned, args, split)
     if lane < max_owned and token < args.num_tokens:
         ticket = draw_ticket(args.workspace, token, num_tiles)
-        is_image = read_mask(args.image_mask, token, args.num_tokens)
-        padding = is_padding(args, token)
+        is_image = has_id | read_mask(args.image_mask, token, args.num_tokens)
+        forced = is_forced(args, token)
+        padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
         flags = row_flags(storage, max_owned)
-        flags[lane] = ticket | flag(is_image, IS_IMAGE) | flag(padding, IS_PADDING)
+        flags[lane] = (
+            ticket
+            | flag(is_image, IS_IMAGE)
+            | flag(padding, IS_PADDING)
+            | flag(forced, IS_FORCED)
+        )
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
@@ -71,6 +86,59 @@ def publish_row_flags(
     for word in left_over:
         is_damaged = is_damaged | (word != 0)
     trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
+
+
+def forced_experts(storage, max_owned: int) -> cute.Tensor:
+    """Return (slot, epilogue warp) int32: the forced ids of each owned token, -1 for none."""
+    return cute.make_tensor(storage.forced.data_ptr(), cute.make_layout((MAX_TOP_K, max_owned)))
+
+
+@cute.jit
+def publish_forced(
+    storage, max_owned: cutlass.Constexpr[int], args, split: Int32
+) -> Int32:
+    """Read the forced ids of the CTA's tokens, one a lane, if there are any.
+
+    Return, to lane w, nonzero if those of warp w's token are not top_k different experts.
+    """
+    unknown = Int32(0)
+    if args.forced_ids.toint() != 0:
+        lane = cute.arch.lane_idx()
+        # 4 tokens of 8 slots at most.
+        warp, slot = lane // MAX_TOP_K, lane % MAX_TOP_K
+        is_slot = warp < max_owned and slot < args.top_k
+        expert = Int32(-1)
+        if is_slot:
+            expert = forced_expert(args, owned_token(split, warp), slot)
+        if warp < max_owned:
+            forced_experts(storage, max_owned)[slot, warp] = expert
+        is_wrong = expert < 0
+        for other in cutlass.range_constexpr(MAX_TOP_K - 1):
+            same = cute.arch.shuffle_sync(expert, lane - slot + other) == expert
+            is_wrong = is_wrong or (other < slot and same)
+        wrong = Int32(cute.arch.vote_ballot_sync(is_slot and is_wrong))
+        unknown = (wrong >> (lane % (32 // MAX_TOP_K) * MAX_TOP_K)) & ((1 << MAX_TOP_K) - 1)
+    return unknown
+
+
+@cute.jit
+def rank_forced(
+    storage,
+    max_owned: cutlass.Constexpr[int],
+    warp: Int32,
+    experts: tuple,
+    ranks: cute.Tensor,
+):
+    """Set `ranks` to the places of a lane's experts in the forced ids of a warp's token.
+
+    MAX_TOP_K for an expert that is not among them.
+    """
+    forced = forced_experts(storage, max_owned)
+    ranks.fill(MAX_TOP_K)
+    for rank in cutlass.range_constexpr(MAX_TOP_K):
+        chosen = forced[rank, warp]
+        for i in cutlass.range_constexpr(len(experts)):
+            ranks[i] = choose(chosen == experts[i], Int32(rank), ranks[i])
 
 
 def flag(value: Int32, bit: int) -> Int32:

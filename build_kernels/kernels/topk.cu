@@ -12,13 +12,19 @@
 // Options are arguments: a null pointer or a neutral number disables one. With all disabled, a row
 // of 384 experts takes 914 instructions on sm_90a; without any in the source it took 884.
 //     bias_vl, image_mask         rows with the mask set select with bias_vl instead of e_bias
+//     first_image_id,             so do rows whose token id is one of num_image_ids from
+//     num_image_ids               first_image_id on
 //     padding_mask,               rows with the mask set, and rows from *num_valid_tokens on, are
 //     num_valid_tokens            padding: id -1 and weight 0 in every column
 //     tid2eid, input_ids          ids = tid2eid[input_ids[row]], in the table's order, without a
 //                                 bias; a row whose token id is not in the table is padding. An
 //                                 image row selects by bias_vl, and its token id is not used
+//     forced_ids, forced_mask     rows with the mask set, or all without a mask, get these ids in
+//                                 this order; a row that is not top_k different experts is padding
 //     to_physical, logical_count  id e is stored as to_physical[e, row % logical_count[e]]
-//     num_shared_slots            columns from top_k on: id num_experts + column - top_k, weight 1
+//     out_logical_ids             and as e here, in the first top_k columns
+//     num_shared_slots,           columns from top_k on: id num_experts + column - top_k,
+//     shared_weight               weight shared_weight
 //     norm_topk_prob              0: weights = scores[ids] * routed_scaling_factor
 //     gate_temp                   1: no logit is divided
 //
@@ -214,6 +220,10 @@ __device__ __forceinline__ unsigned long long address(const void* pointer) {
   return reinterpret_cast<unsigned long long>(pointer);
 }
 
+__device__ __forceinline__ long long read_id(const void* ids, long long index, int is_int64) {
+  return is_int64 ? static_cast<const long long*>(ids)[index] : static_cast<const int*>(ids)[index];
+}
+
 }  // namespace
 
 // logits            [num_tokens, num_experts] FP32, rows logits_stride elements apart
@@ -223,13 +233,17 @@ __device__ __forceinline__ unsigned long long address(const void* pointer) {
 // padding_mask      [num_tokens] bytes, or null
 // num_valid_tokens  one int32, any number, or null
 // tid2eid           [vocab_size, top_k] int32 in [0, num_experts), or null
-// input_ids         [num_tokens] int32 or int64, any numbers; null without tid2eid
-// to_physical       [num_experts, max_replicas] int32, or null
-// logical_count     [num_experts] int32, clamped to 1..max_replicas; null without to_physical
-// out_weights       [num_tokens, top_k + num_shared_slots] FP32, rows out_weights_stride elements
-//                   apart; at most 32 columns
+// input_ids         [num_tokens] int32 or int64, any numbers; null without tid2eid and image ids
+// forced_ids        [num_tokens, top_k] int32 or int64, any numbers, rows forced_ids_stride apart;
+//                   or null
+// forced_mask       [num_tokens] bytes, or null; only with forced_ids
+// to_physical       [num_experts, max_replicas] int32 or int64, or null; of an int64 the low word
+// logical_count     [num_experts] likewise, clamped to 1..max_replicas; null without to_physical
+// out_weights       [num_tokens, top_k + num_shared_slots] FP32 or BF16, rows out_weights_stride
+//                   elements apart; at most 32 columns
 // out_ids           [num_tokens, top_k + num_shared_slots] int32 or int64, rows out_ids_stride
 //                   elements apart
+// out_logical_ids   [num_tokens, top_k] int32, rows out_logical_ids_stride elements apart; or null
 // gate_temp is finite and above 0. Flags are 0 or 1.
 // Launch: block 32 * WARPS, grid ceil(num_tokens / WARPS). Programmatic dependent launch is legal.
 //
@@ -239,12 +253,14 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     router_topk(const float* logits, const float* e_bias, const float* bias_vl,
                 const unsigned char* image_mask, const unsigned char* padding_mask,
                 const int* num_valid_tokens, const int* tid2eid, const void* input_ids,
-                const int* to_physical, const int* logical_count, float* out_weights,
-                void* out_ids, int num_tokens, int num_experts, int top_k,
-                float routed_scaling_factor, float gate_temp, int norm_topk_prob, int vocab_size,
-                int input_ids_are_int64, int max_replicas, int num_shared_slots,
-                int ids_are_int64, int logits_stride, int out_weights_stride,
-                int out_ids_stride) {
+                const void* forced_ids, const unsigned char* forced_mask, const int* to_physical,
+                const int* logical_count, void* out_weights, void* out_ids, int* out_logical_ids,
+                int num_tokens, int num_experts, int top_k, float routed_scaling_factor,
+                float gate_temp, int norm_topk_prob, float shared_weight, int vocab_size,
+                int input_ids_are_int64, int max_replicas, int map_is_int64, int num_shared_slots,
+                int weights_are_bfloat16, int ids_are_int64, int forced_ids_are_int64,
+                int first_image_id, int num_image_ids, int logits_stride, int out_weights_stride,
+                int out_ids_stride, int out_logical_ids_stride, int forced_ids_stride) {
   __shared__ unsigned shared_keys[kWarpsPerBlock][kMaxSlots * kKeyRow];
 
   // The kernel before may still be writing logits, or reading the memory of the outputs:
@@ -265,31 +281,51 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   const float* row_bias = e_bias;
   unsigned long long token_id = 0;  // a negative one is beyond every table
   bool padded = false;
-  // One test for all four, because most launches have none.
+  bool forced = false;
+  int expert = 0;
+  // One test for all of them, because most launches have none.
   if ((address(image_mask) | address(padding_mask) | address(num_valid_tokens) |
-       address(tid2eid)) != 0) {
+       address(input_ids) | address(forced_ids)) != 0) {
     // Every lane loads the same words, and the first three before it uses one.
-    const int image = image_mask != nullptr ? image_mask[token] : 0;
+    int image = image_mask != nullptr ? image_mask[token] : 0;
     const int padding = padding_mask != nullptr ? padding_mask[token] : 0;
     const int num_valid = num_valid_tokens != nullptr ? *num_valid_tokens : num_tokens;
-    if (from_table) {
-      token_id = input_ids_are_int64 ? static_cast<const long long*>(input_ids)[token]
-                                     : static_cast<const int*>(input_ids)[token];
+    if (input_ids != nullptr) {
+      token_id = read_id(input_ids, token, input_ids_are_int64);
+      image |= token_id - first_image_id < static_cast<unsigned>(num_image_ids);
     }
     row_bias = image != 0 ? bias_vl : e_bias;
     from_table = from_table && image == 0;
-    padded = padding != 0 || token >= num_valid ||
-             (from_table && token_id >= static_cast<unsigned>(vocab_size));
+    bool unknown = from_table && token_id >= static_cast<unsigned>(vocab_size);
+    if (forced_ids != nullptr && (forced_mask == nullptr || forced_mask[token] != 0)) {
+      forced = true;
+      long long id = lane - MAX_TOP_K;  // no two lanes the same
+      if (lane < top_k) {
+        id = read_id(forced_ids, offset(token, forced_ids_stride) + lane, forced_ids_are_int64);
+        unknown = static_cast<unsigned long long>(id) >= static_cast<unsigned>(num_experts);
+      } else {
+        unknown = false;
+      }
+      expert = static_cast<int>(id);
+#pragma unroll
+      for (int slot = 0; slot < MAX_TOP_K - 1; ++slot) {
+        unknown |= __shfl_sync(kAllLanes, expert, slot) == expert && slot < lane && lane < top_k;
+      }
+      unknown = __any_sync(kAllLanes, unknown);
+    }
+    padded = padding != 0 || token >= num_valid || unknown;
   }
 
   int id = -1;
+  int logical_id = -1;
   float weight = 0.0f;
   if (!padded) {
     // ---------------------------------------------------------------- select
     // Lane r < top_k gets the expert of rank r.
     const Row row = {logits + offset(token, logits_stride), row_bias, gate_temp, num_experts};
-    int expert = 0;
-    if (!from_table) {
+    if (forced) {
+      // Chosen above.
+    } else if (!from_table) {
       expert = select_experts(row, top_k, lane, shared_keys[warp]);
     } else if (lane < top_k) {
       expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);
@@ -301,11 +337,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     float score = 0.0f;
     if (lane < top_k) {
       float logit = row.logits[expert];
-      id = expert;
+      id = logical_id = expert;
       if (to_physical != nullptr) {
-        const unsigned replicas = min(max(logical_count[expert], 1), max_replicas);
+        // The low word of an int64 is the first one.
+        const int count = logical_count[expert << map_is_int64];
+        const unsigned replicas = min(max(count, 1), max_replicas);
         const unsigned replica = index % replicas;
-        id = to_physical[offset(expert, max_replicas) + replica];
+        id = to_physical[(offset(expert, max_replicas) + replica) << map_is_int64];
       }
       logit = gate_temp != 1.0f ? __fdiv_rn(logit, gate_temp) : logit;
       score = router_score(logit);
@@ -321,18 +359,28 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
       weight = __fdiv_rn(score, divisor) * routed_scaling_factor;
     } else {
       id = num_experts + lane - top_k;  // a shared expert's, or not stored
-      weight = 1.0f;
+      weight = shared_weight;
     }
   }
 
   // ------------------------------------------------------------------ store
   if (lane < top_k + num_shared_slots) {
-    out_weights[offset(token, out_weights_stride) + lane] = weight;
+    const long long weight_at = offset(token, out_weights_stride) + lane;
+    if (weights_are_bfloat16) {
+      unsigned short rounded;
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(weight));
+      static_cast<unsigned short*>(out_weights)[weight_at] = rounded;
+    } else {
+      static_cast<float*>(out_weights)[weight_at] = weight;
+    }
     const long long at = offset(token, out_ids_stride) + lane;
     if (ids_are_int64) {
       static_cast<long long*>(out_ids)[at] = id;
     } else {
       static_cast<int*>(out_ids)[at] = id;
+    }
+    if (out_logical_ids != nullptr && lane < top_k) {
+      out_logical_ids[offset(token, out_logical_ids_stride) + lane] = logical_id;
     }
   }
 }

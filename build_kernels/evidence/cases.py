@@ -15,11 +15,17 @@ SHARED_SLOTS = 2
 # padding       a padding_mask, whose rows hold NaN
 # count         num_tokens on the device, two less than the rows; the last two rows hold NaN
 # physical      to_physical and logical_count, some of them out of range
-# shared        SHARED_SLOTS
+# shared        SHARED_SLOTS, of a weight that is not 1
 # unnormed      norm_topk_prob is off
 # int64         int64 ids, and int64 token ids if there are any
 # table         tid2eid and input_ids, for a kernel that does not need them
 # unknown       some of input_ids outside the table, by 2^32 if they are int64
+# image_ids     image rows by token id, with bias_vl and input_ids
+# forced        forced_ids for every second row, some of them no row of experts; int64 with int64
+# mapped64      to_physical and logical_count in int64, with physical
+# logical       out_logical_ids
+# logits        out_logits
+# bfloat16      weights in BF16
 GATE_OPTIONS = (
     *("images", "temperature", "padding", "count", "physical", "shared", "unnormed", "int64"),
 )
@@ -28,6 +34,8 @@ TABLE_OPTIONS = (
 )
 # For a kernel that takes both a table and biases. Image rows use no token id.
 MIXED_OPTIONS = ("table", "images", *TABLE_OPTIONS)
+# What engines add: to a gate, and to a hash layer.
+ENGINE_OPTIONS = ("forced", "physical", "mapped64", "logical", "bfloat16", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     one = kernel.problem.k_multiple
+    images = ("image_ids", "logits", *ENGINE_OPTIONS)
     first = (
         Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=1, num_experts=132, top_k=4, k=one, kind="biased"),
@@ -79,12 +88,15 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, k=block, options=GATE_OPTIONS),
         Case(num_tokens=7, num_experts=72, top_k=6, k=block, options=MIXED_OPTIONS),
+        Case(num_tokens=7, num_experts=68, top_k=6, k=block, options=images),
     )
     if quick:
         return first
     served = ("temperature", "physical", "shared")
     return (
         *first,
+        Case(num_tokens=tile, num_experts=40, top_k=8, k=one, options=("table", *images)),
+        Case(num_tokens=5, num_experts=200, top_k=3, k=one, options=("int64", "forced", "logits")),
         Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=block, options=("table", "images")),
         Case(num_tokens=3, num_experts=512, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=40, top_k=8, k=block, options=("images", "shared")),
@@ -110,12 +122,14 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=tile + 3, num_experts=40, top_k=6, k=block, options=TABLE_OPTIONS),
+        Case(num_tokens=tile - 1, num_experts=40, top_k=6, k=one, options=ENGINE_OPTIONS),
     )
     if quick:
         return first
     served = ("temperature", "physical", "shared")
     return (
         *first,
+        Case(num_tokens=tile + 2, num_experts=40, top_k=3, k=one, options=("int64", "forced")),
         Case(num_tokens=5, num_experts=72, top_k=8, k=one, options=("unknown", "shared")),
         Case(num_tokens=1, num_experts=512, top_k=1, k=block),
         Case(num_tokens=tile, num_experts=132, top_k=8, k=block, kind="extreme"),
@@ -134,11 +148,14 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, options=GATE_OPTIONS),
         Case(num_tokens=7, num_experts=40, top_k=6, options=MIXED_OPTIONS),
+        Case(num_tokens=7, num_experts=68, top_k=6, options=("image_ids", *ENGINE_OPTIONS)),
     )
     if quick:
         return first
     return (
         *first,
+        Case(num_tokens=9, num_experts=40, top_k=8, options=("table", "image_ids", *ENGINE_OPTIONS)),
+        Case(num_tokens=5, num_experts=200, top_k=3, options=("int64", "forced")),
         Case(num_tokens=9, num_experts=384, top_k=3, kind="biased", options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=60, top_k=8, options=("table", "shared")),
         Case(num_tokens=1, num_experts=8, top_k=8),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # The least difference of neighbouring keys that FP32 rounding cannot reverse; see `make_inputs`.
 CLEAR_MARGIN = 1e-4
 SCALE = 2.5
+SHARED_WEIGHT = 0.4
+# Token ids of images, of VOCABULARY.
+FIRST_IMAGE_ID, NUM_IMAGE_IDS = 3, 4
 # More than the lanes of a warp: above 32 a kernel finds the replica in another way.
 REPLICAS = 36
 
@@ -30,13 +33,15 @@ class Inputs:
 
     tensors: hidden_states [N, K] and W_gate [K, E] as BF16 bits, or logits [N, E] FP32; and the
     options' tensors by the kernels' parameter names. numbers: the options' scalar parameters.
-    weights FP64 and ids, [N, columns].
+    weights FP64 and ids, [N, columns]. logical_ids [N, top_k]. logits FP64 [N, E], exact.
     """
 
     case: Case
     tensors: Mapping[str, Array]
     weights: Array
     ids: Array
+    logical_ids: Array
+    logits: Array
     numbers: Mapping[str, int | float] = field(default_factory=dict)
 
 
@@ -58,15 +63,14 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
     hashed = kernel.role == "hash" or "table" in case.options
     options = _draw_options(generator, case, hashed=hashed)
-    images = options.get("bias_vl"), options.get("image_mask")
+    images = options.get("bias_vl"), _image_rows(case, options)
     for _ in range(100):
         hidden, weight, logits, bias = _draw(generator, kernel, case)
         keyed = tempered(logits, options.get("gate_temp", 1.0))
         margin = ranking_margin(keyed, selection_bias(bias, *images), case.top_k)
         if hashed:
             # Only an image row of a hash layer is ranked.
-            mask = options.get("image_mask", torch.zeros(case.num_tokens, dtype=torch.bool))
-            margin = margin.masked_fill(~mask, torch.inf)
+            margin = margin.masked_fill(~images[1], torch.inf)
         if float(margin.min()) > CLEAR_MARGIN:
             break
     else:
@@ -76,6 +80,9 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
         if rows is not None:
             rows[padded] = torch.nan
     expected = select_reference(logits, None if hashed else bias, SCALE, case.top_k, **options)
+    unmapped = {**options, "to_physical": None, "logical_count": None, "num_shared_slots": 0}
+    unmapped["ids_dtype"] = torch.int32
+    logical = select_reference(logits, None if hashed else bias, SCALE, case.top_k, **unmapped)
     tensors = {} if hashed else {"e_bias": bias.float().numpy()}
     option_tensors, numbers = _kernel_options(options)
     tensors |= option_tensors
@@ -85,7 +92,15 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
         tensors["hidden_states"] = _bf16_bits(hidden)
         tensors["W_gate"] = _bf16_bits(weight)
     weights, ids = (outputs.numpy() for outputs in expected)
-    return Inputs(case=case, tensors=tensors, weights=weights, ids=ids, numbers=numbers)
+    return Inputs(
+        case=case,
+        tensors=tensors,
+        weights=weights,
+        ids=ids,
+        logical_ids=logical[1].numpy(),
+        logits=logits.numpy(),
+        numbers=numbers,
+    )
 
 
 def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]:
@@ -110,10 +125,18 @@ def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]
             ids[::4] = torch.tensor([-1, beyond] * n)[: len(ids[::4])]
         drawn["tid2eid"] = torch.stack(rows).to(int32)
         drawn["input_ids"] = ids if "int64" in case.options else ids.to(int32)
+    elif "image_ids" in case.options:
+        drawn["input_ids"] = integers(-1, VOCABULARY, n).to(int32)
     for option in case.options:
         if option == "images":
             drawn["bias_vl"] = (integers(-8, 8, e) / 4).float()
             drawn["image_mask"] = torch.arange(n) % 2 == 0
+        if option == "image_ids":
+            drawn["bias_vl"] = (integers(-8, 8, e) / 4).float()
+            drawn |= {"first_image_id": FIRST_IMAGE_ID, "num_image_ids": NUM_IMAGE_IDS}
+        if option == "forced":
+            drawn["forced_ids"] = _draw_forced(generator, case)
+            drawn["forced_mask"] = torch.arange(n) % 2 == 1
         if option == "temperature":
             drawn["gate_temp"] = 1.5
         if option == "padding":
@@ -121,15 +144,38 @@ def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]
         if option == "count":
             drawn["num_tokens"] = torch.tensor([n - 2], dtype=int32)
         if option == "physical":
-            drawn["to_physical"] = integers(0, 1 << 20, e, REPLICAS).to(int32)
-            drawn["logical_count"] = integers(-1, REPLICAS + 2, e).to(int32)
+            of_map = torch.int64 if "mapped64" in case.options else int32
+            drawn["to_physical"] = integers(0, 1 << 20, e, REPLICAS).to(of_map)
+            drawn["logical_count"] = integers(-1, REPLICAS + 2, e).to(of_map)
         if option == "shared":
-            drawn["num_shared_slots"] = SHARED_SLOTS
+            drawn |= {"num_shared_slots": SHARED_SLOTS, "shared_weight": SHARED_WEIGHT}
         if option == "unnormed":
             drawn["norm_topk_prob"] = False
         if option == "int64":
             drawn["ids_dtype"] = torch.int64
     return drawn
+
+
+def _draw_forced(generator: Any, case: Case) -> Any:
+    """Draw [N, top_k] experts, but one twice in rows 3, 9, ... and none in rows 5, 11, ..."""
+    import torch
+
+    rows = [torch.randperm(case.num_experts, generator=generator) for _ in range(case.num_tokens)]
+    ids = torch.stack(rows)[:, : case.top_k].contiguous()
+    ids[3::6, -1] = ids[3::6, 0]
+    ids[5::6, case.top_k // 2] = 2**32 if "int64" in case.options else case.num_experts
+    return ids if "int64" in case.options else ids.to(torch.int32)
+
+
+def _image_rows(case: Case, options: Mapping[str, Any]) -> Any:
+    """Return bool [N]: the rows that image_mask or their token ids make image rows."""
+    import torch
+
+    rows = options.get("image_mask", torch.zeros(case.num_tokens, dtype=torch.bool))
+    if "num_image_ids" in options:
+        place = options["input_ids"] - options["first_image_id"]
+        rows = rows | (place >= 0) & (place < options["num_image_ids"])
+    return rows
 
 
 def _padded(case: Case, options: Mapping[str, Any]) -> Any:

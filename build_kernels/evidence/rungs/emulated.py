@@ -37,11 +37,16 @@ if TYPE_CHECKING:
 
 PACKAGES = ("numpy", "torch")
 WEIGHT_TOLERANCE = 1e-6
+# Half a unit in the last place of BF16, and the FP32 weight's own error.
+BFLOAT16_TOLERANCE = 2.0**-9 + WEIGHT_TOLERANCE
 CANARY_FLOAT = -12345.0
 CANARY_INT = -77
 # Different, so that one output's stride is wrong for the other output.
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
+LOGICAL_CANARIES = 2
+LOGIT_CANARIES = 6
+FORCED_CANARIES = 4
 
 # (policy, seed, alone). Earliest completes an asynchronous operation at issue, latest if all warps
 # are blocked. alone: one cluster runs at a time and the next starts after it, so that a CTA that
@@ -140,7 +145,7 @@ def run(
     return Emulation(
         problems=tuple(problems),
         weight_error=error,
-        weights=result.memory["out_weights"][:, : case.columns],
+        weights=as_float32(result.memory["out_weights"])[:, : case.columns],
         ids=result.memory["out_ids"][:, : case.columns],
     )
 
@@ -244,11 +249,22 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     ids_shape = (case.num_tokens, case.columns + ID_CANARIES)
     ids_type = np.int64 if "int64" in case.options else np.int32
     layout = kernel.problem.layout
+    weights = np.full(weights_shape, CANARY_FLOAT, np.float32)
+    if "bfloat16" in case.options:
+        weights = (weights.view(np.uint32) >> 16).astype(np.uint16)
+    outputs = {"out_weights": weights, "out_ids": np.full(ids_shape, CANARY_INT, ids_type)}
+    if "logical" in case.options:
+        shape = (case.num_tokens, case.top_k + LOGICAL_CANARIES)
+        outputs["out_logical_ids"] = np.full(shape, CANARY_INT, np.int32)
+    if "logits" in case.options:
+        shape = (case.num_tokens, case.num_experts + LOGIT_CANARIES)
+        outputs["out_logits"] = np.full(shape, CANARY_FLOAT, np.float32)
     contents: dict[str, tuple[Array, dict[str, bool]]] = {
-        "out_weights": (np.full(weights_shape, CANARY_FLOAT, np.float32), {"dependent": True}),
-        "out_ids": (np.full(ids_shape, CANARY_INT, ids_type), {"dependent": True}),
+        name: (array, {"dependent": True}) for name, array in outputs.items()
     }
     for name, tensor in inputs.tensors.items():
+        if name == "forced_ids":
+            tensor = np.pad(tensor, ((0, 0), (0, FORCED_CANARIES)), constant_values=CANARY_INT)
         contents[name] = (tensor, {"read_only": True, "dependent": TENSORS[name].after_wait})
     if "logits" in inputs.tensors:
         logits = inputs.tensors["logits"]
@@ -315,12 +331,15 @@ def _arguments(
         "routed_scaling_factor": SCALE,
         "out_weights_stride": case.columns + WEIGHT_CANARIES,
         "out_ids_stride": case.columns + ID_CANARIES,
+        "out_logical_ids_stride": case.top_k + LOGICAL_CANARIES,
+        "out_logits_stride": case.num_experts + LOGIT_CANARIES,
+        "forced_ids_stride": case.top_k + FORCED_CANARIES,
         "logits_stride": case.num_experts + 5,
         **arrays,
     }
     for name in arrays.keys() & TENSORS.keys():
-        if (flag := TENSORS[name].int64_flag) is not None:
-            values[flag] = int(arrays[name].data.itemsize == 8)
+        if (flag := TENSORS[name].other_dtype) is not None:
+            values[flag] = int(arrays[name].data.dtype != TENSORS[name].element_type)
     if kernel.role == "hash":
         values["w_stride"] = arrays["w_gate"].data.shape[1]
     arguments: list[Any] = []
@@ -361,7 +380,7 @@ def against_reference(
     import numpy as np
 
     columns = inputs.case.columns
-    weights, ids = memory["out_weights"], memory["out_ids"]
+    weights, ids = as_float32(memory["out_weights"]), memory["out_ids"]
     compared = np.array([row not in beside for row in range(len(ids))])[:, None]
     problems = []
     wrong = np.argwhere((ids[:, :columns] != inputs.ids) & compared)
@@ -375,17 +394,50 @@ def against_reference(
     scale = np.where(expected == 0, 1.0, np.abs(expected))
     errors = np.abs(weights[:, :columns].astype(np.float64) - expected) / scale * compared
     error = float(np.where(np.isfinite(errors), errors, np.inf).max())
-    if error > WEIGHT_TOLERANCE:
+    is_half = "bfloat16" in inputs.case.options
+    if error > (BFLOAT16_TOLERANCE if is_half else WEIGHT_TOLERANCE):
         problems.append(f"a weight is off by {error:.2g} of its value")
-    if (weights[:, columns:] != CANARY_FLOAT).any() or (ids[:, columns:] != CANARY_INT).any():
+    canary = as_float32(np.uint16(0xC640)) if is_half else CANARY_FLOAT
+    if (weights[:, columns:] != canary).any() or (ids[:, columns:] != CANARY_INT).any():
         problems.append("something was written beside the outputs")
-    return problems, error
+    problems += _wrong_copies(inputs, memory, compared)
+    return problems, 0.0 if is_half else error
+
+
+def _wrong_copies(inputs: Inputs, memory: Mapping[str, Array], compared: Array) -> list[str]:
+    """Return the problems of the outputs that a call may leave out: logical ids and logits."""
+    import numpy as np
+
+    problems = []
+    if (logical := memory.get("out_logical_ids")) is not None:
+        top_k = inputs.case.top_k
+        if ((logical[:, :top_k] != inputs.logical_ids) & compared).any():
+            problems.append("a logical id is wrong")
+        if (logical[:, top_k:] != CANARY_INT).any():
+            problems.append("something was written beside the logical ids")
+    if (logits := memory.get("out_logits")) is not None:
+        experts = inputs.case.num_experts
+        same = (logits[:, :experts] == inputs.logits) | np.isnan(inputs.logits)
+        if (~same & compared).any():
+            problems.append("a logit is wrong")
+        if (logits[:, experts:] != CANARY_FLOAT).any():
+            problems.append("something was written beside the logits")
+    return problems
+
+
+def as_float32(weights: Array) -> Array:
+    """Return FP32 weights as they are, and BF16 bits as FP32."""
+    import numpy as np
+
+    if weights.dtype != np.uint16:
+        return weights
+    return (weights.astype(np.uint32) << 16).view(np.float32)
 
 
 RUNG = Rung(
     name="emulated",
     climb=climb,
-    checker=Checker(number=5),
+    checker=Checker(number=6),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=3,
     figures={"cases": lambda node: node.items("a list of cases"), "runs": JsonNode.integer},

@@ -44,6 +44,9 @@ class LayerOptions(TypedDict, total=False):
     logical_count: torch.Tensor | None
     num_shared_slots: int
     norm_topk_prob: bool
+    first_image_id: int
+    num_image_ids: int
+    shared_weight: float
 
 
 OPTIONS_OFF = LayerOptions(
@@ -54,6 +57,9 @@ OPTIONS_OFF = LayerOptions(
     logical_count=None,
     num_shared_slots=0,
     norm_topk_prob=True,
+    first_image_id=0,
+    num_image_ids=0,
+    shared_weight=1.0,
 )
 
 

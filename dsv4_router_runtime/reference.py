@@ -23,6 +23,8 @@ class ReferenceOptions(LayerOptions, total=False):
     padding_mask: torch.Tensor | None
     num_tokens: torch.Tensor | None
     input_ids: torch.Tensor | None
+    forced_ids: torch.Tensor | None
+    forced_mask: torch.Tensor | None
     ids_dtype: torch.dtype
 
 
@@ -32,6 +34,8 @@ _OFF = ReferenceOptions(
     padding_mask=None,
     num_tokens=None,
     input_ids=None,
+    forced_ids=None,
+    forced_mask=None,
     ids_dtype=torch.int32,
 )
 
@@ -88,7 +92,19 @@ def select_reference(
     given = _OFF | options
     num_rows, num_experts = logits.shape
     logits = tempered(logits, given["gate_temp"])
+    if given["num_image_ids"]:
+        place = given["input_ids"].long() - given["first_image_id"]
+        mask = (place >= 0) & (place < given["num_image_ids"])
+        if given["image_mask"] is not None: mask |= given["image_mask"]
+        given = given | {"image_mask": mask}
     ids, padded = _chosen(logits, e_bias, top_k, given)
+    if given["forced_ids"] is not None:
+        forced = given["forced_ids"].long()
+        fmask = given["forced_mask"] if given["forced_mask"] is not None else torch.ones(num_rows, dtype=torch.bool)
+        bad = ((forced < 0) | (forced >= num_experts)).any(1) | torch.tensor([len(set(r)) < top_k for r in forced.tolist()])
+        base = padded_rows(len(logits), logits.device, given["padding_mask"], given["num_tokens"])
+        padded = torch.where(fmask, base | bad, padded)
+        ids = torch.where(fmask[:, None], forced.clamp(0, num_experts - 1), ids)
 
     weights = router_scores(logits).gather(1, ids)
     if given["norm_topk_prob"]:
@@ -99,7 +115,7 @@ def select_reference(
     num_shared_slots = given["num_shared_slots"]
     shared = num_experts + torch.arange(num_shared_slots, device=logits.device)
     ids = torch.cat([ids, shared.expand(num_rows, -1)], 1)
-    weights = torch.cat([weights, weights.new_ones(num_rows, num_shared_slots)], 1)
+    weights = torch.cat([weights, weights.new_full((num_rows, num_shared_slots), given["shared_weight"])], 1)
 
     ids = ids.masked_fill(padded[:, None], -1)
     # Filled, not multiplied: a padded row may hold NaN.

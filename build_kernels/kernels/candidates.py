@@ -20,6 +20,8 @@ from build_kernels.kernels.score import bits_of, choose, float_of
 from build_kernels.kernels.shapes import EXPERT_TILE, MERGE_WAIT_LIMIT_MS, TICKET_BYTES
 from build_kernels.kernels.top_k import NOT_A_CANDIDATE, PADDING_KEY, take_top_k
 
+# Two neighbouring candidates in one load.
+LOAD_TWO = "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}"
 # Polls between two looks at the clock: about a millisecond.
 POLLS_PER_LOOK = 1024
 
@@ -55,9 +57,9 @@ def load_neighbours(candidates: cute.Pointer, is_there) -> tuple:
     A predicate: at the end of a branch the warp would wait for the words.
     """
     return cute.arch.inline_ptx(
-        "{{ .reg .pred is_there; setp.ne.s32 is_there, {$r0}, 0; "
+        "{ .reg .pred is_there; setp.ne.s32 is_there, {$r0}, 0; "
         "mov.b64 {$w0}, 0; mov.b64 {$w1}, 0; "
-        "@is_there ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r1}]; }}",
+        f"@is_there {LOAD_TWO}, [{{$r1}}]; }}",
         write_only_types=[Uint64, Uint64],
         read_only_args=[choose(is_there, Int32(1), Int32(0)), candidates],
     )
@@ -113,7 +115,7 @@ def merge(
             for i in cutlass.range_constexpr(0, 2 * max_tiles, 2):
                 if i < 2 * num_tiles:
                     words[i], words[i + 1] = cute.arch.inline_ptx(
-                        "ld.relaxed.gpu.global.v2.b64 {{$w0}, {$w1}}, [{$r0}];",
+                        f"{LOAD_TWO}, [{{$r0}}];",
                         write_only_types=[Uint64, Uint64],
                         read_only_args=[candidates + place_of(lane, i)],
                     )

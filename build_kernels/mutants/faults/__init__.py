@@ -27,6 +27,7 @@ MUTANTS = (
     selection.TOPK_TIE,
     selection.TOPK_STORE,
     ordering.TOPK_GRID,
+    *options.TOPK_OPTIONS,
     *harmless.DECODE,
 )
 

@@ -37,6 +37,15 @@ def parameter_as(role: str, parameter: str, value: str) -> Edit:
     )
 
 
+def pointer_off(role: str, parameter: str) -> Edit:
+    """Read null in place of a pointer of a role's kernels."""
+    index = [item.name for item in ABI[role]].index(parameter)
+    return Edit(
+        pattern=rf"ld\.param\.b64( \t%rd\d+), \[\w+_param_{index}\];",
+        replacement=r"mov.b64\1, 0;",
+    )
+
+
 def unchecked_token_id() -> Edit:
     """Look a token id up without the check that it is in the table."""
     return Edit(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from build_kernels.mutants.mutant import Edit
+from build_kernels.evidence.cases import Case
+from build_kernels.mutants.mutant import Edit, Mutant
+from dsv4_router_runtime.parameters import ABI
 
-from .edits import deleted, parameter_as, unchecked_token_id
-from .kernels import WRONG_IDS, WRONG_WEIGHT, given, hash_layer, of_kind, sm100
+from .edits import deleted, parameter_as, pointer_off, unchecked_token_id
+from .kernels import (
+    ONE_BLOCK,
+    TOPK,
+    WRONG_IDS,
+    WRONG_WEIGHT,
+    given,
+    hash_layer,
+    of_kind,
+    sm100,
+    topk,
+)
 
 _FLAG = r"(selp\.b32 \t%r\d+, 0, )"
 
@@ -40,6 +54,40 @@ _OUT_OF_BOUNDS = "out-of-bounds"
 _ONE = "0f3F800000"
 _HASH_GATE_TEMP = parameter_as("hash", "gate_temp", _ONE)
 
+_WRONG_LOGICAL_ID, _WRONG_LOGIT = "a logical id is wrong", "a logit is wrong"
+# Option ignored -> the edit's parameter and its constant, or None for a pointer; the case's
+# options; the complaint. Of every role that has the parameter.
+_ENGINE = (
+    ("shared_weight", _ONE, ("shared",), WRONG_WEIGHT),
+    ("weights_are_bfloat16", "0", ("bfloat16",), "out-of-bounds"),
+    ("map_is_int64", "0", ("physical", "mapped64"), WRONG_IDS),
+    ("num_image_ids", "0", ("image_ids",), WRONG_IDS),
+    ("forced_ids", None, ("forced",), WRONG_IDS),
+    ("forced_mask", None, ("forced",), WRONG_IDS),
+    ("forced_ids_are_int64", "0", ("forced", "int64"), WRONG_IDS),
+    ("out_logical_ids", None, ("physical", "logical"), _WRONG_LOGICAL_ID),
+    ("out_logits", None, ("logits",), _WRONG_LOGIT),
+)
+
+
+def _of_engines(
+    make: Callable[..., Mutant], role: str, prefix: str, case: Case = ONE_BLOCK
+) -> tuple[Mutant, ...]:
+    """Return the mutants of a role's kernel that ignore an option of _ENGINE."""
+    names = {item.name for item in ABI[role]}
+    rows = [
+        (
+            f"{prefix}{name} ignored",
+            pointer_off(role, name) if value is None else parameter_as(role, name, value),
+            replace(case, options=options),
+            complaint,
+        )
+        for name, value, options, complaint in _ENGINE
+        if name in names
+    ]
+    return of_kind(make, "option ignored", *rows)
+
+
 DECODE = (
     *of_kind(
         *(sm100, "option ignored"),
@@ -67,6 +115,7 @@ DECODE = (
         *(sm100, "wrong rank"),
         ("a hash layer's second slot ranks as its third", _RANK, given("table"), WRONG_IDS),
     ),
+    *_of_engines(sm100, "decode", ""),
 )
 
 HASH = (
@@ -81,4 +130,7 @@ HASH = (
         ("hash: padding ignored", _NO_MASKS, given("padding"), WRONG_IDS),
         ("hash: gate_temp ignored", _HASH_GATE_TEMP, given("temperature"), WRONG_WEIGHT),
     ),
+    *_of_engines(hash_layer, "hash", "hash: "),
 )
+
+TOPK_OPTIONS = _of_engines(topk, "select", "top-k: ", TOPK)

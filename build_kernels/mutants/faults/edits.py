@@ -32,7 +32,7 @@ def parameter_as(role: str, parameter: str, value: str) -> Edit:
     """Read a constant in place of a 32-bit parameter of a role's kernels."""
     index = [item.name for item in ABI[role]].index(parameter)
     return Edit(
-        pattern=rf"ld\.param\.b32( \t%r\d+), \[\w+_param_{index}\];",
+        pattern=rf"ld\.param\.[buf]32( \t%[rf]\d+), \[\w+_param_{index}\];",
         replacement=rf"mov.b32\1, {value};",
     )
 
@@ -41,7 +41,7 @@ def pointer_off(role: str, parameter: str) -> Edit:
     """Read null in place of a pointer of a role's kernels."""
     index = [item.name for item in ABI[role]].index(parameter)
     return Edit(
-        pattern=rf"ld\.param\.b64( \t%rd\d+), \[\w+_param_{index}\];",
+        pattern=rf"ld\.param\.[bu]64( \t%rd\d+), \[\w+_param_{index}\];",
         replacement=r"mov.b64\1, 0;",
     )
 

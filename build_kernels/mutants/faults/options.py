@@ -25,7 +25,8 @@ from .kernels import (
 
 _FLAG = r"(selp\.b32 \t%r\d+, 0, )"
 
-_IMAGES = Edit(pattern=_FLAG + r"8(, %p\d+;\s+or\.b32)", replacement=r"\g<1>0\2")
+# The first 8 is the row's flag, the others are ranks.
+_IMAGES = Edit(pattern=_FLAG + r"8(, %p\d+;)", replacement=r"\g<1>0\2", nth=0)
 _PADDING = Edit(pattern=_FLAG + r"16(, %p\d+;)", replacement=r"\g<1>0\2")
 _COUNT = Edit(
     pattern=r"(setp\.lt\.s32[^;]*;\s+selp\.b32 \t%r\d+, (%r\d+), )1(, %p\d+;)",
@@ -55,6 +56,15 @@ _ONE = "0f3F800000"
 _HASH_GATE_TEMP = parameter_as("hash", "gate_temp", _ONE)
 
 _WRONG_LOGICAL_ID, _WRONG_LOGIT = "a logical id is wrong", "a logit is wrong"
+# A forced row that does not name top_k different experts is padding.
+_UNKNOWN_FORCED = "a forced row that names an expert twice is taken"
+_UNKNOWN_OF_DECODE = Edit(pattern=r"(and\.b32 \t%r\d+, %r\d+, )255;", replacement=r"\g<1>0;")
+_UNKNOWN_OF_HASH = Edit(
+    pattern=r"vote\.sync\.ballot\.b32( \t%r\d+), %p\d+, -1;", replacement=r"mov.b32\1, 0;"
+)
+_UNKNOWN_OF_TOPK = Edit(
+    pattern=r"vote\.sync\.any\.pred( \t%p\d+), %p\d+, %r\d+;", replacement=r"mov.pred\1, 0;"
+)
 # Option ignored -> the edit's parameter and its constant, or None for a pointer; the case's
 # options; the complaint. Of every role that has the parameter.
 _ENGINE = (
@@ -71,9 +81,9 @@ _ENGINE = (
 
 
 def _of_engines(
-    make: Callable[..., Mutant], role: str, prefix: str, case: Case = ONE_BLOCK
+    make: Callable[..., Mutant], role: str, prefix: str, unknown: Edit, case: Case = ONE_BLOCK
 ) -> tuple[Mutant, ...]:
-    """Return the mutants of a role's kernel that ignore an option of _ENGINE."""
+    """Return the mutants of a role's kernel that ignore an option, or what a forced row names."""
     names = {item.name for item in ABI[role]}
     rows = [
         (
@@ -85,7 +95,10 @@ def _of_engines(
         for name, value, options, complaint in _ENGINE
         if name in names
     ]
-    return of_kind(make, "option ignored", *rows)
+    unchecked = (f"{prefix}{_UNKNOWN_FORCED}", unknown, replace(case, options=("forced",)))
+    return of_kind(make, "option ignored", *rows) + of_kind(
+        make, "unchecked forced ids", unchecked, complaint=WRONG_IDS
+    )
 
 
 DECODE = (
@@ -115,7 +128,7 @@ DECODE = (
         *(sm100, "wrong rank"),
         ("a hash layer's second slot ranks as its third", _RANK, given("table"), WRONG_IDS),
     ),
-    *_of_engines(sm100, "decode", ""),
+    *_of_engines(sm100, "decode", "", _UNKNOWN_OF_DECODE),
 )
 
 HASH = (
@@ -130,7 +143,7 @@ HASH = (
         ("hash: padding ignored", _NO_MASKS, given("padding"), WRONG_IDS),
         ("hash: gate_temp ignored", _HASH_GATE_TEMP, given("temperature"), WRONG_WEIGHT),
     ),
-    *_of_engines(hash_layer, "hash", "hash: "),
+    *_of_engines(hash_layer, "hash", "hash: ", _UNKNOWN_OF_HASH),
 )
 
-TOPK_OPTIONS = _of_engines(topk, "select", "top-k: ", TOPK)
+TOPK_OPTIONS = _of_engines(topk, "select", "top-k: ", _UNKNOWN_OF_TOPK, TOPK)

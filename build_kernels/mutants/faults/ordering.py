@@ -72,6 +72,7 @@ DECODE = (
             ("image_mask read", _EARLY, given("images")),
             ("padding_mask read", _EARLY, given("padding")),
             ("num_valid_tokens read", _EARLY, given("count")),
+            ("forced_ids read", _EARLY, given("forced")),
         )
     ),
 )
@@ -95,10 +96,16 @@ HASH = (
     *(
         hash_layer(
             *(f"hash: {what} before the grid dependency", _GRID, deleted(_GRID_WAIT, nth)),
-            case=given("padding"),
+            case=given(option),
             complaint=_of(what),
         )
-        for nth, what in enumerate(("hidden_states loaded", "padding_mask read"))
+        for nth, what, option in (
+            (0, "hidden_states loaded", "padding"),
+            # The first of the loading warps' and that of the epilogue.
+            (1, "forced_ids read", "forced"),
+            (3, "forced_ids weighed", "forced"),
+            (4, "padding_mask read", "padding"),
+        )
     ),
 )
 

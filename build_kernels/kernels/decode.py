@@ -148,8 +148,8 @@ class RouterDecode:
             grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
-            # Shared memory leaves room for one CTA on an SM. Without this ptxas saved registers for
-            # more of them, and spilled one.
+            # Shared memory leaves room for two CTAs on an SM at most. Without this ptxas saved
+            # registers for more of them, and spilled one.
             min_blocks_per_mp=1,
         )
 

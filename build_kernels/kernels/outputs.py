@@ -77,7 +77,10 @@ def store(
         if column.is_bfloat16 != 0:
             cute.make_tensor(column.weight, cute.make_layout(1))[0] = BFloat16(weight)
         else:
-            wide = cute.recast_ptr(column.weight.align(4), dtype=Float32)
+            # Not by `align`, which would mask the address.
+            wide = cute.make_ptr(
+                Float32, column.weight.toint(), cute.AddressSpace.gmem, assumed_align=4
+            )
             cute.make_tensor(wide, cute.make_layout(1))[0] = weight
         # (low word, high word) of an int64, or one int32
         ids = cute.make_tensor(column.id, cute.make_layout(2))

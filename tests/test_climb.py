@@ -21,6 +21,8 @@ from click.testing import CliRunner
 from rich.console import Console
 from test_evidence import FAILED, KERNEL, PASSED, record_of
 
+from build_kernels.campaign.table import FAULTS
+from build_kernels.campaign.trial import applies
 from build_kernels.evidence import (
     RUNGS,
     Evidence,
@@ -34,10 +36,11 @@ from build_kernels.evidence import (
 from build_kernels.evidence.artifact import Artifact, ArtifactReadError, load_artifact
 from build_kernels.evidence.climb import Outcome, climb_one, is_failure
 from build_kernels.evidence.result import not_run
-from build_kernels.evidence.rungs import emulated, hardware, lint, rung, structure
-from build_kernels.evidence.store import update_evidence
+from build_kernels.evidence.rungs import emulated, faults, hardware, lint, rung, structure
+from build_kernels.evidence.store import update_evidence, write_evidence
 from build_kernels.evidence.table import cell, print_evidence
-from build_kernels.evidence.tasks import text_and_launch
+from build_kernels.evidence.tasks import join_parts, text_and_launch
+from build_kernels.workers import WorkerDiedError
 
 TOPK_KEY = "router_topk.sm_100a"
 
@@ -139,6 +142,55 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     assert again.exit_code == 0, again.stderr
     (row,) = (row for row in json.loads(again.stdout) if row["rung"] == "hardware")
     assert [run["date"] for run in row["figures"]["records"]] == ["2026-01-31", "2026-02-01"]
+
+
+def test_evidence_of_another_machine_is_merged_and_a_stale_one_refused(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    kernel = load_artifact(artifacts, TOPK_KEY).kernel
+    other = tmp_path / "other.json"
+
+    def merge(kernel, rung: str, result: Result):
+        write_evidence(other, Evidence().with_result(kernel, rung, result))
+        return _call("--artifacts", artifacts, "--rung", "lint", "--evidence", other, "--json")
+
+    passed = replace(PASSED, figures={}, checker=faults.RUNG.present_checker())
+    merged = merge(kernel, "faults", passed)
+    assert merged.exit_code == 0, merged.stderr
+    assert read_evidence(artifacts / "evidence.json").of(kernel)["faults"] == passed
+    merge(kernel, "faults", replace(passed, scope="quick"))
+    assert read_evidence(artifacts / "evidence.json").of(kernel)["faults"] == passed
+    old = merge(kernel, "faults", replace(passed, checker="faults 1"))
+    assert old.exit_code == 1
+    assert "is of faults 1, which is not the present checker" in old.stderr
+    strange = merge(replace(kernel, cubin_sha256="f" * 64), "faults", passed)
+    assert strange.exit_code == 1
+    assert "is of cubin ffffffffffff, which is not among the artifacts" in strange.stderr
+
+
+def test_the_parts_of_a_climb_make_one_result() -> None:
+    parts = [
+        replace(PASSED, figures={"faults": [name], "runs": runs})
+        for name, runs in (("b", 2), ("a", 3))
+    ]
+    whole = join_parts("faults", parts)
+    assert whole == replace(PASSED, figures={"faults": ["a", "b"], "runs": 5})
+    lost = not_run("no torch")
+    assert join_parts("faults", [parts[0], lost]) == lost
+    assert join_parts("faults", [lost, FAILED, parts[0]]) == FAILED
+    died = WorkerDiedError()
+    assert join_parts("faults", [parts[0], died]) is died
+
+
+@pytest.mark.slow
+def test_a_rung_of_parts_climbs_each_of_them(artifacts: Path) -> None:
+    pytest.importorskip("torch")
+    (climbed,) = (o for o in verify(artifacts, rungs=["faults"], quick=True, jobs=2) if o.climbed)
+    kernel = load_artifact(artifacts, TOPK_KEY)
+    assert climbed.result.status == "passed"
+    assert climbed.result.figures["faults"] == sorted(
+        fault.name for fault in FAULTS if applies(fault, kernel)
+    )
 
 
 def test_the_cells_of_the_table() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import numpy as np
 import pytest
 from test_emulator import SCHEDULES, kinds, module
 
+from build_kernels.campaign.fault import Torn
+from build_kernels.campaign.moments import CHILD_DIED, Tearing, tear_at_moments
 from build_kernels.emulator import DeviceArray, Launch, LaunchError, Result, Schedule, Tear, emulate
 
 # Each CTA stores the flag that it reads.
@@ -34,12 +39,16 @@ AGAIN:
 PARAMETERS = ".param .u64 out, .param .u64 flags"
 
 
-def run(body: str, *tears: Tear, schedule: Schedule | None = None, ctas: int = 4) -> Result:
+def run(
+    body: str, *tears: Tear, schedule: Schedule | None = None, ctas: int = 4, on_load=None
+) -> Result:
     out = DeviceArray(name="out", data=np.full(ctas, 99, np.int32))
     flags = DeviceArray(name="flags", data=np.zeros(2, np.int32))
     ptx = module(body, parameters=PARAMETERS)
     launch = Launch(grid=(ctas, 1, 1), block=(1, 1, 1), arch="sm_90a")
-    return emulate(ptx, launch, [out, flags], schedule or Schedule(seed=1), tears=tears)
+    return emulate(
+        ptx, launch, [out, flags], schedule or Schedule(seed=1), tears=tears, on_load=on_load
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -57,6 +66,42 @@ def test_tears_follow_one_another_and_leave_other_elements() -> None:
     result = run(READ_FLAG, back, there)
     assert sorted(result.memory["out"]) == [-(2**31), -(2**31), 0, 1]
     assert result.memory["flags"].tolist() == [5, 1]
+
+
+def seen(torn: Torn, result: Result) -> list[str]:
+    """Return what the CTAs read, as a problem."""
+    return [str(result.memory["out"].tolist())]
+
+
+def at_moments(judge, *moments: int, element: int = 1) -> Tearing:
+    """Tear an element of the flags at these moments of READ_FLAG."""
+    torn = Torn(rows=(), arrays={"flags": {element: 7}})
+    tearing = Tearing(torn=torn, wanted=lambda moment: moment in moments, judge=judge)
+    tear_at_moments(partial(run, READ_FLAG), {"it": tearing}, {"flags": 4})
+    return tearing
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_a_launch_that_is_forked_at_a_load_is_the_one_that_is_torn_there(moment: int) -> None:
+    tearing = at_moments(seen, moment)
+    (whole,) = seen(tearing.torn, run(READ_FLAG, Tear(array="flags", load=moment, changes={1: 7})))
+    assert tearing.problems == [f"moment {moment}, before a load of flags: {whole}"]
+    assert (tearing.moments, tearing.runs) == (3, 1)
+
+
+def test_the_first_problem_of_a_tear_is_its_last_and_loads_of_others_are_no_moments() -> None:
+    assert at_moments(seen, 1, 2, 3).runs == 1
+    assert at_moments(lambda torn, result: [], 1, 2, 3).runs == 3
+    assert at_moments(seen, 1, 2, 3, element=0).moments == 0
+
+
+def test_a_child_that_raises_or_dies_is_a_problem() -> None:
+    def raises(torn: Torn, result: Result) -> list[str]:
+        raise ValueError("no")
+
+    assert at_moments(raises, 2).problems == ["moment 2, before a load of flags: ValueError: no"]
+    dies = at_moments(lambda torn, result: os._exit(3), 2)
+    assert dies.problems == [f"moment 2, before a load of flags: {CHILD_DIED}"]
 
 
 @pytest.mark.parametrize(

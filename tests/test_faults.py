@@ -25,10 +25,14 @@ from build_kernels.campaign import run
 from build_kernels.campaign.command import faults_command
 from build_kernels.campaign.fault import Expected, Fault, Place
 from build_kernels.campaign.guards import GUARDS
-from build_kernels.campaign.run import AS_EXPECTED, NOT_RUN, WRONG, Outcome, run_one
+from build_kernels.campaign.run import AS_EXPECTED, NOT_RUN, WRONG, Outcome, run_together
 from build_kernels.campaign.table import BY_NAME, FAULTS
-from build_kernels.campaign.trial import applies, try_fault
+from build_kernels.campaign.trial import Trial, applies, together, try_faults
+from build_kernels.emulator import Schedule
 from build_kernels.evidence.artifact import Artifact, load_artifact
+from build_kernels.evidence.cases import Case
+from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.rungs.emulated import emulate_case
 from build_kernels.workers import WorkerDiedError
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
@@ -45,6 +49,11 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     name, _, arch = KEY.partition(".")
     folder = kernel_set(tmp_path_factory.mktemp("faults") / "artifacts", [name], [arch])
     return load_artifact(folder, KEY)
+
+
+def put(fault: Fault, artifact: Artifact, *, quick: bool = True) -> Trial:
+    """Try one fault on a kernel."""
+    return try_faults([fault], artifact, quick=quick)[fault.name]
 
 
 @lru_cache
@@ -83,7 +92,7 @@ def test_every_named_test_exists(fault: Fault) -> None:
 def test_a_decode_kernel_survives(decode: Artifact, name: str) -> None:
     fault = BY_NAME[name]
     assert applies(fault, decode)
-    trial = try_fault(fault, decode, quick=True)
+    trial = put(fault, decode)
     assert trial.problems == ()
     assert trial.runs > 0
 
@@ -98,7 +107,39 @@ def test_a_row_fails_without_its_guard(decode: Artifact, guard, name: str) -> No
     ptx = decode.ptx
     for edit in guard.edits:
         ptx = edit(ptx)
-    assert try_fault(BY_NAME[name], replace(decode, ptx=ptx), quick=True).problems
+    assert put(BY_NAME[name], replace(decode, ptx=ptx)).problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EMULATED if BY_NAME[name].scenario.tears])
+def test_every_tear_has_a_guard(name: str) -> None:
+    assert any(name in guard.faults for guard in GUARDS)
+
+
+@pytest.mark.slow
+def test_a_full_run_tears_at_every_load(decode: Artifact) -> None:
+    """The count is one element, which each owner loads; every load but the first is a moment."""
+    fault = BY_NAME["count-up"]
+    assert fault.scenario is not None
+    few = replace(fault, scenario=replace(fault.scenario, experts=(65,), between=(66, 67)))
+    case = Case(num_tokens=6, num_experts=65, top_k=6, k=64, options=few.scenario.options)
+    inputs = make_inputs(decode.kernel, case)
+    loads = emulate_case(decode.kernel, decode.ptx, inputs, Schedule()).loads["num_valid_tokens"]
+    assert loads == 6
+    assert put(few, decode, quick=False) == Trial(runs=loads - 1 + 2, problems=())
+
+
+@pytest.mark.slow
+def test_faults_that_share_a_launch_have_the_trials_of_each_alone(decode: Artifact) -> None:
+    faults = [BY_NAME[name] for name in ("padding-set", "hash-image-set", "padding-clear")]
+    assert len(together(faults)) == 1
+    guard = next(guard for guard in GUARDS if "padding-set" in guard.faults)
+    (edit,) = guard.edits
+    broken = replace(decode, ptx=edit(decode.ptx))
+    trials = try_faults(faults, broken, quick=True)
+    assert trials == {fault.name: put(fault, broken) for fault in faults}
+    assert trials["padding-set"].problems
+    assert not trials["hash-image-set"].problems
 
 
 @pytest.mark.slow
@@ -106,9 +147,9 @@ def test_a_trap_is_no_way_to_survive_a_torn_input(decode: Artifact) -> None:
     """ENDS allows the trap; a torn input must not lead to it."""
     ptx = decode.ptx.replace("griddepcontrol.wait;", "trap;", 1)
     trapping = replace(decode, ptx=ptx)
-    assert "trapped" in try_fault(BY_NAME["image-set"], trapping, quick=True).problems[0]
+    assert "trapped" in put(BY_NAME["image-set"], trapping).problems[0]
     ends = replace(BY_NAME["image-set"], expected=Expected.ENDS)
-    assert try_fault(ends, trapping, quick=True).problems == ()
+    assert put(ends, trapping).problems == ()
 
 
 @pytest.mark.quick(2)
@@ -128,7 +169,7 @@ def test_the_outcome_of_a_row_is_that_of_its_tests(
     fault = replace(BY_NAME["first-use-twice"], tests=("test_row.py::test_it",))
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setitem(BY_NAME, fault.name, fault)
-    outcome = run_one(tmp_path, fault.name, "", True)
+    (outcome,) = run_together(tmp_path, [fault.name], "", True)
     assert outcome.status == status
     assert detail in outcome.detail
 
@@ -137,13 +178,14 @@ def test_a_checkout_without_the_tests_runs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    outcome = run_one(tmp_path, "first-use-twice", "", True)
+    (outcome,) = run_together(tmp_path, ["first-use-twice"], "", True)
     assert outcome.status == NOT_RUN
     assert "the checkout has no tests/test_faults_runtime.py" in outcome.detail
 
 
 def test_a_kernel_that_is_not_there_is_no_success(tmp_path: Path) -> None:
-    assert run_one(tmp_path, "padding-set", KEY, True).status == WRONG
+    (outcome,) = run_together(tmp_path, ["padding-set"], KEY, True)
+    assert outcome.status == WRONG
 
 
 def test_a_row_whose_process_dies_is_not_as_expected(

@@ -37,19 +37,28 @@ class Place(Enum):
 
 
 # Changes of one array: flat index of an element -> new value.
-Changes = Mapping[int, int]
+Changes = Mapping[int, int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torn:
+    """What another stream rewrites at one moment: by array; and the rows that may differ then."""
+
+    rows: tuple[int, ...]
+    arrays: Mapping[str, Changes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
     """A fault that the emulator can make, and the launches that it is made in.
 
-    roles: of the kernels that it is about. num_tokens, options, kind: of the cases. experts, quick:
-    the numbers of experts of a full and of a quick run. tears: from the inputs, changes of arrays,
-    all from the same load on. torn_rows: the rows that may differ then. at_every_load: one launch
-    for each load that can be torn, else one for each number of experts. contents: from zeros, the
-    initial contents of the workspace, a few launches each. edits: of the PTX, for a peer that
-    misbehaves.
+    roles: of the kernels that it is about. num_tokens, options, kind: of the cases; 0 tokens stands
+    for more than half of the kernel's tile, and a hash kernel takes no images. experts, quick:
+    the numbers of experts of a full and of a quick run. tears: from the inputs, what is rewritten.
+    every_moment: it is at each load of what is torn, else at a few that lie ever further apart, as
+    in a quick run. between: further numbers of experts, with one moment for each, in turn.
+    contents: from zeros, the initial contents of the workspace, a few launches each. edits: of the
+    PTX, for a peer that misbehaves.
     """
 
     roles: tuple[str, ...] = ("decode",)
@@ -58,9 +67,9 @@ class Scenario:
     kind: str = "integers"
     experts: tuple[int, ...] = (65, 128, 384)
     quick: tuple[int, ...] = (65,)
-    tears: Callable[[Inputs], Mapping[str, Changes]] | None = None
-    torn_rows: tuple[int, ...] = ()
-    at_every_load: bool = True
+    tears: Callable[[Inputs], Torn] | None = None
+    every_moment: bool = True
+    between: tuple[int, ...] = ()
     contents: tuple[Callable[[Array], Array], ...] = ()
     edits: tuple[Edit, ...] = ()
 

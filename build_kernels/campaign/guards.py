@@ -28,7 +28,11 @@ class Guard:
 GUARDS = (
     Guard(
         name="an owner publishes a padded row too",
-        faults=("padding-set", "padding-clear", "count-up", "count-down", "token-id-leaves"),
+        faults=(
+            *("padding-set", "padding-clear", "count-up", "count-down", "count-negative"),
+            *("count-most", "token-id-leaves", "token-id-enters", "all-torn"),
+            *("filled-padding-torn", "filled-token-id-torn", "filled-count-torn"),
+        ),
         edits=(
             Edit(
                 pattern=r"(st\.relaxed\.gpu\.global\.b64 \[[^\]]+\], (%rd\d+);)",
@@ -38,7 +42,12 @@ GUARDS = (
     ),
     Guard(
         name="the merger clears what it merged",
-        faults=("padding-set", "image-set"),
+        faults=(
+            *("padding-set", "image-set", "image-clear", "hash-image-set", "hash-image-clear"),
+            *("hash-image-id", "token-id-moves", "table-torn", "map-torn", "map-counts-torn"),
+            *("bias-torn", "image-bias-torn", "hidden-torn", "pair-torn"),
+            *("filled-image-torn", "filled-map-torn", "filled-map-counts-torn"),
+        ),
         edits=(
             Edit(
                 pattern=r"st\.relaxed\.gpu\.global\.v2\.b64 \[%rd\d+\], \{0, 0\};", replacement=""

@@ -18,7 +18,7 @@ from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 from .fault import Fault, Place
 from .table import BY_NAME
-from .trial import applies, try_fault
+from .trial import applies, together, try_faults
 
 AS_EXPECTED, WRONG, NOT_RUN = "as expected", "not as expected", "not run"
 ROOT = Path(__file__).parents[2]
@@ -50,43 +50,54 @@ def run_faults(
 ) -> None:
     """Call `on_outcome` with each outcome when all of the row's runs have ended.
 
-    A row for the emulator runs on each kernel that it is about; twins of the same PTX run once.
+    A row for the emulator runs on each kernel that it is about, in one process with the rows that
+    share its launches; twins of the same PTX run once.
     """
     artifacts = _distinct(folder)
-    calls: dict[tuple[str, str], tuple[Path, str, str, bool]] = {}
+    calls: dict[tuple[tuple[str, ...], str], tuple[Path, tuple[str, ...], str, bool]] = {}
+    for artifact in artifacts:
+        key = artifact.kernel.key
+        for group in together([fault for fault in faults if applies(fault, artifact)]):
+            names = tuple(fault.name for fault in group)
+            calls[names, key] = (folder, names, key, quick)
+    begun = {name for names, _ in calls for name in names}
     for fault in faults:
-        if fault.place is not Place.CPU:
-            continue
-        about = [artifact.kernel.key for artifact in artifacts if applies(fault, artifact)]
-        for key in about or [""]:
-            calls[fault.name, key] = (folder, fault.name, key, quick)
+        if fault.place is Place.CPU and fault.name not in begun:
+            calls[(fault.name,), ""] = (folder, (fault.name,), "", quick)
     parts: dict[str, list[Outcome]] = {}
-    with run_tasks(run_one, calls, jobs=jobs) as ended:
-        for (name, key), outcome in ended:
-            if isinstance(outcome, WorkerDiedError):
-                outcome = Outcome(fault=name, status=WRONG, detail=f"{key}: {outcome}")
-            parts.setdefault(name, []).append(outcome)
-            if len(parts[name]) == sum(key[0] == name for key in calls):
-                on_outcome(_worst(parts[name]))
+    with run_tasks(run_together, calls, jobs=jobs) as ended:
+        for (names, key), outcomes in ended:
+            if isinstance(outcomes, WorkerDiedError):
+                detail = f"{key}: {outcomes}"
+                outcomes = [Outcome(fault=name, status=WRONG, detail=detail) for name in names]
+            for outcome in outcomes:
+                name = outcome.fault
+                parts.setdefault(name, []).append(outcome)
+                if len(parts[name]) == sum(name in names for names, _ in calls):
+                    on_outcome(_worst(parts[name]))
     for fault in faults:
         if fault.place is not Place.CPU:
             why = f"it needs {fault.place.value}: {test_command(fault)}"
             on_outcome(Outcome(fault=fault.name, status=NOT_RUN, detail=why))
 
 
-def run_one(folder: Path, name: str, key: str, quick: bool) -> Outcome:
-    """Run a row in this process, on one kernel if it is for the emulator."""
-    fault = BY_NAME[name]
+def run_together(folder: Path, names: Sequence[str], key: str, quick: bool) -> list[Outcome]:
+    """Run rows that share their launches in this process, on one kernel; or one row's tests."""
+    faults = [BY_NAME[name] for name in names]
     if not key:
-        return _run_tests(fault)
+        return [_run_tests(fault) for fault in faults]
     try:
-        trial = try_fault(fault, load_artifact(folder, key), quick=quick)
+        trials = try_faults(faults, load_artifact(folder, key), quick=quick)
     except Exception as error:
         traceback.print_exc()
-        return Outcome(fault=name, status=WRONG, detail=f"{key}: {type(error).__name__}: {error}")
-    if trial.problems:
-        return Outcome(fault=name, status=WRONG, detail=f"{key}: {'; '.join(trial.problems[:3])}")
-    return Outcome(fault=name, status=AS_EXPECTED, detail=f"{key}: {trial.runs} runs")
+        detail = f"{key}: {type(error).__name__}: {error}"
+        return [Outcome(fault=name, status=WRONG, detail=detail) for name in names]
+    outcomes = []
+    for name, trial in trials.items():
+        status = WRONG if trial.problems else AS_EXPECTED
+        detail = "; ".join(trial.problems[:3]) or f"{trial.runs} runs"
+        outcomes.append(Outcome(fault=name, status=status, detail=f"{key}: {detail}"))
+    return outcomes
 
 
 def _run_tests(fault: Fault) -> Outcome:

@@ -6,16 +6,17 @@ them the old value and another the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from build_kernels.evidence.cases import VOCABULARY
 from build_kernels.evidence.inputs import Inputs
 
-from .fault import Changes, Expected, Fault, Place, Scenario
+from .fault import Changes, Expected, Fault, Place, Scenario, Torn
 
 EVERY_ROLE = ("decode", "hash", "select")
 MOST = 2**31 - 1
+UNKNOWN_ID = -1
 
 
 def torn(name: str, what: str, scenario: Scenario) -> Fault:
@@ -30,66 +31,143 @@ def torn(name: str, what: str, scenario: Scenario) -> Fault:
     )
 
 
-def changes(**arrays: Changes) -> Callable[[Inputs], Mapping[str, Changes]]:
-    """Return the same changes for all inputs."""
-    return lambda inputs: arrays
-
-
-def next_token_id(inputs: Inputs) -> Mapping[str, Changes]:
-    """Move row 0 to another row of the table."""
-    return {"input_ids": {0: (int(inputs.tensors["input_ids"][0]) + 1) % VOCABULARY}}
-
-
-def other_names(inputs: Inputs) -> Mapping[str, Changes]:
-    """Give every replica another physical id."""
-    names = inputs.tensors["to_physical"].reshape(-1)
-    return {"to_physical": {i: int(name) + 1 for i, name in enumerate(names)}}
-
-
-def other_counts(inputs: Inputs) -> Mapping[str, Changes]:
-    """Give every expert another number of replicas, some of them out of range."""
-    counts = inputs.tensors["logical_count"]
-    return {"logical_count": {i: MOST if i % 5 == 0 else i - 1 for i in range(len(counts))}}
-
-
-# Row 1 of the mask is padding, rows 0, 2, .. are images, all but two rows are valid, and row 0 of
-# "unknown" has a token id outside the table.
-PADDING = Scenario(options=("padding",), roles=EVERY_ROLE)
-COUNT = Scenario(options=("count",), roles=EVERY_ROLE, num_tokens=3)
-IMAGES = Scenario(options=("images",), roles=("decode", "select"))
-# A hash kernel has a table whatever its options.
-TABLE = Scenario(options=("table",), roles=EVERY_ROLE)
-UNKNOWN = Scenario(options=("table", "unknown"), roles=EVERY_ROLE)
-MAPS = Scenario(options=("physical",), roles=EVERY_ROLE)
-BETWEEN = tuple(range(66, 128))
-PAIR = Scenario(options=("images", "padding"), experts=BETWEEN, quick=(97,))
-ALL = Scenario(
-    options=("images", "padding", "count"),
-    num_tokens=7,
-    experts=BETWEEN,
-    quick=(97,),
-    at_every_load=False,
-)
-
-
 def like(scenario: Scenario, *rows: int, **arrays: Changes) -> Scenario:
     """Return the scenario with changes of arrays that touch these rows."""
-    return replace(scenario, tears=changes(**arrays), torn_rows=rows)
+    return replace(scenario, tears=lambda inputs: Torn(rows=rows, arrays=arrays))
+
+
+def next_token_id(inputs: Inputs) -> Torn:
+    """Move row 3 to another row of the table."""
+    token_id = (int(inputs.tensors["input_ids"][3]) + 1) % VOCABULARY
+    return Torn(rows=(3,), arrays={"input_ids": {3: token_id}})
+
+
+def other_experts(inputs: Inputs) -> Torn:
+    """Give the token id of row 3 other experts."""
+    ids, table = inputs.tensors["input_ids"], inputs.tensors["tid2eid"]
+    first = int(ids[3]) * table.shape[1]
+    experts = (table[ids[3]] + 1) % inputs.case.num_experts
+    rows = tuple(row for row in range(len(ids)) if ids[row] == ids[3])
+    return Torn(rows=rows, arrays={"tid2eid": {first + i: int(e) for i, e in enumerate(experts)}})
+
+
+def selected(inputs: Inputs) -> list[tuple[int, int]]:
+    """Return the experts of the last row, and the replica of each that it takes."""
+    last = inputs.case.num_tokens - 1
+    names, counts = inputs.tensors["to_physical"], inputs.tensors["logical_count"]
+    taken = last % counts.clip(1, names.shape[1])
+    experts = range(inputs.case.num_experts)
+    return [(e, int(taken[e])) for e in experts if names[e, taken[e]] in inputs.ids[last]]
+
+
+def other_names(inputs: Inputs) -> Torn:
+    """Give the experts of the last row other physical ids, which further rows may take too."""
+    names = inputs.tensors["to_physical"]
+    width = names.shape[1]
+    changes = {e * width + replica: int(names[e, replica]) + 1 for e, replica in selected(inputs)}
+    return Torn(rows=tuple(range(inputs.case.num_tokens)), arrays={"to_physical": changes})
+
+
+def other_counts(inputs: Inputs) -> Torn:
+    """Give the experts of the last row another number of replicas, some of them out of range."""
+    changes = {e: MOST if i % 2 else replica for i, (e, replica) in enumerate(selected(inputs))}
+    return Torn(rows=tuple(range(inputs.case.num_tokens)), arrays={"logical_count": changes})
+
+
+def other_biases(name: str) -> Callable[[Inputs], Torn]:
+    """Return a change of every bias, which changes what is selected."""
+
+    def tears(inputs: Inputs) -> Torn:
+        changes = {i: float(bias) + i % 3 for i, bias in enumerate(inputs.tensors[name])}
+        return Torn(rows=tuple(range(inputs.case.num_tokens)), arrays={name: changes})
+
+    return tears
+
+
+def other_hidden(inputs: Inputs) -> Torn:
+    """Give row 0 another hidden state: BF16 ones."""
+    return Torn(rows=(0,), arrays={"hidden_states": dict.fromkeys(range(inputs.case.k), 0x3F80)})
+
+
+def last_row(name: str, value: int, *, image: bool) -> Callable[[Inputs], Torn]:
+    """Return a change of the last row that is valid, and an image row or not."""
+
+    def tears(inputs: Inputs) -> Torn:
+        tensors = inputs.tensors
+        row = max(
+            row
+            for row in range(int(tensors["num_valid_tokens"][0]))
+            if not tensors["padding_mask"][row] and bool(tensors["image_mask"][row]) is image
+        )
+        return Torn(rows=(row,), arrays={name: {row: value}})
+
+    return tears
+
+
+def last_rows_enter(inputs: Inputs) -> Torn:
+    """Make the last two rows valid."""
+    n = inputs.case.num_tokens
+    return Torn(rows=(n - 2, n - 1), arrays={"num_valid_tokens": {0: n}})
+
+
+# The last one has as many expert tiles as those between.
+EXPERTS = (384, 128, 96, 65)
+BETWEEN = tuple(number for number in range(66, 128) if number not in EXPERTS)
+# Rows 0, 2 and 4 are images, rows 1 and 4 padding, rows 4 and 5 beyond the count: row 3 goes by the
+# table, if there is one. A hash kernel has one whatever its options.
+GATE = Scenario(
+    options=("images", "padding", "count"),
+    num_tokens=6,
+    roles=("decode", "select"),
+    experts=EXPERTS,
+)
+TABLE = replace(GATE, options=("table", *GATE.options), roles=EVERY_ROLE)
+IMAGES = replace(TABLE, roles=GATE.roles)
+# Row 0 has a token id outside the table.
+UNKNOWN = Scenario(options=("table", "unknown"), roles=EVERY_ROLE, experts=EXPERTS)
+MAPS = Scenario(options=("physical",), roles=EVERY_ROLE, experts=EXPERTS)
+# More than half of the kernel's tile.
+FILLED = Scenario(options=TABLE.options, num_tokens=0, experts=(384, 65))
+FILLED_MAPS = Scenario(options=("physical",), num_tokens=0, experts=(65,))
+
+
+def between(scenario: Scenario) -> Scenario:
+    """Return the scenario for E = 66 .. 127 too."""
+    return replace(scenario, between=BETWEEN)
 
 
 TEARS = (
-    torn("padding-set", "padding_mask 0 -> 1", like(PADDING, 0, padding_mask={0: 1})),
-    torn("padding-clear", "padding_mask 1 -> 0", like(PADDING, 1, padding_mask={1: 0})),
-    torn("count-up", "num_tokens 1 -> 2", like(COUNT, 1, num_valid_tokens={0: 2})),
-    torn("count-down", "num_tokens 1 -> 0", like(COUNT, 0, num_valid_tokens={0: 0})),
-    torn("count-negative", "num_tokens 1 -> -1", like(COUNT, 0, num_valid_tokens={0: -1})),
-    torn("count-most", "num_tokens 1 -> 2^31 - 1", like(COUNT, 1, 2, num_valid_tokens={0: MOST})),
-    torn("image-set", "image_mask 0 -> 1", like(IMAGES, 1, image_mask={1: 1})),
-    torn("image-clear", "image_mask 1 -> 0", like(IMAGES, 0, image_mask={0: 0})),
+    torn("padding-set", "padding_mask 0 -> 1", between(like(TABLE, 3, padding_mask={3: 1}))),
+    torn("padding-clear", "padding_mask 1 -> 0", between(like(TABLE, 1, padding_mask={1: 0}))),
+    torn("count-up", "num_tokens 4 -> 6", between(like(TABLE, 5, num_valid_tokens={0: 6}))),
+    torn("count-down", "num_tokens 4 -> 3", between(like(TABLE, 3, num_valid_tokens={0: 3}))),
+    torn("count-negative", "num_tokens 4 -> -1", like(TABLE, 0, 2, 3, num_valid_tokens={0: -1})),
+    torn(
+        "count-most",
+        "num_tokens 4 -> 2^31 - 1",
+        replace(like(TABLE, 5, num_valid_tokens={0: MOST}), every_moment=False),
+    ),
+    torn("image-set", "image_mask 0 -> 1", like(GATE, 3, image_mask={3: 1})),
+    torn("image-clear", "image_mask 1 -> 0", like(GATE, 0, image_mask={0: 0})),
+    torn(
+        "hash-image-set",
+        "image_mask 0 -> 1 in a hash layer: from the table to the gate",
+        between(like(IMAGES, 3, image_mask={3: 1})),
+    ),
+    torn(
+        "hash-image-clear",
+        "image_mask 1 -> 0 in a hash layer: from the gate to the table",
+        like(IMAGES, 0, image_mask={0: 0}),
+    ),
+    torn(
+        "hash-image-id",
+        "input_ids of an image row: it is not looked at",
+        like(IMAGES, input_ids={2: UNKNOWN_ID}),
+    ),
     torn(
         "token-id-leaves",
         "input_ids: a row of the table -> none",
-        like(TABLE, 0, input_ids={0: -1}),
+        between(like(TABLE, 3, input_ids={3: UNKNOWN_ID})),
     ),
     torn(
         "token-id-enters",
@@ -99,31 +177,80 @@ TEARS = (
     torn(
         "token-id-moves",
         "input_ids: a row of the table -> another",
-        replace(TABLE, tears=next_token_id, torn_rows=(0,)),
+        replace(TABLE, tears=next_token_id),
     ),
+    torn("table-torn", "tid2eid: other experts", replace(TABLE, tears=other_experts)),
     torn(
         "map-torn",
-        "to_physical: every physical id",
-        replace(MAPS, tears=other_names, torn_rows=(0, 1)),
+        "to_physical: the physical ids of a row's experts",
+        replace(MAPS, tears=other_names),
     ),
     torn(
         "map-counts-torn",
-        "logical_count: every count",
-        replace(MAPS, tears=other_counts, torn_rows=(0, 1)),
+        "logical_count: the counts of a row's experts",
+        replace(MAPS, tears=other_counts),
+    ),
+    torn(
+        "bias-torn",
+        "e_bias: every bias",
+        replace(GATE, tears=other_biases("e_bias"), every_moment=False),
+    ),
+    torn(
+        "image-bias-torn",
+        "bias_vl: every bias",
+        replace(GATE, tears=other_biases("bias_vl"), every_moment=False),
+    ),
+    torn(
+        "hidden-torn",
+        "hidden_states of a row",
+        replace(GATE, tears=other_hidden, roles=("decode",)),
     ),
     torn(
         "pair-torn",
-        "both masks of two rows, E = 66..127",
-        like(PAIR, 0, 1, padding_mask={0: 1, 1: 0}, image_mask={0: 0, 1: 1}),
+        "both masks of two rows",
+        like(GATE, 0, 1, padding_mask={0: 1, 1: 0}, image_mask={0: 0, 1: 1}),
     ),
     torn(
         "all-torn",
-        "the masks and the count of seven rows, at one load for each E = 66..127",
-        like(
-            *(ALL, 0, 1, 2, 3, 5, 6),
-            padding_mask={0: 1, 1: 0},
-            image_mask={2: 0, 3: 1},
-            num_valid_tokens={0: 7},
+        "the masks, the count and the token ids at one moment",
+        between(
+            like(
+                *(replace(IMAGES, experts=(65,)), 0, 1, 2, 3, 5),
+                padding_mask={0: 1, 1: 0},
+                image_mask={2: 0, 3: 1},
+                input_ids={1: 3},
+                num_valid_tokens={0: 6},
+            )
         ),
+    ),
+    torn(
+        "filled-padding-torn",
+        "padding_mask of the last row, more than half a tile",
+        replace(FILLED, tears=last_row("padding_mask", 1, image=False)),
+    ),
+    torn(
+        "filled-image-torn",
+        "image_mask of the last row, more than half a tile",
+        replace(FILLED, tears=last_row("image_mask", 0, image=True)),
+    ),
+    torn(
+        "filled-token-id-torn",
+        "input_ids of the last row, more than half a tile",
+        replace(FILLED, tears=last_row("input_ids", UNKNOWN_ID, image=False)),
+    ),
+    torn(
+        "filled-count-torn",
+        "num_tokens, more than half a tile",
+        replace(FILLED, tears=last_rows_enter, experts=(65,)),
+    ),
+    torn(
+        "filled-map-torn",
+        "to_physical, more than half a tile",
+        replace(FILLED_MAPS, tears=other_names),
+    ),
+    torn(
+        "filled-map-counts-torn",
+        "logical_count, more than half a tile",
+        replace(FILLED_MAPS, tears=other_counts),
     ),
 )

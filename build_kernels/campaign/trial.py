@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +13,17 @@ from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.cases import Case
 from build_kernels.evidence.inputs import Inputs, make_inputs
 from build_kernels.evidence.rungs.emulated import CANARY_INT, against_reference, emulate_case
+from dsv4_router_runtime.artifacts.kernel import Kernel
 
-from .fault import Changes, Expected, Fault, Scenario
+from .fault import Expected, Fault, Scenario, Torn
+from .moments import Tearing, tear_at_moments
 
 if TYPE_CHECKING:
     from build_kernels.emulator import Result, Schedule
 
 TOP_K = 6
-# Loads of a map that one call may make by the hundred: as many of them are torn, evenly spread.
-MOST_LOADS = 16
-MOST_LOADS_QUICK = 2
 QUICK_CONTENTS = 2
+LEAST_FILLED = 7  # so that a row of each kind is valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +39,60 @@ def applies(fault: Fault, artifact: Artifact) -> bool:
     return fault.scenario is not None and artifact.kernel.role in fault.scenario.roles
 
 
-def try_fault(fault: Fault, artifact: Artifact, *, quick: bool) -> Trial:
-    """Run every launch of the fault's scenario; the first launch with a problem is the last.
+def together(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """Group the faults that share their launches: tears of the same cases."""
+    groups: dict[object, list[Fault]] = {}
+    for fault in faults:
+        scenario = fault.scenario
+        same: object = fault.name
+        if scenario is not None and scenario.tears is not None:
+            same = scenario.num_tokens, scenario.options, scenario.kind
+        groups.setdefault(same, []).append(fault)
+    return list(groups.values())
 
-    EmulatorError or MutantError if the scenario does not fit the kernel.
+
+def try_faults(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[str, Trial]:
+    """Run every launch of the faults' scenarios; a problem is the end of its fault.
+
+    Return the trials by name. EmulatorError or MutantError if a scenario does not fit the kernel.
     """
-    assert fault.scenario is not None
-    ptx = artifact.ptx
-    for edit in fault.scenario.edits:
+    trials: dict[str, Trial] = {}
+    for group in together(faults):
+        if _scenario(group[0]).tears is not None:
+            trials |= _tear(group, artifact, quick=quick)
+        else:
+            (fault,) = group
+            trials[fault.name] = _try_alone(fault, artifact, quick=quick)
+    return trials
+
+
+def _scenario(fault: Fault) -> Scenario:
+    if fault.scenario is None:
+        raise ValueError(f"{fault.name}: the emulator cannot make this fault")
+    return fault.scenario
+
+
+def _case(scenario: Scenario, kernel: Kernel, num_experts: int) -> Case:
+    images = kernel.role != "hash"
+    return Case(
+        num_tokens=scenario.num_tokens or max(LEAST_FILLED, kernel.launch.token_tile // 2 + 1),
+        num_experts=num_experts,
+        top_k=TOP_K,
+        k=kernel.problem.k_multiple if kernel.role != "select" else 0,
+        options=tuple(name for name in scenario.options if name != "images" or images),
+        kind=scenario.kind,
+    )
+
+
+def _try_alone(fault: Fault, artifact: Artifact, *, quick: bool) -> Trial:
+    """Run the launches without a tear; the first launch with a problem is the last."""
+    scenario, ptx, runs = _scenario(fault), artifact.ptx, 0
+    for edit in scenario.edits:
         ptx = edit(ptx)
-    artifact, runs = replace(artifact, ptx=ptx), 0
-    for inputs, where, result in _launches(fault.scenario, artifact, quick=quick):
+    artifact = replace(artifact, ptx=ptx)
+    for inputs, where, result in _launches(scenario, artifact, quick=quick):
         runs += 1
-        problems = judge(fault.expected, fault.scenario, inputs, result, artifact)
+        problems = judge(fault.expected, (), inputs, result, artifact)
         if problems:
             return Trial(runs=runs, problems=tuple(f"{where}: {text}" for text in problems))
     return Trial(runs=runs, problems=())
@@ -59,22 +102,10 @@ def _launches(
     scenario: Scenario, artifact: Artifact, *, quick: bool
 ) -> Iterator[tuple[Inputs, str, Result]]:
     """Run the scenario's launches one by one: their inputs, a description, and the outcome."""
-    kernel = artifact.kernel
+    kernel, schedules = artifact.kernel, _schedules(artifact)
     for num_experts in scenario.quick if quick else scenario.experts:
-        case = Case(
-            num_tokens=scenario.num_tokens,
-            num_experts=num_experts,
-            top_k=TOP_K,
-            k=kernel.problem.k_multiple if kernel.role != "select" else 0,
-            options=scenario.options,
-            kind=scenario.kind,
-        )
+        case = _case(scenario, kernel, num_experts)
         inputs = make_inputs(kernel, case)
-        if scenario.tears is not None:
-            changes = scenario.tears(inputs)
-            for load, result in _torn(scenario, artifact, inputs, changes, quick=quick):
-                yield inputs, f"{case}, torn at load {load}", result
-        schedules = _schedules(artifact)
         for number, contents in enumerate(scenario.contents[: QUICK_CONTENTS if quick else None]):
             turn = number % len(schedules)
             for schedule in schedules[turn : turn + 1] if quick else schedules:
@@ -82,7 +113,7 @@ def _launches(
                     kernel, artifact.ptx, inputs, schedule, contents={"workspace": contents}
                 )
                 yield inputs, f"{case}, contents {number}, {schedule}", result
-        if scenario.tears is None and not scenario.contents:
+        if not scenario.contents:
             for schedule in schedules[: 1 if quick else None]:
                 yield inputs, str(case), emulate_case(kernel, artifact.ptx, inputs, schedule)
 
@@ -95,42 +126,78 @@ def _schedules(artifact: Artifact) -> tuple[Schedule, ...]:
     return Schedule(policy="latest"), Schedule(seed=1), Schedule(seed=2, resident_ctas=alone)
 
 
-def _torn(
-    scenario: Scenario,
-    artifact: Artifact,
-    inputs: Inputs,
-    changes: Mapping[str, Changes],
-    *,
-    quick: bool,
-) -> Iterator[tuple[int, Result]]:
-    """Tear the arrays at load 1, 2, ... until each was torn at its last load."""
-    from build_kernels.emulator import Schedule, Tear
+def _tear(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[str, Trial]:
+    """Tear the arrays of faults that share their launches, one launch per number of experts."""
+    from build_kernels.emulator import Schedule
 
-    load, step = 1, 1
-    if not scenario.at_every_load:
-        # One launch for each number of experts: among them, each number of loads before the tear.
-        load = 1 + inputs.case.num_experts % (2 * scenario.num_tokens - 1)
-    while True:
-        tears = [Tear(array=array, load=load, changes=change) for array, change in changes.items()]
-        schedule = Schedule(seed=load)
-        result = emulate_case(artifact.kernel, artifact.ptx, inputs, schedule, tears=tears)
-        yield load, result
-        loads = max(result.loads[array] for array in changes)
-        step = max(step, -(-loads // (MOST_LOADS_QUICK if quick else MOST_LOADS)))
-        load += step
-        if load >= loads or not scenario.at_every_load:
-            return
+    kernel = artifact.kernel
+    trials = {fault.name: Trial(runs=0, problems=()) for fault in faults}
+    moments = dict.fromkeys(trials, 0)
+    for num_experts in _numbers_of_experts(faults, quick=quick):
+        case = _case(_scenario(faults[0]), kernel, num_experts)
+        inputs = make_inputs(kernel, case)
+        made = {}
+        for fault in faults:
+            scenario = _scenario(fault)
+            if scenario.tears is None or trials[fault.name].problems:
+                continue
+            wanted = _wanted(scenario, num_experts, moments[fault.name], quick=quick)
+            if wanted is not None:
+                made[fault.name] = Tearing(
+                    torn=scenario.tears(inputs),
+                    wanted=wanted,
+                    judge=partial(_judge_torn, fault, inputs, artifact),
+                )
+        sizes = {name: tensor.itemsize for name, tensor in inputs.tensors.items()}
+        run = partial(emulate_case, kernel, artifact.ptx, inputs, Schedule(seed=num_experts))
+        for name, found in tear_at_moments(run, made, sizes).items():
+            moments[name] = found.moments
+            problems = tuple(f"{case}, torn at {text}" for text in found.problems)
+            trials[name] = Trial(runs=trials[name].runs + found.runs, problems=problems)
+    return trials
+
+
+def _numbers_of_experts(faults: Sequence[Fault], *, quick: bool) -> Iterable[int]:
+    """Return the numbers of experts of the launches, those between last."""
+    scenarios = [_scenario(fault) for fault in faults]
+    if quick:
+        return dict.fromkeys(chain(*(scenario.quick for scenario in scenarios)))
+    full = chain(*(scenario.experts for scenario in scenarios))
+    return dict.fromkeys(chain(full, *(scenario.between for scenario in scenarios)))
+
+
+def _wanted(
+    scenario: Scenario, num_experts: int, moments: int, *, quick: bool
+) -> Callable[[int], bool] | None:
+    """Return which moments of a launch, from 1, are wanted; None if the launch is not.
+
+    moments: as many were in the last launch, whose number of expert tiles may be another.
+    """
+    if num_experts not in (scenario.quick if quick else scenario.experts + scenario.between):
+        return None
+    if quick or not scenario.every_moment:
+        # 1, 4, 16, ...
+        return lambda moment: moment.bit_count() == 1 and moment.bit_length() % 2 == 1
+    if num_experts in scenario.between:
+        return lambda moment: moment == 1 + num_experts % max(1, moments)
+    return lambda moment: True
+
+
+def _judge_torn(
+    fault: Fault, inputs: Inputs, artifact: Artifact, torn: Torn, result: Result
+) -> list[str]:
+    return judge(fault.expected, torn.rows, inputs, result, artifact)
 
 
 def judge(
-    expected: Expected, scenario: Scenario, inputs: Inputs, result: Result, artifact: Artifact
+    expected: Expected, torn: Sequence[int], inputs: Inputs, result: Result, artifact: Artifact
 ) -> list[str]:
-    """Return the problems of one launch, a line each."""
+    """Return the problems of one launch, a line each. torn: the rows that may differ."""
     if result.trapped:
         return [] if expected is Expected.ENDS else [f"the launch trapped: {result.findings[-1]}"]
     problems = [str(finding) for finding in result.findings]
-    wrong, _ = against_reference(inputs, result.memory, scenario.torn_rows)
-    problems += wrong + _torn_rows(scenario, inputs, result.memory)
+    wrong, _ = against_reference(inputs, result.memory, torn)
+    problems += wrong + _torn_rows(torn, inputs, result.memory)
     if expected is not Expected.ENDS:
         for parameter in artifact.kernel.parameters:
             scratch = parameter.scratch
@@ -139,20 +206,20 @@ def judge(
     return problems
 
 
-def _torn_rows(scenario: Scenario, inputs: Inputs, memory: Mapping[str, Any]) -> list[str]:
+def _torn_rows(torn: Sequence[int], inputs: Inputs, memory: Mapping[str, Any]) -> list[str]:
     """Return the problems of the torn rows: each is written, with padding or with experts."""
     import numpy as np
 
     columns, experts = inputs.case.columns, inputs.case.num_experts
     problems = []
-    for row in scenario.torn_rows:
+    for row in torn:
         ids, weights = memory["out_ids"][row, :columns], memory["out_weights"][row, :columns]
         if (ids == CANARY_INT).any():
             problems.append(f"the torn row {row} was not written")
         elif (ids == -1).any():
             if (ids != -1).any() or weights.any():
                 problems.append(f"the torn row {row} is half padding: {ids.tolist()}")
-        elif "physical" not in scenario.options and not ((ids >= 0) & (ids < experts)).all():
+        elif "physical" not in inputs.case.options and not ((ids >= 0) & (ids < experts)).all():
             problems.append(f"the torn row {row} names no expert: {ids.tolist()}")
         elif not np.isfinite(weights).all():
             problems.append(f"a weight of the torn row {row} is {weights.tolist()}")

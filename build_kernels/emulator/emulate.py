@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
 from build_kernels.emulator.instructions.table import make_program
+from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
@@ -22,6 +24,10 @@ from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
 from build_kernels.emulator.launch.tear import Tear
 from build_kernels.emulator.launch.variables import place_variables
 from build_kernels.emulator.memory.memory import Memory
+
+# Called before each load of an array with its name and the offsets of the bytes; returns tears,
+# made at once whatever number of a load they state.
+OnLoad = Callable[[str, Ints], Sequence[Tear]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,7 @@ def emulate(
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
     tears: Sequence[Tear] = (),
+    on_load: OnLoad | None = None,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -58,7 +65,8 @@ def emulate(
     a TensorMap; or a tuple of these for a struct. schedule: Schedule() if None.
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. tears: changes of arrays in
-    the middle of the launch.
+    the middle of the launch. on_load: chooses further tears as the launch goes; it may fork the
+    process, and the child finishes the launch with other tears than the parent.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -75,6 +83,9 @@ def emulate(
         machine = Machine(program, launch, packed, schedule or Schedule())
         arrays = _place_arrays(machine.grid, packed)
         _place_tears(arrays, tears)
+        if on_load is not None:
+            for array, placed in arrays.items():
+                placed.on_load = partial(_before_load, arrays, on_load, array.name)
         machine.run()
     except UnsupportedPtx as error:
         raise PtxError(str(error)) from None
@@ -119,6 +130,16 @@ def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memo
 def _place_tears(arrays: Mapping[DeviceArray, Memory], tears: Sequence[Tear]) -> None:
     """Hand the tears to the memories of their arrays, in the order of their loads."""
     named = {array.name: array for array in arrays}
-    for tear in sorted(tears, key=lambda tear: tear.load):
-        patches = tear.patches(named)
-        arrays[named[tear.array]].patches += [(tear.load, *patch) for patch in patches]
+    for tear in tears:
+        patches = [(tear.load, *patch) for patch in tear.patches(named)]
+        memory = arrays[named[tear.array]]
+        memory.patches += patches
+        memory.patches.sort(key=lambda patch: patch[0])
+
+
+def _before_load(
+    arrays: Mapping[DeviceArray, Memory], on_load: OnLoad, name: str, offsets: Ints
+) -> None:
+    """Make the tears that `on_load` asks for before this load of an array."""
+    if tears := on_load(name, offsets):
+        _place_tears(arrays, [replace(tear, load=0) for tear in tears])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from build_kernels.workers import run_tasks
+from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.dispatch import runs_on
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, open_artifacts
 from dsv4_router_runtime.artifacts.manifest import Kernel
@@ -22,7 +22,7 @@ from .rungs import RUNGS, hardware
 from .rungs.hardware import Record, result_of
 from .rungs.rung import Reads
 from .store import Evidence, read_evidence, update_evidence
-from .tasks import make_tasks, results_by_kernel
+from .tasks import Task, join_parts, make_tasks, results_by_kernel
 
 # Where an installed wheel has its artifacts.
 INSTALLED = ("dsv4_router_runtime", WHEEL_FOLDER)
@@ -47,13 +47,15 @@ def verify(
     *,
     quick: bool = False,
     records: Sequence[Record] = (),
+    others: Sequence[Evidence] = (),
     jobs: int = 1,
     on_done: Callable[[Outcome], None] = lambda outcome: None,
     on_unkept: Callable[[str], None] = lambda reason: None,
 ) -> list[Outcome]:
     """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
 
-    records: GPU test records to merge first; EvidenceError if one is of other bytes. Raises
+    records, others: GPU test records, and evidence found elsewhere, to merge first; EvidenceError
+    if one is of other bytes, or of another checker. Raises
     ArtifactReadError before any climb if a file is missing or is not the manifest's. Returns one
     outcome per rung and chosen artifact in the manifest's order; for rungs not requested, from the
     stored evidence. `on_done` gets each climbed outcome when its climb ends, `on_unkept` the reason
@@ -63,19 +65,29 @@ def verify(
     chosen = _choose(artifacts_dir, listed, archs, kernels)
     loaded = [load_artifact(artifacts_dir, kernel.key) for kernel in chosen]
     _refuse_strangers(records, listed)
-    kept = _open_evidence(artifacts_dir, lambda known: _with_records(known, listed, records))
+    kept = _open_evidence(
+        artifacts_dir,
+        lambda known: _with_others(_with_records(known, listed, records), listed, others),
+    )
     if kept.problem is not None:
-        if records:
-            raise EvidenceError(f"the records cannot be merged: {kept.problem}")
+        if records or others:
+            what = "records" if records else "evidence"
+            raise EvidenceError(f"the {what} cannot be merged: {kept.problem}")
         on_unkept(kept.problem)
     tasks = make_tasks(loaded, rungs, kept.evidence)
     calls = {
-        task: (artifacts_dir, first.key, _bytes_of(first), task[0], quick)
+        (task, part): (artifacts_dir, first.key, _bytes_of(first), task[0], quick, part)
         for task, (first, *_) in tasks.items()
+        for part in range(RUNGS[task[0]].parts)
     }
     found: dict[tuple[str, str], Result] = {}
+    parts: dict[Task, list[Result | WorkerDiedError]] = {}
     with run_tasks(climb_one, calls, jobs=jobs) as climbed:
-        for task, result in climbed:
+        for (task, _), climbed_part in climbed:
+            parts.setdefault(task, []).append(climbed_part)
+            if len(parts[task]) < RUNGS[task[0]].parts:
+                continue
+            result = join_parts(task[0], parts[task])
             for kernel, shown in results_by_kernel(tasks[task], result):
                 rung = task[0]
                 found[kernel.key, rung] = shown
@@ -121,6 +133,30 @@ def _with_records(
         result = result_of(kernel, records, evidence.of(kernel).get(hardware.RUNG.name))
         if result is not None:
             evidence = evidence.with_result(kernel, hardware.RUNG.name, result)
+    return evidence
+
+
+def _with_others(
+    evidence: Evidence, listed: Sequence[Kernel], others: Iterable[Evidence]
+) -> Evidence:
+    """Merge what evidence found elsewhere adds; that of GPUs comes by records alone."""
+    known = {_bytes_of(kernel): kernel for kernel in listed}
+    for entry in (entry for other in others for entry in other.entries.values()):
+        kernel = known.get((entry.cubin_sha256, entry.ptx_sha256))
+        if kernel is None:
+            raise EvidenceError(
+                f"the evidence of {entry.artifact} is of cubin {entry.cubin_sha256[:12]}, which is "
+                "not among the artifacts: stale; climb again on these artifacts"
+            )
+        for rung, result in entry.rungs.items():
+            if RUNGS[rung].checker is None or result == evidence.stored(kernel).get(rung):
+                continue
+            if not RUNGS[rung].is_present(result.checker):
+                raise EvidenceError(
+                    f"the evidence of {entry.artifact} {rung} is of {result.checker}, which is not "
+                    f"the present checker ({RUNGS[rung].present_checker()}); climb again with it"
+                )
+            evidence = evidence.with_result(kernel, rung, result)
     return evidence
 
 
@@ -202,8 +238,10 @@ def _bytes_of(kernel: Kernel) -> tuple[str, str]:
     return kernel.cubin_sha256, kernel.ptx_sha256
 
 
-def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quick: bool) -> Result:
-    """Climb one rung for one artifact in this process, unless its hashes are no longer `expected`.
+def climb_one(
+    folder: Path, key: str, expected: tuple[str, str], rung: str, quick: bool, part: int = 0
+) -> Result:
+    """Climb a part of a rung for an artifact here, unless its hashes are no longer `expected`.
 
     A rung that raises has failed. The traceback goes to stderr and not into the evidence, which
     holds no paths of this machine.
@@ -215,7 +253,8 @@ def climb_one(folder: Path, key: str, expected: tuple[str, str], rung: str, quic
             return not_run("the artifact was built anew while it was being verified")
         if climbed.reads is Reads.TEXT_AND_LAUNCH and not artifact.has_ptx:
             return not_run(NO_PTX)
-        result = climbed.climb(artifact, quick=quick)
+        of_parts = {"part": part} if climbed.parts > 1 else {}
+        result = climbed.climb(artifact, quick=quick, **of_parts)
     except Exception as error:
         traceback.print_exc()
         return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")

@@ -26,6 +26,7 @@ from .document import EvidenceError
 from .result import result_json
 from .rungs import RUNGS
 from .rungs.hardware import read_records
+from .store import read_evidence
 from .table import explanations, print_evidence
 
 NOT_PROVEN = (
@@ -52,6 +53,13 @@ NOT_PROVEN = (
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="Merge this file of the GPU tests' records; repeatable.",
 )
+@click.option(
+    "--evidence",
+    "evidence_files",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Merge this evidence.json of the same bytes from another machine; repeatable.",
+)
 @artifacts_option(
     "The set to verify. Default: artifacts/ of this checkout, or the installed wheel's set."
 )
@@ -63,6 +71,7 @@ def verify_command(
     rungs: tuple[str, ...],
     quick: bool,
     record_files: tuple[Path, ...],
+    evidence_files: tuple[Path, ...],
     artifacts: Path | None,
     jobs: int | None,
     as_json: bool,
@@ -83,6 +92,7 @@ def verify_command(
             rungs,
             quick=quick,
             records=[record for path in record_files for record in read_records(path)],
+            others=[read_evidence(path) for path in evidence_files],
             jobs=jobs or len(os.sched_getaffinity(0)),
             on_done=_say,
             on_unkept=on_unkept,

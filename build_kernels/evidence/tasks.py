@@ -13,7 +13,7 @@ from build_kernels.workers import WorkerDiedError
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
 from .artifact import Artifact
-from .result import Result, not_run
+from .result import FAILED, NOT_RUN, Result, not_run
 from .rungs import RUNGS
 from .rungs.rung import Reads
 from .store import Evidence
@@ -44,6 +44,19 @@ def make_tasks(
                 same = text_and_launch(artifact) if shares else kernel.key
                 tasks.setdefault((rung.name, kernel.name, same), []).append(kernel)
     return tasks
+
+
+def join_parts(rung: str, parts: Sequence[Result | WorkerDiedError]) -> Result | WorkerDiedError:
+    """Return the result of all parts of a climb: the worst one, or all figures if all passed."""
+    for part in parts:
+        if isinstance(part, WorkerDiedError):
+            return part
+    results = [part for part in parts if isinstance(part, Result)]
+    for status in (FAILED, NOT_RUN):
+        for result in results:
+            if result.status == status:
+                return result
+    return replace(results[0], figures=RUNGS[rung].join([result.figures for result in results]))
 
 
 def results_by_kernel(

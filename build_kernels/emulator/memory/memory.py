@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -70,6 +71,7 @@ class Memory:
         self.tracked = tracked and not read_only
         self.loads = 0
         self.patches: list[tuple[int, int, bytes]] = []
+        self.on_load: Callable[[Ints], None] | None = None
         if initial is None:
             self.data = np.full(size, POISON_BYTE, dtype=np.uint8)
             self.state = np.zeros(size, dtype=np.uint8)
@@ -89,6 +91,8 @@ class Memory:
 
     def note_read(self, offsets: Ints, access: Access) -> None:
         """Check and record a read of the bytes at `offsets` (flat), before the bytes are read."""
+        if self.on_load is not None:
+            self.on_load(offsets)
         while self.patches and self.patches[0][0] <= self.loads:
             _, start, new = self.patches.pop(0)
             self.data[start : start + len(new)] = np.frombuffer(new, dtype=np.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -47,7 +47,8 @@ class Rung:
     stored results never become stale, such as a GPU's. cost: rungs of the greatest cost
     start first. figures: the figures that `describe` reads, each with its check; all of them if the
     first is stored. required: the figure that every passed or failed result must have. packages:
-    imported by the processes that climb.
+    imported by the processes that climb. parts: the climbs, side by side, that make one result. If
+    there are several, `climb` takes its `part`, from 0, and `join` makes the figures from theirs.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Rung:
     describe: Callable[[Mapping[str, Any]], Iterable[str]]
     required: str = ""
     packages: tuple[str, ...] = ()
+    parts: int = 1
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda figures: figures[0]
 
     def present_checker(self) -> str:
         """Name the checker of this installation, such as "protocol 1, sentryward 0.1.1".

@@ -1,0 +1,132 @@
+"""Tear arrays at every moment of a launch: fork it there, and finish it with the new contents.
+
+Two tears differ for a launch only if it loads a torn element between them. So the moments of a tear
+are the loads of its elements, but for the first: before that one nothing has seen the old contents.
+The launch up to a moment is emulated once, in the parent. A child finishes it, judges it and sends
+its problems through a pipe. One child runs at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .fault import Torn
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from build_kernels.emulator import Result, Tear
+
+CHILD_DIED = "its process died: see the lines above"
+
+
+@dataclass(kw_only=True)
+class Tearing:
+    """One tear of a launch. wanted: of the moments, from 1. moments, runs, problems: so far."""
+
+    torn: Torn
+    wanted: Callable[[int], bool]
+    judge: Callable[[Torn, Result], list[str]]
+    loads: int = 0
+    runs: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def moments(self) -> int:
+        """Return how many moments there were: loads of a torn element after the first one."""
+        return max(0, self.loads - 1)
+
+
+def tear_at_moments(
+    run: Callable[..., Result], tearings: Mapping[str, Tearing], sizes: Mapping[str, int]
+) -> Mapping[str, Tearing]:
+    """Run a launch, and each tear of it at each wanted moment until it has a problem.
+
+    run: takes `emulate`'s on_load. sizes: of an element of each array, in bytes.
+    """
+    forks = _Forks(tearings, sizes)
+    try:
+        result = run(on_load=forks.on_load)
+        if forks.child is None:
+            return tearings
+        tearing = forks.child
+        problems = tearing.judge(tearing.torn, result)
+    except BaseException as error:
+        if forks.child is None:
+            raise
+        traceback.print_exc()
+        problems = [f"{type(error).__name__}: {error}"]
+    forks.end(problems)
+
+
+class _Forks:
+    """Fork a launch at the moments of its tears. child: the tear of this process, in a child."""
+
+    def __init__(self, tearings: Mapping[str, Tearing], sizes: Mapping[str, int]) -> None:
+        self.child: Tearing | None = None
+        self._pipe = -1
+        self._watched: dict[str, list[tuple[Tearing, NDArray[Any]]]] = {}
+        for tearing in tearings.values():
+            for array, changes in tearing.torn.arrays.items():
+                touched = _bytes_of(changes, sizes[array])
+                self._watched.setdefault(array, []).append((tearing, touched))
+
+    def on_load(self, array: str, offsets: NDArray[Any]) -> Sequence[Tear]:
+        """Fork if a torn element is about to be loaded; return the tears to a child."""
+        from build_kernels.emulator import Tear
+
+        if self.child is not None:
+            return ()
+        for tearing, touched in self._watched.get(array, ()):
+            if not touched[offsets[offsets < len(touched)]].any():
+                continue
+            moment, tearing.loads = tearing.loads, tearing.loads + 1
+            wanted = moment > 0 and not tearing.problems and tearing.wanted(moment)
+            if wanted and self._fork(tearing, f"moment {moment}, before a load of {array}"):
+                torn = tearing.torn.arrays.items()
+                return [Tear(array=name, load=0, changes=values) for name, values in torn]
+        return ()
+
+    def _fork(self, tearing: Tearing, where: str) -> bool:
+        """Return True in a child; in the parent, wait for it, note its problems, return False."""
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            self.child, self._pipe = tearing, writing
+            return True
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            sent = pipe.read()
+        _, status = os.waitpid(child, 0)
+        tearing.runs += 1
+        problems = json.loads(sent) if status == 0 and sent else [CHILD_DIED]
+        tearing.problems += [f"{where}: {problem}" for problem in problems]
+        return False
+
+    def end(self, problems: list[str]) -> NoReturn:
+        """Send a child's problems and end it, without what its parent would do at its own end."""
+        status = 1
+        try:
+            with os.fdopen(self._pipe, "w") as pipe:
+                json.dump(problems, pipe)
+            status = 0
+        finally:
+            os._exit(status)
+
+
+def _bytes_of(changes: Mapping[int, Any], size: int) -> NDArray[Any]:
+    """Return whether each byte of an array, up to the last torn one, is of a torn element."""
+    import numpy as np
+
+    touched = np.zeros((max(changes, default=-1) + 1) * size, dtype=bool)
+    touched.reshape(-1, size)[list(changes)] = True
+    return touched

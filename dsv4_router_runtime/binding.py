@@ -124,20 +124,24 @@ class Binding:
         """
         # Frees what only graphs that are gone have kept, before a new model takes its memory.
         self._workspace.release_ended()
-        with self._gpu():
-            table = _checked_table(options, self.layer)
-            if table is not None:
-                self.table_copy = self._copied("tid2eid", table)
-            W_bound = W_gate
-            if self.plan.copy_reason is not None:
-                refuse_under_capture("W_gate would have to be copied")
-                W_bound = self.w_copy = self._copied("W_gate", W_gate.t()).t()
+        self.copy(W_gate, options)
+        W_bound = W_gate if self.w_copy is None else self.w_copy
         with self._lock:
             self._values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
             self._w_maps = _encode_w_maps(self.kernels, W_bound)
             for site in list(self._sites.values()):
                 self._write_layer(site)
         self.pin()
+
+    def copy(self, W_gate: torch.Tensor, options: LayerOptions) -> None:
+        """Take the private copies, into the memory of those before; complete on return."""
+        with self._gpu():
+            table = _checked_table(options, self.layer)
+            if table is not None:
+                self.table_copy = self._copied("tid2eid", table)
+            if self.plan.copy_reason is not None:
+                refuse_under_capture("W_gate would have to be copied")
+                self.w_copy = self._copied("W_gate", W_gate.t()).t()
 
     def pin(self, *tensors: torch.Tensor) -> None:
         """Let every graph captured from now on keep `tensors` alive, beside the private copies."""

@@ -18,8 +18,9 @@ from .device.memory import wait_for_device
 from .device.streams import CALL_OUTSIDE, refuse_under_capture
 from .layer import LayerOptions, check_layer, complete_options, options_on
 
-# The tensors of a layer that every call reads where they lie.
+# The tensors of a layer that every call reads where they lie, and the one that is copied.
 _READ_IN_PLACE = ("W_gate", "e_bias", "bias_vl", "to_physical", "logical_count")
+_BOUND = (*_READ_IN_PLACE, "tid2eid")
 # dense_router_dispatch remembers this many layers: a few models of 61.
 MAX_REMEMBERED_LAYERS = 512
 
@@ -33,7 +34,8 @@ class Router:
     W_gate [K, E] BF16, with unit stride along K or along E; e_bias [E] FP32; K a multiple of 64, E
     up to 512, top_k 1..8 and at most E. Both tensors are kept, and are read where they lie:
     changing them in place changes later calls. If a bound tensor has moved (`.data` was set), a
-    call is refused; the memory that it had is kept. See `reset` for weights that are swapped.
+    call is refused; the memory that it had is kept. See `reset` for weights that are swapped, and
+    `refresh` for weights that are loaded anew in place.
 
     Two cases are different: with unit stride along E,
     rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a
@@ -53,7 +55,7 @@ class Router:
         which has to leave them free.
     tid2eid [vocab, top_k] int32 or int64: makes this a hash layer, whose ids are the row of each
         token id in the table's order, and which has no e_bias. Each row holds distinct experts;
-        checked and copied here, so that later changes to it are not seen.
+        checked and copied here, so that later changes to it are not seen before `refresh`.
     to_physical [E, max_replicas] and logical_count [E], int32: id e of row r is written as
         to_physical[e, r % logical_count[e]]. Checked here, and then read in place by every call, so
         that a server may rebalance in place: a count is held within 1..max_replicas, a physical id
@@ -124,6 +126,7 @@ class Router:
         self.W_gate = W_gate
         self.e_bias = e_bias
         self.bias_vl = options["bias_vl"]
+        self.tid2eid = options["tid2eid"]
         self.to_physical = options["to_physical"]
         self.logical_count = options["logical_count"]
         self._note_addresses()
@@ -131,13 +134,19 @@ class Router:
     def _note_addresses(self) -> None:
         """Remember where the bound tensors lie, and keep that memory."""
         bound = [tensor for tensor in map(self.__dict__.get, _READ_IN_PLACE) if tensor is not None]
+        table = [] if self.tid2eid is None else [self.tid2eid]
         # A view (weight.t()) stays with the old memory if `.data` of its base is set.
-        bases = [tensor._base for tensor in bound if tensor._base is not None]
-        self._bases_at = tuple((base, base.data_ptr()) for base in bases)
+        bases, base_of_table = _bases(bound), _bases(table)
+        self._bases_at = tuple((base, base.data_ptr()) for base in (*bases, *base_of_table))
         # Bound methods: every call asks each of them, for 0.05 us.
-        self._bound_at = tuple((each.data_ptr, each.data_ptr()) for each in (*bound, *bases))
+        self._bound_at = _where(*bound, *bases)
+        # A call reads the copy; only `refresh` asks for these.
+        self._table_at = _where(*table, *base_of_table)
         # Aliases: `.data` takes the memory from the caller's tensor, not from these.
         self._binding.pin(*(tensor.detach() for tensor in bound))
+        self._note_version()
+
+    def _note_version(self) -> None:
         self._version = version_of(self.W_gate) if self.weights_copied else None
 
     def reset(self) -> None:
@@ -152,6 +161,34 @@ class Router:
         refuse_under_capture("the layer's tensors would have to be read", CALL_OUTSIDE)
         if any(base.data_ptr() != address for base, address in self._bases_at):
             raise self._moved()
+        self._check_layer_again()
+        wait_for_device(self._layer.device.index)
+        self._binding.bind(self.W_gate, self.e_bias, self._options)
+        self._note_addresses()
+
+    def refresh(self) -> None:
+        """Take the private copies again, after W_gate or tid2eid was changed in place.
+
+        Copies (`weights_copied`, a hash layer's table) keep their addresses, so captured graphs
+        stay valid and read the new values from the next replay on. Without copies, every call and
+        every graph reads the new values anyway, and this only checks the tensors. They must lie
+        where they were bound, with the same shapes, dtypes and device: see `reset` for others. A
+        refused refresh has changed no copy.
+
+        Call it between replays, outside capture. The copy is made on the current stream, in whose
+        order it reads the new values, and is complete on return: later work on any stream needs no
+        order. Earlier work on other streams does: a replay of this layer that still runs there may
+        read half of the old copy and half of the new one.
+        """
+        refuse_under_capture("the layer's tensors would have to be read", CALL_OUTSIDE)
+        if any(ask() != address for ask, address in (*self._bound_at, *self._table_at)):
+            raise self._moved()
+        self._check_layer_again()
+        self._binding.copy(self.W_gate, self._options)
+        self._note_version()
+
+    def _check_layer_again(self) -> None:
+        """Raise ValueError unless the bound tensors still make the layer that was bound."""
         layer = check_layer(
             self.W_gate,
             self.e_bias,
@@ -164,9 +201,6 @@ class Router:
                 f"W_gate: expected a layer as it was bound, {self._layer} (got {layer}); make a "
                 "new Router"
             )
-        wait_for_device(layer.device.index)
-        self._binding.bind(self.W_gate, self.e_bias, self._options)
-        self._note_addresses()
 
     def __call__(
         self,
@@ -214,7 +248,7 @@ class Router:
         if self._version is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
-                "and this layer is bound to a copy); call reset(), or make a new Router"
+                "and this layer is bound to a copy); call refresh(), or make a new Router"
             )
         if pdl is None:
             pdl = self._pdl
@@ -227,9 +261,10 @@ class Router:
 
     def _moved(self) -> ValueError:
         """Return the error about the first bound tensor, or base of one, that has moved."""
-        address_of, was = next((ask, at) for ask, at in self._bound_at if ask() != at)
+        places = (*self._bound_at, *self._table_at)
+        address_of, was = next((ask, at) for ask, at in places if ask() != at)
         moved = address_of.__self__
-        bound = {name: tensor for name, tensor in vars(self).items() if name in _READ_IN_PLACE}
+        bound = {name: tensor for name, tensor in vars(self).items() if name in _BOUND}
         name = next(
             name
             for name, tensor in bound.items()
@@ -282,6 +317,15 @@ class Router:
             f"routed_scaling_factor={layer.scale}, layout={layer.layout}, device={layer.device}, "
             f"options=[{self._options_on}], pdl={self._pdl}, kernels={list(self.kernels)})"
         )
+
+
+def _bases(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor._base for tensor in tensors if tensor._base is not None]
+
+
+def _where(*tensors: torch.Tensor) -> tuple[tuple[Any, int], ...]:
+    """Return the method that tells each tensor's address, with the address now."""
+    return tuple((tensor.data_ptr, tensor.data_ptr()) for tensor in tensors)
 
 
 def dense_router_dispatch(

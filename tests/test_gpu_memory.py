@@ -17,7 +17,14 @@ from gpu_recorder import table_of, w_copy_of, workspace_of  # noqa: E402
 from test_gpu_router import bound as bind  # noqa: E402
 from test_gpu_router import check as check_against_oracle  # noqa: E402
 
-from dsv4_router_runtime import RouterError, check, reset, status  # noqa: E402
+from dsv4_router_runtime import (  # noqa: E402
+    Router,
+    RouterError,
+    check,
+    reset,
+    router_reference,
+    status,
+)
 from dsv4_router_runtime.device import driver, memory, streams  # noqa: E402
 from dsv4_router_runtime.device.workspace import KEPT_FOREIGN_SLOTS  # noqa: E402
 
@@ -250,12 +257,73 @@ def test_weights_that_moved_are_refused_and_bound_by_reset(random, num_tokens):
     check_against_oracle(layer.weights, layer.ids, logits, layer.bias, SCALE, TOP_K)
 
 
-def test_a_copy_is_taken_again_under_a_captured_graph(random):
+@pytest.mark.parametrize("how", [Router.reset, Router.refresh])
+def test_a_copy_is_taken_again_under_a_captured_graph(random, how):
     layer = Layer(random, num_experts=132, layout="emajor")
     graph = captured([lambda: layer.call(64)])
     _, other, _ = integers(random, 64, K, 132, "emajor")
     layer.W.copy_(other)
-    layer.router.reset()
+    how(layer.router)
+    graph.replay()
+    torch.cuda.synchronize()
+    logits = logits_of(layer.x, other)
+    check_against_oracle(layer.weights, layer.ids, logits, layer.bias, SCALE, TOP_K)
+
+
+def tables(random):
+    """Return tid2eid, for token ids below 100."""
+    rows = torch.rand(100, 132, generator=random, device="cuda")
+    return rows.argsort(1)[:, :TOP_K].int()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200])
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize("vision", [False, True], ids=["text", "images"])
+@pytest.mark.parametrize("hashed", [False, True], ids=["learned", "hash"])
+def test_weights_are_loaded_anew_under_a_captured_graph(random, hashed, vision, layout, num_tokens):
+    """emajor rows of 132 experts are copied; what is not copied is read where it was loaded."""
+    x, W, bias = integers(random, num_tokens, K, 132, layout)
+    options, call = {}, {}
+    if hashed:
+        bias, options["tid2eid"] = None, tables(random)
+        call["input_ids"] = torch.arange(num_tokens, device="cuda") % 101
+    if vision:
+        options["bias_vl"] = integers(random, 1, K, 132)[2]
+        call["image_mask"] = torch.arange(num_tokens, device="cuda") % 2 == 1
+    router = bind(W, bias, SCALE, TOP_K, **options)
+    assert router.weights_copied == (layout == "emajor")
+    weights, ids = outputs(num_tokens, TOP_K)
+    graph = captured([lambda: router(x, weights, ids, **call)])
+    seen = []
+    for _ in range(3):
+        _, other, other_bias = integers(random, num_tokens, K, 132, layout)
+        W.copy_(other)
+        if hashed:
+            options["tid2eid"].copy_(tables(random))
+        else:
+            bias.copy_(other_bias)
+        if vision:
+            options["bias_vl"].copy_(other_bias.flip(0))
+        router.refresh()
+        graph.replay()
+        expected, expected_ids = router_reference(x, W, bias, SCALE, TOP_K, **options, **call)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-37)
+        seen.append(ids.clone())
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_refresh_follows_what_the_current_stream_does(random):
+    """A slow write of the weights on a side stream, then refresh() there; any stream may replay."""
+    layer = Layer(random, num_experts=132, layout="emajor")
+    graph = captured([lambda: layer.call(64)])
+    _, other, _ = integers(random, 64, K, 132, "emajor")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        layer.W.copy_(other)
+        layer.router.refresh()
     graph.replay()
     torch.cuda.synchronize()
     logits = logits_of(layer.x, other)

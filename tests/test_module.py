@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
 
 from dsv4_router_runtime import router_reference  # noqa: E402
-from dsv4_router_runtime.integrations import torch_op  # noqa: E402
+from dsv4_router_runtime.integrations import bound_layers, torch_op  # noqa: E402
 from dsv4_router_runtime.integrations.module import Gate, GateConfig  # noqa: E402
 
 K, E, TOP_K, SCALE, VOCABULARY = 128, 32, 6, 2.5, 9
@@ -177,6 +177,20 @@ def test_a_load_is_seen_by_the_next_call(random, config, context, assign):
         check(gate, x, **call)
 
 
+def test_a_load_keeps_the_layer_that_graphs_read(random):
+    gate = loaded(VISION_HASH, random)
+    x, call = batch(gate, random)
+    check(gate, x, **call)
+    [bound] = bound_layers.layers.values()
+    gate.load_state_dict(checkpoint(VISION_HASH, random))
+    # Before any call: a replay may be the first thing that comes.
+    assert torch.equal(bound.router._options["tid2eid"], gate.tid2eid)
+    check(gate, x, **call)
+    assert list(bound_layers.layers.values()) == [bound]
+    with pytest.raises(ValueError, match="tid2eid: expected distinct ids"):
+        gate.load_state_dict({"tid2eid": torch.zeros_like(gate.tid2eid)}, strict=False)
+
+
 @each_kind
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
 def test_a_copy_is_a_layer_of_its_own(random, config, copied):
@@ -203,7 +217,7 @@ def test_a_conversion_leaves_the_biases_as_they_are(random, monkeypatch, swap):
         assert torch.equal(bias, now)
         assert now.dtype == torch.float32
     check(gate, x, **call)
-    assert len(torch_op._layers) == 1
+    assert len(bound_layers.layers) == 1
 
 
 def test_a_gate_is_made_without_memory_and_filled_later(random):
@@ -338,7 +352,7 @@ def test_a_gate_moves_to_a_gpu_and_back(random, config):
         gate.to(device)
         x, call = batch(gate, random)
         check(gate, x, **call)
-    assert len(torch_op._layers) == 1
+    assert len(bound_layers.layers) == 1
 
 
 @pytest.mark.gpu
@@ -347,17 +361,18 @@ def test_a_gate_moves_to_a_gpu_and_back(random, config):
 def test_a_gate_routes_compiled_captured_and_loaded_anew_on_a_gpu(random, config, num_tokens):
     gate = loaded(config, random, "cuda")
     x, call = batch(gate, random, num_tokens)
-    for _ in range(2):
-        check(gate, x, **call)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = gate(x, **call)
+    check(gate, x, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gate(x, **call)
+    for _ in range(3):
         x.copy_(batch(gate, random, num_tokens)[0])
-        graph.replay()
-        for part, expected in zip(out, gate(x, **call), strict=True):
-            assert torch.equal(part, expected)
-        del graph
         gate.load_state_dict(checkpoint(config, random))
+        graph.replay()
+        replayed = [part.clone() for part in out]
+        check(gate, x, **call)
+        for part, expected in zip(replayed, gate(x, **call), strict=True):
+            assert torch.equal(part, expected)
     torch._dynamo.reset()
     compiled = torch.compile(gate, fullgraph=True, dynamic=True)
     for part, expected in zip(compiled(x, **call), gate(x, **call), strict=True):

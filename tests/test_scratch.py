@@ -488,7 +488,7 @@ def test_a_weight_that_moved_is_refused_through_its_view(gpu, make):
     bound(*FOUR)
     weight.data = weight.data.clone()
     refused = "W_gate: expected the memory of the tensor that it is a view of as it was bound"
-    for act in (lambda: bound(*FOUR), bound.reset):
+    for act in (lambda: bound(*FOUR), bound.reset, bound.refresh):
         with pytest.raises(ValueError, match=rf"{refused}.*say\); make a new Router"):
             act()
     assert len(gpu.launches) == 1
@@ -503,8 +503,9 @@ def test_a_bound_tensor_that_moved_is_refused(gpu, make, name, num_tokens):
     was = tensor.data_ptr()
     tensor.data = tensor.data.clone()
     refused = rf"{name}: expected the memory .* at {was:#x} \(got {tensor.data_ptr():#x}: moved"
-    with pytest.raises(ValueError, match=rf"{refused}.*reset\(\), or make a new Router"):
-        bound(*step(num_tokens))
+    for act in (lambda: bound(*step(num_tokens)), bound.refresh):
+        with pytest.raises(ValueError, match=rf"{refused}.*reset\(\), or make a new Router"):
+            act()
     assert len(gpu.launches) == 1
     bound.reset()
     bound(*step(num_tokens))
@@ -539,23 +540,62 @@ def test_after_reset_every_launch_has_the_new_addresses(gpu, make):
     assert gpu.driver.waits == 1
 
 
-def test_private_copies_are_taken_again_where_they_lie(gpu, make):
+@pytest.mark.parametrize("how", [Router.reset, Router.refresh])
+def test_private_copies_are_taken_again_where_they_lie(gpu, make, how):
     table = hash_table()
     bound, copied = make(tid2eid=table, emajor=True), make(132, emajor=True)
     lie = [tensor.data_ptr() for tensor in (table_of(bound), w_copy_of(bound), w_copy_of(copied))]
     table += 1
     bound.W_gate.fill_(2)
     copied.W_gate.fill_(3)
-    with pytest.raises(ValueError, match=r"modified in place.*call reset\(\)"):
+    with pytest.raises(ValueError, match=r"modified in place.*call refresh\(\)"):
         copied(*step(4))
     for router in (bound, copied):
-        router.reset()
+        how(router)
     copied(*step(4))
     assert torch.equal(table_of(bound), hash_table(first=1).int())
     assert (w_copy_of(bound) == 2).all()
     assert (w_copy_of(copied) == 3).all()
     copies = (table_of(bound), w_copy_of(bound), w_copy_of(copied))
     assert [tensor.data_ptr() for tensor in copies] == lie
+    # A refresh does not wait for replays on other streams: the caller orders them.
+    assert gpu.driver.waits == (2 if how is Router.reset else 0)
+
+
+def test_refresh_refuses_a_table_that_moved(gpu, make):
+    table, base = hash_table(), torch.nn.Parameter(hash_table().int(), requires_grad=False)
+    bound, of_view = make(tid2eid=table), make(tid2eid=base[:10])
+    table.data = hash_table(first=1)
+    with pytest.raises(ValueError, match=r"tid2eid: expected the memory as it was bound.*reset"):
+        bound.refresh()
+    bound.reset()
+    assert torch.equal(table_of(bound), hash_table(first=1).int())
+    base.data = hash_table(first=1).int()
+    for act in (of_view.refresh, of_view.reset):
+        with pytest.raises(ValueError, match="tid2eid: expected the memory of the tensor that it"):
+            act()
+    assert torch.equal(table_of(of_view), hash_table(vocab=10).int())
+
+
+def test_a_refused_refresh_has_changed_no_copy(gpu, make):
+    table = hash_table()
+    bound, copied = make(tid2eid=table, emajor=True), make(132, emajor=True)
+    whole = table.data
+    bound.W_gate.fill_(2)
+    for first, data, words in (
+        (1, whole[:10], r"tid2eid: expected shape \[20, 6\], as it was bound"),
+        (1, whole[:, :5], r"tid2eid: expected shape \[vocab, 6\]"),
+        (E, whole, "tid2eid: expected ids in"),
+    ):
+        table.data = data
+        whole.copy_(hash_table(first))
+        with pytest.raises(ValueError, match=words):
+            bound.refresh()
+    copied.W_gate.data = copied.W_gate.data[: K // 2]
+    with pytest.raises(ValueError, match="W_gate: expected a layer as it was bound"):
+        copied.refresh()
+    assert torch.equal(table_of(bound), hash_table().int())
+    assert (w_copy_of(bound) == 0).all()
 
 
 def test_reset_refuses_what_is_another_layer(gpu, make):
@@ -635,7 +675,7 @@ def test_nothing_waits_for_the_gpu_under_capture(gpu, make, what):
     bound = make()
     bound(*step(4))
     gpu.capture = 1
-    for act in (what, bound.reset):
+    for act in (what, bound.reset, bound.refresh):
         with pytest.raises(RouterError, match=r"being captured and .*; call it before .* or after"):
             act()
     assert gpu.driver.broken_captures == gpu.driver.waits == 0

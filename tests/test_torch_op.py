@@ -13,10 +13,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
 
-from gpu_recorder import replace_gpu  # noqa: E402
+from gpu_recorder import replace_gpu, table_of  # noqa: E402
+from torch._functorch import eager_transforms as functorch  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from dsv4_router_runtime import Router, router_reference  # noqa: E402
-from dsv4_router_runtime.integrations import torch_op  # noqa: E402
+from dsv4_router_runtime import Router, RouterError, router_reference  # noqa: E402
+from dsv4_router_runtime.integrations import bound_layers, torch_op  # noqa: E402
 from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS  # noqa: E402
 
 K, E, TOP_K, SCALE, VOCABULARY = 128, 32, 6, 2.5, 9
@@ -33,7 +36,7 @@ def random(seed):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Bind a Router to tensors of the CPU, with a recorder in the GPU's place."""
-    monkeypatch.setattr(torch_op, "_CpuRouter", torch_op.Router)
+    monkeypatch.setattr(bound_layers, "CpuRouter", bound_layers.Router)
     return replace_gpu(monkeypatch)
 
 
@@ -245,7 +248,7 @@ def test_a_moved_weight_leaves_nothing_behind(random):
     torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K)
     weight.data = weight.data.flip(0).contiguous()
     check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
-    assert len(torch_op._layers) == len(torch_op._plain_layers) == 1
+    assert len(bound_layers.layers) == len(bound_layers.plain_layers) == 1
 
 
 @pytest.mark.parametrize("how", ["moved", "replaced"])
@@ -255,7 +258,7 @@ def test_other_tensors_that_come_and_go_leave_few_layers(random, how, which):
     x = rows(random)
     options = {"tid2eid": hash_table(random), "input_ids": torch.arange(5)}
     kept = []  # Their addresses are not used again.
-    for _ in range(torch_op.MAX_LAYERS_OF_A_WEIGHT + 4):
+    for _ in range(bound_layers.MAX_LAYERS_OF_A_WEIGHT + 4):
         bias, given = (e_bias, {}) if which == "e_bias" else (None, options)
         check(
             torch_op.route_functional(x, weight, bias, SCALE, TOP_K, **given),
@@ -272,7 +275,9 @@ def test_other_tensors_that_come_and_go_leave_few_layers(random, how, which):
             e_bias = e_bias.flip(0).contiguous()
         else:
             options["tid2eid"] = other.flip(0).contiguous()
-    assert len(torch_op._layers) == (1 if how == "moved" else torch_op.MAX_LAYERS_OF_A_WEIGHT)
+    assert len(bound_layers.layers) == (
+        1 if how == "moved" else bound_layers.MAX_LAYERS_OF_A_WEIGHT
+    )
 
 
 def test_a_hash_layer_sees_its_table_change(random):
@@ -285,17 +290,61 @@ def test_a_hash_layer_sees_its_table_change(random):
     check(got, x, weight, None, **given)
 
 
-def test_forget_shows_a_change_that_torch_does_not_count(random):
+@pytest.mark.parametrize("shown_by", [torch_op.forget, torch_op.refresh])
+def test_a_change_that_torch_does_not_count_is_shown(random, shown_by):
     weight, _ = layer(random)
     other, _ = layer(random)
     x, tokens, tid2eid = rows(random), torch.arange(5), hash_table(random)
     given = {"tid2eid": tid2eid, "input_ids": tokens}
     before = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
     tid2eid.data.copy_(tid2eid.flip(0).clone())
-    torch_op.forget(other)
+    shown_by(other)
     got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
     assert torch.equal(got[1], before[1])
-    torch_op.forget(weight)
+    shown_by(weight)
+    got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    check(got, x, weight, None, **given)
+
+
+@pytest.mark.parametrize("shown_by", ["call", "refresh"])
+def test_copies_are_taken_again_where_graphs_read_them(random, as_on_a_gpu, shown_by):
+    weight, _ = layer(random)
+    x, out = rows(random), outputs()
+    given = {"tid2eid": hash_table(random), "input_ids": torch.arange(5)}
+
+    def call():
+        torch_op.route_options(x, weight, None, SCALE, TOP_K, *out, **given)
+        return as_on_a_gpu.last["tid2eid"]
+
+    address = call()
+    [bound] = bound_layers.layers.values()
+    given["tid2eid"].copy_(given["tid2eid"].flip(0).clone())
+    as_on_a_gpu.capture = 1
+    with pytest.raises(RouterError, match="being captured"):
+        call()
+    as_on_a_gpu.capture = 0
+    if shown_by == "refresh":
+        torch_op.refresh(weight)
+    else:
+        call()
+    assert torch.equal(table_of(bound.router), given["tid2eid"].int())
+    as_on_a_gpu.capture = 2
+    assert call() == address
+    assert list(bound_layers.layers.values()) == [bound]
+    as_on_a_gpu.capture = 0
+    given["tid2eid"].data.fill_(1)
+    with pytest.raises(ValueError, match="tid2eid: expected distinct ids"):
+        torch_op.refresh(weight)
+    assert len(table_of(bound.router).unique()) > 1
+
+
+def test_refresh_leaves_a_layer_that_moved_to_the_next_call(random):
+    weight, _ = layer(random)
+    x, tokens, tid2eid = rows(random), torch.arange(5), hash_table(random)
+    given = {"tid2eid": tid2eid, "input_ids": tokens}
+    torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+    tid2eid.data = tid2eid.flip(0).contiguous()
+    torch_op.refresh(weight)
     got = torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
     check(got, x, weight, None, **given)
 
@@ -307,39 +356,39 @@ def test_a_parameter_takes_its_layers_along(random, hashed):
     if hashed:
         e_bias, given = None, {"tid2eid": hash_table(random), "input_ids": torch.arange(5)}
     torch_op.route_functional(rows(random), weight, e_bias, SCALE, TOP_K, **given)
-    assert len(torch_op._layers) == 1
+    assert len(bound_layers.layers) == 1
     del weight
     gc.collect()
-    assert not torch_op._layers
-    assert not torch_op._plain_layers
+    assert not bound_layers.layers
+    assert not bound_layers.plain_layers
 
 
 def test_views_made_for_a_call_find_the_layer_and_are_kept_up_to_a_number(random, monkeypatch):
     parameter, e_bias = layer(random)
     x = rows(random)
     made = []
-    bound = torch_op._CpuRouter
-    monkeypatch.setattr(torch_op, "_CpuRouter", lambda *a, **k: made.append(0) or bound(*a, **k))
+    bound = bound_layers.CpuRouter
+    monkeypatch.setattr(bound_layers, "CpuRouter", lambda *a, **k: made.append(0) or bound(*a, **k))
     for _ in range(3):
         weight = parameter.data.reshape(E, K)
         check(torch_op.route_functional(x, weight, e_bias, SCALE, TOP_K), x, weight, e_bias)
     assert len(made) == 1
     for number in range(MAX_REMEMBERED_LAYERS + 5):
         torch_op.route_functional(x, weight, e_bias, 1.0 + number, TOP_K)
-    assert len(torch_op._layers) == MAX_REMEMBERED_LAYERS
-    assert len(torch_op._plain_layers) == 1
+    assert len(bound_layers.layers) == MAX_REMEMBERED_LAYERS
+    assert len(bound_layers.plain_layers) == 1
 
 
 def test_threads_bind_a_layer_once(random, monkeypatch):
     weight, e_bias = layer(random)
-    x, made, kind = rows(random), [], torch_op._CpuRouter
+    x, made, kind = rows(random), [], bound_layers.CpuRouter
 
     def slow(*tensors, **options):
         made.append(threading.get_ident())
         time.sleep(0.05)
         return kind(*tensors, **options)
 
-    monkeypatch.setattr(torch_op, "_CpuRouter", slow)
+    monkeypatch.setattr(bound_layers, "CpuRouter", slow)
     with ThreadPoolExecutor(4) as pool:
         given = (x, weight, e_bias, SCALE, TOP_K)
         for got in [pool.submit(torch_op.route_functional, *given) for _ in range(8)]:
@@ -367,6 +416,86 @@ def test_on_a_gpu_the_layer_is_a_router_with_all_that_it_was_given(random, as_on
     assert {recipe.address for recipe in gpu.maps} >= {weight.data_ptr()}
 
 
+# Without the dispatcher
+
+
+WATCHERS = {
+    "mode": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "function mode": lambda: torch.device("cpu"),
+    "transform": lambda: functorch.grad_increment_nesting(),
+    "profiler": lambda: torch.autograd.profiler.profile(),
+}
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Count the calls of `route` that reach its operator."""
+    seen, operator = [], torch_op._route_operator
+    monkeypatch.setattr(torch_op, "_route_operator", lambda *a: seen.append(a) or operator(*a))
+    return seen
+
+
+def test_a_call_with_a_bound_layer_needs_no_dispatcher(random, dispatched):
+    weight, e_bias = layer(random)
+    x, out = rows(random), outputs()
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with context():
+            torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
+        assert len(dispatched) == 1
+    check(out, x, weight, e_bias)
+
+
+@pytest.mark.parametrize("watcher", WATCHERS.values(), ids=WATCHERS)
+def test_who_watches_operators_sees_a_call_with_a_bound_layer(random, dispatched, watcher):
+    weight, e_bias = layer(random)
+    given = (rows(random), weight, e_bias, SCALE, TOP_K, *outputs())
+    torch_op.route(*given)
+    with watcher():
+        torch_op.route(*given)
+    assert len(dispatched) == 2
+
+
+def test_a_trace_holds_the_operator_of_a_bound_layer(random, dispatched):
+    weight, e_bias = layer(random)
+    given = (rows(random), weight, e_bias, SCALE, TOP_K)
+    torch_op.route(*given, *outputs())
+
+    def step(x):
+        out = [x.new_empty(5, TOP_K, dtype=each) for each in (torch.float32, torch.int32)]
+        torch_op.route(x, *given[1:], *out)
+        return out
+
+    traced = torch.jit.trace(step, given[0], check_trace=False).graph
+    assert "dsv4_router::route" in str(traced)
+    assert "dsv4_router.route" in make_fx(step)(given[0]).code
+
+
+class Subclass(torch.Tensor):
+    """A tensor with a dispatch of its own."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: given | {"hidden_states": given["hidden_states"].as_subclass(Subclass)},
+        lambda given: given | {"out_weights": given["out_weights"].as_subclass(Subclass)},
+        lambda given: given | {"out_ids": given["out_ids"].as_subclass(Subclass)},
+        lambda given: given | {"e_bias": given["e_bias"].as_subclass(Subclass)},
+        lambda given: given | {"weight": given["weight"].data.as_subclass(Subclass)},
+        lambda given: given | {"routed_scaling_factor": 2},
+        lambda given: given | {"top_k": True},
+    ],
+)
+def test_what_is_not_plain_takes_the_dispatcher(random, dispatched, change):
+    weight, e_bias = layer(random)
+    names = "hidden_states weight e_bias routed_scaling_factor top_k out_weights out_ids".split()
+    given = dict(zip(names, (rows(random), weight, e_bias, 2.0, 1, *outputs()), strict=True))
+    torch_op.route(**given)
+    for _ in range(2):
+        torch_op.route(**change(given))
+    assert len(dispatched) == 3
+
+
 # Under torch's tracers
 
 
@@ -375,12 +504,13 @@ def opcheck_cases(random, device="cpu"):
     x, out = rows(random, device=device), outputs(device=device)
     plain = (x, weight, e_bias, SCALE, TOP_K)
     tid2eid, tokens = hash_table(random).to(device), torch.arange(5, device=device)
-    yield torch_op.route, (*plain, *out), {}
+    yield torch.ops.dsv4_router.route.default, (*plain, *out), {}
     options = all_options(random, device)
     yield torch_op.route_options, (*plain, *outputs(5, TOP_K + 1, device=device)), options
     hashed = (x, weight, None, SCALE, TOP_K)
     yield torch_op.route_options, (*hashed, *out), {"tid2eid": tid2eid, "input_ids": tokens}
-    yield torch_op.route_functional, plain, {**options, "ids_dtype": torch.int64}
+    functional = torch.ops.dsv4_router.route_functional.default
+    yield functional, plain, {**options, "ids_dtype": torch.int64}
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -432,7 +562,7 @@ def test_compile_traces_one_graph_for_every_number_of_tokens(random, dynamo, fun
         # Dynamo starts over once, since the scale is a float: it traced an empty graph before.
         traced.append([graph for graph in graphs.graphs if len(graph.graph.nodes) > 1])
     assert [len(made) for made in traced] == [1, 1, 1]
-    assert len(torch_op._layers) == 1
+    assert len(bound_layers.layers) == 1
 
 
 def check_for_copies(step, *calls):
@@ -547,6 +677,31 @@ def test_a_captured_call_is_replayed_with_new_rows_and_weights(random, functiona
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shown_by", ["call", "refresh"])
+def test_a_captured_hash_layer_is_replayed_with_new_tables(random, shown_by):
+    weight, _ = layer(random, "cuda")
+    x, tid2eid = rows(random, 8, "cuda"), hash_table(random).cuda()
+    given = {"tid2eid": tid2eid, "input_ids": torch.arange(8, device="cuda")}
+
+    def call():
+        return torch_op.route_functional(x, weight, None, SCALE, TOP_K, **given)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for _ in range(2):
+        tid2eid.copy_(hash_table(random))
+        weight.copy_(weight.flip(1))
+        if shown_by == "call":
+            call()
+        else:
+            torch_op.refresh(weight)
+        graph.replay()
+        check(out, x, weight, None, **given)
+
+
+@pytest.mark.gpu
 def test_an_exported_program_routes_on_a_gpu(random):
     step = Step(*layer(random, "cuda"), functional=True)
     tokens = torch.export.Dim("tokens")
@@ -566,6 +721,9 @@ def test_an_eager_call_costs_little_more_than_a_routers(random):
     calls = {
         "router": lambda: router(x, *out),
         "route": lambda: torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out),
+        "operator": lambda: torch.ops.dsv4_router.route.default(
+            x, weight, e_bias, SCALE, TOP_K, *out
+        ),
     }
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():
@@ -577,4 +735,5 @@ def test_an_eager_call_costs_little_more_than_a_routers(random):
                 best[name] = min(best[name], (time.perf_counter() - start) / 200 * 1e6)
                 torch.cuda.synchronize()
     print(best)
+    # The dispatcher alone takes 1.8 us or more of the operator's time.
     assert best["route"] <= best["router"] + 2.5, best

@@ -25,6 +25,8 @@ OTHER_NAMES = {
     "bias": "e_score_correction_bias",  # DeepSeek's checkpoints
     "e_score_correction_bias_vl": "bias_vl",  # SGLang
 }
+# Fields of GateConfig that are options of the operator, with the value that is off.
+_NUMBERS_OFF = {"gate_temp": 1.0, "num_shared_slots": 0, "norm_topk_prob": True, "pdl": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +120,10 @@ class Gate(nn.Module):
     of a model that sees, whose checkpoint has one: no row uses it. Checkpoints of DeepSeek and
     SGLang, which have other names for the biases, load as they are; state_dict() has these names.
 
-    The first call binds the layer, and so does the first one after a load or a move: make it before
-    capturing a CUDA graph, and capture graphs of a hash layer again after a load. Biases stay FP32
-    when the module is converted to another dtype. There is no gradient: see `torch_op`.
+    The first call binds the layer, and so does the first one after a move, or after a load with
+    `assign=True`: make it before capturing a CUDA graph. Graphs read what any other load brings,
+    from the next replay on: call load_state_dict between replays (see `Router.refresh`). Biases
+    stay FP32 when the module is converted to another dtype. There is no gradient: see `torch_op`.
     """
 
     weight: torch.Tensor
@@ -131,6 +134,8 @@ class Gate(nn.Module):
     def __init__(self, config: GateConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
+        numbers = {name: getattr(config, name) for name in _NUMBERS_OFF}
+        self._numbers_on = {n: value for n, value in numbers.items() if value != _NUMBERS_OFF[n]}
         shape = (config.num_experts, config.hidden_size)
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -147,7 +152,7 @@ class Gate(nn.Module):
             table = torch.zeros(table_shape, dtype=torch.int32, device=device)
         self.register_buffer("tid2eid", table)
         self.register_load_state_dict_pre_hook(_rename)
-        self.register_load_state_dict_post_hook(_forget_layer)
+        self.register_load_state_dict_post_hook(_refresh_layer)
 
     def forward(
         self,
@@ -165,23 +170,25 @@ class Gate(nn.Module):
         """
         config = self.config
         hashed = self.tid2eid is not None
+        options: dict[str, Any] = {
+            "bias_vl": self.bias_vl,
+            "tid2eid": self.tid2eid,
+            "image_mask": _flat(image_mask),
+            "padding_mask": _flat(padding_mask),
+            "num_tokens": num_tokens,
+            "input_ids": _flat(input_ids) if hashed else None,
+        }
+        # Without any, the call is cheaper.
+        options = {name: value for name, value in options.items() if value is not None}
         return torch_op.route_functional(
             hidden_states.reshape(-1, config.hidden_size),
             self.weight,
             None if hashed else self.e_score_correction_bias,
             config.routed_scaling_factor,
             config.top_k,
-            bias_vl=self.bias_vl,
-            gate_temp=config.gate_temp,
-            tid2eid=self.tid2eid,
-            num_shared_slots=config.num_shared_slots,
-            norm_topk_prob=config.norm_topk_prob,
-            image_mask=_flat(image_mask),
-            padding_mask=_flat(padding_mask),
-            num_tokens=num_tokens,
-            input_ids=_flat(input_ids) if hashed else None,
-            pdl=config.pdl,
             ids_dtype=config.ids_dtype,
+            **self._numbers_on,
+            **options,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
@@ -212,6 +219,6 @@ def _rename(gate: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
             state[prefix + name] = state.pop(prefix + other)
 
 
-def _forget_layer(gate: Any, _: Any) -> None:
-    """Drop the layer bound to the tensors before a load, with its copies."""
-    torch_op.forget(gate.weight)
+def _refresh_layer(gate: Any, _: Any) -> None:
+    """Let the copies of the bound layer follow what was loaded."""
+    torch_op.refresh(gate.weight)

@@ -10,35 +10,38 @@ Importing this module registers `torch.ops.dsv4_router`. Arguments, checks and e
 `Router` and its calls, with one difference: weight [E, K] has a checkpoint's layout, and is bound
 as W_gate = weight.t(). The last two operators take every option of `Router` and of its calls as a
 keyword. `route` takes none, since each argument of an operator costs host time.
-`route_functional` allocates its outputs, with ids of `ids_dtype` (int32 if None).
+`route_functional` allocates its outputs, with ids of `ids_dtype` (int32 if None). `route`, and
+`route_functional` without options, call a bound layer's Router instead of the operator of their
+name if nothing that runs would miss it.
 
 The first call with a layer binds it: a `Router` on a GPU, on a CPU `router_reference` in FP64. It
 must not happen under stream capture (see `Router`). A layer is found by the memory of its tensors
 and by its numbers. If the weight is an nn.Parameter, its last 16 layers are kept for as long as it
 lives. Of layers with other weights the last 512 are kept, and their memory with them.
 
-A layer with copies (see `Router`) is bound again after its weight or tid2eid was modified in place.
-torch does not count a change through `.data` or to an inference tensor: call `forget(weight)` after
-it. A CUDA graph reads the copies of its capture: capture it again.
+A layer with copies (see `Router`) takes them again, where CUDA graphs read them, in the first call
+after its weight or tid2eid was modified in place. `refresh(weight)` does it without a call: before
+a replay, or after a change that torch does not count (by `.data`, or to an inference tensor).
 
 The operators have no gradient: a call that would need one is a RuntimeError.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
+from torch._C import _get_tracing_state as _jit_trace
+from torch._C import _len_torch_dispatch_stack as _num_dispatch_modes
+from torch._C import _len_torch_function_stack as _num_function_modes
+from torch._C._functorch import maybe_current_level as _transform_level
+from torch.autograd import _profiler_enabled
 
-from dsv4_router_runtime.call import check_call, check_call_options
-from dsv4_router_runtime.device import driver
-from dsv4_router_runtime.layer import LayerOptions, check_layer, complete_options
-from dsv4_router_runtime.reference import router_reference
-from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS, Router, version_of
-from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
+from dsv4_router_runtime.layer import LayerOptions
+
+from .bound_layers import BoundLayer, find, find_plain, forget, refresh
+
+__all__ = ["forget", "refresh", "route", "route_functional", "route_options"]
 
 _LAYER = (
     "Tensor hidden_states, Tensor weight, Tensor? e_bias, float routed_scaling_factor, int top_k"
@@ -52,201 +55,9 @@ _OPTIONS = (
 )
 _CALL_OPTIONS = ("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl")
 _NO_OPTIONS = LayerOptions()
-# Layers that an nn.Parameter keeps: they differ in the biases, the tables or the numbers.
-MAX_LAYERS_OF_A_WEIGHT = 16
-
-
-class _CpuRouter:
-    """`Router` on a CPU: the same checks of layer and call, computed by the reference."""
-
-    weights_copied = False
-
-    def __init__(
-        self,
-        W_gate: torch.Tensor,
-        e_bias: torch.Tensor | None,
-        *,
-        top_k: int,
-        routed_scaling_factor: float,
-        **given: Any,
-    ) -> None:
-        options = complete_options(cast(LayerOptions, given))
-        self._layer = check_layer(
-            W_gate,
-            e_bias,
-            top_k=top_k,
-            routed_scaling_factor=routed_scaling_factor,
-            options=options,
-        )
-        to_physical, logical_count = options["to_physical"], options["logical_count"]
-        if to_physical is not None and logical_count is not None:
-            check_physical_map(to_physical, logical_count)
-        if options["tid2eid"] is not None:
-            options["tid2eid"] = copied_hash_table(options["tid2eid"], self._layer.num_experts)
-        self._bound = (W_gate, e_bias, routed_scaling_factor, top_k)
-        self._options = options
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_ids: torch.Tensor,
-        *,
-        image_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        num_tokens: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        pdl: bool = False,
-    ) -> None:
-        call = check_call(self._layer, hidden_states, out_weights, out_ids)
-        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids)
-        weights, ids = router_reference(
-            hidden_states,
-            *self._bound,
-            **self._options,
-            image_mask=image_mask,
-            padding_mask=padding_mask,
-            num_tokens=num_tokens,
-            input_ids=input_ids,
-        )
-        out_weights[: len(weights), : self._layer.columns] = weights
-        out_ids[: len(ids), : self._layer.columns] = ids
-
-
-class _Bound:
-    """A bound layer, and what `route` compares a call with.
-
-    `router` holds the weight's memory, but not the tensor itself, so that an nn.Parameter can die
-    and take its layer along. `versions` count the in-place changes of what was copied; they are
-    None if nothing was.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        e_bias: torch.Tensor | None,
-        scale: float,
-        top_k: int,
-        options: LayerOptions,
-    ) -> None:
-        # `.data` is no view of weight; a view would keep weight alive as its base.
-        W_gate = weight.data.t() if weight.dim() == 2 else weight.data
-        kind: type[Router] | type[_CpuRouter] = Router if weight.is_cuda else _CpuRouter
-        self.router = kind(W_gate, e_bias, top_k=top_k, routed_scaling_factor=scale, **options)
-        tid2eid = options.get("tid2eid")
-        copied = self.router.weights_copied or tid2eid is not None
-        self.versions = _versions(weight, tid2eid) if copied else None
-        self.kept_by_parameter = isinstance(weight, torch.nn.Parameter)
-        self.weight = weakref.ref(weight, _forget_dead)
-        self.address, self.shape = weight.data_ptr(), weight.shape
-        self.e_bias = e_bias
-        self.e_bias_address = 0 if e_bias is None else e_bias.data_ptr()
-        self.scale, self.top_k = scale, top_k
-        given = (e_bias, *options.values())
-        self._others = [(t, t.data_ptr()) for t in given if isinstance(t, torch.Tensor)]
-
-    def has_moved(self) -> bool:
-        """Return whether `.to()` or `.data = ...` moved a tensor, so that no call finds this."""
-        weight = self.weight()
-        moved = weight is not None and weight.data_ptr() != self.address
-        return moved or any(tensor.data_ptr() != at for tensor, at in self._others)
-
-
-# A layer's key -> the layer, the oldest first.
-_layers: dict[Hashable, _Bound] = {}
-# id(weight) -> its last layer without options or copies, which `route` looks at first.
-_plain_layers: dict[int, _Bound] = {}
-_lock = threading.Lock()
-
-
-def forget(weight: torch.Tensor | None = None) -> None:
-    """Drop the layers bound to `weight`, or all of them, with their copies of weights and tables.
-
-    The next call binds the layer again. A CUDA graph keeps the copies of its capture: a replay
-    routes by the old weights.
-    """
-    address = None if weight is None else weight.data_ptr()
-    for table in (_layers, _plain_layers):
-        _drop(table, lambda bound: address is None or bound.address == address)
-
-
-def _forget_dead(weight: weakref.ref[torch.Tensor]) -> None:
-    """Drop what only a tensor that died could find, and with an nn.Parameter its layers."""
-    _drop(_plain_layers, lambda bound: bound.weight is weight)
-    _drop(_layers, lambda bound: bound.weight is weight and bound.kept_by_parameter)
-
-
-def _drop(table: dict[Any, _Bound], unwanted: Callable[[_Bound], bool]) -> None:
-    """Drop layers. This takes no lock, since the garbage collector may call it anywhere."""
-    for key, bound in list(table.items()):
-        if unwanted(bound):
-            table.pop(key, None)
-
-
-def _find(
-    weight: torch.Tensor,
-    e_bias: torch.Tensor | None,
-    scale: float,
-    top_k: int,
-    options: LayerOptions,
-) -> _Bound:
-    """Return the layer, bound now if it is not bound or its copies are out of date.
-
-    The dispatcher passes options in the schema's order, and leaves out those that are off.
-    """
-    key = _layer_key(weight, e_bias, scale, top_k, options)
-    tid2eid = options.get("tid2eid")
-    bound = _layers.get(key)
-    if bound is not None and _fresh(bound, weight, tid2eid):
-        return bound
-    if weight.is_cuda and driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
-    with _lock:
-        bound = _layers.get(key)
-        if bound is not None and _fresh(bound, weight, tid2eid):
-            return bound
-        bound = _Bound(weight, e_bias, scale, top_k, options)
-        for table in (_layers, _plain_layers):
-            _drop(table, lambda old: old.weight() is weight and old.has_moved())
-        _layers[key] = bound
-        if bound.versions is None and not options:
-            _plain_layers[id(weight)] = bound
-        loose = [key for key, bound in list(_layers.items()) if not bound.kept_by_parameter]
-        # Tensors that were replaced by others, not moved, leave such layers behind.
-        same = [
-            key
-            for key, each in list(_layers.items())
-            if each.kept_by_parameter and each.weight() is weight
-        ]
-        for key in (*loose[:-MAX_REMEMBERED_LAYERS], *same[:-MAX_LAYERS_OF_A_WEIGHT]):
-            _layers.pop(key, None)
-        return bound
-
-
-def _layer_key(
-    weight: torch.Tensor,
-    e_bias: torch.Tensor | None,
-    scale: float,
-    top_k: int,
-    options: LayerOptions,
-) -> Hashable:
-    """Return what tells layers apart: the form and memory of each tensor, and the numbers."""
-    of_options = [(name, _form(value)) for name, value in options.items()]
-    return (_form(weight), _form(e_bias), scale, top_k, *of_options)
-
-
-def _form(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr(), value.shape, value.stride(), value.dtype
-    return value
-
-
-def _fresh(bound: _Bound, weight: torch.Tensor, tid2eid: torch.Tensor | None) -> bool:
-    return bound.versions is None or bound.versions == _versions(weight, tid2eid)
-
-
-def _versions(weight: torch.Tensor, tid2eid: torch.Tensor | None) -> tuple[int | None, ...]:
-    return version_of(weight), None if tid2eid is None else version_of(tid2eid)
+# A name of torch's takes 0.03 us to look up.
+_TENSOR = torch.Tensor
+_dynamo_traces = torch.compiler.is_dynamo_compiling
 
 
 def _route(
@@ -260,21 +71,80 @@ def _route(
 ) -> None:
     if torch.is_grad_enabled():
         _refuse_gradient(hidden_states, weight)
-    bound = _plain_layers.get(id(weight))
-    # A layer's key says the same, and costs 1 us more.
-    if (
-        bound is None
-        or e_bias is None
-        or bound.weight() is not weight
-        or bound.e_bias is not e_bias
-        or bound.address != weight.data_ptr()
-        or bound.e_bias_address != e_bias.data_ptr()
-        or bound.shape != weight.shape
-        or bound.scale != scale
-        or bound.top_k != top_k
-    ):
-        bound = _find(weight, e_bias, scale, top_k, _NO_OPTIONS)
+    bound = find_plain(weight, e_bias, scale, top_k)
+    if bound is None:
+        bound = find(weight, e_bias, scale, top_k, _NO_OPTIONS)
     bound.router(hidden_states, out_weights, out_ids)
+
+
+def route(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    top_k: int,
+    out_weights: torch.Tensor,
+    out_ids: torch.Tensor,
+) -> None:
+    """Route into out_weights and out_ids, as `torch.ops.dsv4_router.route` does."""
+    bound = _without_dispatcher(hidden_states, weight, e_bias, routed_scaling_factor, top_k)
+    if bound is None or type(out_weights) is not _TENSOR or type(out_ids) is not _TENSOR:
+        _route_operator(
+            hidden_states, weight, e_bias, routed_scaling_factor, top_k, out_weights, out_ids
+        )
+    else:
+        bound.router(hidden_states, out_weights, out_ids)
+
+
+def route_functional(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    top_k: int,
+    *,
+    ids_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and ids, as `torch.ops.dsv4_router.route_functional` does."""
+    given = (hidden_states, weight, e_bias, routed_scaling_factor, top_k)
+    bound = None if options else _without_dispatcher(*given)
+    if bound is None:
+        return _functional_operator(*given, ids_dtype=ids_dtype, **options)
+    out = _fake_functional(*given, ids_dtype=ids_dtype)
+    bound.router(hidden_states, *out)
+    return out
+
+
+def _without_dispatcher(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    scale: float,
+    top_k: int,
+) -> BoundLayer | None:
+    """Return a plain layer that is bound, unless something would miss its operator.
+
+    Those are tracers, modes, transforms, profilers and subclasses. The dispatcher costs more time
+    than all checks of a call.
+    """
+    if (
+        # Dynamo takes this for True, and traces the operator alone.
+        _dynamo_traces()
+        or _num_dispatch_modes()
+        or _num_function_modes()
+        or _transform_level()
+        or _jit_trace()
+        or _profiler_enabled()
+        or type(hidden_states) is not _TENSOR
+        or type(scale) is not float
+        or type(top_k) is not int
+    ):
+        return None
+    bound = find_plain(weight, e_bias, scale, top_k)
+    if bound is not None and torch.is_grad_enabled():
+        _refuse_gradient(hidden_states, weight)
+    return bound
 
 
 def _route_options(
@@ -290,7 +160,7 @@ def _route_options(
     if torch.is_grad_enabled():
         _refuse_gradient(hidden_states, weight)
     of_call = {name: options.pop(name) for name in _CALL_OPTIONS if name in options}
-    bound = _find(weight, e_bias, scale, top_k, cast(LayerOptions, options))
+    bound = find(weight, e_bias, scale, top_k, cast(LayerOptions, options))
     bound.router(hidden_states, out_weights, out_ids, **of_call)
 
 
@@ -369,6 +239,6 @@ def _register() -> torch.library.Library:
 
 
 _library = _register()
-route = torch.ops.dsv4_router.route.default
+_route_operator = torch.ops.dsv4_router.route.default
 route_options = torch.ops.dsv4_router.route.options
-route_functional = torch.ops.dsv4_router.route_functional.default
+_functional_operator = torch.ops.dsv4_router.route_functional.default

@@ -1,0 +1,267 @@
+"""The layers that the operators of `torch_op` have bound, found by memory and numbers.
+
+`refresh` and `forget` are part of `torch_op`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+import torch
+
+from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.layer import LayerOptions, check_layer, complete_options
+from dsv4_router_runtime.reference import router_reference
+from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS, Router, version_of
+from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
+
+# Layers that an nn.Parameter keeps: they differ in the biases, the tables or the numbers.
+MAX_LAYERS_OF_A_WEIGHT = 16
+# Subclasses may have a dispatch of their own.
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+class CpuRouter:
+    """`Router` on a CPU: the same checks of layer and call, computed by the reference."""
+
+    weights_copied = False
+
+    def __init__(
+        self,
+        W_gate: torch.Tensor,
+        e_bias: torch.Tensor | None,
+        *,
+        top_k: int,
+        routed_scaling_factor: float,
+        **given: Any,
+    ) -> None:
+        options = complete_options(cast(LayerOptions, given))
+        self._layer = check_layer(
+            W_gate,
+            e_bias,
+            top_k=top_k,
+            routed_scaling_factor=routed_scaling_factor,
+            options=options,
+        )
+        to_physical, logical_count = options["to_physical"], options["logical_count"]
+        if to_physical is not None and logical_count is not None:
+            check_physical_map(to_physical, logical_count)
+        self._tid2eid = options["tid2eid"]
+        self._bound = (W_gate, e_bias, routed_scaling_factor, top_k)
+        self._options = options
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self._tid2eid is not None:
+            table = copied_hash_table(self._tid2eid, self._layer.num_experts)
+            self._options["tid2eid"] = table
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_ids: torch.Tensor,
+        *,
+        image_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        num_tokens: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pdl: bool = False,
+    ) -> None:
+        call = check_call(self._layer, hidden_states, out_weights, out_ids)
+        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids)
+        weights, ids = router_reference(
+            hidden_states,
+            *self._bound,
+            **self._options,
+            image_mask=image_mask,
+            padding_mask=padding_mask,
+            num_tokens=num_tokens,
+            input_ids=input_ids,
+        )
+        out_weights[: len(weights), : self._layer.columns] = weights
+        out_ids[: len(ids), : self._layer.columns] = ids
+
+
+class BoundLayer:
+    """A bound layer, and what `route` compares a call with.
+
+    `router` holds the weight's memory, but not the tensor itself, so that an nn.Parameter can die
+    and take its layer along. `versions` count the in-place changes of what was copied; they are
+    None if nothing was.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        e_bias: torch.Tensor | None,
+        scale: float,
+        top_k: int,
+        options: LayerOptions,
+    ) -> None:
+        # `.data` is no view of weight; a view would keep weight alive as its base.
+        W_gate = weight.data.t() if weight.dim() == 2 else weight.data
+        kind: type[Router] | type[CpuRouter] = Router if weight.is_cuda else CpuRouter
+        self.router = kind(W_gate, e_bias, top_k=top_k, routed_scaling_factor=scale, **options)
+        self.tid2eid = options.get("tid2eid")
+        copied = self.router.weights_copied or self.tid2eid is not None
+        self.versions = _versions(weight, self.tid2eid) if copied else None
+        self.kept_by_parameter = isinstance(weight, torch.nn.Parameter)
+        self.weight = weakref.ref(weight, _forget_dead)
+        self.address, self.shape = weight.data_ptr(), weight.shape
+        self.e_bias = e_bias
+        self.e_bias_address = 0 if e_bias is None else e_bias.data_ptr()
+        self.scale, self.top_k = scale, top_k
+        given = (e_bias, *options.values())
+        self._others = [(t, t.data_ptr()) for t in given if isinstance(t, torch.Tensor)]
+
+    def refresh(self, weight: torch.Tensor, tid2eid: torch.Tensor | None) -> None:
+        """Take the copies again, from memory that these tensors have too."""
+        versions = _versions(weight, tid2eid)
+        self.router.refresh()
+        self.versions = versions
+
+    def has_moved(self) -> bool:
+        """Return whether `.to()` or `.data = ...` moved a tensor, so that no call finds this."""
+        weight = self.weight()
+        moved = weight is not None and weight.data_ptr() != self.address
+        return moved or any(tensor.data_ptr() != at for tensor, at in self._others)
+
+
+# A layer's key -> the layer, the oldest first.
+layers: dict[Hashable, BoundLayer] = {}
+# id(weight) -> its last layer without options or copies, which `route` looks at first.
+plain_layers: dict[int, BoundLayer] = {}
+_lock = threading.Lock()
+
+
+def refresh(weight: torch.Tensor) -> None:
+    """Take the copies of the layers bound to `weight` again; see `Router.refresh`.
+
+    Captured graphs read them from the next replay on. Layers without copies need none of this.
+    """
+    if weight.is_cuda and driver.forked:
+        driver.bindings()  # says so, before a lock that another thread held at the fork
+    address = weight.data_ptr()
+    with _lock:
+        for bound in list(layers.values()):
+            # No call finds a layer that has moved.
+            if bound.address == address and bound.versions is not None and not bound.has_moved():
+                bound.refresh(weight, bound.tid2eid)
+
+
+def forget(weight: torch.Tensor | None = None) -> None:
+    """Drop the layers bound to `weight`, or all of them, with their copies of weights and tables.
+
+    The next call binds the layer again. A CUDA graph keeps the copies of its capture: a replay
+    routes by the old weights.
+    """
+    address = None if weight is None else weight.data_ptr()
+    for table in (layers, plain_layers):
+        _drop(table, lambda bound: address is None or bound.address == address)
+
+
+def _forget_dead(weight: weakref.ref[torch.Tensor]) -> None:
+    """Drop what only a tensor that died could find, and with an nn.Parameter its layers."""
+    _drop(plain_layers, lambda bound: bound.weight is weight)
+    _drop(layers, lambda bound: bound.weight is weight and bound.kept_by_parameter)
+
+
+def _drop(table: dict[Any, BoundLayer], unwanted: Callable[[BoundLayer], bool]) -> None:
+    """Drop layers. This takes no lock, since the garbage collector may call it anywhere."""
+    for key, bound in list(table.items()):
+        if unwanted(bound):
+            table.pop(key, None)
+
+
+def find(
+    weight: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    scale: float,
+    top_k: int,
+    options: LayerOptions,
+) -> BoundLayer:
+    """Return the layer, bound now if it is not bound or its copies are out of date.
+
+    The dispatcher passes options in the schema's order, and leaves out those that are off.
+    """
+    key = _layer_key(weight, e_bias, scale, top_k, options)
+    tid2eid = options.get("tid2eid")
+    bound = layers.get(key)
+    if bound is not None and _fresh(bound, weight, tid2eid):
+        return bound
+    if weight.is_cuda and driver.forked:
+        driver.bindings()  # says so, before a lock that another thread held at the fork
+    with _lock:
+        bound = layers.get(key)
+        if bound is not None:
+            if not _fresh(bound, weight, tid2eid):
+                bound.refresh(weight, tid2eid)
+            return bound
+        bound = BoundLayer(weight, e_bias, scale, top_k, options)
+        for table in (layers, plain_layers):
+            _drop(table, lambda old: old.weight() is weight and old.has_moved())
+        layers[key] = bound
+        plain = type(weight) in _PLAIN_TYPES and type(e_bias) in _PLAIN_TYPES
+        if plain and bound.versions is None and not options:
+            plain_layers[id(weight)] = bound
+        loose = [key for key, bound in list(layers.items()) if not bound.kept_by_parameter]
+        # Tensors that were replaced by others, not moved, leave such layers behind.
+        same = [
+            key
+            for key, each in list(layers.items())
+            if each.kept_by_parameter and each.weight() is weight
+        ]
+        for key in (*loose[:-MAX_REMEMBERED_LAYERS], *same[:-MAX_LAYERS_OF_A_WEIGHT]):
+            layers.pop(key, None)
+        return bound
+
+
+def _layer_key(
+    weight: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    scale: float,
+    top_k: int,
+    options: LayerOptions,
+) -> Hashable:
+    """Return what tells layers apart: the form and memory of each tensor, and the numbers."""
+    of_options = [(name, _form(value)) for name, value in options.items()]
+    return (_form(weight), _form(e_bias), scale, top_k, *of_options)
+
+
+def _form(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    return value
+
+
+def _fresh(bound: BoundLayer, weight: torch.Tensor, tid2eid: torch.Tensor | None) -> bool:
+    return bound.versions is None or bound.versions == _versions(weight, tid2eid)
+
+
+def _versions(weight: torch.Tensor, tid2eid: torch.Tensor | None) -> tuple[int | None, ...]:
+    return version_of(weight), None if tid2eid is None else version_of(tid2eid)
+
+
+def find_plain(
+    weight: torch.Tensor, e_bias: torch.Tensor | None, scale: float, top_k: int
+) -> BoundLayer | None:
+    """Return the layer if it is the last plain one of `weight`; its key would cost 1 us more."""
+    bound = plain_layers.get(id(weight))
+    if (
+        bound is None
+        or e_bias is None
+        or bound.weight() is not weight
+        or bound.e_bias is not e_bias
+        or bound.address != weight.data_ptr()
+        or bound.e_bias_address != e_bias.data_ptr()
+        or bound.shape != weight.shape
+        or bound.scale != scale
+        or bound.top_k != top_k
+    ):
+        return None
+    return bound

@@ -31,6 +31,7 @@ GUARDS = (
         faults=(
             *("padding-set", "padding-clear", "count-up", "count-down", "count-negative"),
             *("count-most", "token-id-leaves", "token-id-enters", "all-torn"),
+            *("forced-twice", "forced-none"),
             *("filled-padding-torn", "filled-token-id-torn", "filled-count-torn"),
         ),
         edits=(
@@ -46,6 +47,7 @@ GUARDS = (
             *("padding-set", "image-set", "image-clear", "hash-image-set", "hash-image-clear"),
             *("hash-image-id", "token-id-moves", "table-torn", "map-torn", "map-counts-torn"),
             *("bias-torn", "image-bias-torn", "hidden-torn", "pair-torn"),
+            *("forced-set", "forced-clear", "forced-moves", "image-id-enters", "image-id-leaves"),
             *("filled-image-torn", "filled-map-torn", "filled-map-counts-torn"),
         ),
         edits=(

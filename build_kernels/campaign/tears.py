@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from build_kernels.evidence.cases import VOCABULARY
-from build_kernels.evidence.inputs import Inputs
+from build_kernels.evidence.inputs import FIRST_IMAGE_ID, NUM_IMAGE_IDS, Inputs
+from build_kernels.evidence.rungs.emulated import FORCED_CANARIES
 
 from .fault import Changes, Expected, Fault, Place, Scenario, Torn
 
@@ -58,6 +59,30 @@ def selected(inputs: Inputs) -> list[tuple[int, int]]:
     taken = last % counts.clip(1, names.shape[1])
     experts = range(inputs.case.num_experts)
     return [(e, int(taken[e])) for e in experts if names[e, taken[e]] in inputs.ids[last]]
+
+
+def forced_row(change: Callable[[list[int], int], list[int]]) -> Callable[[Inputs], Torn]:
+    """Return a change of row 1's forced ids. change: from its experts and E, the new ids."""
+
+    def tears(inputs: Inputs) -> Torn:
+        ids = [int(expert) for expert in inputs.tensors["forced_ids"][1]]
+        first = len(ids) + FORCED_CANARIES
+        changed = change(ids, inputs.case.num_experts)
+        return Torn(rows=(1,), arrays={"forced_ids": {first + i: e for i, e in enumerate(changed)}})
+
+    return tears
+
+
+def image_id(*, enters: bool) -> Callable[[Inputs], Torn]:
+    """Return a change of a row's token id: to the first image's, or from an image's."""
+
+    def tears(inputs: Inputs) -> Torn:
+        place = inputs.tensors["input_ids"] - FIRST_IMAGE_ID
+        is_image = (place >= 0) & (place < NUM_IMAGE_IDS)
+        row = int((is_image != enters).argmax())
+        return Torn(rows=(row,), arrays={"input_ids": {row: FIRST_IMAGE_ID - (not enters)}})
+
+    return tears
 
 
 def other_names(inputs: Inputs) -> Torn:
@@ -123,6 +148,9 @@ GATE = Scenario(
 )
 TABLE = replace(GATE, options=("table", *GATE.options), roles=EVERY_ROLE)
 IMAGES = replace(TABLE, roles=GATE.roles)
+# Rows 1, 3 and 5 are forced, 3 and 5 to what is no row of experts.
+FORCED = Scenario(options=("forced",), num_tokens=6, roles=EVERY_ROLE, experts=EXPERTS)
+IMAGE_IDS = replace(FORCED, options=("image_ids",), roles=GATE.roles)
 # Row 0 has a token id outside the table.
 UNKNOWN = Scenario(options=("table", "unknown"), roles=EVERY_ROLE, experts=EXPERTS)
 MAPS = Scenario(options=("physical",), roles=EVERY_ROLE, experts=EXPERTS)
@@ -180,6 +208,33 @@ TEARS = (
         replace(TABLE, tears=next_token_id),
     ),
     torn("table-torn", "tid2eid: other experts", replace(TABLE, tears=other_experts)),
+    torn("forced-set", "forced_mask 0 -> 1", like(FORCED, 0, forced_mask={0: 1})),
+    torn("forced-clear", "forced_mask 1 -> 0", like(FORCED, 1, forced_mask={1: 0})),
+    torn(
+        "forced-moves",
+        "forced_ids: other experts",
+        replace(FORCED, tears=forced_row(lambda ids, e: [(expert + 1) % e for expert in ids])),
+    ),
+    torn(
+        "forced-twice",
+        "forced_ids: an expert twice, which makes the row padding",
+        replace(FORCED, tears=forced_row(lambda ids, e: [ids[1], *ids[1:]])),
+    ),
+    torn(
+        "forced-none",
+        "forced_ids: an id that is no expert",
+        replace(FORCED, tears=forced_row(lambda ids, e: [*ids[:-1], e])),
+    ),
+    torn(
+        "image-id-enters",
+        "input_ids: no image's -> an image's",
+        replace(IMAGE_IDS, tears=image_id(enters=True)),
+    ),
+    torn(
+        "image-id-leaves",
+        "input_ids: an image's -> no image's",
+        replace(IMAGE_IDS, tears=image_id(enters=False)),
+    ),
     torn(
         "map-torn",
         "to_physical: the physical ids of a row's experts",

@@ -141,6 +141,7 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return N below, at and above a block's tokens; each number of register groups."""
+    images = ("image_ids", *ENGINE_OPTIONS)
     first = (
         Case(num_tokens=7, num_experts=132, top_k=6),
         Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
@@ -148,13 +149,13 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=8, top_k=8, kind="low"),
         Case(num_tokens=7, num_experts=132, top_k=6, options=GATE_OPTIONS),
         Case(num_tokens=7, num_experts=40, top_k=6, options=MIXED_OPTIONS),
-        Case(num_tokens=7, num_experts=68, top_k=6, options=("image_ids", *ENGINE_OPTIONS)),
+        Case(num_tokens=7, num_experts=68, top_k=6, options=images),
     )
     if quick:
         return first
     return (
         *first,
-        Case(num_tokens=9, num_experts=40, top_k=8, options=("table", "image_ids", *ENGINE_OPTIONS)),
+        Case(num_tokens=9, num_experts=40, top_k=8, options=("table", *images)),
         Case(num_tokens=5, num_experts=200, top_k=3, options=("int64", "forced")),
         Case(num_tokens=9, num_experts=384, top_k=3, kind="biased", options=GATE_OPTIONS),
         Case(num_tokens=5, num_experts=60, top_k=8, options=("table", "shared")),

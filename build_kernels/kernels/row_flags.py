@@ -74,10 +74,7 @@ def publish_row_flags(
         padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
         flags = row_flags(storage, max_owned)
         flags[lane] = (
-            ticket
-            | flag(is_image, IS_IMAGE)
-            | flag(padding, IS_PADDING)
-            | flag(forced, IS_FORCED)
+            ticket | flag(is_image, IS_IMAGE) | flag(padding, IS_PADDING) | flag(forced, IS_FORCED)
         )
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
@@ -94,9 +91,7 @@ def forced_experts(storage, max_owned: int) -> cute.Tensor:
 
 
 @cute.jit
-def publish_forced(
-    storage, max_owned: cutlass.Constexpr[int], args, split: Int32
-) -> Int32:
+def publish_forced(storage, max_owned: cutlass.Constexpr[int], args, split: Int32) -> Int32:
     """Read the forced ids of the CTA's tokens, one a lane, if there are any.
 
     Return, to lane w, nonzero if those of warp w's token are not top_k different experts.

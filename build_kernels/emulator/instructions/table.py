@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from types import ModuleType
+from typing import TypeVar
 
 from build_kernels.binaries.ptx.syntax import Instruction, Kernel
 from build_kernels.emulator.execution.program import Program
@@ -36,6 +38,9 @@ from build_kernels.emulator.instructions import (
 from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.launch.variables import VariableLayout
+
+Value = TypeVar("Value")
+Pairs = tuple[tuple[str, Value], ...]
 
 FAMILIES = (
     arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,
@@ -75,17 +80,30 @@ def make_program(
     approximate: Mapping[str, Callable[[Array], Array]],
 ) -> Program:
     """Decode a kernel, with a ret at its end; UnsupportedPtx for an unknown instruction."""
+    tables = (layout.shared, layout.addresses, approximate)
+    code = _decode_all(kernel, arch, *(tuple(table.items()) for table in tables))
+    instructions = [step.instruction for step in code]
+    return Program(kernel=replace(kernel, instructions=instructions), layout=layout, code=code)
+
+
+# Launches of one kernel share its code: decoding is half of a small launch's time.
+@lru_cache(maxsize=4)
+def _decode_all(
+    kernel: Kernel,
+    arch: str,
+    shared: Pairs[int],
+    addresses: Pairs[int],
+    approximate: Pairs[Callable[[Array], Array]],
+) -> tuple[DecodedInstruction, ...]:
     end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
-    kernel = replace(kernel, instructions=[*kernel.instructions, end])
     context = Context(
         arch=arch,
-        shared=layout.shared,
+        shared=dict(shared),
         parameters={p.name: p.offset for p in kernel.parameters},
-        addresses=layout.addresses,
-        approximate=approximate,
+        addresses=dict(addresses),
+        approximate=dict(approximate),
     )
-    code = tuple(_step(instruction, context) for instruction in kernel.instructions)
-    return Program(kernel=kernel, layout=layout, code=code)
+    return tuple(_step(instruction, context) for instruction in (*kernel.instructions, end))
 
 
 def _step(ins: Instruction, context: Context) -> DecodedInstruction:

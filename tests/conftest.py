@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import struct
+import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -44,6 +45,8 @@ ELF_FLAGS = {
 
 # The parameter sets of each `quick(n)` test that were collected.
 SEEN: Counter[object] = Counter()
+# The numbers of modules at the times of `gc.freeze`.
+FROZEN = [0]
 
 
 def pytest_addoption(parser):
@@ -57,6 +60,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU that the artifacts are built for")
+    # The fixtures of a file are made, and its imports paid for, by one worker.
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "loadfile"
     if path := config.getoption("--record"):
         from hardware_record import HardwareRecord
 
@@ -97,9 +103,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
 
 
-def pytest_collection_finish():
-    """Take the imported modules out of what a collection of garbage looks at: seconds in all."""
-    gc.freeze()
+def pytest_runtest_setup():
+    """Take newly imported modules out of what a collection of garbage looks at: seconds in all.
+
+    torch.compile imports a thousand of them in the middle of a test.
+    """
+    if len(sys.modules) > FROZEN[-1] + 100:
+        gc.collect()
+        gc.freeze()
+        FROZEN.append(len(sys.modules))
 
 
 @pytest.fixture(scope="session")

@@ -569,6 +569,7 @@ class TestLocked:
             make(tmp_path / "artifacts", locked=True)
 
 
+@pytest.mark.slow
 def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
     """A kernel that is compiled went through a process boundary and kept its launch facts."""
     artifacts = tmp_path / "artifacts"

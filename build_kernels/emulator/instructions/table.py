@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
-from typing import TypeVar
+from typing import Any
 
 from build_kernels.binaries.ptx.syntax import Instruction, Kernel
 from build_kernels.emulator.execution.program import Program
@@ -38,9 +38,6 @@ from build_kernels.emulator.instructions import (
 from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.launch.variables import VariableLayout
-
-Value = TypeVar("Value")
-Pairs = tuple[tuple[str, Value], ...]
 
 FAMILIES = (
     arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,
@@ -89,19 +86,16 @@ def make_program(
 # Launches of one kernel share its code: decoding is half of a small launch's time.
 @lru_cache(maxsize=4)
 def _decode_all(
-    kernel: Kernel,
-    arch: str,
-    shared: Pairs[int],
-    addresses: Pairs[int],
-    approximate: Pairs[Callable[[Array], Array]],
+    kernel: Kernel, arch: str, *tables: tuple[tuple[str, Any], ...]
 ) -> tuple[DecodedInstruction, ...]:
+    shared, addresses, approximate = map(dict, tables)
     end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
     context = Context(
         arch=arch,
-        shared=dict(shared),
+        shared=shared,
         parameters={p.name: p.offset for p in kernel.parameters},
-        addresses=dict(addresses),
-        approximate=dict(approximate),
+        addresses=addresses,
+        approximate=approximate,
     )
     return tuple(_step(instruction, context) for instruction in (*kernel.instructions, end))
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ from .device.workspace import Slot, workspace_for
 from .errors import ArtifactError, NoKernelError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .log import info_once, warn_once
-from .parameters import DTYPES
+from .parameters import BOUND, DTYPES, OPTIONS, SIZES, LaunchParameter
 from .tables import check_physical_map, copied_hash_table
 
 # Launch sites of one binding, before those on slots that were taken over are dropped.
@@ -365,9 +366,8 @@ def _layer_values(
     options: LayerOptions,
     table: torch.Tensor | None,
 ) -> dict[str, int | float]:
-    """Return the parameters that a layer binds, by name; 0 is off for a pointer."""
-    to_physical = options["to_physical"]
-    return {
+    """Return the parameters that a layer binds, by name."""
+    values = {
         "w_gate": W_bound.data_ptr(),
         "w_stride": W_bound.stride(1) if layer.hashed and layer.num_experts > 1 else layer.k,
         "num_experts": layer.num_experts,
@@ -375,16 +375,19 @@ def _layer_values(
         "routed_scaling_factor": layer.scale,
         "logits_stride": layer.num_experts,
         "e_bias": _address(e_bias),
-        "bias_vl": _address(options["bias_vl"]),
-        "gate_temp": options["gate_temp"],
-        "norm_topk_prob": options["norm_topk_prob"],
-        "num_shared_slots": options["num_shared_slots"],
-        "tid2eid": _address(table),
-        "vocab_size": 0 if table is None else table.shape[0],
-        "to_physical": _address(to_physical),
-        "logical_count": _address(options["logical_count"]),
-        "max_replicas": 0 if to_physical is None else to_physical.shape[1],
     }
+    bound = {**options, "tid2eid": table}
+    return values | {item.name: _option(item, bound) for item in OPTIONS if item.given == BOUND}
+
+
+def _option(item: LaunchParameter, bound: Mapping[str, Any]) -> int | float:
+    """Return an option's number, a tensor's address, or the size of a tensor; 0 for no tensor."""
+    if item.tensor is not None:
+        return _address(bound[item.tensor])
+    if item.name in bound:
+        return bound[item.name]
+    tensor, axis = SIZES[item.name]
+    return 0 if bound[tensor] is None else bound[tensor].shape[axis]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

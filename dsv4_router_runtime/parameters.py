@@ -222,4 +222,11 @@ DTYPES = {name: item.dtypes for name, item in TENSORS.items()}
 NAMES_PASSED = frozenset(item.name for item in _ALL if item.is_passed_by_name)
 # The parameters of the options, and their values if every option is off.
 OPTIONS = tuple(item for item in _ALL if item.off is not None)
+# The tensor and the axis that a size of an option's tensor is of, such as vocab_size.
+SIZES = {
+    size: (item.tensor, axis)
+    for item in OPTIONS
+    if item.tensor is not None
+    for axis, size in enumerate(item.shape)
+}
 PARAMETERS_OFF = {item.name: item.off for item in OPTIONS if item.off is not None}

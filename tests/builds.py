@@ -8,21 +8,21 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from build_kernels.building import build
+from build_kernels.building import build, compilers
 from build_kernels.building.build import Built, Report, run_build
 from build_kernels.building.plan import Task, file_names, make_plan
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 CHECKOUT = Path(__file__).parents[1] / "artifacts"
-COMPILE_ALL = build._compile_all
+COMPILE_ALL, NVRTC_COMPILE = build._compile_all, compilers.nvrtc_compile
 ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
 DECODE = next(spec for spec in KERNELS if not isinstance(spec.source, CudaSource))
@@ -65,6 +65,24 @@ def compile_once(
         if source not in new:
             on_done(task.key)
     return built
+
+
+@lru_cache
+def _nvrtc(text: str, name: str, arch: str, defines: tuple[tuple[str, int], ...]):
+    return NVRTC_COMPILE(text, name=name, arch=arch, defines=dict(defines))
+
+
+def nvrtc_once(text: str, *, name: str, arch: str, defines: Mapping[str, int]):
+    """Compile a text once; stands in for compilers.nvrtc_compile."""
+    return _nvrtc(text, name, arch, tuple(defines.items()))
+
+
+@contextlib.contextmanager
+def tasks_here(
+    function: Callable, tasks: Mapping, *, jobs: int
+) -> Iterator[Iterator[tuple[object, object]]]:
+    """Call the tasks in this process; stands in for workers.run_tasks."""
+    yield ((key, function(*arguments)) for key, arguments in tasks.items())
 
 
 @lru_cache

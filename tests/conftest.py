@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import struct
+import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -28,6 +31,10 @@ from dsv4_router_runtime.artifacts.limits import MAX_PORTABLE_CLUSTER_CTAS
 from dsv4_router_runtime.artifacts.manifest import Manifest, serialise_manifest
 from dsv4_router_runtime.errors import RouterError
 
+# Set before torch is imported. On tensors of a few rows a second thread only waits, in a loop: a
+# third of the time of the files that call torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # e_flags and ABI version as the toolkits write them; see artifacts.elf_compute_capability.
 ELF_FLAGS = {
     "sm_90a": (0x005A0D5A, 7),
@@ -38,6 +45,8 @@ ELF_FLAGS = {
 
 # The parameter sets of each `quick(n)` test that were collected.
 SEEN: Counter[object] = Counter()
+# The numbers of modules at the times of `gc.freeze`.
+FROZEN = [0]
 
 
 def pytest_addoption(parser):
@@ -51,6 +60,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU that the artifacts are built for")
+    # The fixtures of a file are made, and its imports paid for, by one worker.
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "loadfile"
     if path := config.getoption("--record"):
         from hardware_record import HardwareRecord
 
@@ -91,9 +103,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
 
 
-def pytest_collection_finish():
-    """Take the imported modules out of what a collection of garbage looks at: seconds in all."""
-    gc.freeze()
+def pytest_runtest_setup():
+    """Take newly imported modules out of what a collection of garbage looks at: seconds in all.
+
+    torch.compile imports a thousand of them in the middle of a test.
+    """
+    if len(sys.modules) > FROZEN[-1] + 100:
+        gc.collect()
+        gc.freeze()
+        FROZEN.append(len(sys.modules))
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +232,7 @@ def hash_kernel(arch: str = "sm_90a") -> Kernel:
     return sample_kernel("router_hash", arch)
 
 
+@lru_cache
 def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
     kernels = [sample_kernel(spec.name, arch) for arch in archs for spec in KERNELS]
     kernels.sort(key=lambda kernel: (kernel.name, kernel.arch))
@@ -222,6 +241,17 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
         driver={arch: DRIVER_FLOORS[arch] for arch in archs},
         kernels=tuple(kernels),
     )
+
+
+@lru_cache
+def _sample_text() -> str:
+    return serialise_manifest(sample_manifest())
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Serialise a manifest; the sample's text is made once, since it takes a tenth of a second."""
+    is_sample = manifest is sample_manifest()
+    return _sample_text() if is_sample else serialise_manifest(manifest)
 
 
 @pytest.fixture
@@ -252,7 +282,7 @@ def write_artifacts(tmp_path):
         for kernel in manifest.kernels:
             payload = kernel.key.replace(".", " ").encode()
             (folder / kernel.file).write_bytes(cubin_bytes(kernel.arch, payload))
-        (folder / "manifest.json").write_text(serialise_manifest(manifest))
+        (folder / "manifest.json").write_text(manifest_text(manifest))
         return folder
 
     return write

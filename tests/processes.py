@@ -1,4 +1,4 @@
-"""Start a command whose every descendant can be found again, however it was re-parented."""
+"""Commands whose every descendant can be found again, and tasks that import little."""
 
 from __future__ import annotations
 
@@ -85,3 +85,19 @@ def family(command: Sequence[str], **environment: str) -> Iterator[Family]:
         for process in members.members():
             os.kill(process, signal.SIGKILL)
         head.communicate(timeout=30)
+
+
+def double(number: int) -> int:
+    """Kill the worker for 13, raise for 0, else return twice the number."""
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 0:
+        raise ValueError("nothing to double")
+    return 2 * number
+
+
+def start_and_wait(file: str) -> None:
+    """Start a program, tell its process id, wait for it."""
+    program = subprocess.Popen(["sleep", "617"])
+    Path(file).write_text(f"{os.getpid()} {program.pid}")
+    program.wait()

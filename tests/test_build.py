@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the builder")
 
-from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, topk_set
+from builds import ARCHS, DECODE, TOPK, check_whole, contents, make, mounted, nvrtc_once, topk_set
 
 from build_kernels import workers
 from build_kernels.binaries import cubin, nvdisasm
@@ -350,6 +350,10 @@ class TestDeterminism:
 class TestRefusals:
     """A kernel that is not what its spec says is not published."""
 
+    @pytest.fixture(autouse=True)
+    def compile_a_text_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compilers, "nvrtc_compile", nvrtc_once)
+
     def task(self, **changes: object) -> Task:
         return Task(spec=dataclasses.replace(TOPK, **changes), arch="sm_90a", digest="0" * 64)
 
@@ -565,6 +569,7 @@ class TestLocked:
             make(tmp_path / "artifacts", locked=True)
 
 
+@pytest.mark.slow
 def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
     """A kernel that is compiled went through a process boundary and kept its launch facts."""
     artifacts = tmp_path / "artifacts"

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("click", reason="needs the builder")
 
+from builds import topk_set
 from click.testing import CliRunner, Result
 from rich.console import Console
 from watchdog import ends_within
@@ -38,10 +39,7 @@ def call(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "artifacts"
-    result = call("build", "--kernel", TOPK, "--artifacts", folder, "--json")
-    assert result.exit_code == 0, result.stderr
-    return folder
+    return topk_set(tmp_path_factory.mktemp("cli") / "artifacts")
 
 
 @pytest.mark.slow
@@ -286,8 +284,7 @@ def test_inspect_for_people_names_abi_resources_and_opcodes(artifacts: Path) -> 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("damage", ["missing", "altered"])
 def test_inspect_of_what_is_not_whole_names_the_repair(tmp_path: Path, damage: str) -> None:
-    folder = tmp_path / "a"
-    assert call("build", "--kernel", TOPK, "--arch", "sm_90a", "--artifacts", folder).exit_code == 0
+    folder = topk_set(tmp_path / "a", ["sm_90a"])
     cubin = folder / f"{TOPK}.sm_90a.cubin"
     if damage == "missing":
         cubin.unlink()

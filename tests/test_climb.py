@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
-from builds import topk_set
+from builds import tasks_here, topk_set
 from click.testing import CliRunner
 from rich.console import Console
 from test_evidence import FAILED, KERNEL, PASSED, record_of
@@ -50,10 +50,17 @@ def artifacts(tmp_path: Path) -> Path:
     return topk_set(tmp_path / "artifacts", ["sm_100a"])
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start no worker, which would import what is imported here: test_workers has them."""
+    monkeypatch.setattr(climb, "run_tasks", tasks_here)
+
+
 def _call(*arguments: str | Path):
     return CliRunner().invoke(verify_command, [str(argument) for argument in arguments])
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_command_prints_a_table_and_keeps_the_evidence(artifacts: Path) -> None:
     result = _call("--artifacts", artifacts, "--rung", "structure")
     assert result.exit_code == 0, result.stderr
@@ -86,6 +93,7 @@ def test_a_result_names_its_checker_and_a_stale_one_says_so(
     assert kernel == "router_topk.sm_100a"
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_rung_asked_for_and_not_run_is_a_failure(artifacts: Path) -> None:
     result = _call("--artifacts", artifacts, "--rung", "hardware")
     assert result.exit_code == 1
@@ -120,6 +128,7 @@ def test_what_counts_as_failure() -> None:
     assert not is_failure(outcome(replace(missing, applies=False)), ("protocol",))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_path: Path) -> None:
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     good, stale = tmp_path / "good.json", tmp_path / "stale.json"

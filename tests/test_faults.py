@@ -152,12 +152,12 @@ def test_a_trap_is_no_way_to_survive_a_torn_input(decode: Artifact) -> None:
     assert put(ends, trapping).problems == ()
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("body", "status", "detail"),
     [
-        ("def test_it(): pass", AS_EXPECTED, "1 passed"),
         ("def test_it(): assert False", WRONG, "1 failed"),
+        ("def test_it(): pass", AS_EXPECTED, "1 passed"),
         ("import pytest\ndef test_it(): pytest.skip('no driver')", NOT_RUN, "1 skipped"),
         ("def test_other(): pass", WRONG, ""),
     ],

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import manifest_text
 from watchdog import ends_within
 
 from dsv4_router_runtime.artifacts.kernel import KIND_LAYOUT
@@ -20,7 +21,7 @@ from dsv4_router_runtime.errors import ManifestError
 
 def altered(manifest, path: str, value):
     """The manifest's document with the value at `path` (dots and indices) replaced or removed."""
-    document = json.loads(serialise_manifest(manifest))
+    document = json.loads(manifest_text(manifest))
     *parents, last = path.split("/")
     node = document
     for step in parents:

@@ -28,8 +28,6 @@ from build_kernels.mutants.command import judge_one, mutants_command, table
 from build_kernels.mutants.faults import (
     MUTANTS,
     barriers,
-    layouts,
-    ordering,
     selection,
 )
 from build_kernels.mutants.judge import JUDGES, Verdict, is_right, judge
@@ -68,8 +66,8 @@ WANTED = {
 # One of each class is enough for the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
-# A second each: one for each role and architecture is quick, of another kind of fault each.
-GROUPS = (barriers.DECODE, ordering.SM90, layouts.HASH, (selection.TOPK_STORE,))
+# A second each: a fault of each language's kernels is quick.
+GROUPS = (barriers.DECODE, (selection.TOPK_STORE,))
 QUICK = [next(mutant for mutant in group if mutant in EMULATED) for group in GROUPS]
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

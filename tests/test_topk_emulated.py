@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ pytest.importorskip("torch", reason="the oracle needs the extra `torch`")
 
 import numpy as np
 import torch
+from builds import ARCHS, topk_set
 from numpy.typing import NDArray
 
-from build_kernels.building import compilers
 from build_kernels.emulator import DeviceArray, Launch, Schedule, emulate
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.reference import (
@@ -63,9 +62,9 @@ PLAIN = Options()
 
 
 @pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    archs = [arch.name for arch in ARCHITECTURES]
-    return {arch: compilers.compile_kernel(SPEC, arch, Path("unused")).ptx for arch in archs}
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = topk_set(tmp_path_factory.mktemp("topk") / "artifacts")
+    return {arch: (folder / f"{SPEC.name}.{arch}.ptx").read_text() for arch in ARCHS}
 
 
 def route(

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the builder")
 
-from builds import ARCHS, TOPK, make, topk_set
+from builds import ARCHS, TOPK, topk_set
 
 from build_kernels.building import plan
 
@@ -105,8 +105,7 @@ class TestRefused:
 
     @pytest.mark.quick(1)
     def test_a_part_of_the_kernels(self, checkout, package, target, tmp_path_factory) -> None:
-        part = tmp_path_factory.mktemp("part") / "artifacts"
-        make(part, archs=["sm_90a"])
+        part = topk_set(tmp_path_factory.mktemp("part") / "artifacts", ["sm_90a"])
         (checkout / "artifacts").rename(checkout / "elsewhere")
         part.rename(checkout / "artifacts")
         words = "2 of 3 kernels are missing (router_topk.sm_100a, ...)"

@@ -15,7 +15,7 @@ pytest.importorskip("click", reason="needs the builder")
 pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import topk_set
-from processes import family
+from processes import double, family, start_and_wait
 
 from build_kernels.workers import WorkerDiedError, run_tasks
 
@@ -86,15 +86,6 @@ def test_a_stopped_build_leaves_no_process_behind(
         assert started.survivors(seconds=5) == []
 
 
-def double(number: int) -> int:
-    """Kill the worker for 13, raise for 0, else return twice the number."""
-    if number == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if number == 0:
-        raise ValueError("nothing to double")
-    return 2 * number
-
-
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("jobs", [1, 2, 9])
 def test_every_task_gives_its_result(jobs: int) -> None:
@@ -127,19 +118,17 @@ def test_what_a_task_raises_is_raised() -> None:
         list(results)
 
 
-def start_and_wait(file: str) -> None:
-    """Start a program, tell its process id, wait for it."""
-    program = subprocess.Popen(["sleep", "617"])
-    Path(file).write_text(f"{os.getpid()} {program.pid}")
-    program.wait()
-
-
 def _interrupted_while_it_waits(file: Path) -> None:
-    """Let SIGALRM stand in for Ctrl-C."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    """Let SIGALRM stand in for Ctrl-C, once the worker has told the processes."""
+
+    def interrupt(*_: object) -> None:
+        if file.exists() and len(file.read_text().split()) == 2:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with run_tasks(start_and_wait, {"one": (str(file),)}, jobs=1) as results:
-            signal.setitimer(signal.ITIMER_REAL, 4)
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
             list(results)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -173,7 +162,7 @@ def test_workers_end_with_their_parent_when_the_guard_was_killed_first(tmp_path:
     file = tmp_path / "processes"
     code = (
         "from build_kernels.workers import run_tasks\n"
-        "from test_workers import start_and_wait\n"
+        "from processes import start_and_wait\n"
         "if __name__ == '__main__':\n"
         f"    with run_tasks(start_and_wait, {{1: ({str(file)!r},)}}, jobs=1) as results:\n"
         "        list(results)\n"

@@ -32,7 +32,6 @@ DAMAGED = "damaged"
 NOT_BUILT = "not built"
 # Without the compilers their versions cannot be compared.
 UNKNOWN = "unknown"
-STATES = (BUILT, OUT_OF_DATE, DAMAGED, NOT_BUILT, UNKNOWN)
 
 _WIDE = ("kernel", "arch", "state", "N", "can load on", "validated on", *RUNGS)
 _WIDE_KEYS = ("kernel", "arch", "state", "num_tokens", "loads_on", "validated_on", *RUNGS)

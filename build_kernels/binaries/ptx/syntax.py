@@ -129,9 +129,9 @@ class Variable:
     line: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
-    """One .entry of a module.
+    """One .entry of a module; complete once it is parsed.
 
     target: the module's .target. directives: numbers of the performance directives, by name.
     instructions: in the order of the text.

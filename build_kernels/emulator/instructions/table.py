@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 from build_kernels.binaries.ptx.syntax import Instruction, Kernel
 from build_kernels.emulator.execution.program import Program
@@ -75,17 +77,27 @@ def make_program(
     approximate: Mapping[str, Callable[[Array], Array]],
 ) -> Program:
     """Decode a kernel, with a ret at its end; UnsupportedPtx for an unknown instruction."""
+    tables = (layout.shared, layout.addresses, approximate)
+    code = _decode_all(kernel, arch, *(tuple(table.items()) for table in tables))
+    instructions = [step.instruction for step in code]
+    return Program(kernel=replace(kernel, instructions=instructions), layout=layout, code=code)
+
+
+# Launches of one kernel share its code: decoding is half of a small launch's time.
+@lru_cache(maxsize=4)
+def _decode_all(
+    kernel: Kernel, arch: str, *tables: tuple[tuple[str, Any], ...]
+) -> tuple[DecodedInstruction, ...]:
+    shared, addresses, approximate = map(dict, tables)
     end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
-    kernel = replace(kernel, instructions=[*kernel.instructions, end])
     context = Context(
         arch=arch,
-        shared=layout.shared,
+        shared=shared,
         parameters={p.name: p.offset for p in kernel.parameters},
-        addresses=layout.addresses,
+        addresses=addresses,
         approximate=approximate,
     )
-    code = tuple(_step(instruction, context) for instruction in kernel.instructions)
-    return Program(kernel=kernel, layout=layout, code=code)
+    return tuple(_step(instruction, context) for instruction in (*kernel.instructions, end))
 
 
 def _step(ins: Instruction, context: Context) -> DecodedInstruction:

@@ -5,7 +5,8 @@
     gate.load_state_dict(...)                                   # the layer's `...ffn.gate.*`
     weights, ids = gate(hidden_states, input_ids)
 
-A hash layer needs input_ids; `image_mask` marks the rows of images in a model that sees.
+A hash layer needs input_ids. In a model that sees, `image_mask` marks the rows of images, or
+num_image_ids tells them by input_ids.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class GateConfig:
 
     hash_vocab_size: the rows of tid2eid, in a hash layer; None in any other layer.
     vision: the layer has bias_vl, for the rows of images.
-    gate_temp, num_shared_slots and pdl are `Router`'s; ids_dtype is torch.int32 or torch.int64.
+    first_image_id, num_image_ids: token ids of image rows (see `Router`); used with vision only.
+    gate_temp, num_shared_slots, shared_weight and pdl are `Router`'s; weights_dtype is
+    torch.float32 or torch.bfloat16, ids_dtype torch.int32 or torch.int64.
     """
 
     hidden_size: int
@@ -45,6 +48,10 @@ class GateConfig:
     vision: bool = False
     gate_temp: float = 1.0
     num_shared_slots: int = 0
+    shared_weight: float = 1.0
+    first_image_id: int = 0
+    num_image_ids: int = 0
+    weights_dtype: torch.dtype = torch.float32
     ids_dtype: torch.dtype = torch.int32
     pdl: bool = False
 
@@ -54,7 +61,8 @@ class GateConfig:
 
         config: an object as transformers and the engines have it, or config.json as a dict.
         layer_index: draft layers (MTP, DSpark) follow the num_hidden_layers of the model itself.
-        more: fields of GateConfig that no model's config has, such as num_shared_slots.
+        more: fields of GateConfig that no model's config has, such as num_shared_slots and
+            num_image_ids.
         """
         text = _value(config, "text_config", config)
         scoring = _value(text, "scoring_func", SCORING)
@@ -158,13 +166,15 @@ class Gate(nn.Module):
         padding_mask: torch.Tensor | None = None,
         num_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights FP32 and ids [N, top_k + num_shared_slots] of hidden_states [..., K] BF16.
+        """Return weights and ids [N, top_k + num_shared_slots] of hidden_states [..., K] BF16.
 
         N is the product of the leading dimensions, which input_ids and the masks may have too.
-        input_ids: used in a hash layer, and may be given to any other. See `Router` for the rest.
+        input_ids: used in a hash layer, and with num_image_ids in a layer with vision. It may be
+        given to any other. See `Router` for the rest.
         """
         config = self.config
         hashed = self.tid2eid is not None
+        num_image_ids = config.num_image_ids if config.vision else 0
         return torch_op.route_functional(
             hidden_states.reshape(-1, config.hidden_size),
             self.weight,
@@ -175,12 +185,16 @@ class Gate(nn.Module):
             gate_temp=config.gate_temp,
             tid2eid=self.tid2eid,
             num_shared_slots=config.num_shared_slots,
+            shared_weight=config.shared_weight,
             norm_topk_prob=config.norm_topk_prob,
+            first_image_id=config.first_image_id if num_image_ids else 0,
+            num_image_ids=num_image_ids,
             image_mask=_flat(image_mask),
             padding_mask=_flat(padding_mask),
             num_tokens=num_tokens,
-            input_ids=_flat(input_ids) if hashed else None,
+            input_ids=_flat(input_ids) if hashed or num_image_ids else None,
             pdl=config.pdl,
+            weights_dtype=config.weights_dtype,
             ids_dtype=config.ids_dtype,
         )
 

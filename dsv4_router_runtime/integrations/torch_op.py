@@ -8,11 +8,12 @@
 
 Importing this module registers `torch.ops.dsv4_router`. Arguments, checks and errors are those of
 `Router` and its calls, with one difference: weight [E, K] has a checkpoint's layout, and is bound
-as W_gate = weight.t(). The last two operators take every option of `Router` and of its calls as a
-keyword. `route` takes none, since each argument of an operator costs host time.
-`route_functional` allocates its outputs, with ids of `ids_dtype` (int32 if None).
+as W_gate = weight.t(). The last two operators take the options of `Router` and of its calls as
+keywords. `route` takes none, since each argument of an operator costs host time.
+`route_functional` allocates its outputs: weights of `weights_dtype` (FP32 if None) and ids of
+`ids_dtype` (int32 if None). It has no out_logical_ids and no out_logits: use `route_options`.
 
-The first call with a layer binds it: a `Router` on a GPU, on a CPU `router_reference` in FP64. It
+The first call with a layer binds it: a `Router` on a GPU, on a CPU the reference in FP64. It
 must not happen under stream capture (see `Router`). A layer is found by the memory of its tensors
 and by its numbers. If the weight is an nn.Parameter, its last 16 layers are kept for as long as it
 lives. Of layers with other weights the last 512 are kept, and their memory with them.
@@ -29,14 +30,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 
-from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.call import RareKeywords, check_call, check_call_options
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.layer import LayerOptions, check_layer, complete_options
-from dsv4_router_runtime.reference import router_reference
+from dsv4_router_runtime.reference import ReferenceOptions, select_reference
 from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS, Router, version_of
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
 
@@ -46,11 +47,17 @@ _LAYER = (
 _OUTPUTS = "Tensor(a!) out_weights, Tensor(b!) out_ids"
 _OPTIONS = (
     "Tensor? bias_vl=None, float gate_temp=1.0, Tensor? tid2eid=None, Tensor? to_physical=None, "
-    "Tensor? logical_count=None, int num_shared_slots=0, bool norm_topk_prob=True, "
+    "Tensor? logical_count=None, int num_shared_slots=0, float shared_weight=1.0, "
+    "bool norm_topk_prob=True, int first_image_id=0, int num_image_ids=0, "
     "Tensor? image_mask=None, Tensor? padding_mask=None, Tensor? num_tokens=None, "
-    "Tensor? input_ids=None, bool pdl=False"
+    "Tensor? input_ids=None, Tensor? forced_ids=None, Tensor? forced_mask=None, bool pdl=False"
 )
-_CALL_OPTIONS = ("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl")
+_OPTIONAL_OUTPUTS = "Tensor(c!)? out_logical_ids=None, Tensor(d!)? out_logits=None"
+_DTYPES = "ScalarType? weights_dtype=None, ScalarType? ids_dtype=None"
+_CALL_OPTIONS = (
+    *("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl"),
+    *RareKeywords.__annotations__,
+)
 _NO_OPTIONS = LayerOptions()
 # Layers that an nn.Parameter keeps: they differ in the biases, the tables or the numbers.
 MAX_LAYERS_OF_A_WEIGHT = 16
@@ -83,7 +90,8 @@ class _CpuRouter:
             check_physical_map(to_physical, logical_count)
         if options["tid2eid"] is not None:
             options["tid2eid"] = copied_hash_table(options["tid2eid"], self._layer.num_experts)
-        self._bound = (W_gate, e_bias, routed_scaling_factor, top_k)
+        self._W_gate = W_gate
+        self._bound = (e_bias, routed_scaling_factor, top_k)
         self._options = options
 
     def __call__(
@@ -97,20 +105,34 @@ class _CpuRouter:
         num_tokens: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         pdl: bool = False,
+        **rare: Unpack[RareKeywords],
     ) -> None:
         call = check_call(self._layer, hidden_states, out_weights, out_ids)
-        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids)
-        weights, ids = router_reference(
-            hidden_states,
-            *self._bound,
+        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids, rare)
+        logits = hidden_states.double() @ self._W_gate.double()
+        options = ReferenceOptions(
             **self._options,
             image_mask=image_mask,
             padding_mask=padding_mask,
             num_tokens=num_tokens,
             input_ids=input_ids,
+            forced_ids=rare.get("forced_ids"),
+            forced_mask=rare.get("forced_mask"),
         )
-        out_weights[: len(weights), : self._layer.columns] = weights
-        out_ids[: len(ids), : self._layer.columns] = ids
+        weights, ids = select_reference(logits, *self._bound, **options)
+        # By way of FP32, as the kernels round.
+        _write(out_weights, weights.float())
+        _write(out_ids, ids)
+        if (out_logical_ids := rare.get("out_logical_ids")) is not None:
+            options["to_physical"] = options["logical_count"] = None
+            _, ids = select_reference(logits, *self._bound, **options)
+            _write(out_logical_ids, ids[:, : self._layer.top_k])
+        if (out_logits := rare.get("out_logits")) is not None:
+            _write(out_logits, logits)
+
+
+def _write(out: torch.Tensor, rows: torch.Tensor) -> None:
+    out[: rows.shape[0], : rows.shape[1]] = rows
 
 
 class _Bound:
@@ -303,7 +325,8 @@ def _route_functional(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake_functional(hidden_states, weight, e_bias, scale, top_k, **options)
-    options.pop("ids_dtype", None)
+    for name in ("weights_dtype", "ids_dtype"):
+        options.pop(name, None)
     run = _route_options if options else _route
     run(hidden_states, weight, e_bias, scale, top_k, *out, **options)
     return out
@@ -322,13 +345,14 @@ def _fake_functional(
     top_k: int,
     *,
     num_shared_slots: int = 0,
+    weights_dtype: torch.dtype | None = None,
     ids_dtype: torch.dtype | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Allocate the outputs of a call with any kind of tensors."""
     _fake_route(hidden_states, weight)
     shape = (hidden_states.shape[0], top_k + num_shared_slots)
-    out_weights = hidden_states.new_empty(shape, dtype=torch.float32)
+    out_weights = hidden_states.new_empty(shape, dtype=weights_dtype or torch.float32)
     return out_weights, hidden_states.new_empty(shape, dtype=ids_dtype or torch.int32)
 
 
@@ -350,13 +374,13 @@ def _register() -> torch.library.Library:
         ("route", f"({_LAYER}, {_OUTPUTS}) -> ()", _route, _fake_route),
         (
             "route.options",
-            f"({_LAYER}, {_OUTPUTS}, *, {_OPTIONS}) -> ()",
+            f"({_LAYER}, {_OUTPUTS}, *, {_OPTIONS}, {_OPTIONAL_OUTPUTS}) -> ()",
             _route_options,
             _fake_route,
         ),
         (
             "route_functional",
-            f"({_LAYER}, *, {_OPTIONS}, ScalarType? ids_dtype=None) -> (Tensor, Tensor)",
+            f"({_LAYER}, *, {_OPTIONS}, {_DTYPES}) -> (Tensor, Tensor)",
             _route_functional,
             _fake_functional,
         ),

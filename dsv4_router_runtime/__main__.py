@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("--top-k", type=int, required=True, help="experts per token")
     call.add_argument("--layout", choices=LAYOUTS, default="kmajor", help="unit stride of W_gate")
     call.add_argument("--hash", action="store_true", help="a layer with tid2eid")
-    call.add_argument("--images", action="store_true", help="a call with image_mask")
+    call.add_argument("--images", action="store_true", help="a call that may have image rows")
+    call.add_argument("--logits", action="store_true", help="a call with out_logits")
     place = call.add_mutually_exclusive_group()
     place.add_argument("--arch", metavar="SM", help="architecture, such as sm_90a")
     place.add_argument("--device", type=int, metavar="N", help="architecture of GPU N (default: 0)")
@@ -86,6 +87,7 @@ def _explain(options: argparse.Namespace) -> int:
         layout=options.layout,
         hashed=options.hash,
         images=options.images,
+        logits=options.logits,
     )
     artifacts = open_artifacts(options.artifacts)
     explained = explain.explain(artifacts, question, options.arch or _arch(options.device or 0))

@@ -40,7 +40,7 @@ from .device.workspace import Slot, workspace_for
 from .errors import ArtifactError, NoKernelError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .log import info_once, warn_once
-from .parameters import BOUND, DTYPES, OPTIONS, SIZES, LaunchParameter
+from .parameters import BOUND, DTYPES, INT64_TABLES, OPTIONS, SIZES, LaunchParameter
 from .tables import check_physical_map, copied_hash_table
 
 # Launch sites of one binding, before those on slots that were taken over are dropped.
@@ -56,7 +56,8 @@ def require_gpu(device: torch.device) -> None:
 
 def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Tensor) -> None:
     """Compute logits = hidden_states @ W_gate: BF16 operands, FP32 sums and result, by cuBLAS."""
-    with torch.no_grad():
+    # A caller's logits may be an inference tensor, which torch writes in that mode only.
+    with torch.inference_mode() if logits.is_inference() else torch.no_grad():
         torch.mm(hidden_states, W_gate, out_dtype=torch.float32, out=logits)
 
 
@@ -98,9 +99,10 @@ class Binding:
             self.plan = plan_layer(artifacts.manifest, _layer_problem(layer), arch)
             for kernel in self.plan.kernels:
                 check_parameter_names(artifacts, kernel)
-            # The steps of calls without an image_mask, then those of calls with one.
+            # The plan's steps, then those of calls that need the whole gate.
             self._steps = _load_steps(self.plan, artifacts, self._index)
-            self._first_image_step = len(self.plan.steps) if self.plan.image_steps else 0
+            self._ends = tuple(step.max_tokens for step in self._steps)
+            self._first_gate_step = len(self.plan.steps) if self.plan.gate_steps else 0
             _log_plan(self.plan, artifacts, arch, self._index)
             self._workspace = workspace_for(layer.device, artifacts.manifest.for_arch(arch))
         self.bind(W_gate, e_bias, options)
@@ -174,20 +176,25 @@ class Binding:
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
         pdl: bool,
+        out_logits: torch.Tensor | None = None,
     ) -> None:
         """Launch `call` with `options`, both checked, on the current stream; it has tokens.
 
-        Only a step with a matrix product reads the two tensors; the other kernels have W_gate.
+        Only a step with a matrix product takes the three tensors; other kernels have the addresses.
         """
         if driver.forked:
             driver.bindings()  # which says so
         if self._many_devices and torch.cuda.current_device() != self._index:
             with driver.context_kept(), torch.cuda.device(self._index):
-                self.run(call, options, hidden_states, W_gate, pdl)
+                self.run(call, options, hidden_states, W_gate, pdl, out_logits)
             return
         num_tokens = call[0]
-        index = self._first_image_step if options.image_mask else 0
-        while num_tokens > self._steps[index].max_tokens:
+        index = self._first_gate_step
+        # Not 0 in a hash layer with bias_vl.
+        if index and not (options.image_mask or out_logits is not None or self.layer.has_image_ids):
+            index = 0
+        ends = self._ends
+        while num_tokens > ends[index]:
             index += 1
         stream = current_stream(self._index)
         while True:
@@ -200,13 +207,13 @@ class Binding:
                     site = self._sites.get((index, stream, pdl))
                 if site is None:
                     with self._leased_site(index, stream, pdl) as site:
-                        self._launch(site, call, options, hidden_states, W_gate)
+                        self._launch(site, call, options, hidden_states, W_gate, out_logits)
                 elif site.reads_logits:
                     # The driver refuses our own launch in another context, but nothing refuses
                     # torch's.
                     if stream:
                         driver.refuse_foreign_context(self._index)
-                    self._launch(site, call, options, hidden_states, W_gate)
+                    self._launch(site, call, options, hidden_states, W_gate, out_logits)
                 else:
                     # Not through _launch, which would add 0.1 us to every decode call.
                     with self._lock:
@@ -225,14 +232,22 @@ class Binding:
         options: CallOptions,
         hidden_states: torch.Tensor,
         W_gate: torch.Tensor,
+        out_logits: torch.Tensor | None,
     ) -> None:
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
         with site.slot.lock, self._lock:
             if site.reads_logits:
                 W_bound = W_gate if self.w_copy is None else self.w_copy
-                logits = self._workspace.logits(site.slot, call[0], self.layer.num_experts)
+                stride = num_experts = self.layer.num_experts
+                if out_logits is None:
+                    logits = self._workspace.logits(site.slot, call[0], num_experts)
+                else:
+                    logits = out_logits[: call[0], :num_experts]
+                    stride = options.rare.out_logits_stride
                 multiply(hidden_states, W_bound, logits)
-                site.block.cells["logits"].value = logits.data_ptr()
+                at, stride_at = site.logits_cells
+                at.value = logits.data_ptr()
+                stride_at.value = stride
             site.write_call(call, options)
             site.launch()
 
@@ -347,7 +362,7 @@ def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_
             max_tokens=MAX_TOKENS if step.max_tokens is None else step.max_tokens,
             loaded=load_once(artifacts, step.kernel, device),
         )
-        for step in (*plan.steps, *plan.image_steps)
+        for step in (*plan.steps, *plan.gate_steps)
     )
 
 
@@ -373,7 +388,6 @@ def _layer_values(
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,
         "routed_scaling_factor": layer.scale,
-        "logits_stride": layer.num_experts,
         "e_bias": _address(e_bias),
     }
     bound = {**options, "tid2eid": table}
@@ -381,13 +395,16 @@ def _layer_values(
 
 
 def _option(item: LaunchParameter, bound: Mapping[str, Any]) -> int | float:
-    """Return an option's number, a tensor's address, or the size of a tensor; 0 for no tensor."""
+    """Return an option's number; of a tensor its address, a size, or whether it is int64, or 0."""
     if item.tensor is not None:
         return _address(bound[item.tensor])
     if item.name in bound:
         return bound[item.name]
-    tensor, axis = SIZES[item.name]
-    return 0 if bound[tensor] is None else bound[tensor].shape[axis]
+    if item.name in SIZES:
+        name, axis = SIZES[item.name]
+        return 0 if bound[name] is None else bound[name].shape[axis]
+    tensor = bound[INT64_TABLES[item.name]]
+    return tensor is not None and tensor.dtype is torch.int64
 
 
 def _address(tensor: torch.Tensor | None) -> int:

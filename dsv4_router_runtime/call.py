@@ -6,7 +6,7 @@ See `checks` for the form of an error.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -25,7 +25,30 @@ class Call(NamedTuple):
     out_weights_stride: int
     out_ids: int
     out_ids_stride: int
+    weights_are_bfloat16: int
     ids_are_int64: int
+
+
+class RareKeywords(TypedDict, total=False):
+    """Keywords of a call that most calls leave out as a whole, at next to no cost."""
+
+    forced_ids: torch.Tensor | None
+    forced_mask: torch.Tensor | None
+    out_logical_ids: torch.Tensor | None
+    out_logits: torch.Tensor | None
+
+
+class RareOptions(NamedTuple):
+    """The rare options of one call as a launch passes them: addresses, and strides in elements."""
+
+    forced_ids: int
+    forced_ids_stride: int
+    forced_ids_are_int64: int
+    forced_mask: int
+    out_logical_ids: int
+    out_logical_ids_stride: int
+    out_logits: int
+    out_logits_stride: int
 
 
 class CallOptions(NamedTuple):
@@ -36,20 +59,36 @@ class CallOptions(NamedTuple):
     num_valid_tokens: int
     input_ids: int
     input_ids_are_int64: int
+    rare: RareOptions
 
 
-NO_OPTIONS = CallOptions(0, 0, 0, 0, 0)
+NO_RARE = RareOptions(0, 0, 0, 0, 0, 0, 0, 0)
+NO_OPTIONS = CallOptions(0, 0, 0, 0, 0, NO_RARE)
+
+
+class _Span(NamedTuple):
+    """The memory of a tensor's rows, in bytes: first, end, and the stride and width of a row."""
+
+    name: str
+    low: int
+    high: int
+    stride: int
+    width: int
+
+
 # `Call(...)` runs a Python function and costs 0.1 us more per call than this.
 _new = tuple.__new__
 # A name of torch's takes 0.03 us to look up.
 _TENSOR = torch.Tensor
-_BFLOAT16, _FLOAT32, _INT32, _INT64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+_STRIDED = torch.strided
+_BFLOAT16, _FLOAT32 = torch.bfloat16, torch.float32
+_BOOL, _INT32, _INT64 = torch.bool, torch.int32, torch.int64
 
 
 def check_call(layer: Layer, hidden_states: Any, out_weights: Any, out_ids: Any) -> Call:
     """Check one call's tensors against the layer and return them as a launch passes them.
 
-    hidden_states [N, K] BF16; out_weights FP32 and out_ids int32 or int64, of at least
+    hidden_states [N, K] BF16; out_weights FP32 or BF16 and out_ids int32 or int64, of at least
     [N, layer.columns].
     """
     call = plainly_right(layer, hidden_states, out_weights, out_ids)
@@ -59,25 +98,28 @@ def check_call(layer: Layer, hidden_states: Any, out_weights: Any, out_ids: Any)
 
 
 def plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
-    """Check the usual call in about 1.5 us; None sends it to the full check.
+    """Check the usual call in about 1.5 us; None sends it to the full check, which allows more.
 
-    Each property is read once. A call that passes here passes the full check too (see
-    test_router_arguments). Rare valid calls (a subclass of Tensor, one row of an odd stride,
-    outputs interleaved in one buffer) go to the full check.
+    Each property is read once. Not usual: a subclass of Tensor, one row of any stride, one buffer.
     """
     device, columns = layer.device, layer.columns
     if (
-        not (type(x) is _TENSOR and type(weights) is _TENSOR and type(ids) is _TENSOR)
+        not (type(x) is type(weights) is type(ids) is _TENSOR)
         or x.dtype is not _BFLOAT16
-        or weights.dtype is not _FLOAT32
         or not (x.device == device and weights.device == device and ids.device == device)
     ):
         return None
-    ids_dtype = ids.dtype
+    weights_dtype, ids_dtype = weights.dtype, ids.dtype
+    if weights_dtype is _FLOAT32:
+        narrow, weights_bytes = 0, 4
+    elif weights_dtype is _BFLOAT16:
+        narrow, weights_bytes = 1, 2
+    else:
+        return None
     if ids_dtype is _INT32:
-        ids_are_int64, ids_bytes = 0, 4
+        wide, ids_bytes = 0, 4
     elif ids_dtype is _INT64:
-        ids_are_int64, ids_bytes = 1, 8
+        wide, ids_bytes = 1, 8
     else:
         return None
     try:
@@ -104,7 +146,7 @@ def plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
     ):
         return None
     x_end = x_at + num_tokens * x_stride * 2
-    w_end = w_at + num_tokens * w_stride * 4
+    w_end = w_at + num_tokens * w_stride * weights_bytes
     i_end = i_at + num_tokens * i_stride * ids_bytes
     if (
         (num_tokens and not (x_at and w_at and i_at))
@@ -114,24 +156,24 @@ def plainly_right(layer: Layer, x: Any, weights: Any, ids: Any) -> Call | None:
         or (i_at < x_end and x_at < i_end)
     ):
         return None
-    return _new(Call, (num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64))
+    return _new(Call, (num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, narrow, wide))
 
 
 def _check_call_slowly(layer: Layer, hidden_states: Any, out_weights: Any, out_ids: Any) -> Call:
     """Check every rule of a call, in the order of the arguments."""
     device = layer.device
     check_tensor("hidden_states", hidden_states, torch.bfloat16, rank=2, device=device)
-    check_tensor("out_weights", out_weights, torch.float32, rank=2, device=device)
+    check_tensor("out_weights", out_weights, _FLOAT32, _BFLOAT16, rank=2, device=device)
     check_tensor("out_ids", out_ids, torch.int32, torch.int64, rank=2, device=device)
     num_tokens, k = hidden_states.shape
     if k != layer.k:
         raise wrong("hidden_states", f"shape [N, {layer.k}], W_gate's K", shape_of(hidden_states))
-    _check_output("out_weights", out_weights, num_tokens, layer)
-    _check_output("out_ids", out_ids, num_tokens, layer)
+    what = "top_k" if layer.columns == layer.top_k else "top_k + num_shared_slots"
+    for name, out in (("out_weights", out_weights), ("out_ids", out_ids)):
+        _check_output(name, out, num_tokens, layer.columns, what)
     if num_tokens:
         _check_rows(hidden_states)
-        _check_overlap(hidden_states, out_weights, out_ids, num_tokens, layer.columns)
-    return Call(
+    call = Call(
         num_tokens=num_tokens,
         hidden_states=hidden_states.data_ptr(),
         hidden_states_stride=hidden_states.stride(0),
@@ -139,8 +181,15 @@ def _check_call_slowly(layer: Layer, hidden_states: Any, out_weights: Any, out_i
         out_weights_stride=out_weights.stride(0),
         out_ids=out_ids.data_ptr(),
         out_ids_stride=out_ids.stride(0),
-        ids_are_int64=int(out_ids.dtype is torch.int64),
+        weights_are_bfloat16=int(out_weights.dtype is _BFLOAT16),
+        ids_are_int64=int(out_ids.dtype is _INT64),
     )
+    if num_tokens:
+        weights_span, ids_span = _spans_of_outputs(layer, call)
+        for span in (weights_span, ids_span):
+            _refuse_overlap(span, _span_of_rows(layer, call))
+        _refuse_overlap(ids_span, weights_span)
+    return call
 
 
 def _check_rows(hidden_states: torch.Tensor) -> None:
@@ -161,10 +210,8 @@ def _check_rows(hidden_states: torch.Tensor) -> None:
         raise wrong("hidden_states", f"data aligned to {MAP_ALIGNMENT_BYTES} bytes", got)
 
 
-def _check_output(name: str, out: torch.Tensor, num_tokens: int, layer: Layer) -> None:
+def _check_output(name: str, out: torch.Tensor, num_tokens: int, needed: int, what: str) -> None:
     rows, columns = out.shape
-    needed = layer.columns
-    what = "top_k" if needed == layer.top_k else "top_k + num_shared_slots"
     if rows < num_tokens or columns < needed:
         raise wrong(name, f"at least [{num_tokens}, {needed}] (N, {what})", shape_of(out))
     row_stride, along_k = out.stride()
@@ -174,37 +221,37 @@ def _check_output(name: str, out: torch.Tensor, num_tokens: int, layer: Layer) -
         raise wrong(name, f"a row stride of at least {what} ({needed})", strides_of(out))
 
 
-def _check_overlap(
-    hidden_states: torch.Tensor,
-    out_weights: torch.Tensor,
-    out_ids: torch.Tensor,
-    num_tokens: int,
-    columns: int,
-) -> None:
-    """Refuse an output that shares an element with the other output or with hidden_states."""
-    row_stride = hidden_states.stride(0)
-    x_low = hidden_states.data_ptr()
-    x_high = x_low + ((num_tokens - 1) * row_stride + hidden_states.shape[1]) * BF16_BYTES
-    w_low, w_high, w_stride = _extent(out_weights, num_tokens, columns)
-    i_low, i_high, i_stride = _extent(out_ids, num_tokens, columns)
-    if w_low < x_high and x_low < w_high:
-        raise wrong("out_weights", "memory apart from hidden_states", "an overlap")
-    if i_low < x_high and x_low < i_high:
-        raise wrong("out_ids", "memory apart from hidden_states", "an overlap")
-    if w_low < i_high and i_low < w_high:
-        # Columns of one buffer interleave without meeting: same row stride, disjoint columns.
-        apart = (i_low - w_low) % w_stride
-        w_width, i_width = columns * out_weights.itemsize, columns * out_ids.itemsize
-        if w_stride != i_stride or apart < w_width or w_stride - apart < i_width:
-            raise wrong("out_ids", "memory apart from out_weights", "an overlap")
-
-
-def _extent(out: torch.Tensor, num_tokens: int, columns: int) -> tuple[int, int, int]:
-    """Return the first byte, the end of what a call writes, and the row stride in bytes."""
-    low, width = out.data_ptr(), columns * out.itemsize
+def _span(name: str, at: int, num_rows: int, stride: int, columns: int, size: int) -> _Span:
+    """Return the memory of rows of `columns` elements of `size` bytes; there is at least one."""
+    width = columns * size
     # One row is never stepped along; any stride that holds the row describes it.
-    stride = out.stride(0) * out.itemsize if num_tokens > 1 else width
-    return low, low + (num_tokens - 1) * stride + width, stride
+    step = stride * size if num_rows > 1 else width
+    return _Span(name, at, at + (num_rows - 1) * step + width, step, width)
+
+
+def _span_of_rows(layer: Layer, call: Call) -> _Span:
+    """Return the memory of hidden_states, as one row: what lies between its rows is not free."""
+    extent = (call.num_tokens - 1) * call.hidden_states_stride + layer.k
+    return _span("hidden_states", call.hidden_states, 1, 0, extent, BF16_BYTES)
+
+
+def _spans_of_outputs(layer: Layer, call: Call) -> tuple[_Span, _Span]:
+    """Return the memory that a call writes of out_weights and of out_ids."""
+    num_rows, _, _, w_at, w_stride, i_at, i_stride, weights_are_bfloat16, ids_are_int64 = call
+    columns, w_size, i_size = layer.columns, 2 if weights_are_bfloat16 else 4, 4 << ids_are_int64
+    return (
+        _span("out_weights", w_at, num_rows, w_stride, columns, w_size),
+        _span("out_ids", i_at, num_rows, i_stride, columns, i_size),
+    )
+
+
+def _refuse_overlap(span: _Span, other: _Span) -> None:
+    """Raise ValueError about `span` if it may share an element with `other`."""
+    if span.low < other.high and other.low < span.high:
+        # Columns of one buffer interleave without meeting: same row stride, disjoint columns.
+        stride, apart = other.stride, (span.low - other.low) % other.stride
+        if span.stride != stride or apart < other.width or stride - apart < span.width:
+            raise wrong(span.name, f"memory apart from {other.name}", "an overlap")
 
 
 def check_call_options(
@@ -214,36 +261,133 @@ def check_call_options(
     padding_mask: Any,
     num_tokens: Any,
     input_ids: Any,
+    rare: RareKeywords,
 ) -> CallOptions:
     """Check a call's options against its layer and its tensors; return them for a launch.
 
     image_mask and padding_mask bool [N], num_tokens int32 with one element, input_ids int32 or
-    int64 [N]; all on the layer's device, with unit stride, and apart from the outputs.
+    int64 [N]; all on the layer's device, with unit stride, and apart from the outputs. rare: see
+    `_checked_rare`.
     """
     num_rows = call[0]
     image_at = padding_at = valid_at = tokens_at = tokens_are_int64 = 0
     if image_mask is not None:
         if not layer.has_bias_vl:
             raise wrong("image_mask", "None, since the layer has no bias_vl", "a mask")
-        image_at = _vector_at("image_mask", image_mask, torch.bool, layer, call, 1)
+        image_at = _vector_at("image_mask", image_mask, _BOOL, layer, call, 1)
     if padding_mask is not None:
-        padding_at = _vector_at("padding_mask", padding_mask, torch.bool, layer, call, 1)
+        padding_at = _vector_at("padding_mask", padding_mask, _BOOL, layer, call, 1)
     if num_tokens is not None:
         valid_at = _scalar_at(num_tokens, layer, call)
     if input_ids is not None:
-        if not layer.hashed:
-            raise wrong("input_ids", "None, since the layer has no tid2eid", "token ids")
-        tokens_are_int64 = int(getattr(input_ids, "dtype", None) is torch.int64)
+        if not layer.needs_input_ids:
+            allowed = "None, since the layer has no tid2eid and no num_image_ids"
+            raise wrong("input_ids", allowed, "token ids")
+        tokens_are_int64 = int(getattr(input_ids, "dtype", None) is _INT64)
         if tokens_are_int64:
-            tokens_at = _vector_at("input_ids", input_ids, torch.int64, layer, call, 8)
+            tokens_at = _vector_at("input_ids", input_ids, _INT64, layer, call, 8)
         else:
-            tokens_at = _vector_at("input_ids", input_ids, torch.int32, layer, call, 4)
-    elif layer.hashed:
+            tokens_at = _vector_at("input_ids", input_ids, _INT32, layer, call, 4)
+    elif layer.needs_input_ids:
+        use = "tid2eid is looked up by" if layer.hashed else "num_image_ids tells image rows by"
         raise TypeError(
             f"input_ids: expected a torch.Tensor of the {num_rows} rows' token ids, which the "
-            "layer's tid2eid is looked up by (got None)"
+            f"layer's {use} (got None)"
         )
-    return _new(CallOptions, (image_at, padding_at, valid_at, tokens_at, tokens_are_int64))
+    rare_at = NO_RARE
+    if rare:
+        vectors = image_at, padding_at, valid_at, tokens_at, tokens_are_int64
+        rare_at = _checked_rare(layer, call, _spans_of_vectors(num_rows, *vectors), **rare)
+    return _new(CallOptions, (image_at, padding_at, valid_at, tokens_at, tokens_are_int64, rare_at))
+
+
+def _checked_rare(
+    layer: Layer,
+    call: Call,
+    read: list[_Span],
+    *,
+    forced_ids: Any = None,
+    forced_mask: Any = None,
+    out_logical_ids: Any = None,
+    out_logits: Any = None,
+    **unknown: Any,
+) -> RareOptions:
+    """Check the rare options of a call that reads hidden_states and the vectors of `read`.
+
+    forced_ids int32 or int64 [N, top_k], forced_mask bool [N]; out_logical_ids int32 of at least
+    [N, top_k], out_logits FP32 of at least [N, num_experts]. Rows may be strided. What is written
+    lies apart from the rest.
+    """
+    for name in unknown:
+        allowed = ", ".join(RareKeywords.__annotations__)
+        raise TypeError(f"unexpected keyword argument {name!r} (beside the others: {allowed})")
+    num_rows = call[0]
+    spans = list(_spans_of_outputs(layer, call)) if num_rows else []
+    forced, mask_at = (0, 0, 0), 0
+    if forced_ids is not None:
+        forced = _forced_at(forced_ids, num_rows, layer)
+        if num_rows:
+            form = forced[1], layer.top_k, forced_ids.itemsize
+            read.append(_span("forced_ids", forced[0], num_rows, *form))
+        for span in spans:
+            _refuse_overlap(read[-1], span)
+    if forced_mask is not None:
+        if forced_ids is None:
+            raise TypeError(
+                "forced_ids: expected a torch.Tensor beside forced_mask (got None); pass the ids "
+                "of the mask's rows, or no mask"
+            )
+        mask_at = _vector_at("forced_mask", forced_mask, _BOOL, layer, call, 1)
+        read.append(_span("forced_mask", mask_at, 1, 0, num_rows, 1))
+    if out_logits is not None and layer.hashed and not layer.has_bias_vl:
+        reason = "a hash layer without bias_vl computes the logits of its own experts alone"
+        raise wrong("out_logits", f"None, since {reason}", "a tensor")
+    written = [0, 0, 0, 0]
+    for at, (name, out, dtype, columns, what) in enumerate(
+        (
+            ("out_logical_ids", out_logical_ids, _INT32, layer.top_k, "top_k"),
+            ("out_logits", out_logits, _FLOAT32, layer.num_experts, "num_experts"),
+        )
+    ):
+        if out is None:
+            continue
+        check_tensor(name, out, dtype, rank=2, device=layer.device)
+        _check_output(name, out, num_rows, columns, what)
+        written[2 * at : 2 * at + 2] = out.data_ptr(), out.stride(0)
+        if num_rows:
+            span = _span(name, out.data_ptr(), num_rows, out.stride(0), columns, out.itemsize)
+            for other in (_span_of_rows(layer, call), *read, *spans):
+                _refuse_overlap(span, other)
+            spans.append(span)
+    return RareOptions(*forced, mask_at, *written)
+
+
+def _forced_at(forced_ids: Any, num_rows: int, layer: Layer) -> tuple[int, int, int]:
+    """Check forced_ids; return its address, its row stride, and whether it holds int64."""
+    check_tensor("forced_ids", forced_ids, _INT32, _INT64, rank=2, device=layer.device)
+    if forced_ids.shape != (num_rows, layer.top_k):
+        allowed = f"shape [{num_rows}, {layer.top_k}] (N, top_k)"
+        raise wrong("forced_ids", allowed, shape_of(forced_ids))
+    _check_output("forced_ids", forced_ids, num_rows, layer.top_k, "top_k")
+    return forced_ids.data_ptr(), forced_ids.stride(0), int(forced_ids.dtype is _INT64)
+
+
+def _spans_of_vectors(
+    num_rows: int,
+    image_mask: int,
+    padding_mask: int,
+    num_valid_tokens: int,
+    input_ids: int,
+    input_ids_are_int64: int,
+) -> list[_Span]:
+    """Return the memory of the options that are one row; an address of 0 is none."""
+    vectors = (
+        ("image_mask", image_mask, num_rows, 1),
+        ("padding_mask", padding_mask, num_rows, 1),
+        ("num_tokens", num_valid_tokens, 1, 4),
+        ("input_ids", input_ids, num_rows, 4 << input_ids_are_int64),
+    )
+    return [_span(name, at, 1, 0, length, size) for name, at, length, size in vectors if at]
 
 
 def _vector_at(
@@ -252,15 +396,15 @@ def _vector_at(
     """Check a vector [N] of elements of `size` bytes apart from the outputs; return its address."""
     num_rows = call[0]
     if (
-        type(vector) is not torch.Tensor
+        type(vector) is not _TENSOR
         or vector.dtype is not dtype
         or vector.device != layer.device
-        or vector.layout is not torch.strided
+        or vector.layout is not _STRIDED
         or vector.shape != (num_rows,)
         or vector.stride() != (1,)
     ):
         # Some rule is broken, or the vector is a subclass of Tensor: check rule by rule.
-        dtypes = (torch.int32, torch.int64) if name == "input_ids" else (dtype,)
+        dtypes = (_INT32, _INT64) if name == "input_ids" else (dtype,)
         each = "row of hidden_states"
         check_vector(name, vector, *dtypes, length=num_rows, each=each, device=layer.device)
     address = vector.data_ptr()
@@ -286,11 +430,12 @@ def _scalar_at(num_tokens: Any, layer: Layer, call: Call) -> int:
 
 def _check_apart(name: str, low: int, size: int, layer: Layer, call: Call) -> None:
     """Refuse an option that overlaps an output of the same call."""
-    num_rows, _, _, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
+    num_rows, _, _, w_at, w_stride, i_at, i_stride, weights_are_bfloat16, ids_are_int64 = call
     if not num_rows:
         return
     high = low + size
-    if w_at < high and low < w_at + ((num_rows - 1) * w_stride + layer.columns) * 4:
+    weights_bytes = 2 if weights_are_bfloat16 else 4
+    if w_at < high and low < w_at + ((num_rows - 1) * w_stride + layer.columns) * weights_bytes:
         raise wrong(name, "memory apart from out_weights", "an overlap")
     ids_end = i_at + ((num_rows - 1) * i_stride + layer.columns) * (8 if ids_are_int64 else 4)
     if i_at < high and low < ids_end:

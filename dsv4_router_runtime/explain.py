@@ -42,7 +42,8 @@ _BF16_BYTES, _FP32_BYTES = 2, 4
 class Question:
     """A call of `num_tokens` rows to a layer whose W_gate [k, num_experts] has no gaps.
 
-    hashed: the layer has tid2eid. images: the call has an image_mask.
+    hashed: the layer has tid2eid. images: the call may have image rows, by image_mask or by the
+    layer's num_image_ids. logits: the call has out_logits.
     """
 
     num_tokens: int
@@ -52,6 +53,7 @@ class Question:
     layout: str = "kmajor"
     hashed: bool = False
     images: bool = False
+    logits: bool = False
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -70,9 +72,10 @@ class Question:
 
     def __str__(self) -> str:
         kind = "hash layer" if self.hashed else "layer"
+        kind += ", image rows" * self.images + ", out_logits" * self.logits
         return (
             f"N={self.num_tokens}, K={self.k}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, {self.layout} {kind}{', image_mask' if self.images else ''}"
+            f"top_k={self.top_k}, {self.layout} {kind}"
         )
 
     @property
@@ -145,10 +148,10 @@ class Explanation:
 
     @property
     def logits_bytes(self) -> int:
-        """Logits that the matrix product leaves for the kernel; 0 without a product."""
+        """Scratch for a matrix product's logits; 0 without one, or if out_logits takes them."""
         asked = self.question
         size = asked.num_tokens * asked.num_experts * _FP32_BYTES
-        return size if self.step.is_product_and_select else 0
+        return size if self.step.is_product_and_select and not asked.logits else 0
 
     @property
     def weights_copy_bytes(self) -> int:
@@ -193,7 +196,7 @@ def _step_of(plan: LayerPlan, question: Question) -> Step:
     """Return the step of a plan that takes the call."""
     return next(
         step
-        for step in plan.steps_of(images=question.images)
+        for step in plan.steps_of(whole_gate=question.images or question.logits)
         if step.max_tokens is None or question.num_tokens <= step.max_tokens
     )
 
@@ -225,7 +228,7 @@ def as_json(explained: Explanation) -> dict[str, Any]:
         "cluster": list(explained.kernel.launch.cluster),
         "pdl": explained.kernel.launch.pdl,
         "steps": _as_items(explained.plan.steps),
-        "image_steps": _as_items(explained.plan.image_steps),
+        "gate_steps": _as_items(explained.plan.gate_steps),
         "candidates": [
             {"kernel": each.kernel.key, "verdict": verdict, "reason": reason}
             for each, verdict, reason in _verdicts(explained)
@@ -245,9 +248,9 @@ def as_text(explained: Explanation) -> str:
     kernel = explained.kernel
     lines = [f"{explained.question} on {explained.arch}", f"path: {_path(explained)}", "steps:"]
     lines += _lines(explained, explained.plan.steps)
-    if explained.plan.image_steps:
-        lines.append("steps of calls with an image_mask, if the layer has bias_vl:")
-        lines += _lines(explained, explained.plan.image_steps)
+    if explained.plan.gate_steps:
+        lines.append("steps of calls with image rows or out_logits, if the layer has bias_vl:")
+        lines += _lines(explained, explained.plan.gate_steps)
     if has_clusters(kernel.launch):
         instead = explained.step_without_clusters.kernel.key
         lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")

@@ -43,10 +43,10 @@ class LayerOptions(TypedDict, total=False):
     to_physical: torch.Tensor | None
     logical_count: torch.Tensor | None
     num_shared_slots: int
+    shared_weight: float
     norm_topk_prob: bool
     first_image_id: int
     num_image_ids: int
-    shared_weight: float
 
 
 OPTIONS_OFF = LayerOptions(
@@ -56,10 +56,10 @@ OPTIONS_OFF = LayerOptions(
     to_physical=None,
     logical_count=None,
     num_shared_slots=0,
+    shared_weight=1.0,
     norm_topk_prob=True,
     first_image_id=0,
     num_image_ids=0,
-    shared_weight=1.0,
 )
 
 
@@ -69,7 +69,7 @@ class Layer:
 
     layout: kmajor or emajor. tma_loadable: W_gate's row stride is a multiple of 16 bytes, as TMA
     requires. columns: columns of an output, top_k and the shared slots. hashed: the ids come from a
-    table by token id.
+    table by token id. has_image_ids: some token ids make a row an image row.
     """
 
     k: int
@@ -82,6 +82,8 @@ class Layer:
     columns: int
     hashed: bool
     has_bias_vl: bool
+    has_image_ids: bool
+    needs_input_ids: bool
 
 
 def complete_options(given: LayerOptions) -> LayerOptions:
@@ -146,6 +148,8 @@ def check_layer(
         columns=top_k + options["num_shared_slots"],
         hashed=hashed,
         has_bias_vl=options["bias_vl"] is not None,
+        has_image_ids=options["num_image_ids"] > 0,
+        needs_input_ids=hashed or options["num_image_ids"] > 0,
     )
 
 
@@ -220,7 +224,20 @@ def _check_options(
         _check_hash_table(tid2eid, top_k, device)
     _check_physical_map(options["to_physical"], options["logical_count"], num_experts, device)
     check_int("num_shared_slots", options["num_shared_slots"], 0, MAX_SHARED_SLOTS)
+    check_float("shared_weight", options["shared_weight"], -FP32_MAX, FP32_MAX)
     check_bool("norm_topk_prob", options["norm_topk_prob"])
+    _check_image_ids(options)
+
+
+def _check_image_ids(options: LayerOptions) -> None:
+    first = check_int("first_image_id", options["first_image_id"], -(2**31), 2**31 - 1)
+    count = check_int("num_image_ids", options["num_image_ids"], 0, 2**31 - 1)
+    if first + count > 2**31:
+        allowed = "token ids that int32 holds, first_image_id + num_image_ids up to 2**31"
+        raise wrong("num_image_ids", allowed, f"{first} + {count}")
+    if count and options["bias_vl"] is None:
+        allowed = "0 without bias_vl, which image rows select with; pass both or neither"
+        raise wrong("num_image_ids", allowed, str(count))
 
 
 def _check_hash_table(tid2eid: Any, top_k: int, device: torch.device) -> None:
@@ -246,7 +263,7 @@ def _check_physical_map(
             raise TypeError(
                 f"{name}: expected a torch.Tensor beside {other} (got None); pass both or neither"
             )
-    check_tensor("to_physical", to_physical, torch.int32, rank=2, device=device)
+    check_tensor("to_physical", to_physical, torch.int32, torch.int64, rank=2, device=device)
     rows, replicas = to_physical.shape
     if rows != num_experts or not 1 <= replicas < 2**31:
         allowed = f"shape [{num_experts}, max_replicas], at least 1 replica for each expert"
@@ -256,8 +273,13 @@ def _check_physical_map(
     check_vector(
         "logical_count",
         logical_count,
-        torch.int32,
+        *(torch.int32, torch.int64),
         length=num_experts,
         each="expert",
         device=device,
     )
+    if logical_count.dtype != to_physical.dtype:
+        raise TypeError(
+            f"logical_count: expected dtype {to_physical.dtype}, to_physical's (got "
+            f"{logical_count.dtype}); convert one of them"
+        )

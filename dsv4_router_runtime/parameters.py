@@ -229,4 +229,10 @@ SIZES = {
     if item.tensor is not None
     for axis, size in enumerate(item.shape)
 }
+# The table whose dtype a flag of a layer is about.
+INT64_TABLES = {
+    item.other_dtype: item.tensor
+    for item in OPTIONS
+    if item.given == BOUND and item.other_dtype is not None and item.tensor is not None
+}
 PARAMETERS_OFF = {item.name: item.off for item in OPTIONS if item.off is not None}

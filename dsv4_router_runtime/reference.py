@@ -73,17 +73,19 @@ def select_reference(
     NaN logit adds a score of 0. A logit of +inf, or one that FP32 cannot hold, counts as the
     largest finite FP32 number.
 
-    bias_vl [E], image_mask [N] bool: rows of the mask select with bias_vl instead of e_bias, or
-        instead of the table.
+    bias_vl [E], image_mask [N] bool: image rows select with bias_vl instead of e_bias, or instead
+        of the table. first_image_id, num_image_ids: see `image_rows`.
     gate_temp: see `tempered`.
     padding_mask [N] bool, num_tokens (one element): the mask's rows, and those from num_tokens on,
         get id -1 and weight 0 in every column.
     tid2eid [vocab, top_k], input_ids [N]: ids are the token's row of the table, in its order, and
         no bias is used (e_bias None). A token id outside the table makes a row like a padded one.
-        The token id of an image row is not used.
+        The table is not used for an image row.
+    forced_ids [N, top_k], forced_mask [N] bool: the ids of the mask's rows, or of all without one.
+        One outside 0..E - 1, or one twice, makes the row like a padded one.
     to_physical [E, replicas], logical_count [E]: id e of row r becomes
-        to_physical[e, r % count], the count held within 1..replicas.
-    num_shared_slots: columns top_k + j hold id E + j and weight 1.
+        to_physical[e, r % count], the count held within 1..replicas. Of an int64 the low word.
+    num_shared_slots: columns top_k + j hold id E + j and weight shared_weight.
     norm_topk_prob: False leaves out the division by the sum.
     """
     unknown = sorted(options.keys() - _OFF.keys())
@@ -92,19 +94,14 @@ def select_reference(
     given = _OFF | options
     num_rows, num_experts = logits.shape
     logits = tempered(logits, given["gate_temp"])
-    if given["num_image_ids"]:
-        place = given["input_ids"].long() - given["first_image_id"]
-        mask = (place >= 0) & (place < given["num_image_ids"])
-        if given["image_mask"] is not None: mask |= given["image_mask"]
-        given = given | {"image_mask": mask}
     ids, padded = _chosen(logits, e_bias, top_k, given)
-    if given["forced_ids"] is not None:
-        forced = given["forced_ids"].long()
-        fmask = given["forced_mask"] if given["forced_mask"] is not None else torch.ones(num_rows, dtype=torch.bool)
-        bad = ((forced < 0) | (forced >= num_experts)).any(1) | torch.tensor([len(set(r)) < top_k for r in forced.tolist()])
-        base = padded_rows(len(logits), logits.device, given["padding_mask"], given["num_tokens"])
-        padded = torch.where(fmask, base | bad, padded)
-        ids = torch.where(fmask[:, None], forced.clamp(0, num_experts - 1), ids)
+    if (forced_ids := given["forced_ids"]) is not None:
+        wrong, forced = _not_a_choice(forced_ids, num_experts), given["forced_mask"]
+        forced = torch.ones_like(wrong) if forced is None else forced
+        ids = torch.where((forced & ~wrong)[:, None], forced_ids.long(), ids)
+        padded = torch.where(forced, wrong, padded)
+    padding = given["padding_mask"], given["num_tokens"]
+    padded = padded | padded_rows(num_rows, logits.device, *padding)
 
     weights = router_scores(logits).gather(1, ids)
     if given["norm_topk_prob"]:
@@ -115,7 +112,8 @@ def select_reference(
     num_shared_slots = given["num_shared_slots"]
     shared = num_experts + torch.arange(num_shared_slots, device=logits.device)
     ids = torch.cat([ids, shared.expand(num_rows, -1)], 1)
-    weights = torch.cat([weights, weights.new_full((num_rows, num_shared_slots), given["shared_weight"])], 1)
+    of_shared = weights.new_full((num_rows, num_shared_slots), given["shared_weight"])
+    weights = torch.cat([weights, of_shared], 1)
 
     ids = ids.masked_fill(padded[:, None], -1)
     # Filled, not multiplied: a padded row may hold NaN.
@@ -126,21 +124,28 @@ def select_reference(
 def _chosen(
     logits: torch.Tensor, e_bias: torch.Tensor | None, top_k: int, given: ReferenceOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logical ids [N, top_k] and the padded rows [N], from the table or by rank."""
-    padded = padded_rows(len(logits), logits.device, given["padding_mask"], given["num_tokens"])
-    tid2eid, input_ids = given["tid2eid"], given["input_ids"]
-    bias_vl, image_mask = given["bias_vl"], given["image_mask"]
+    """Return the logical ids [N, top_k], and the rows [N] that have none in the table."""
+    tid2eid, input_ids, bias_vl = given["tid2eid"], given["input_ids"], given["bias_vl"]
+    ids_range = given["first_image_id"], given["num_image_ids"]
+    images = image_rows(len(logits), logits.device, given["image_mask"], input_ids, *ids_range)
     if tid2eid is not None and input_ids is not None:
         outside = (input_ids < 0) | (input_ids >= tid2eid.shape[0])
         ids = tid2eid[input_ids.masked_fill(outside, 0).long()].long()
-        if bias_vl is None or image_mask is None:
-            return ids, padded | outside
+        if bias_vl is None:
+            return ids, outside
         of_images = ranking(selection_keys(logits, bias_vl))[:, :top_k]
-        return torch.where(image_mask[:, None], of_images, ids), padded | outside & ~image_mask
+        return torch.where(images[:, None], of_images, ids), outside & ~images
     if e_bias is None:
         raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
-    bias = selection_bias(e_bias, bias_vl, image_mask)
-    return ranking(selection_keys(logits, bias))[:, :top_k], padded
+    bias = selection_bias(e_bias, bias_vl, images)
+    return ranking(selection_keys(logits, bias))[:, :top_k], torch.zeros_like(images)
+
+
+def _not_a_choice(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """bool [N]: the rows of ids [N, top_k] with one outside 0..num_experts - 1, or one twice."""
+    outside = (ids < 0) | (ids >= num_experts)
+    twice = ids.sort(1)[0].diff(dim=1) == 0
+    return outside.any(1) | twice.any(1)
 
 
 def _physical(
@@ -149,9 +154,31 @@ def _physical(
     """Replace logical ids [N, top_k] by physical ones, if there is a map."""
     if to_physical is None or logical_count is None:
         return ids
-    count = logical_count.long().clamp(1, to_physical.shape[1])[ids]
+    # To int32 first, which keeps the low word.
+    count = logical_count.int().long().clamp(1, to_physical.shape[1])[ids]
     rows = torch.arange(len(ids), device=ids.device)[:, None]
-    return to_physical.long()[ids, rows % count]
+    return to_physical.int().long()[ids, rows % count]
+
+
+def image_rows(
+    num_rows: int,
+    device: torch.device,
+    image_mask: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    first_image_id: int = 0,
+    num_image_ids: int = 0,
+) -> torch.Tensor:
+    """bool [num_rows]: the rows of image_mask, and those whose token id is one of an image's.
+
+    These are first_image_id and those after it, num_image_ids of them.
+    """
+    images = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    if image_mask is not None:
+        images = images | image_mask
+    if num_image_ids and input_ids is not None:
+        place = input_ids.long() - first_image_id
+        images = images | ((place >= 0) & (place < num_image_ids))
+    return images
 
 
 def tempered(logits: torch.Tensor, gate_temp: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
-from .call import NO_OPTIONS, check_call, check_call_options, plainly_right
+from .call import NO_OPTIONS, RareKeywords, check_call, check_call_options, plainly_right
 from .checks import check_bool
 from .device import driver
 from .device.memory import wait_for_device
@@ -46,27 +46,33 @@ class Router:
     Options, of which none is compile-time: every one is a number, or a pointer that is null when
     the option is off, passed to the same kernels. Only a hash layer has a kernel of its own.
 
-    bias_vl [E] FP32: a second bias, for the rows of a call's image_mask; like e_bias, in place. A
-        hash layer's call with an image_mask takes the kernels of the whole gate, at any N.
+    bias_vl [E] FP32: a second bias, for image rows; like e_bias, in place. Image rows are those of
+        a call's image_mask and those that num_image_ids tells. A hash layer's call that may have
+        any, or that has out_logits, takes the kernels of the whole gate, at any N.
+    num_image_ids, first_image_id: a row is an image row too if its token id is one of
+        first_image_id, first_image_id + 1, ..., num_image_ids of them, all within int32. Needs
+        bias_vl. Every call then has input_ids, in any layer. 0 turns it off.
     gate_temp: logits are divided by it.
     norm_topk_prob: False leaves weights at score * scale.
     num_shared_slots: 0..8 columns after the top_k, for fused shared experts: ids E, E + 1, ... and
-        weight 1.0, which the scale does not reach. These ids are the same with a physical map,
-        which has to leave them free.
+        weight shared_weight, which the scale does not reach. These ids are the same with a physical
+        map, which has to leave them free.
+    shared_weight: 1.0 by default. An engine that scales the sum of all experts later passes
+        1 / routed_scaling_factor.
     tid2eid [vocab, top_k] int32 or int64: makes this a hash layer, whose ids are the row of each
         token id in the table's order, and which has no e_bias. Each row holds distinct experts;
         checked and copied here, so that later changes to it are not seen before `refresh`.
-    to_physical [E, max_replicas] and logical_count [E], int32: id e of row r is written as
-        to_physical[e, r % logical_count[e]]. Checked here, and then read in place by every call, so
-        that a server may rebalance in place: a count is held within 1..max_replicas, a physical id
-        is written as it is found.
+    to_physical [E, max_replicas] and logical_count [E], both int32 or both int64: id e of row r is
+        written as to_physical[e, r % logical_count[e]]. Checked here, and then read in place by
+        every call, so that a server may rebalance in place: a count is held within 1..max_replicas,
+        a physical id is written as it is found. Of an int64 the low 32 bits are read.
 
     pdl: launch as a programmatic dependent of the kernel before, unless a call says otherwise. The
     kernel then reads W_gate, e_bias, bias_vl, tid2eid, to_physical, logical_count and a call's
     input_ids while that one may still run, and those before it that it may overlap, so none of them
     may be what writes any of these; only the caller knows, so it is off unless asked for.
-    hidden_states, the masks and num_tokens may be the work of the kernel before. On one H200 it
-    takes 1.7 us or more off a decode call in a graph.
+    hidden_states, the masks, num_tokens and forced_ids may be the work of the kernel before, and it
+    may still use the outputs. On one H200 it takes 1.7 us or more off a decode call in a graph.
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 
@@ -213,23 +219,35 @@ class Router:
         num_tokens: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         pdl: bool | None = None,
+        **rare: Unpack[RareKeywords],
     ) -> None:
         """Route hidden_states [N, K] BF16 on the current stream; nothing is returned or awaited.
 
-        Writes out_weights (FP32) and out_ids (int32 or int64) in [0:N, 0:top_k + num_shared_slots]
-        and nowhere else; both may be larger. N = 0 returns at once. Up to 64 tokens take one
-        launch, more take cuBLAS and one. A refused call has launched nothing and touched no output.
+        Writes out_weights (FP32, or BF16 rounded from it to nearest even) and out_ids (int32 or
+        int64) in [0:N, 0:top_k + num_shared_slots] and nowhere else; both may be larger. N = 0
+        returns at once. Up to 64 tokens take one launch, more take cuBLAS and one. A refused call
+        has launched nothing and touched no output.
 
-        image_mask [N] bool: the rows that select with bias_vl instead of e_bias or the table.
+        image_mask [N] bool: image rows, which select with bias_vl instead of e_bias or the table.
         padding_mask [N] bool, num_tokens (int32, one element): the mask's rows, and those from
             num_tokens on, are padding. They get id -1 and weight 0 in every column, and nothing
             that their hidden_states hold, NaN included, reaches an output.
-        input_ids [N] int32 or int64: a hash layer's token ids, and no other layer's. A row whose
-            token id is outside the table is treated like padding; that of an image row is not used.
+        input_ids [N] int32 or int64: the token ids, in a hash layer or one with num_image_ids, and
+            in no other. A row whose token id is outside the table is treated like padding; the
+            table is not used for an image row.
+        forced_ids [N, top_k] int32 or int64, rows strided or not: the experts of the rows of
+            forced_mask ([N] bool), or of all rows without one, in this order. Only their weights
+            are computed. Token id, biases and image_mask of such a row are not used; a physical map
+            applies. A row with an id outside 0..E - 1, or with one twice, is treated like padding.
+        out_logical_ids int32, at least [N, top_k]: gets the ids before a physical map, and -1 in
+            rows that are treated like padding.
+        out_logits FP32, at least [N, E]: gets hidden_states @ W_gate, before gate_temp, of every
+            row, padding too. For more than 64 tokens it is the matrix product's own output. A hash
+            layer has it only if it has bias_vl.
         pdl: for this call, instead of the Router's.
 
-        All four lie on the device and the host never reads them, so that a captured graph may be
-        replayed with others in their place.
+        All of them lie on the device and the host never reads them, so that a captured graph may be
+        replayed with other contents. Outputs lie apart from each other and from what is read.
         """
         layer = self._layer
         for address_of, address in self._bound_at:
@@ -239,12 +257,20 @@ class Router:
         call = plainly_right(layer, hidden_states, out_weights, out_ids) or check_call(
             layer, hidden_states, out_weights, out_ids
         )
-        if image_mask is padding_mask is num_tokens is input_ids is None and not layer.hashed:
-            options = NO_OPTIONS
+        if (
+            image_mask is None
+            and padding_mask is None
+            and num_tokens is None
+            and input_ids is None
+            and not rare
+            and not layer.needs_input_ids
+        ):
+            options, out_logits = NO_OPTIONS, None
         else:
             options = check_call_options(
-                layer, call, image_mask, padding_mask, num_tokens, input_ids
+                layer, call, image_mask, padding_mask, num_tokens, input_ids, rare
             )
+            out_logits = rare.get("out_logits")
         if self._version is not None and version_of(self.W_gate) != self._version:
             raise ValueError(
                 "W_gate: expected the weights as they were bound (got: modified in place since, "
@@ -257,7 +283,7 @@ class Router:
                 f"pdl: expected a bool, or None for the Router's (got {type(pdl).__name__})"
             )
         if call[0]:
-            self._binding.run(call, options, hidden_states, self.W_gate, pdl)
+            self._binding.run(call, options, hidden_states, self.W_gate, pdl, out_logits)
 
     def _moved(self) -> ValueError:
         """Return the error about the first bound tensor, or base of one, that has moved."""
@@ -287,7 +313,7 @@ class Router:
     def kernels(self) -> tuple[str, ...]:
         """The artifacts bound: decode kernels by ascending number of tokens, then prefill's.
 
-        Those that only a hash layer's calls with an image_mask take come last.
+        Those that only a hash layer's calls with image rows or out_logits take come last.
         """
         return tuple(kernel.key for kernel in self._binding.kernels)
 

@@ -28,7 +28,7 @@ def copied_hash_table(tid2eid: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def check_physical_map(to_physical: torch.Tensor, logical_count: torch.Tensor) -> None:
-    """Counts within the map's replicas, and the ids that they use at least 0."""
+    """Counts within the map's replicas, and the ids that they use in 0..2**31 - 1."""
     max_replicas = to_physical.shape[1]
     with torch.no_grad():
         unfit = (logical_count < 1) | (logical_count > max_replicas)
@@ -37,8 +37,9 @@ def check_physical_map(to_physical: torch.Tensor, logical_count: torch.Tensor) -
             got = f"{logical_count[expert].item()} at [{expert}]"
             raise wrong("logical_count", f"1..{max_replicas}, to_physical's replicas", got)
         replicas = torch.arange(max_replicas, device=to_physical.device)
-        bad = (replicas < logical_count[:, None]) & (to_physical < 0)
+        outside = (to_physical < 0) | (to_physical > 2**31 - 1)
+        bad = (replicas < logical_count[:, None]) & outside
         if bad.any():
             expert, replica = bad.nonzero()[0].tolist()
             got = f"{to_physical[expert, replica].item()} at [{expert}, {replica}]"
-            raise wrong("to_physical", "ids of at least 0", got)
+            raise wrong("to_physical", f"ids in 0..{2**31 - 1}", got)

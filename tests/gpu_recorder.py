@@ -118,14 +118,16 @@ def remembered_layers() -> list[tuple[binding.Binding, torch.Tensor | None]]:
 
 @contextlib.contextmanager
 def interrupt_at_last_parameter(monkeypatch, site: LaunchSite):
-    """Raise KeyboardInterrupt where `site` writes the last parameter of a call."""
+    """Raise KeyboardInterrupt where `site` writes the last parameter that each call has anew."""
 
     class Interrupted:
         def __setattr__(self, name, value):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(site, "_call_cells", (*site._call_cells[:-1], Interrupted()))
+        cells = list(site._call_cells)
+        cells[launch_site._CALL_PARAMETERS.index("out_ids_stride")] = Interrupted()
+        patch.setattr(site, "_call_cells", cells)
         yield
 
 

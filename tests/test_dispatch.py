@@ -171,10 +171,10 @@ def test_a_hash_layers_calls_with_images_take_the_whole_gate(manifest):
     plain = plan_layer(manifest, LAYER, "sm_90a")
     hashed = plan_layer(manifest, replace(LAYER, hashed=True), "sm_90a")
     mixed = plan_layer(manifest, replace(LAYER, hashed=True, has_bias_vl=True), "sm_90a")
-    assert (mixed.steps, mixed.image_steps) == (hashed.steps, plain.steps)
-    assert (mixed.steps_of(images=False), mixed.steps_of(images=True)) == (
+    assert (mixed.steps, mixed.gate_steps) == (hashed.steps, plain.steps)
+    assert (mixed.steps_of(whole_gate=False), mixed.steps_of(whole_gate=True)) == (
         mixed.steps,
-        mixed.image_steps,
+        mixed.gate_steps,
     )
     assert [kernel.name for kernel in mixed.kernels] == [
         "router_hash",
@@ -185,15 +185,15 @@ def test_a_hash_layers_calls_with_images_take_the_whole_gate(manifest):
     ]
     # No other layer has two kinds of calls.
     assert plan_layer(manifest, replace(LAYER, has_bias_vl=True), "sm_90a") == plain
-    assert hashed.steps_of(images=True) == hashed.steps
+    assert hashed.steps_of(whole_gate=True) == hashed.steps
 
 
-def test_image_steps_lose_the_kernels_that_do_not_fit_too(manifest):
+def test_gate_steps_lose_the_kernels_that_do_not_fit_too(manifest):
     plan = plan_layer(manifest, replace(LAYER, hashed=True, has_bias_vl=True), "sm_90a")
     unfit = {kernel.key: "full" for kernel in plan.kernels if kernel.role != "select"}
     left = without(plan, unfit)
     assert left.steps == plan.steps[-1:]
-    assert left.image_steps == plan.image_steps[-1:]
+    assert left.gate_steps == plan.gate_steps[-1:]
     assert {item.kernel.key: item.reason for item in left.rejected} == unfit
 
 

@@ -48,9 +48,10 @@ def test_explain_is_what_a_binding_does(tmp_path):
         layout=st.sampled_from(["kmajor", "emajor"]),
         hashed=st.booleans(),
         images=st.booleans(),
+        logits=st.booleans(),
         arch=st.sampled_from(["sm_90a", "sm_100a"]),
     )
-    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, images, arch):
+    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, images, logits, arch):
         k, top_k = 64 * blocks, min(top_k, num_experts)
         question = Question(
             num_tokens=num_tokens,
@@ -60,6 +61,7 @@ def test_explain_is_what_a_binding_does(tmp_path):
             layout=layout,
             hashed=hashed,
             images=images,
+            logits=logits,
         )
         explained = explain(artifacts, question, arch)
         shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
@@ -74,14 +76,16 @@ def test_explain_is_what_a_binding_does(tmp_path):
                 routed_scaling_factor=1.0,
                 artifacts=artifacts,
                 tid2eid=table,
-                bias_vl=torch.zeros(num_experts) if images else None,
+                bias_vl=torch.zeros(num_experts) if images or logits else None,
             )
+            more = {"out_logits": torch.zeros(num_tokens, num_experts)} if logits else {}
             bound(
                 torch.zeros(num_tokens, k, dtype=torch.bfloat16),
                 torch.zeros(num_tokens, top_k),
                 torch.zeros(num_tokens, top_k, dtype=torch.int32),
                 input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
                 image_mask=torch.zeros(num_tokens, dtype=torch.bool) if images else None,
+                **more,
             )
             return bound
 
@@ -89,24 +93,25 @@ def test_explain_is_what_a_binding_does(tmp_path):
             gpu = replace_gpu(monkeypatch)
             gpu.arch = arch
             bound = bind_and_route()
-            compare(as_json(explained), bound, gpu, images)
+            compare(as_json(explained), bound, gpu, images or logits)
+            products = [] if logits else [out for _, _, out in gpu.products]
+            sizes = [out.numel() * out.element_size() for out in products]
+            assert as_json(explained)["logits_bytes"] == sum(sizes)
             gpu.unfit = dict.fromkeys(clustered, "no room")
             bind_and_route()
             assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
 
-    def compare(document, bound, gpu, images) -> None:
+    def compare(document, bound, gpu, whole_gate) -> None:
         (launch,) = gpu.launches
         assert document["kernel"] == launch["kernel"]
         assert document["grid"] == list(launch["grid"])
         assert document["launches"] == 1 + len(gpu.products)
-        steps = document["steps"] + (document["image_steps"] if images else [])
+        steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
         assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
         assert bool(document["weights_copy_bytes"]) == bound.weights_copied
         assert (document["copy_reason"] is None) == (not bound.weights_copied)
         scratch = workspace_of(bound).layout
         assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
-        logits = [out.numel() * out.element_size() for _, _, out in gpu.products]
-        assert document["logits_bytes"] == sum(logits)
 
     agree()
 
@@ -141,17 +146,21 @@ def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
 
 
-def test_a_hash_layer_has_other_steps_for_calls_with_images(artifacts):
+def test_a_hash_layer_has_other_steps_for_calls_of_the_whole_gate(artifacts):
     question = replace(QUESTION, hashed=True)
-    for images, chosen in ((False, "router_hash"), (True, "router_decode_kmajor_n64")):
-        text = as_text(explain(artifacts, replace(question, images=images), "sm_90a"))
-        assert "steps of calls with an image_mask, if the layer has bias_vl:" in text
+    for more, chosen in (
+        ({}, "router_hash"),
+        ({"images": True}, "router_decode_kmajor_n64"),
+        ({"logits": True}, "router_decode_kmajor_n64"),
+    ):
+        text = as_text(explain(artifacts, replace(question, **more), "sm_90a"))
+        assert "steps of calls with image rows or out_logits, if the layer has bias_vl:" in text
         assert f"path: one launch of {chosen}.sm_90a, " in text
         assert text.count("  -> ") == 1
-    assert "emajor hash layer, image_mask on" in as_text(
-        explain(artifacts, replace(question, images=True, layout="emajor"), "sm_90a")
-    )
-    assert "image_mask" not in as_text(explain(artifacts, QUESTION, "sm_90a"))
+    everything = replace(question, images=True, logits=True, layout="emajor")
+    text = as_text(explain(artifacts, everything, "sm_90a"))
+    assert "emajor hash layer, image rows, out_logits on" in text
+    assert "image rows" not in as_text(explain(artifacts, QUESTION, "sm_90a"))
 
 
 def test_clusters_of_the_launch_are_said(artifacts):

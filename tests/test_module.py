@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,10 +83,14 @@ def check(gate, x, **call):
         gate_temp=config.gate_temp,
         norm_topk_prob=config.norm_topk_prob,
         num_shared_slots=config.num_shared_slots,
+        shared_weight=config.shared_weight,
+        first_image_id=config.first_image_id,
+        num_image_ids=config.num_image_ids if config.vision else 0,
         ids_dtype=config.ids_dtype,
-        **{name: rows.reshape(-1) for name, rows in call.items() if hashed or name != "input_ids"},
+        **{name: rows.reshape(-1) for name, rows in call.items()},
     )
     weights, ids = gate(x, **call)
+    assert weights.dtype == config.weights_dtype
     assert ids.dtype == expected_ids.dtype
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
@@ -104,12 +109,36 @@ def test_each_number_of_the_config_counts(random):
         norm_topk_prob=False,
         gate_temp=0.5,
         num_shared_slots=2,
+        shared_weight=0.4,
         ids_dtype=torch.int64,
     )
     gate = loaded(config, random)
     x, call = batch(gate, random)
     check(gate, x, **call, padding_mask=torch.arange(5) == 1, num_tokens=torch.tensor([4]).int())
     assert "num_shared_slots=2" in repr(gate)
+
+
+@each_kind
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_image_rows_are_told_by_their_token_ids(random, config, with_mask):
+    gate = loaded(replace(config, first_image_id=2, num_image_ids=2), random)
+    x, call = batch(gate, random)
+    if not with_mask:
+        call.pop("image_mask", None)
+    check(gate, x, **call)
+    assert gate.state_dict().keys() == loaded(config, random).state_dict().keys()
+    if config.vision:
+        words = "5 rows' token ids, which the layer's (num_image_ids|tid2eid)"
+        with pytest.raises(TypeError, match=words):
+            gate(x)
+
+
+def test_weights_in_bfloat16(random):
+    gate = loaded(TEXT, random)
+    x, call = batch(gate, random)
+    weights, _ = gate(x, **call)
+    gate.config = replace(TEXT, weights_dtype=torch.bfloat16)
+    assert torch.equal(gate(x, **call)[0], weights.bfloat16())
 
 
 @each_kind

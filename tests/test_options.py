@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsv4_router_runtime.call import (
     NO_OPTIONS,
+    NO_RARE,
     Call,
     CallOptions,
     check_call,
@@ -52,6 +53,9 @@ def test_what_a_layers_options_settle_for_its_calls():
     assert layer(num_shared_slots=2).columns == TOP_K + 2
     assert layer(bias_vl=torch.zeros(E)).has_bias_vl
     assert layer(tid2eid=table()).hashed
+    by_id = layer(bias_vl=torch.zeros(E), num_image_ids=1)
+    assert (by_id.hashed, by_id.has_image_ids, by_id.needs_input_ids) == (False, True, True)
+    assert (plain.needs_input_ids, layer(tid2eid=table()).needs_input_ids) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,13 @@ def test_what_a_layers_options_settle_for_its_calls():
         {"tid2eid": table(), "bias_vl": torch.zeros(E)},
         {"tid2eid": table(), "to_physical": ints(E, 2), "logical_count": ints(E)},
         {"to_physical": ints(E, 1), "logical_count": ints(E), "num_shared_slots": 1},
+        {"to_physical": ints(E, 2).long(), "logical_count": ints(E).long()},
+        {"shared_weight": 0},
+        {"shared_weight": -1e38, "num_shared_slots": 2},
+        {"bias_vl": torch.zeros(E), "num_image_ids": 5, "first_image_id": 2**31 - 5},
+        {"bias_vl": torch.zeros(E), "num_image_ids": 2**31 - 1, "first_image_id": -(2**31)},
+        {"bias_vl": torch.zeros(E), "num_image_ids": 1, "tid2eid": table()},
+        {"first_image_id": 7},
     ],
 )
 def test_right_layers(right):
@@ -140,9 +151,46 @@ def test_right_layers(right):
             "to_physical: expected a torch.Tensor beside logical_count (got None); pass both or",
         ),
         (
+            {"to_physical": ints(E, 2).short(), "logical_count": ints(E)},
+            TypeError,
+            "to_physical: expected dtype torch.int32 or torch.int64 (got torch.int16)",
+        ),
+        (
             {"to_physical": ints(E, 2).long(), "logical_count": ints(E)},
             TypeError,
-            "to_physical: expected dtype torch.int32 (got torch.int64)",
+            "logical_count: expected dtype torch.int64, to_physical's (got torch.int32); convert",
+        ),
+        (
+            {"to_physical": ints(E, 2), "logical_count": ints(E).long()},
+            TypeError,
+            "logical_count: expected dtype torch.int32, to_physical's (got torch.int64); convert",
+        ),
+        ({"shared_weight": "1"}, TypeError, "shared_weight: expected a float (got str)"),
+        (
+            {"shared_weight": float("nan")},
+            ValueError,
+            "shared_weight: expected a finite number in FP32's range, -3.40282347e+38..3.4028234",
+        ),
+        ({"shared_weight": 3.5e38}, ValueError, "3.40282347e+38 (got 3.5e+38)"),
+        ({"num_image_ids": 1.0}, TypeError, "num_image_ids: expected an int (got float)"),
+        ({"num_image_ids": -1}, ValueError, "num_image_ids: expected 0..2147483647 (got -1)"),
+        ({"first_image_id": None}, TypeError, "first_image_id: expected an int (got NoneType)"),
+        (
+            {"first_image_id": 2**31},
+            ValueError,
+            "first_image_id: expected -2147483648..2147483647 (got 2147483648)",
+        ),
+        (
+            {"first_image_id": 2**31 - 4, "num_image_ids": 5, "bias_vl": torch.zeros(E)},
+            ValueError,
+            "num_image_ids: expected token ids that int32 holds, first_image_id + num_image_ids up "
+            "to 2**31 (got 2147483644 + 5)",
+        ),
+        (
+            {"num_image_ids": 5},
+            ValueError,
+            "num_image_ids: expected 0 without bias_vl, which image rows select with; pass both or "
+            "neither (got 5)",
         ),
         (
             {"to_physical": ints(E, 0), "logical_count": ints(E)},
@@ -280,13 +328,24 @@ def test_right_physical_maps(changes):
             "logical_count: expected 1..2, to_physical's replicas (got -5 at [3])",
         ),
         ({"count": {9: 3}}, "logical_count: expected 1..2, to_physical's replicas (got 3 at [9])"),
-        ({"to": {(4, 1): -1}}, "to_physical: expected ids of at least 0 (got -1 at [4, 1])"),
+        ({"to": {(4, 1): -1}}, "to_physical: expected ids in 0..2147483647 (got -1 at [4, 1])"),
     ],
 )
-def test_wrong_values_of_a_physical_map(changes, message):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_wrong_values_of_a_physical_map(changes, message, dtype):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        check_physical_map(*physical(**changes))
+        check_physical_map(*(tensor.to(dtype) for tensor in physical(**changes)))
     assert str(caught.value) == message
+
+
+def test_ids_of_a_physical_map_that_int32_does_not_hold():
+    to_physical, logical_count = (tensor.long() for tensor in physical())
+    to_physical[1, 1] = 2**40  # unused
+    to_physical[0, 0] = 2**31 - 1
+    check_physical_map(to_physical, logical_count)
+    to_physical[4, 1] = 2**31
+    with pytest.raises(ValueError, match=r"expected ids in 0\.\.2147483647 \(got 2147483648 at"):
+        check_physical_map(to_physical, logical_count)
 
 
 # ------------------------------------------------------------------ what a call brings
@@ -296,17 +355,23 @@ def outputs(n=N, columns=TOP_K, ids_dtype=torch.int32):
     return torch.zeros(n, columns), torch.zeros(n, columns, dtype=ids_dtype)
 
 
+# A call's tensors live on, so that no other tensor of a test comes to lie there.
+ROWS = torch.zeros(N, K, dtype=torch.bfloat16)
+LIVE: list[torch.Tensor] = []
+
+
 def call_of(facts, out_weights=None, out_ids=None, n=N) -> Call:
     weights, ids = outputs(n, facts.columns)
     weights = weights if out_weights is None else out_weights
     ids = ids if out_ids is None else out_ids
-    return check_call(facts, torch.zeros(n, K, dtype=torch.bfloat16), weights, ids)
+    LIVE.extend((weights, ids))
+    return check_call(facts, ROWS[:n], weights, ids)
 
 
 def options_of(facts, call=None, **given) -> CallOptions:
     names = ("image_mask", "padding_mask", "num_tokens", "input_ids")
     call = call_of(facts) if call is None else call
-    return check_call_options(facts, call, *(given.get(name) for name in names))
+    return check_call_options(facts, call, *(given.pop(name, None) for name in names), given)
 
 
 def mask(n=N):
@@ -316,11 +381,12 @@ def mask(n=N):
 def test_right_calls():
     text, hashed, vl = layer(), layer(tid2eid=table()), layer(bias_vl=torch.zeros(E))
     both = layer(tid2eid=table(), bias_vl=torch.zeros(E))
+    by_id = layer(bias_vl=torch.zeros(E), num_image_ids=1)
     assert options_of(text) == NO_OPTIONS
     rows, count = mask(), ints(1)
-    assert options_of(text, padding_mask=rows) == (0, rows.data_ptr(), 0, 0, 0)
-    assert options_of(text, num_tokens=count) == (0, 0, count.data_ptr(), 0, 0)
-    assert options_of(text, num_tokens=count[0]) == (0, 0, count.data_ptr(), 0, 0)
+    assert options_of(text, padding_mask=rows) == (0, rows.data_ptr(), 0, 0, 0, NO_RARE)
+    assert options_of(text, num_tokens=count) == (0, 0, count.data_ptr(), 0, 0, NO_RARE)
+    assert options_of(text, num_tokens=count[0]) == (0, 0, count.data_ptr(), 0, 0, NO_RARE)
     images = mask()
     assert options_of(vl, image_mask=images, padding_mask=rows)[:2] == (
         images.data_ptr(),
@@ -328,11 +394,12 @@ def test_right_calls():
     )
     for dtype, wide in ((torch.int32, 0), (torch.int64, 1)):
         tokens = torch.zeros(N, dtype=dtype)
-        assert options_of(hashed, input_ids=tokens) == (0, 0, 0, tokens.data_ptr(), wide)
-        assert options_of(both, input_ids=tokens, image_mask=images) == (
+        assert options_of(hashed, input_ids=tokens)[:5] == (0, 0, 0, tokens.data_ptr(), wide)
+        assert options_of(both, input_ids=tokens, image_mask=images)[:5] == (
             *(images.data_ptr(), 0, 0),
             *(tokens.data_ptr(), wide),
         )
+        assert options_of(by_id, input_ids=tokens)[:5] == (0, 0, 0, tokens.data_ptr(), wide)
 
 
 def test_one_row_has_no_stride_and_no_row_no_element():
@@ -355,7 +422,7 @@ def test_one_row_has_no_stride_and_no_row_no_element():
             {},
             {"input_ids": ints(N)},
             ValueError,
-            "input_ids: expected None, since the layer has no tid2eid (got token ids)",
+            "input_ids: expected None, since the layer has no tid2eid and no num_image_ids (got to",
         ),
         (
             {"tid2eid": table()},
@@ -368,6 +435,12 @@ def test_one_row_has_no_stride_and_no_row_no_element():
             {"image_mask": mask()},
             TypeError,
             "input_ids: expected a torch.Tensor of the 3 rows' token ids, which the layer's tid2e",
+        ),
+        (
+            {"bias_vl": torch.zeros(E), "num_image_ids": 5},
+            {},
+            TypeError,
+            "input_ids: expected a torch.Tensor of the 3 rows' token ids, which the layer's num_im",
         ),
         (
             {"tid2eid": table()},
@@ -462,10 +535,227 @@ def test_wrong_calls(options, wrong, error, message):
     assert message in str(caught.value)
 
 
+def chosen(n=N, dtype=torch.int32, stride=TOP_K):
+    return torch.zeros(n * stride, dtype=dtype).as_strided((n, TOP_K), (stride, 1))
+
+
+def test_right_rare_options():
+    facts = layer()
+    rows, logical, logits = mask(), ints(N + 1, TOP_K + 2), torch.zeros(N, E + 3)
+    for dtype, wide in ((torch.int32, 0), (torch.int64, 1)):
+        for stride in (TOP_K, TOP_K + 3):
+            ids = chosen(dtype=dtype, stride=stride)
+            assert options_of(facts, forced_ids=ids, forced_mask=rows) == (
+                *(0, 0, 0, 0, 0),
+                (ids.data_ptr(), stride, wide, rows.data_ptr(), 0, 0, 0, 0),
+            )
+            assert options_of(facts, forced_ids=ids).rare.forced_mask == 0
+    assert options_of(facts, out_logical_ids=logical).rare == (
+        *(0, 0, 0, 0),
+        *(logical.data_ptr(), TOP_K + 2, 0, 0),
+    )
+    assert options_of(facts, out_logits=logits).rare == (
+        *(0, 0, 0, 0, 0, 0),
+        *(logits.data_ptr(), E + 3),
+    )
+    assert options_of(facts, forced_ids=None, out_logits=None) == NO_OPTIONS
+    hashed = layer(tid2eid=table(), bias_vl=torch.zeros(E))
+    options_of(hashed, input_ids=ints(N), out_logits=logits, forced_ids=chosen())
+
+
+def test_one_row_of_rare_options_has_no_stride_and_no_row_no_element():
+    facts = layer()
+    far = torch.zeros(1, TOP_K, dtype=torch.int32).as_strided((1, TOP_K), (1, 1))
+    options_of(facts, call_of(facts, n=1), forced_ids=far, out_logical_ids=far.clone())
+    none = {"forced_ids": chosen(0), "out_logical_ids": ints(0, TOP_K), "forced_mask": mask(0)}
+    options_of(facts, call_of(facts, n=0), out_logits=torch.zeros(0, E), **none)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            {"forced": chosen()},
+            TypeError,
+            "unexpected keyword argument 'forced' (beside the others: forced_ids, forced_mask, out",
+        ),
+        ({"forced_ids": [[0] * TOP_K] * N}, TypeError, "forced_ids: expected a torch.Tensor (got"),
+        (
+            {"forced_ids": chosen(dtype=torch.int16)},
+            TypeError,
+            "forced_ids: expected dtype torch.int32 or torch.int64 (got torch.int16)",
+        ),
+        (
+            {"forced_ids": ints(N, TOP_K + 1)},
+            ValueError,
+            "forced_ids: expected shape [3, 4] (N, top_k) (got shape [3, 5])",
+        ),
+        ({"forced_ids": ints(N + 1, TOP_K)}, ValueError, "forced_ids: expected shape [3, 4]"),
+        ({"forced_ids": ints(N * TOP_K)}, ValueError, "forced_ids: expected 2 dimensions (got sh"),
+        (
+            {"forced_ids": ints(TOP_K, N).t()},
+            ValueError,
+            "forced_ids: expected unit stride along the last dimension (got shape [3, 4] with str",
+        ),
+        (
+            {"forced_ids": ints(1, TOP_K).expand(N, TOP_K)},
+            ValueError,
+            "forced_ids: expected a row stride of at least top_k (4) (got shape [3, 4] with",
+        ),
+        (
+            {"forced_ids": chosen().to("meta")},
+            ValueError,
+            "forced_ids: expected device cpu, where W_gate is (got device meta)",
+        ),
+        (
+            {"forced_mask": mask()},
+            TypeError,
+            "forced_ids: expected a torch.Tensor beside forced_mask (got None); pass the ids of",
+        ),
+        (
+            {"forced_ids": chosen(), "forced_mask": mask().int()},
+            TypeError,
+            "forced_mask: expected dtype torch.bool (got torch.int32)",
+        ),
+        (
+            {"forced_ids": chosen(), "forced_mask": mask(N - 1)},
+            ValueError,
+            "forced_mask: expected shape [3], one for each row of hidden_states (got shape [2])",
+        ),
+        (
+            {"out_logical_ids": ints(N, TOP_K).long()},
+            TypeError,
+            "out_logical_ids: expected dtype torch.int32 (got torch.int64)",
+        ),
+        (
+            {"out_logical_ids": ints(N, TOP_K - 1)},
+            ValueError,
+            "out_logical_ids: expected at least [3, 4] (N, top_k) (got shape [3, 3])",
+        ),
+        (
+            {"out_logical_ids": ints(N - 1, TOP_K)},
+            ValueError,
+            "out_logical_ids: expected at least [3, 4] (N, top_k) (got shape [2, 4])",
+        ),
+        (
+            {"out_logical_ids": ints(TOP_K, N).t()},
+            ValueError,
+            "out_logical_ids: expected unit stride along the last dimension",
+        ),
+        (
+            {"out_logits": torch.zeros(N, E).bfloat16()},
+            TypeError,
+            "out_logits: expected dtype torch.float32 (got torch.bfloat16)",
+        ),
+        (
+            {"out_logits": torch.zeros(N, E - 1)},
+            ValueError,
+            "out_logits: expected at least [3, 16] (N, num_experts) (got shape [3, 15])",
+        ),
+        (
+            {"out_logits": torch.zeros(1, E).expand(N, E)},
+            ValueError,
+            "out_logits: expected a row stride of at least num_experts (16)",
+        ),
+        (
+            {"out_logits": torch.zeros(N, E).to("meta")},
+            ValueError,
+            "out_logits: expected device cpu, where W_gate is (got device meta)",
+        ),
+    ],
+)
+def test_wrong_rare_options(wrong, error, message):
+    with pytest.raises(error) as caught:
+        options_of(layer(), **wrong)
+    assert message in str(caught.value)
+
+
+def test_a_hash_layer_without_bias_vl_has_no_logits_of_the_whole_gate():
+    hashed = layer(tid2eid=table())
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        options_of(hashed, input_ids=ints(N), out_logits=torch.zeros(N, E))
+    assert str(caught.value) == (
+        "out_logits: expected None, since a hash layer without bias_vl computes the logits of its "
+        "own experts alone (got a tensor)"
+    )
+
+
+def test_rare_outputs_lie_apart_from_everything():
+    """Each of the two, laid over each other tensor of the call."""
+    facts = layer(bias_vl=torch.zeros(E), num_image_ids=1)
+    shapes = {
+        "hidden_states": ((N, K), torch.bfloat16),
+        "image_mask": ((N,), torch.bool),
+        "padding_mask": ((N,), torch.bool),
+        "num_tokens": ((1,), torch.int32),
+        "input_ids": ((N,), torch.int64),
+        "forced_ids": ((N, TOP_K), torch.int64),
+        "forced_mask": ((N,), torch.bool),
+        "out_weights": ((N, TOP_K), torch.bfloat16),
+        "out_ids": ((N, TOP_K), torch.int64),
+        "out_logical_ids": ((N, TOP_K), torch.int32),
+        "out_logits": ((N, E), torch.float32),
+    }
+    for name in ("out_logical_ids", "out_logits"):
+        for other, (shape, dtype) in shapes.items():
+            if other == name or (other, name) == ("out_logits", "out_logical_ids"):
+                continue
+            memory = torch.zeros(4096, dtype=torch.int32)
+            end = torch.zeros(shape, dtype=dtype).numel() * dtype.itemsize
+            for start, refused in ((0, True), (-(-end // 4) - 1, True), (-(-end // 4), False)):
+                given = {
+                    each: torch.zeros(*form, dtype=kind) for each, (form, kind) in shapes.items()
+                }
+                given[other] = memory.view(dtype)[: given[other].numel()].view(shape)
+                given[name] = (
+                    memory[start:][: given[name].numel()]
+                    .view(shapes[name][1])
+                    .view(given[name].shape)
+                )
+                call = check_call(facts, *(given.pop(each) for each in CALL_TENSORS))
+                if refused:
+                    with pytest.raises(
+                        ValueError, match=f"{name}: expected memory apart from {other} "
+                    ):
+                        options_of(facts, call, **given)
+                else:
+                    options_of(facts, call, **given)
+
+
+CALL_TENSORS = ("hidden_states", "out_weights", "out_ids")
+
+
+@pytest.mark.parametrize("name", ["forced_ids", "forced_mask"])
+@pytest.mark.parametrize("out", ["out_weights", "out_ids"])
+def test_what_is_forced_lies_apart_from_what_is_written(name, out):
+    facts = layer()
+    memory = torch.zeros(N * TOP_K, dtype=torch.int32)
+    laid = memory.view(torch.float32) if out == "out_weights" else memory
+    call = call_of(facts, **{out: laid.view(N, TOP_K)})
+    given = {"forced_ids": memory.view(N, TOP_K)}
+    if name == "forced_mask":
+        given = {"forced_ids": chosen(), name: memory.view(torch.bool)[-N:]}
+    with pytest.raises(ValueError, match=f"{name}: expected memory apart from {out} "):
+        options_of(facts, call, **given)
+
+
+def test_logical_ids_beside_physical_ones_in_one_buffer():
+    facts = layer()
+    buffer = ints(N, 3 * TOP_K)
+    parts = [buffer[:, at : at + TOP_K] for at in (0, TOP_K, 2 * TOP_K)]
+    call = call_of(facts, parts[0].view(torch.float32), parts[1])
+    options_of(facts, call, out_logical_ids=parts[2])
+    options_of(facts, call, forced_ids=parts[2])
+    for at in (1, TOP_K + 1):
+        with pytest.raises(ValueError, match="out_logical_ids: expected memory apart from out_"):
+            options_of(facts, call, out_logical_ids=buffer[:, at : at + TOP_K])
+
+
 def test_what_a_call_reads_lies_apart_from_what_it_writes():
-    hashed = layer(tid2eid=table(), num_shared_slots=1)
+    hashed = layer(tid2eid=table(), num_shared_slots=2)
     for ids_dtype in (torch.int32, torch.int64):
         weights, ids = outputs(columns=hashed.columns, ids_dtype=ids_dtype)
+        weights = weights.bfloat16() if ids_dtype is torch.int64 else weights
         call = call_of(hashed, weights, ids)
         for name, out in (("out_weights", weights), ("out_ids", ids)):
             flat = out.view(torch.bool).view(-1)
@@ -482,8 +772,11 @@ def test_what_a_call_reads_lies_apart_from_what_it_writes():
 
 
 def test_what_follows_an_output_may_be_read():
-    """One buffer: ids, and a mask right behind the last element that is written."""
+    """One buffer: an output, and a mask right behind the last element that is written."""
     facts = layer()
+    memory = torch.zeros(N * TOP_K + N, dtype=torch.bfloat16)
+    call = call_of(facts, out_weights=memory[: N * TOP_K].view(N, TOP_K))
+    options_of(facts, call, padding_mask=memory[N * TOP_K :].view(torch.bool)[:N])
     buffer = torch.zeros(N * 16 + 1, dtype=torch.int32)
     ids = buffer[: N * 16].view(N, 16)[:, :TOP_K]
     behind = buffer.view(torch.bool)[((N - 1) * 16 + TOP_K) * 4 :]
@@ -518,22 +811,23 @@ def bytes_of(out, columns):
     rows=st.integers(0, 4),
     strides=st.tuples(st.integers(4, 20), st.integers(4, 12)),
     starts=st.tuples(st.integers(0, 24), st.integers(0, 16)),
+    weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     ids_dtype=st.sampled_from([torch.int32, torch.int64]),
     shared_slots=st.integers(0, 2),
     same_stride=st.booleans(),
 )
 def test_outputs_that_pass_share_no_byte(
-    rows, strides, starts, ids_dtype, shared_slots, same_stride
+    rows, strides, starts, weights_dtype, ids_dtype, shared_slots, same_stride
 ):
     """Views of one buffer: either the exact bytes are apart, or the call is refused."""
     facts = layer(num_shared_slots=shared_slots)
-    size = ids_dtype.itemsize
+    size, w_size = ids_dtype.itemsize, weights_dtype.itemsize
     w_stride, i_stride = max(strides[0], facts.columns), max(strides[1], facts.columns)
     if same_stride:
-        w_stride = i_stride * size // 4
+        w_stride = i_stride * size // w_size
     buffer = torch.zeros(256, dtype=torch.int32)
     shape = (rows, facts.columns)
-    weights = buffer.view(torch.float32)[starts[0] :].as_strided(shape, (w_stride, 1))
+    weights = buffer.view(weights_dtype)[starts[0] :].as_strided(shape, (w_stride, 1))
     ids = buffer.view(ids_dtype)[starts[1] :].as_strided(shape, (i_stride, 1))
     apart = not bytes_of(weights, facts.columns) & bytes_of(ids, facts.columns)
     with contextlib.suppress(ValueError):
@@ -541,4 +835,4 @@ def test_outputs_that_pass_share_no_byte(
         assert apart
         return
     # Rows of unlike strides may miss each other; that is not worked out.
-    assert not apart or w_stride * 4 != i_stride * size
+    assert not apart or w_stride * w_size != i_stride * size

@@ -11,7 +11,10 @@ from dsv4_router_runtime.parameters import (
     BIASES,
     BOUND,
     BROUGHT,
+    IMAGE_IDS,
     LAUNCH,
+    OUT_LOGITS,
+    OUT_LOGITS_STRIDE,
     PARAMETERS_OFF,
     TENSORS,
     tensor_dtypes,
@@ -37,10 +40,16 @@ def test_tensor_maps_come_first(role: str) -> None:
 
 @pytest.mark.parametrize("role", ABI)
 def test_every_kernel_takes_every_option(role: str) -> None:
-    """An option that a kernel did not take would do nothing there. A hash layer has no bias."""
+    """An option that a kernel did not take would do nothing there.
+
+    router_hash serves no image row, and has no logits of the whole gate. A kernel that reads logits
+    reads them from out_logits.
+    """
     options = {item.name for item in ALL.values() if item.off is not None}
+    if role != "decode":
+        options -= {OUT_LOGITS.name, OUT_LOGITS_STRIDE.name}
     if role == "hash":
-        options -= {item.name for item in BIASES}
+        options -= {item.name for item in (*BIASES, *IMAGE_IDS)}
     assert options <= {item.name for item in ABI[role]}
 
 
@@ -73,9 +82,10 @@ def test_a_tensor_has_the_same_dtypes_in_every_kernel() -> None:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_of_either_integer_has_a_flag_that_is_off_for_int32(name: str) -> None:
-    flag = TENSORS[name].int64_flag
-    assert (flag is not None) == ("int64" in TENSORS[name].dtypes)
+def test_a_tensor_of_either_dtype_has_a_flag_that_is_off_for_the_first(name: str) -> None:
+    flag, dtypes = TENSORS[name].other_dtype, TENSORS[name].dtypes
+    assert (flag is not None) == (len(dtypes) == 2)
+    assert dtypes[1:] in ((), ("int64",), ("bfloat16",))
     assert flag is None or PARAMETERS_OFF[flag] == 0
 
 

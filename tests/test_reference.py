@@ -311,6 +311,98 @@ def test_shared_slots_weigh_1_whatever_the_scale():
     assert weights[0, :2].sum().item() == pytest.approx(2.5)
 
 
+def test_shared_slots_have_a_weight_of_their_own():
+    given = {"num_shared_slots": 2, "shared_weight": 0.4}
+    padding = torch.tensor([False, True])
+    weights, _ = options([[1.0, 2.0, 3.0]] * 2, scale=2.5, padding_mask=padding, **given)
+    assert weights[:, 2:].tolist() == [[0.4, 0.4], [0.0, 0.0]]
+    assert weights[0, :2].sum().item() == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_image_rows_are_told_by_their_token_ids(dtype):
+    row, low, count = [1.0, 2.0, 3.0, 0.0], 7, 3
+    given = {"bias": [0.0, 8.0, 0.0, 0.0], "bias_vl": torch.tensor([8.0, 0.0, 0.0, 9.0])}
+    tokens = [6, 7, 8, 9, 10, -1]
+    tokens += [2**32 + 7, 7 - 2**32, -(2**63), 2**63 - 1] if dtype is torch.int64 else [2**31 - 1]
+    call = {"input_ids": torch.tensor(tokens, dtype=dtype)}
+    _, ids = options([row] * len(tokens), first_image_id=low, num_image_ids=count, **given, **call)
+    text, image = [1, 2], [3, 0]
+    assert ids.tolist() == [image if token in range(low, low + count) else text for token in tokens]
+    # Beside a mask, either makes a row one of an image.
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask[0] = True
+    both = {"first_image_id": low, "num_image_ids": count, "image_mask": mask}
+    _, ids = options([row] * len(tokens), **both, **given, **call)
+    assert ids[:2].tolist() == [image, image]
+    assert ids[4].tolist() == text
+
+
+def test_image_token_ids_outside_a_table_are_no_padding():
+    row, table = [1.0, 2.0, 3.0, 0.0], torch.tensor([[0, 1], [2, 1]])
+    given = {"bias_vl": torch.tensor([8.0, 0.0, 0.0, 9.0]), "first_image_id": 1}
+    tokens = torch.tensor([0, 1, 2, 3])
+    _, ids = hashed([row] * 4, table, tokens, num_image_ids=2, **given)
+    assert ids.tolist() == [[0, 1], [3, 0], [3, 0], [-1, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_forced_rows_get_the_callers_ids_in_the_callers_order(dtype):
+    row = [1.0, 2.0, 3.0, 0.0]
+    forced = torch.tensor([[0, 3], [1, 0], [3, 2]], dtype=dtype)
+    mask = torch.tensor([True, False, True])
+    given = {"bias": [0.0, 0.0, 0.0, 9.0], "forced_ids": forced}
+    weights, ids = options([row] * 3, scale=2.5, forced_mask=mask, **given)
+    assert ids.tolist() == [[0, 3], [3, 2], [3, 2]]
+    for got, experts in zip(weights.tolist(), ids.tolist(), strict=True):
+        assert got == pytest.approx(published_weights(row, experts, 2.5))
+    assert options([row] * 3, **given)[1].tolist() == forced.tolist()
+
+
+@pytest.mark.parametrize("wrong", [[0, 0], [-1, 0], [0, 4], [2, 2**31 - 1], [2**32, 1]])
+def test_forced_ids_that_are_no_choice_pad_their_row(wrong):
+    dtype = torch.int64 if max(wrong) > 2**31 else torch.int32
+    forced = torch.tensor([[1, 0], wrong, wrong], dtype=dtype)
+    mask = torch.tensor([True, True, False])
+    weights, ids = options(
+        [[1.0, 2.0, 3.0, 0.0]] * 3, forced_ids=forced, forced_mask=mask, num_shared_slots=1
+    )
+    assert ids.tolist() == [[1, 0, 4], [-1, -1, -1], [2, 1, 4]]
+    assert weights[1].tolist() == [0.0] * 3
+
+
+def test_an_id_twice_pads_a_forced_row_wherever_it_stands():
+    forced = torch.tensor([[2, 1, 2], [1, 1, 2], [0, 2, 2], [2, 1, 0]])
+    _, ids = options([[1.0, 2.0, 3.0, 0.0]] * 4, top_k=3, forced_ids=forced)
+    assert ids.tolist() == [[-1] * 3] * 3 + [[2, 1, 0]]
+
+
+def test_a_forced_row_uses_no_token_id_and_padding_wins_over_it():
+    table, tokens = torch.tensor([[0, 1]]), torch.tensor([9, 9, 0, 0])
+    forced = torch.tensor([[2, 0]] * 4)
+    mask = torch.tensor([True, False, True, True])
+    padding = torch.tensor([False, False, True, False])
+    given = {"to_physical": torch.tensor([[7], [8], [9]]), "logical_count": torch.ones(3).long()}
+    _, ids = hashed(
+        [[NAN, 1.0, 2.0]] * 4,
+        table,
+        tokens,
+        forced_ids=forced,
+        forced_mask=mask,
+        padding_mask=padding,
+        num_tokens=torch.tensor(3),
+        **given,
+    )
+    assert ids.tolist() == [[9, 7], [-1, -1], [-1, -1], [-1, -1]]
+
+
+def test_an_int64_map_counts_by_its_low_word():
+    to_physical = torch.tensor([[10 + 2**32, 11 - 2**33, 12]])
+    count = torch.tensor([2 + 2**40])
+    _, ids = options([[1.0]] * 3, top_k=1, to_physical=to_physical, logical_count=count)
+    assert ids[:, 0].tolist() == [10, 11, 10]
+
+
 def test_without_norm_weights_are_scaled_scores():
     row = [1.0, 2.0, 3.0]
     weights, _ = options([row], scale=2.5, norm_topk_prob=False)
@@ -326,6 +418,72 @@ def test_ids_in_either_width():
 def test_neither_a_bias_nor_a_table():
     with pytest.raises(ValueError, match="expected e_bias, or tid2eid and input_ids"):
         select_reference(torch.zeros(1, 2), None, 1.0, 1)
+
+
+def ids_by_hand(row, token, *, e_bias, bias_vl, table, image, first, count, forced, padded):
+    """Return one row's ids, in plain Python; None if it is padding or treated like it."""
+    if padded:
+        return None
+    if forced is not None:
+        proper = len(set(forced)) == len(forced) and set(forced) <= set(range(len(row)))
+        return forced if proper else None
+    image = image or (token is not None and token in range(first, first + count))
+    if table is not None and not image:
+        return table[token] if token in range(len(table)) else None
+    bias = bias_vl if image else e_bias
+    keys = [score + each for score, each in zip(published_scores(row), bias, strict=True)]
+    top_k = len(table[0]) if table is not None else 2
+    return sorted(range(len(row)), key=lambda expert: (-keys[expert], expert))[:top_k]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_image_rows_forced_rows_and_padding_by_hand(data):
+    """Any mix of the ways to come by a row's ids."""
+    rows, e, scale = data.draw(st.integers(0, 6)), 5, 1.5
+    flags = st.lists(st.booleans(), min_size=rows, max_size=rows)
+    pair = st.tuples(st.integers(-1, e), st.integers(-1, e)).map(list)
+    logits = [data.draw(st.permutations([-2.0, -1.0, 0.0, 1.5, 3.0])) for _ in range(rows)]
+    images, masked, padded = (data.draw(flags) for _ in range(3))
+    tokens = [data.draw(st.integers(-1, 4)) for _ in range(rows)]
+    chosen = [data.draw(pair) for _ in range(rows)]
+    first, count = data.draw(st.integers(-2, 4)), data.draw(st.integers(0, 3))
+    hashed, forcing, all_rows = (data.draw(st.booleans()) for _ in range(3))
+    table = [[4, 0], [1, 3], [2, 4]] if hashed else None
+    e_bias, bias_vl = [0.0, 0.5, 1.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0, 0.25]
+    given: dict = {
+        "bias_vl": torch.tensor(bias_vl),
+        "image_mask": torch.tensor(images, dtype=torch.bool),
+        "padding_mask": torch.tensor(padded, dtype=torch.bool),
+        "input_ids": torch.tensor(tokens, dtype=torch.int64),
+        "first_image_id": first,
+        "num_image_ids": count,
+    }
+    if hashed:
+        given["tid2eid"] = torch.tensor(table)
+    if forcing:
+        given["forced_ids"] = torch.tensor(chosen, dtype=torch.int64).reshape(rows, 2)
+    if forcing and not all_rows:
+        given["forced_mask"] = torch.tensor(masked, dtype=torch.bool)
+    bias = None if hashed else torch.tensor(e_bias)
+    tensor = torch.tensor(logits, dtype=DOUBLE).reshape(rows, e)
+    weights, ids = select_reference(tensor, bias, scale, 2, **given)
+    for at, row in enumerate(logits):
+        expected = ids_by_hand(
+            row,
+            tokens[at],
+            e_bias=e_bias,
+            bias_vl=bias_vl,
+            table=table,
+            image=images[at],
+            first=first,
+            count=count,
+            forced=chosen[at] if forcing and (all_rows or masked[at]) else None,
+            padded=padded[at],
+        )
+        assert ids[at].tolist() == ([-1, -1] if expected is None else expected)
+        of_row = [0.0, 0.0] if expected is None else published_weights(row, expected, scale)
+        assert weights[at].tolist() == pytest.approx(of_row)
 
 
 @pytest.mark.slow

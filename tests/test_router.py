@@ -552,6 +552,17 @@ OPTION_DEFAULTS = {
     "max_replicas": 0,
     "num_shared_slots": 0,
     "ids_are_int64": 0,
+    "weights_are_bfloat16": 0,
+    "shared_weight": 1.0,
+    "map_is_int64": 0,
+    "first_image_id": 0,
+    "num_image_ids": 0,
+    "forced_ids": 0,
+    "forced_ids_stride": 0,
+    "forced_ids_are_int64": 0,
+    "forced_mask": 0,
+    "out_logical_ids": 0,
+    "out_logical_ids_stride": 0,
 }
 TABLE_DEFAULTS = {"tid2eid": 0, "input_ids": 0, "vocab_size": 0, "input_ids_are_int64": 0}
 
@@ -585,6 +596,7 @@ def test_options_of_a_layer_reach_the_launch(gpu, make, num_tokens):
         to_physical=to_physical,
         logical_count=logical_count,
         num_shared_slots=2,
+        shared_weight=0.4,
         norm_topk_prob=False,
     )
     bound(*step(num_tokens, columns=TOP_K + 2))
@@ -595,9 +607,139 @@ def test_options_of_a_layer_reach_the_launch(gpu, make, num_tokens):
         "logical_count": logical_count.data_ptr(),
         "max_replicas": 3,
         "num_shared_slots": 2,
+        "shared_weight": pytest.approx(0.4, rel=1e-7),
         "norm_topk_prob": 0,
     }
     assert of(gpu.last, expected) == expected
+
+
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_image_token_ids_reach_the_launch_of_any_layer(gpu, make, num_tokens):
+    bound = make(bias_vl=torch.zeros(E), first_image_id=-5, num_image_ids=7)
+    tokens = torch.zeros(num_tokens, dtype=torch.int64)
+    with pytest.raises(TypeError, match="which the layer's num_image_ids tells image rows by"):
+        bound(*step(num_tokens))
+    bound(*step(num_tokens), input_ids=tokens)
+    expected = OPTION_DEFAULTS | {
+        "bias_vl": bound.bias_vl.data_ptr(),
+        "first_image_id": -5,
+        "num_image_ids": 7,
+        "input_ids": tokens.data_ptr(),
+        "input_ids_are_int64": 1,
+        "tid2eid": 0,
+    }
+    assert of(gpu.last, expected) == expected
+
+
+@pytest.mark.parametrize(("hashed", "num_tokens"), [(False, 4), (False, 100), (True, 4)])
+def test_a_physical_map_in_int64_is_read_in_place(gpu, make, hashed, num_tokens):
+    to_physical, logical_count = (tensor.long() for tensor in physical())
+    table = {"tid2eid": hash_table()} if hashed else {}
+    bound = make(to_physical=to_physical, logical_count=logical_count, **table)
+    tokens = torch.zeros(num_tokens, dtype=torch.int32)
+    bound(*step(num_tokens), **({"input_ids": tokens} if hashed else {}))
+    expected = {
+        "to_physical": to_physical.data_ptr(),
+        "logical_count": logical_count.data_ptr(),
+        "map_is_int64": 1,
+        "max_replicas": 3,
+    }
+    assert of(gpu.last, expected) == expected
+
+
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_rare_options_of_a_call_reach_that_launch_and_no_other(gpu, make, ids_dtype, num_tokens):
+    bound = make()
+    x, w, ids = step(num_tokens)
+    forced = torch.zeros(num_tokens, TOP_K + 3, dtype=ids_dtype)[:, 1 : TOP_K + 1]
+    rows = torch.zeros(num_tokens, dtype=torch.bool)
+    logical = torch.zeros(num_tokens, TOP_K + 2, dtype=torch.int32)
+    bound(x, w.bfloat16(), ids, forced_ids=forced, forced_mask=rows, out_logical_ids=logical)
+    bound(x, w, ids, forced_ids=forced)
+    bound(x, w, ids, padding_mask=rows)
+    bound(x, w, ids)
+    first, second, third, fourth = (of(item, OPTION_DEFAULTS) for item in gpu.launches)
+    given = {
+        "forced_ids": forced.data_ptr(),
+        "forced_ids_stride": TOP_K + 3,
+        "forced_ids_are_int64": int(ids_dtype is torch.int64),
+    }
+    assert first == OPTION_DEFAULTS | given | {
+        "weights_are_bfloat16": 1,
+        "forced_mask": rows.data_ptr(),
+        "out_logical_ids": logical.data_ptr(),
+        "out_logical_ids_stride": TOP_K + 2,
+    }
+    assert second == OPTION_DEFAULTS | given
+    assert third == OPTION_DEFAULTS | {"padding_mask": rows.data_ptr()}
+    assert fourth == OPTION_DEFAULTS
+
+
+def test_logits_of_a_decode_call_are_written_by_the_kernel(gpu, make):
+    bound = make()
+    x, w, ids = step(4)
+    logits = torch.zeros(5, E + 3)
+    bound(x, w, ids, out_logits=logits)
+    bound(x, w, ids)
+    assert (gpu.launches[0]["out_logits"], gpu.launches[0]["out_logits_stride"]) == (
+        logits.data_ptr(),
+        E + 3,
+    )
+    assert (gpu.launches[1]["out_logits"], gpu.launches[1]["out_logits_stride"]) == (0, 0)
+    assert gpu.products == []
+
+
+def test_logits_of_more_tokens_are_the_products_own_output(gpu, make):
+    """And the next call has scratch again: its address, and its stride."""
+    bound = make()
+    x, w, ids = step(100)
+    logits = torch.zeros(101, E + 3)
+    bound(x, w, ids)
+    for _ in range(2):
+        bound(x, w, ids, out_logits=logits)
+        bound(x, w, ids)
+    scratch, asked, *_ = (out for _, _, out in gpu.products)
+    assert (asked.data_ptr(), asked.shape, asked.stride()) == (
+        *(logits.data_ptr(), (100, E)),
+        (E + 3, 1),
+    )
+    own = (scratch.data_ptr(), E)
+    assert [(each["logits"], each["logits_stride"]) for each in gpu.launches] == [
+        *(own, (logits.data_ptr(), E + 3), own),
+        *((logits.data_ptr(), E + 3), own),
+    ]
+
+
+def test_logits_may_be_an_inference_tensor():
+    """torch.mm itself, which outside of inference mode refuses to write one."""
+    x, W = torch.ones(3, K), torch.ones(K, E)
+    with torch.inference_mode():
+        logits = torch.zeros(3, E)
+    with pytest.MonkeyPatch.context() as patch:
+        mm = torch.mm
+        patch.setattr(torch, "mm", lambda x, W, out_dtype, out: mm(x, W, out=out))
+        binding.multiply(x, W, logits)
+    assert (logits == K).all()
+
+
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_a_hash_layer_takes_the_whole_gate_for_logits_and_for_image_token_ids(
+    gpu, make, num_tokens
+):
+    whole = "router_decode_kmajor_n8" if num_tokens == 4 else "router_topk"
+    vision = {"tid2eid": hash_table(), "bias_vl": torch.zeros(E)}
+    tokens = torch.zeros(num_tokens, dtype=torch.int32)
+    bound = make(**vision)
+    for logits in (torch.zeros(num_tokens, E), None):
+        bound(*step(num_tokens), input_ids=tokens, out_logits=logits)
+    by_id = make(**vision, num_image_ids=1)
+    by_id(*step(num_tokens), input_ids=tokens)
+    table = "router_hash" if num_tokens == 4 else "router_topk"
+    assert [each["kernel"] for each in gpu.launches] == [
+        *(f"{whole}.sm_90a", f"{table}.sm_90a", f"{whole}.sm_90a")
+    ]
+    assert gpu.last["num_image_ids"] == 1
 
 
 @pytest.mark.parametrize("num_tokens", [4, 20, 64, 100])
@@ -632,7 +774,7 @@ def test_options_come_and_go_as_calls_say(gpu, make):
     """What one launch site holds from the call before never reaches the next."""
     bound = make(bias_vl=torch.zeros(E))
     x, w, ids = step(4)
-    for choice in range(16):
+    for choice in range(64):
         given = {
             name: torch.zeros(size, dtype=dtype)
             for bit, (name, size, dtype) in enumerate(
@@ -640,16 +782,18 @@ def test_options_come_and_go_as_calls_say(gpu, make):
                     ("image_mask", 4, torch.bool),
                     ("padding_mask", 4, torch.bool),
                     ("num_tokens", 1, torch.int32),
+                    ("forced_ids", (4, TOP_K), torch.int32),
                 ]
             )
             if choice >> bit & 1
         }
-        out = ids.long() if choice & 8 else ids
-        bound(x, w, out, **given)
-        for name in ("image_mask", "padding_mask", "num_tokens"):
+        out = ids.long() if choice & 16 else ids
+        bound(x, w.bfloat16() if choice & 32 else w, out, **given)
+        for name in ("image_mask", "padding_mask", "num_tokens", "forced_ids"):
             parameter = {"num_tokens": "num_valid_tokens"}.get(name, name)
             assert gpu.last[parameter] == (given[name].data_ptr() if name in given else 0), choice
-        assert gpu.last["ids_are_int64"] == bool(choice & 8), choice
+        assert gpu.last["ids_are_int64"] == bool(choice & 16), choice
+        assert gpu.last["weights_are_bfloat16"] == bool(choice & 32), choice
         assert gpu.last["num_tokens"] == 4
 
 
@@ -693,6 +837,11 @@ def test_refused_options_launch_nothing(gpu, make):
         {"padding_mask": mask[:3]},
         {"num_tokens": 4},
         {"input_ids": torch.zeros(4, dtype=torch.int32)},
+        {"forced_mask": mask},
+        {"forced_ids": ids},
+        {"out_logical_ids": ids},
+        {"out_logits": w},
+        {"logits": None},
     ):
         with pytest.raises((TypeError, ValueError)):
             bound(x, w, ids, **wrong)

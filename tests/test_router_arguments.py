@@ -200,9 +200,9 @@ def test_wrong_layer(wrong, error, message):
             "hidden_states: expected a dense tensor",
         ),
         (
-            {"out_weights": torch.zeros(N, TOP_K).bfloat16()},
+            {"out_weights": torch.zeros(N, TOP_K).half()},
             TypeError,
-            "out_weights: expected dtype",
+            "out_weights: expected dtype torch.float32 or torch.bfloat16 (got torch.float16)",
         ),
         ({"out_weights": torch.zeros(N * TOP_K)}, ValueError, "out_weights: expected 2 dimensions"),
         (
@@ -286,15 +286,16 @@ def test_outputs_must_not_share_elements_with_the_input():
     padding=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 2), st.integers(0, 2)),
     start=st.tuples(st.sampled_from([0, 8, 8, 4]), st.integers(0, 999), st.integers(0, 999)),
     shared=st.booleans(),
+    weights_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     ids_dtype=st.sampled_from([torch.int32, torch.int64, torch.int16]),
     slots=st.sampled_from([0, 0, 1]),
 )
 def test_the_quick_check_never_passes_what_the_rules_refuse(
-    rows, columns, padding, start, shared, ids_dtype, slots
+    rows, columns, padding, start, shared, weights_dtype, ids_dtype, slots
 ):
     """Views of one buffer or of three, of any shape, stride, start and overlap."""
     facts = layer(options={"num_shared_slots": slots})
-    dtypes = (torch.bfloat16, torch.float32, ids_dtype)
+    dtypes = (torch.bfloat16, weights_dtype, ids_dtype)
     buffer = torch.zeros(4096, dtype=torch.int32)
     tensors = [
         (buffer if shared else torch.zeros_like(buffer))
@@ -307,11 +308,29 @@ def test_the_quick_check_never_passes_what_the_rules_refuse(
         assert _check_call_slowly(facts, *tensors) == quick
 
 
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_the_quick_check_takes_the_usual_call(ids_dtype):
-    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2).to(ids_dtype)
+def test_the_quick_check_takes_the_usual_call(ids_dtype, weights_dtype):
+    outputs = torch.zeros(N, TOP_K), torch.zeros(N + 1, TOP_K + 2)
+    usual = bf16(N, K), outputs[0].to(weights_dtype), outputs[1].to(ids_dtype)
     assert plainly_right(layer(), *usual) == _check_call_slowly(layer(), *usual)
-    assert plainly_right(layer(), *usual)[0] == N
+    quick = plainly_right(layer(), *usual)
+    assert quick.num_tokens == N
+    assert quick.weights_are_bfloat16 == (weights_dtype is torch.bfloat16)
+    assert quick.ids_are_int64 == (ids_dtype is torch.int64)
+
+
+def test_the_quick_check_takes_bfloat16_weights_right_before_ids():
+    """Half as long as FP32 weights: an end as of those would meet the ids."""
+    memory = torch.zeros(N * TOP_K * 3, dtype=torch.bfloat16)
+    weights = memory[: N * TOP_K].view(N, TOP_K)
+    ids = memory[N * TOP_K :].view(torch.int32).view(N, TOP_K)
+    assert plainly_right(layer(), bf16(N, K), weights, ids) is not None
+    assert plainly_right(layer(), bf16(N, K), weights.view(-1)[1:].view(torch.int16), ids) is None
+
+
+def test_the_quick_check_takes_no_rows():
+    usual = bf16(N, K), torch.zeros(N, TOP_K), torch.zeros(N, TOP_K).int()
     assert plainly_right(layer(), usual[0][:0], *usual[1:])[0] == 0
 
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from build_kernels.emulator import DeviceArray, Launch, Schedule, emulate
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
+from dsv4_router_runtime.parameters import PARAMETERS_OFF
 from dsv4_router_runtime.reference import (
+    image_rows,
     ranking_margin,
     select_reference,
     selection_bias,
@@ -49,7 +51,12 @@ class Options:
     to_physical: Array | None = None
     logical_count: Array | None = None
     num_shared_slots: int = 0
+    shared_weight: float = 1.0
     norm_topk_prob: bool = True
+    first_image_id: int = 0
+    num_image_ids: int = 0
+    forced_ids: Array | None = None
+    forced_mask: Array | None = None
     ids_dtype: torch.dtype = torch.int32
 
     def for_reference(self) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def route(
         "image_mask": options.image_mask,
         "padding_mask": options.padding_mask,
         "num_valid_tokens": options.num_tokens,
+        "forced_ids": options.forced_ids,
+        "forced_mask": options.forced_mask,
     }
     bound = {
         "e_bias": bias,
@@ -127,14 +136,19 @@ def route(
         "vocab_size": 0 if options.tid2eid is None else len(options.tid2eid),
         "input_ids_are_int64": int(getattr(options.input_ids, "dtype", None) == np.int64),
         "max_replicas": 0 if options.to_physical is None else options.to_physical.shape[1],
+        "map_is_int64": int(getattr(options.to_physical, "dtype", None) == np.int64),
         "num_shared_slots": options.num_shared_slots,
+        "shared_weight": float(options.shared_weight),
+        "first_image_id": options.first_image_id,
+        "num_image_ids": options.num_image_ids,
+        "forced_ids_are_int64": int(getattr(options.forced_ids, "dtype", None) == np.int64),
+        "forced_ids_stride": top_k,
         "ids_are_int64": int(is_int64),
         "logits_stride": padded.shape[1],
         "out_weights_stride": weights.shape[1],
         "out_ids_stride": ids.shape[1],
     }
-    null = {parameter.name: 0 for parameter in SPEC.parameters if parameter.kind == "pointer"}
-    arguments = null | values
+    arguments = {"e_bias": 0} | PARAMETERS_OFF | values
     result = emulate(
         ptx[arch],
         Launch(grid=(-(-num_tokens // SPEC.token_tile), 1, 1), block=SOURCE.block, arch=arch),
@@ -183,7 +197,9 @@ def clear_gaussians(
     generator = np.random.default_rng(num_experts * 8 + top_k)
     bias = generator.normal(bias_mean, 0.05, num_experts).astype(np.float32)
     known = options.for_reference()
-    row_bias = selection_bias(torch.from_numpy(bias), known["bias_vl"], known["image_mask"])
+    telling = ("image_mask", "input_ids", "first_image_id", "num_image_ids")
+    images = image_rows(num_tokens, torch.device("cpu"), *(known[name] for name in telling))
+    row_bias = selection_bias(torch.from_numpy(bias), known["bias_vl"], images)
     row_bias = row_bias.expand(num_tokens, num_experts)
     rows: list = []
     while len(rows) < num_tokens:
@@ -439,6 +455,47 @@ def test_whatever_the_map_holds_reads_stay_inside(ptx: dict[str, str]) -> None:
     check(ptx, "sm_100a", logits, bias, 8, replace(options, logical_count=count))
     numbers = np.random.default_rng(8).integers(INT32_MIN, INT32_MAX, (8, 3)).astype(np.int32)
     check(ptx, "sm_100a", logits, bias, 8, replace(options, to_physical=numbers))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_rows_of_image_token_ids_select_with_bias_vl(ptx: dict[str, str], dtype: type) -> None:
+    tokens = np.array([6, 7, 9, 10, -1, 2**31 - 1, 8], dtype)
+    if dtype is np.int64:
+        tokens[:2] = 2**32 + 7, 7 - 2**32
+    options = Options(
+        bias_vl=wide_bias(1, 144), input_ids=tokens, first_image_id=7, num_image_ids=3
+    )
+    logits, bias = clear_gaussians(7, 144, 6, 0.0, options)
+    ids = check(ptx, "sm_90a", logits, bias, 6, options)
+    assert (ids != check(ptx, "sm_90a", logits, bias, 6, replace(options, num_image_ids=0))).any()
+    mixed = replace(options, image_mask=mask(0, 0, 1, 0, 0, 0, 0), tid2eid=a_table(9, 144, 6))
+    check(ptx, "sm_90a", logits, None, 6, mixed)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_forced_rows_get_the_callers_ids(ptx: dict[str, str], dtype: type) -> None:
+    """Rows 2 to 5 are no choice: below, beyond, twice, and beyond but for the low word."""
+    forced = np.array([[3, 1, 2], [0, 5, 4], [-1, 0, 1], [0, 40, 1], [7, 2, 7], [1, 2, 3]], dtype)
+    if dtype is np.int64:
+        forced[5, 0] += 2**32
+    logits, bias = clear_gaussians(6, 40, 3, 0.0)
+    masked = Options(forced_ids=forced, forced_mask=mask(1, 0, 1, 1, 1, 1), **a_map(40, 2))
+    for options in (masked, Options(forced_ids=forced, padding_mask=mask(1, 0, 0, 0, 0, 0))):
+        ids = check(ptx, "sm_90a", logits, bias, 3, options)
+        assert (ids[2:5] == -1).all()
+
+
+def test_a_map_in_int64(ptx: dict[str, str]) -> None:
+    given = {name: array.astype(np.int64) for name, array in a_map(40, 3).items()}
+    given["to_physical"] += 2**33
+    logits, bias = clear_gaussians(5, 40, 6, 0.0)
+    check(ptx, "sm_90a", logits, bias, 6, Options(**given))
+
+
+def test_shared_experts_have_a_weight_of_their_own(ptx: dict[str, str]) -> None:
+    logits, bias = clear_gaussians(3, 40, 6, 0.0)
+    options = Options(num_shared_slots=2, shared_weight=float(np.float32(0.4)))
+    check(ptx, "sm_90a", logits, bias, 6, options)
 
 
 @pytest.mark.quick(1)

@@ -77,7 +77,13 @@ def all_options(random, device="cpu", num_tokens=5):
         "to_physical": torch.arange(2 * E, dtype=torch.int32, device=device).reshape(E, 2),
         "logical_count": torch.full((E,), 2, dtype=torch.int32, device=device),
         "num_shared_slots": 1,
+        "shared_weight": 0.4,
         "norm_topk_prob": False,
+        "first_image_id": 3,
+        "num_image_ids": 2,
+        "input_ids": torch.arange(num_tokens, device=device),
+        "forced_ids": torch.arange(TOP_K, device=device).expand(num_tokens, -1).flip(1).clone(),
+        "forced_mask": torch.arange(num_tokens, device=device) == 1,
         "image_mask": torch.arange(num_tokens, device=device) % 2 == 1,
         "padding_mask": torch.arange(num_tokens, device=device) == 2,
         "num_tokens": torch.tensor([num_tokens - 1], dtype=torch.int32, device=device),
@@ -111,6 +117,51 @@ def test_every_option_reaches_the_reference(random, ids_dtype):
     for ours, other in zip(out, twin, strict=True):
         assert ours.dtype == other.dtype
         assert torch.equal(ours, other)
+
+
+def optional_outputs(num_tokens=5, num_experts=E, device="cpu"):
+    """Return out_logical_ids and out_logits with a row and a column to spare."""
+    return {
+        "out_logical_ids": outputs(num_tokens + 1, TOP_K + 1, device=device)[1],
+        "out_logits": outputs(num_tokens + 1, num_experts + 1, device=device)[0],
+    }
+
+
+def check_optional(asked, x, weight, e_bias, **options):
+    """Compare optional outputs with the reference without a map, and with the FP64 product."""
+    n = len(x)
+    unmapped = options | {"to_physical": None, "logical_count": None, "num_shared_slots": 0}
+    _, ids = router_reference(x, weight.t(), e_bias, SCALE, TOP_K, **unmapped)
+    logical, logits = asked.values()
+    assert torch.equal(logical[:n, :TOP_K], ids)
+    torch.testing.assert_close(
+        logits[:n, :E].double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4
+    )
+    for out in (logical, logits):
+        assert (out[n:] == -77).all()
+        assert (out[:, -1] == -77).all()
+
+
+def test_optional_outputs_are_the_references_ids_and_logits(random):
+    weight, e_bias = layer(random)
+    x, options, asked = rows(random), all_options(random), optional_outputs()
+    out = outputs(5, TOP_K + 1)
+    torch_op.route_options(x, weight, e_bias, SCALE, TOP_K, *out, **options, **asked)
+    check(out, x, weight, e_bias, **options)
+    check_optional(asked, x, weight, e_bias, **options)
+
+
+def test_bfloat16_weights_are_the_fp32_ones_rounded(random):
+    weight, e_bias = layer(random)
+    given = (rows(random), weight, e_bias, SCALE, TOP_K)
+    wide, _ = torch_op.route_functional(*given)
+    narrow, _ = torch_op.route_functional(*given, weights_dtype=torch.bfloat16)
+    assert narrow.dtype is torch.bfloat16
+    assert torch.equal(narrow, wide.bfloat16())
+    out = outputs()
+    out = out[0].bfloat16(), out[1]
+    torch_op.route(*given, *out)
+    assert torch.equal(out[0], narrow)
 
 
 def test_a_hash_layer_takes_its_ids_from_the_table(random):
@@ -201,6 +252,8 @@ def versions_of(random):
     yield "gate_temp", (weight, e_bias, SCALE, TOP_K), {"gate_temp": 2.0}
     yield "a slot", (weight, e_bias, SCALE, TOP_K), {"num_shared_slots": 2}
     yield "norm", (weight, e_bias, SCALE, TOP_K), {"norm_topk_prob": False}
+    slot = {"num_shared_slots": 2}
+    yield "shared weight", (weight, e_bias, SCALE, TOP_K), {**slot, "shared_weight": 0.4}
 
 
 @pytest.mark.parametrize("operator", ["route", "route_options"])
@@ -400,15 +453,21 @@ def test_on_a_gpu_the_layer_is_a_router_with_all_that_it_was_given(random, as_on
     gpu = as_on_a_gpu
     weight, e_bias = layer(random)
     x, options, out = rows(random), all_options(random), outputs(5, TOP_K + 1)
+    asked = optional_outputs()
     for _ in range(2):
-        torch_op.route_options(x, weight, e_bias, SCALE, TOP_K, *out, **options, pdl=True)
+        torch_op.route_options(x, weight, e_bias, SCALE, TOP_K, *out, **options, **asked, pdl=True)
         torch_op.route(x, weight, e_bias, SCALE, TOP_K, *out)
     assert len(gpu.launches) == 4
     assert gpu.pdl == [True, False]
     first, second = gpu.launches[:2]
-    for name in ("bias_vl", "to_physical", "logical_count", "image_mask", "padding_mask"):
-        assert first[name] == options[name].data_ptr()
+    for name in (
+        *("bias_vl", "to_physical", "logical_count", "image_mask", "padding_mask"),
+        *("input_ids", "forced_ids", "forced_mask", "out_logical_ids", "out_logits"),
+    ):
+        assert first[name] == (options | asked)[name].data_ptr()
         assert second[name] == 0
+    assert (first["first_image_id"], first["num_image_ids"]) == (3, 2)
+    assert first["shared_weight"] == pytest.approx(0.4)
     assert first["num_valid_tokens"] == options["num_tokens"].data_ptr()
     for launch in (first, second):
         assert launch["e_bias"] == e_bias.data_ptr()
@@ -506,11 +565,13 @@ def opcheck_cases(random, device="cpu"):
     tid2eid, tokens = hash_table(random).to(device), torch.arange(5, device=device)
     yield torch.ops.dsv4_router.route.default, (*plain, *out), {}
     options = all_options(random, device)
-    yield torch_op.route_options, (*plain, *outputs(5, TOP_K + 1, device=device)), options
+    asked = optional_outputs(device=device)
+    yield torch_op.route_options, (*plain, *outputs(5, TOP_K + 1, device=device)), options | asked
     hashed = (x, weight, None, SCALE, TOP_K)
     yield torch_op.route_options, (*hashed, *out), {"tid2eid": tid2eid, "input_ids": tokens}
     functional = torch.ops.dsv4_router.route_functional.default
-    yield functional, plain, {**options, "ids_dtype": torch.int64}
+    dtypes = {"ids_dtype": torch.int64, "weights_dtype": torch.bfloat16}
+    yield functional, plain, {**options, **dtypes}
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -646,6 +707,13 @@ def test_all_operators_give_the_references_rows_on_a_gpu(random, num_tokens):
     check(out, x, weight, e_bias)
     given = (x, weight, e_bias, SCALE, TOP_K)
     check(torch_op.route_functional(*given, **options), *given[:3], **options)
+    out, asked = (
+        outputs(num_tokens, TOP_K + 1, device="cuda"),
+        optional_outputs(num_tokens, device="cuda"),
+    )
+    torch_op.route_options(*given, *out, **options, **asked)
+    check(out, *given[:3], **options)
+    check_optional(asked, *given[:3], **options)
     tid2eid = hash_table(random).cuda()
     hashed = {"tid2eid": tid2eid, "input_ids": torch.arange(num_tokens, device="cuda") % 10}
     out = outputs(num_tokens, ids_dtype=torch.int64, device="cuda")

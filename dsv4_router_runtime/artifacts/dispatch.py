@@ -153,24 +153,24 @@ class LayerPlan:
     """The steps of a layer by ascending number of tokens; the last one has no end.
 
     copy_reason: why W_gate has to be bound as a K-contiguous copy, or None if it is read in place.
-    image_steps: the steps of calls with an image_mask; empty if they are `steps`.
+    gate_steps: the steps of calls that need the whole gate; empty if they are `steps`.
     rejected: the kernels of steps that were taken out (see `without`).
     """
 
     steps: tuple[Step, ...]
     copy_reason: str | None
-    image_steps: tuple[Step, ...] = ()
+    gate_steps: tuple[Step, ...] = ()
     rejected: tuple[Rejected, ...] = ()
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """The kernels of `steps` by ascending number of tokens, then those of image_steps only."""
-        steps = {step.kernel.key: step.kernel for step in (*self.steps, *self.image_steps)}
+        """The kernels of `steps` by ascending number of tokens, then those of gate_steps only."""
+        steps = {step.kernel.key: step.kernel for step in (*self.steps, *self.gate_steps)}
         return tuple(steps.values())
 
-    def steps_of(self, *, images: bool) -> tuple[Step, ...]:
-        """Return the steps of calls with an image_mask or without."""
-        return self.image_steps if images and self.image_steps else self.steps
+    def steps_of(self, *, whole_gate: bool) -> tuple[Step, ...]:
+        """Return the steps of calls that need the whole gate, or of the others."""
+        return self.gate_steps if whole_gate and self.gate_steps else self.steps
 
 
 # The roles that serve a layer, in order: each goes on where the one before it ends.
@@ -187,7 +187,8 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
 
     Within a role, the kernel made for the fewest tokens serves them. A role is left where none of
     its kernels accepts the next number of tokens. An image row of a hash layer may choose any
-    expert, and router_hash reads those of the table only: such calls take the whole gate.
+    expert, out_logits has every one, and router_hash reads those of the table only: such calls take
+    the whole gate.
     """
     copy_reason = _copy_reason(layer)
     problem = Problem(
@@ -200,10 +201,10 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
         dtypes=layer.dtypes,
     )
     steps = _steps_of_layer(manifest, problem, _ROLES[layer.hashed], arch)
-    image_steps: tuple[Step, ...] = ()
+    gate_steps: tuple[Step, ...] = ()
     if layer.hashed and layer.has_bias_vl:
-        image_steps = _steps_of_layer(manifest, problem, _ROLES[False], arch)
-    return LayerPlan(steps=steps, image_steps=image_steps, copy_reason=copy_reason)
+        gate_steps = _steps_of_layer(manifest, problem, _ROLES[False], arch)
+    return LayerPlan(steps=steps, gate_steps=gate_steps, copy_reason=copy_reason)
 
 
 def _steps_of_layer(
@@ -242,13 +243,13 @@ def without(plan: LayerPlan, unfit: Mapping[str, str]) -> LayerPlan:
         for kernel in plan.kernels
         if kernel.key in unfit
     )
-    if any(steps and steps[-1].kernel.key in unfit for steps in (plan.steps, plan.image_steps)):
+    if any(steps and steps[-1].kernel.key in unfit for steps in (plan.steps, plan.gate_steps)):
         reasons = "".join(f"\n  {item.kernel.key}: {item.reason}" for item in rejected)
         raise NoKernelError(f"no kernel of this layer fits:{reasons}")
     return replace(
         plan,
         steps=tuple(step for step in plan.steps if step.kernel.key not in unfit),
-        image_steps=tuple(step for step in plan.image_steps if step.kernel.key not in unfit),
+        gate_steps=tuple(step for step in plan.gate_steps if step.kernel.key not in unfit),
         rejected=(*plan.rejected, *rejected),
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
-from dsv4_router_runtime.call import NO_OPTIONS, Call, CallOptions
+from dsv4_router_runtime.call import NO_OPTIONS, NO_RARE, Call, CallOptions, RareOptions
 from dsv4_router_runtime.errors import DriverError
+from dsv4_router_runtime.parameters import LOGITS, LOGITS_STRIDE
 
 from . import driver
 from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launcher
@@ -113,6 +115,9 @@ class LayerLaunchSite(LaunchSite):
         self._grid_follows_tokens = grid_depends_on_tokens(kernel.launch)
         self._grid_tokens = 1
         cells = self.block.cells
+        # The cells of a launch's logits and of their stride, if the kernel reads logits.
+        of_logits: tuple[Any, Any] = cells.get(LOGITS.name), cells.get(LOGITS_STRIDE.name)
+        self.logits_cells = of_logits
         self._x_map = next(
             (
                 (cells[parameter.name], map_cache(parameter.tensor_map))
@@ -124,10 +129,13 @@ class LayerLaunchSite(LaunchSite):
         )
         self._call_cells = tuple(cells[name] for name in _CALL_PARAMETERS)
         self._call: Call | None = None
-        self._option_cells = tuple(
-            (at, cells[name]) for at, name in enumerate(CallOptions._fields) if name in cells
+        # An option that the kernel does not take is written beside its parameters.
+        self._option_cells, self._rare_cells = (
+            tuple(cells.get(name, ctypes.c_uint64()) for name in names)
+            for names in (CallOptions._fields[:-1], RareOptions._fields)
         )
         self._options: CallOptions | None = NO_OPTIONS
+        self._rare: RareOptions | None = NO_RARE
         # Keeps alive the maps that the cells point to.
         self._maps: dict[str, TensorMap] = {}
 
@@ -145,31 +153,43 @@ class LayerLaunchSite(LaunchSite):
     def write_call(self, call: Call, options: CallOptions) -> None:
         """Write the parameters that changed since the last call; a step's tensors often did not."""
         # Forgotten before it is written: an interrupt in between may not pass for a whole write.
-        if call != self._call:
+        before = self._call
+        if call != before:
             self._call = None
-            self._write_tensors(call)
+            self._write_tensors(call, before)
             self._call = call
         # The same object on every call without options.
         if options is not self._options:
             self._options = None
-            for at, cell in self._option_cells:
-                cell.value = options[at]
+            images, padding, valid, token_ids, int64 = self._option_cells
+            images.value, padding.value, valid.value, token_ids.value, int64.value, rare = options
+            if rare is not self._rare:
+                self._rare = None
+                for cell, value in zip(self._rare_cells, rare, strict=True):
+                    cell.value = value
+                self._rare = rare
             self._options = options
 
-    def _write_tensors(self, call: Call) -> None:
-        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, ids_are_int64 = call
+    def _write_tensors(self, call: Call, before: Call | None) -> None:
+        num_tokens, x_at, x_stride, w_at, w_stride, i_at, i_stride, in_bfloat16, in_int64 = call
         if self._x_map is not None:
             cell, cache = self._x_map
-            x_map = cache.get(x_at, num_tokens, self._k, x_stride)
+            # First without a call of `get`, which costs 0.05 us.
+            x_map = cache.maps.get((x_at, num_tokens, self._k, x_stride))
+            if x_map is None:
+                x_map = cache.get(x_at, num_tokens, self._k, x_stride)
             self._maps["hidden_states"] = x_map
             cell.value = x_map.address
-        tokens, weights, weights_stride, ids, ids_stride, int64 = self._call_cells
+        tokens, weights, weights_stride, ids, ids_stride, bfloat16, int64 = self._call_cells
         tokens.value = num_tokens
         weights.value = w_at
         weights_stride.value = w_stride
         ids.value = i_at
         ids_stride.value = i_stride
-        int64.value = ids_are_int64
+        # Two dtypes that hardly ever change.
+        if before is None or in_bfloat16 != before[7] or in_int64 != before[8]:
+            bfloat16.value = in_bfloat16
+            int64.value = in_int64
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
             # Forgotten first, as in write_call.
             self._grid_tokens = 0

@@ -214,22 +214,22 @@ class MapCache:
 
     def __init__(self, recipe: TensorMapRecipe) -> None:
         self._recipe = recipe
-        self._maps: dict[tuple[int, int, int, int], TensorMap] = {}
+        self.maps: dict[tuple[int, int, int, int], TensorMap] = {}
         self._lock = threading.Lock()
 
     def get(self, address: int, num_tokens: int, k: int, row_stride: int) -> TensorMap:
         """Return the map of hidden_states [num_tokens, k] at `address`, encoded at most once."""
         key = (address, num_tokens, k, row_stride)
-        found = self._maps.get(key)
+        found = self.maps.get(key)
         if found is None:
             arguments = hidden_states_arguments(
                 self._recipe, address=address, num_tokens=num_tokens, k=k, row_stride=row_stride
             )
             found = encode_tensor_map(arguments)
             with self._lock:
-                while len(self._maps) >= MAX_CACHED_MAPS:
-                    del self._maps[next(iter(self._maps))]
-                self._maps[key] = found
+                while len(self.maps) >= MAX_CACHED_MAPS:
+                    del self.maps[next(iter(self.maps))]
+                self.maps[key] = found
         return found
 
 

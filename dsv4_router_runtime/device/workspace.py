@@ -282,7 +282,8 @@ class Workspace:
             # An inference tensor could not be written by a later call that is not in that mode.
             with torch.inference_mode(False):
                 slot.logits = torch.empty(size, dtype=torch.float32, device=self.device)
-        return slot.logits[:size].view(num_tokens, num_experts)
+        # One view, for half the time of a slice and its view.
+        return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))
 
 
 def _slot(layout: ScratchLayout, zeroed: int, plain: int) -> Slot:

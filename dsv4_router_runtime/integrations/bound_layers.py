@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 
-from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.call import RareKeywords, check_call, check_call_options
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.layer import LayerOptions, check_layer, complete_options
-from dsv4_router_runtime.reference import router_reference
+from dsv4_router_runtime.reference import ReferenceOptions, select_reference
 from dsv4_router_runtime.router import MAX_REMEMBERED_LAYERS, Router, version_of
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
 
@@ -51,7 +51,8 @@ class CpuRouter:
         if to_physical is not None and logical_count is not None:
             check_physical_map(to_physical, logical_count)
         self._tid2eid = options["tid2eid"]
-        self._bound = (W_gate, e_bias, routed_scaling_factor, top_k)
+        self._W_gate = W_gate
+        self._bound = (e_bias, routed_scaling_factor, top_k)
         self._options = options
         self.refresh()
 
@@ -71,20 +72,34 @@ class CpuRouter:
         num_tokens: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         pdl: bool = False,
+        **rare: Unpack[RareKeywords],
     ) -> None:
         call = check_call(self._layer, hidden_states, out_weights, out_ids)
-        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids)
-        weights, ids = router_reference(
-            hidden_states,
-            *self._bound,
+        check_call_options(self._layer, call, image_mask, padding_mask, num_tokens, input_ids, rare)
+        logits = hidden_states.double() @ self._W_gate.double()
+        options = ReferenceOptions(
             **self._options,
             image_mask=image_mask,
             padding_mask=padding_mask,
             num_tokens=num_tokens,
             input_ids=input_ids,
+            forced_ids=rare.get("forced_ids"),
+            forced_mask=rare.get("forced_mask"),
         )
-        out_weights[: len(weights), : self._layer.columns] = weights
-        out_ids[: len(ids), : self._layer.columns] = ids
+        weights, ids = select_reference(logits, *self._bound, **options)
+        # By way of FP32, as the kernels round.
+        _write(out_weights, weights.float())
+        _write(out_ids, ids)
+        if (out_logical_ids := rare.get("out_logical_ids")) is not None:
+            options["to_physical"] = options["logical_count"] = None
+            _, ids = select_reference(logits, *self._bound, **options)
+            _write(out_logical_ids, ids[:, : self._layer.top_k])
+        if (out_logits := rare.get("out_logits")) is not None:
+            _write(out_logits, logits)
+
+
+def _write(out: torch.Tensor, rows: torch.Tensor) -> None:
+    out[: rows.shape[0], : rows.shape[1]] = rows
 
 
 class BoundLayer:

@@ -5,7 +5,8 @@
     gate.load_state_dict(...)                                   # the layer's `...ffn.gate.*`
     weights, ids = gate(hidden_states, input_ids)
 
-A hash layer needs input_ids; `image_mask` marks the rows of images in a model that sees.
+A hash layer needs input_ids. In a model that sees, `image_mask` marks the rows of images, or
+num_image_ids tells them by input_ids.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ OTHER_NAMES = {
     "e_score_correction_bias_vl": "bias_vl",  # SGLang
 }
 # Fields of GateConfig that are options of the operator, with the value that is off.
-_NUMBERS_OFF = {"gate_temp": 1.0, "num_shared_slots": 0, "norm_topk_prob": True, "pdl": False}
+_NUMBERS_OFF = {
+    **{"gate_temp": 1.0, "num_shared_slots": 0, "shared_weight": 1.0, "norm_topk_prob": True},
+    **{"first_image_id": 0, "num_image_ids": 0, "pdl": False},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,9 @@ class GateConfig:
 
     hash_vocab_size: the rows of tid2eid, in a hash layer; None in any other layer.
     vision: the layer has bias_vl, for the rows of images.
-    gate_temp, num_shared_slots and pdl are `Router`'s; ids_dtype is torch.int32 or torch.int64.
+    first_image_id, num_image_ids: token ids of image rows (see `Router`); used with vision only.
+    gate_temp, num_shared_slots, shared_weight and pdl are `Router`'s; weights_dtype is
+    torch.float32 or torch.bfloat16, ids_dtype torch.int32 or torch.int64.
     """
 
     hidden_size: int
@@ -47,6 +53,10 @@ class GateConfig:
     vision: bool = False
     gate_temp: float = 1.0
     num_shared_slots: int = 0
+    shared_weight: float = 1.0
+    first_image_id: int = 0
+    num_image_ids: int = 0
+    weights_dtype: torch.dtype = torch.float32
     ids_dtype: torch.dtype = torch.int32
     pdl: bool = False
 
@@ -56,7 +66,8 @@ class GateConfig:
 
         config: an object as transformers and the engines have it, or config.json as a dict.
         layer_index: draft layers (MTP, DSpark) follow the num_hidden_layers of the model itself.
-        more: fields of GateConfig that no model's config has, such as num_shared_slots.
+        more: fields of GateConfig that no model's config has, such as num_shared_slots and
+            num_image_ids.
         """
         text = _value(config, "text_config", config)
         scoring = _value(text, "scoring_func", SCORING)
@@ -135,6 +146,8 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         numbers = {name: getattr(config, name) for name in _NUMBERS_OFF}
+        if not config.vision:
+            numbers["num_image_ids"] = 0
         self._numbers_on = {n: value for n, value in numbers.items() if value != _NUMBERS_OFF[n]}
         shape = (config.num_experts, config.hidden_size)
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -163,20 +176,22 @@ class Gate(nn.Module):
         padding_mask: torch.Tensor | None = None,
         num_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights FP32 and ids [N, top_k + num_shared_slots] of hidden_states [..., K] BF16.
+        """Return weights and ids [N, top_k + num_shared_slots] of hidden_states [..., K] BF16.
 
         N is the product of the leading dimensions, which input_ids and the masks may have too.
-        input_ids: used in a hash layer, and may be given to any other. See `Router` for the rest.
+        input_ids: used in a hash layer, and with num_image_ids in a layer with vision. It may be
+        given to any other. See `Router` for the rest.
         """
         config = self.config
         hashed = self.tid2eid is not None
+        has_image_ids = "num_image_ids" in self._numbers_on
         options: dict[str, Any] = {
             "bias_vl": self.bias_vl,
             "tid2eid": self.tid2eid,
             "image_mask": _flat(image_mask),
             "padding_mask": _flat(padding_mask),
             "num_tokens": num_tokens,
-            "input_ids": _flat(input_ids) if hashed else None,
+            "input_ids": _flat(input_ids) if hashed or has_image_ids else None,
         }
         # Without any, the call is cheaper.
         options = {name: value for name, value in options.items() if value is not None}
@@ -186,6 +201,7 @@ class Gate(nn.Module):
             None if hashed else self.e_score_correction_bias,
             config.routed_scaling_factor,
             config.top_k,
+            weights_dtype=config.weights_dtype,
             ids_dtype=config.ids_dtype,
             **self._numbers_on,
             **options,

@@ -8,13 +8,14 @@
 
 Importing this module registers `torch.ops.dsv4_router`. Arguments, checks and errors are those of
 `Router` and its calls, with one difference: weight [E, K] has a checkpoint's layout, and is bound
-as W_gate = weight.t(). The last two operators take every option of `Router` and of its calls as a
-keyword. `route` takes none, since each argument of an operator costs host time.
-`route_functional` allocates its outputs, with ids of `ids_dtype` (int32 if None). `route`, and
-`route_functional` without options, call a bound layer's Router instead of the operator of their
-name if nothing that runs would miss it.
+as W_gate = weight.t(). The last two operators take the options of `Router` and of its calls as
+keywords. `route` takes none, since each argument of an operator costs host time.
+`route_functional` allocates its outputs: weights of `weights_dtype` (FP32 if None) and ids of
+`ids_dtype` (int32 if None). It has no out_logical_ids and no out_logits: use `route_options`.
+`route`, and `route_functional` without options, call a bound layer's Router instead of the operator
+of their name if nothing that runs would miss it.
 
-The first call with a layer binds it: a `Router` on a GPU, on a CPU `router_reference` in FP64. It
+The first call with a layer binds it: a `Router` on a GPU, on a CPU the reference in FP64. It
 must not happen under stream capture (see `Router`). A layer is found by the memory of its tensors
 and by its numbers. If the weight is an nn.Parameter, its last 16 layers are kept for as long as it
 lives. Of layers with other weights the last 512 are kept, and their memory with them.
@@ -37,6 +38,7 @@ from torch._C import _len_torch_function_stack as _num_function_modes
 from torch._C._functorch import maybe_current_level as _transform_level
 from torch.autograd import _profiler_enabled
 
+from dsv4_router_runtime.call import RareKeywords
 from dsv4_router_runtime.layer import LayerOptions
 
 from .bound_layers import BoundLayer, find, find_plain, forget, refresh
@@ -49,11 +51,17 @@ _LAYER = (
 _OUTPUTS = "Tensor(a!) out_weights, Tensor(b!) out_ids"
 _OPTIONS = (
     "Tensor? bias_vl=None, float gate_temp=1.0, Tensor? tid2eid=None, Tensor? to_physical=None, "
-    "Tensor? logical_count=None, int num_shared_slots=0, bool norm_topk_prob=True, "
+    "Tensor? logical_count=None, int num_shared_slots=0, float shared_weight=1.0, "
+    "bool norm_topk_prob=True, int first_image_id=0, int num_image_ids=0, "
     "Tensor? image_mask=None, Tensor? padding_mask=None, Tensor? num_tokens=None, "
-    "Tensor? input_ids=None, bool pdl=False"
+    "Tensor? input_ids=None, Tensor? forced_ids=None, Tensor? forced_mask=None, bool pdl=False"
 )
-_CALL_OPTIONS = ("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl")
+_OPTIONAL_OUTPUTS = "Tensor(c!)? out_logical_ids=None, Tensor(d!)? out_logits=None"
+_DTYPES = "ScalarType? weights_dtype=None, ScalarType? ids_dtype=None"
+_CALL_OPTIONS = (
+    *("image_mask", "padding_mask", "num_tokens", "input_ids", "pdl"),
+    *RareKeywords.__annotations__,
+)
 _NO_OPTIONS = LayerOptions()
 # A name of torch's takes 0.03 us to look up.
 _TENSOR = torch.Tensor
@@ -103,6 +111,7 @@ def route_functional(
     routed_scaling_factor: float,
     top_k: int,
     *,
+    weights_dtype: torch.dtype | None = None,
     ids_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +119,9 @@ def route_functional(
     given = (hidden_states, weight, e_bias, routed_scaling_factor, top_k)
     bound = None if options else _without_dispatcher(*given)
     if bound is None:
-        return _functional_operator(*given, ids_dtype=ids_dtype, **options)
-    out = _fake_functional(*given, ids_dtype=ids_dtype)
+        dtypes = {"weights_dtype": weights_dtype, "ids_dtype": ids_dtype}
+        return _functional_operator(*given, **dtypes, **options)
+    out = _fake_functional(*given, weights_dtype=weights_dtype, ids_dtype=ids_dtype)
     bound.router(hidden_states, *out)
     return out
 
@@ -173,7 +183,8 @@ def _route_functional(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake_functional(hidden_states, weight, e_bias, scale, top_k, **options)
-    options.pop("ids_dtype", None)
+    for name in ("weights_dtype", "ids_dtype"):
+        options.pop(name, None)
     run = _route_options if options else _route
     run(hidden_states, weight, e_bias, scale, top_k, *out, **options)
     return out
@@ -192,13 +203,14 @@ def _fake_functional(
     top_k: int,
     *,
     num_shared_slots: int = 0,
+    weights_dtype: torch.dtype | None = None,
     ids_dtype: torch.dtype | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Allocate the outputs of a call with any kind of tensors."""
     _fake_route(hidden_states, weight)
     shape = (hidden_states.shape[0], top_k + num_shared_slots)
-    out_weights = hidden_states.new_empty(shape, dtype=torch.float32)
+    out_weights = hidden_states.new_empty(shape, dtype=weights_dtype or torch.float32)
     return out_weights, hidden_states.new_empty(shape, dtype=ids_dtype or torch.int32)
 
 
@@ -220,13 +232,13 @@ def _register() -> torch.library.Library:
         ("route", f"({_LAYER}, {_OUTPUTS}) -> ()", _route, _fake_route),
         (
             "route.options",
-            f"({_LAYER}, {_OUTPUTS}, *, {_OPTIONS}) -> ()",
+            f"({_LAYER}, {_OUTPUTS}, *, {_OPTIONS}, {_OPTIONAL_OUTPUTS}) -> ()",
             _route_options,
             _fake_route,
         ),
         (
             "route_functional",
-            f"({_LAYER}, *, {_OPTIONS}, ScalarType? ids_dtype=None) -> (Tensor, Tensor)",
+            f"({_LAYER}, *, {_OPTIONS}, {_DTYPES}) -> (Tensor, Tensor)",
             _route_functional,
             _fake_functional,
         ),

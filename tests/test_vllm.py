@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vLLM is installed by .ci/serving alone")
 
 from vllm import plugins  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.custom_op import op_registry_oot  # noqa: E402
 from vllm.model_executor.layers.fused_moe import GateLinear  # noqa: E402
 from vllm.model_executor.layers.fused_moe.router import base_router  # noqa: E402
@@ -23,31 +22,28 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
     FusedTopKBiasRouter,
 )
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner  # noqa: E402
-from vllm.model_executor.model_loader.reload import layerwise  # noqa: E402
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # noqa: E402
-from vllm_layers import FIRST_IMAGE_ID, TOP_K, E, Layer, engine, model_of  # noqa: E402
+from vllm_layers import (  # noqa: E402
+    FIRST_IMAGE_ID,
+    KINDS,
+    TOP_K,
+    E,
+    Layer,
+    load,
+    model_of,
+    replaced_classes,
+)
 
 from dsv4_router_runtime.integrations.engine import mismatches  # noqa: E402
 from dsv4_router_runtime.integrations.vllm import plugin  # noqa: E402
 from dsv4_router_runtime.integrations.vllm.contract import CONTRACT  # noqa: E402
 
 pytestmark = pytest.mark.serving
-KINDS = {
-    "text": {},
-    "hash": {"hashed": True},
-    "image": {"vision": True},
-    "image and hash": {"hashed": True, "vision": True},
-    "shared": {"shared_columns": 2},
-}
 
 
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch) -> Iterator[None]:
-    monkeypatch.setenv("DSV4_ROUTER", "1")
-    monkeypatch.delenv("DSV4_ROUTER_DISABLE", raising=False)
-    op_registry_oot.clear()
-    yield
-    op_registry_oot.clear()
+    with replaced_classes(monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -202,18 +198,6 @@ def test_real_logits_are_routed_by_vllm(registered, monkeypatch) -> None:
     (logits,) = routed
     expected = x.float() @ layer.gate.weight.float().t()
     torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.05)
-
-
-def load(layer: Layer, new: dict[str, torch.Tensor]) -> None:
-    """Load a checkpoint's tensors anew, as vLLM's `reload_weights` does."""
-    model = model_of(layer)
-    layerwise.record_metadata_for_reloading(model)
-    with set_current_vllm_config(engine(layer.device)), torch.device(layer.device):
-        layerwise.initialize_layerwise_reload(model)
-        for name, value in new.items():
-            parameter = getattr(layer.gate, name)
-            getattr(parameter, "weight_loader", default_weight_loader)(parameter, value)
-        layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,14 +20,38 @@ from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import model_parallel_is_initialized
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
+
+from dsv4_router_runtime.integrations.vllm import plugin
 
 K, E, TOP_K, SCALE, VOCABULARY = 256, 32, 6, 2.5, 64
 FIRST_IMAGE_ID = 40
+KINDS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "hash": {"hashed": True},
+    "image": {"vision": True},
+    "image and hash": {"hashed": True, "vision": True},
+    "shared": {"shared_columns": 2},
+}
+
+
+@contextlib.contextmanager
+def replaced_classes(monkeypatch: Any) -> Iterator[dict[str, type]]:
+    """Give vLLM's registry of replaced classes, empty, with the plugin's switch on."""
+    monkeypatch.setenv(plugin.SWITCH, "1")
+    monkeypatch.delenv(plugin.KILL_SWITCH, raising=False)
+    before = dict(op_registry_oot)
+    op_registry_oot.clear()
+    yield op_registry_oot
+    op_registry_oot.clear()
+    op_registry_oot.update(before)
 
 
 class StubExperts(FusedMoEMethodBase):
@@ -228,6 +253,18 @@ class Layer:
             ids = ids.masked_fill(padding[:num_tokens, None], -1)
             weights = weights.masked_fill(padding[:num_tokens, None], 0)
         return weights, ids, margin
+
+
+def load(layer: Layer, new: dict[str, torch.Tensor]) -> None:
+    """Load a checkpoint's tensors anew, as vLLM's `reload_weights` does."""
+    model = model_of(layer)
+    layerwise.record_metadata_for_reloading(model)
+    with set_current_vllm_config(engine(layer.device)), torch.device(layer.device):
+        layerwise.initialize_layerwise_reload(model)
+        for name, value in new.items():
+            parameter = getattr(layer.gate, name)
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, value)
+        layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
 
 
 def model_of(*layers: Layer) -> nn.Module:

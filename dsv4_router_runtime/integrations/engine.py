@@ -78,8 +78,8 @@ def bind_router(weight: torch.Tensor, e_bias: torch.Tensor | None, **bound: Any)
     """Return a `Router` of weight [E, K] on a GPU; on a CPU, for tests, the reference."""
     from dsv4_router_runtime.router import Router
 
-    from .torch_op import _CpuRouter
+    from .bound_layers import CpuRouter
 
     # `.data`, since a Router takes no parameter that requires a gradient.
     W_gate = weight.data.t()
-    return (Router if weight.is_cuda else _CpuRouter)(W_gate, e_bias, **bound)
+    return (Router if weight.is_cuda else CpuRouter)(W_gate, e_bias, **bound)

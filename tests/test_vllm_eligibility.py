@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from dsv4_router_runtime.integrations.vllm import plugin
+from dsv4_router_runtime.integrations.vllm.contract import RELEASE
 from dsv4_router_runtime.integrations.vllm.eligibility import LayerFacts, reasons_against
 
 PLAIN = LayerFacts(max_num_tokens=8192, num_experts=256, first_shared_id=256)
@@ -89,3 +93,15 @@ def test_another_release_is_declined_in_words(monkeypatch, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "this adapter is for vLLM 0.33.x (got 0.34.1)" in record.getMessage()
+
+
+def test_the_page_names_what_there_is():
+    page = (Path(plugin.__file__).parents[1] / "VLLM.md").read_text(encoding="utf-8")
+    assert f"{plugin.SWITCH}=1 vllm serve" in page
+    assert f"Set `{plugin.KILL_SWITCH}=1`" in page
+    assert f"vLLM {RELEASE}x" in page
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    ours = {name.name for node in imported if node.module == plugin.__name__ for name in node.names}
+    assert ours == {"summary"}
+    assert ours | {"refresh"} <= set(plugin.__all__)

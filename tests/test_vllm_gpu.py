@@ -100,13 +100,13 @@ def test_every_row_is_right_eager_and_replayed(make, seed, shape, kind, ids_dtyp
         assert layer.runner.verdict == runner.SERVED
 
 
-def nodes_of(layer: Layer, x: Any, input_ids: Any) -> int:
+def nodes_of(layer: Layer, x: Any, input_ids: Any, ids_dtype: Any) -> int:
     """Count the nodes of a graph that holds the gate and the choice of experts."""
     from cuda.bindings import driver as cuda
 
     def route() -> Any:
         logits, _ = layer.runner.gate(x)
-        return layer.runner.router.select_experts(x, logits, torch.int32, input_ids=input_ids)
+        return layer.runner.router.select_experts(x, logits, ids_dtype, input_ids=input_ids)
 
     padding = padding_of(len(x), len(x))
     graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -120,14 +120,15 @@ def nodes_of(layer: Layer, x: Any, input_ids: Any) -> int:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 64])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_router_is_one_launch(make, shape, kind, num_tokens) -> None:
+def test_a_router_is_one_launch(make, shape, kind, ids_dtype, num_tokens) -> None:
     """Two more make the mask of image rows from the token ids."""
     layer = make(True, shape, **KINDS[kind])
     x, input_ids = layer.batch(num_tokens)
     layer(x, input_ids)
-    assert nodes_of(layer, x, input_ids) == (3 if "image" in kind else 1)
+    assert nodes_of(layer, x, input_ids, ids_dtype) == (3 if "image" in kind else 1)
 
 
 @pytest.mark.parametrize("num_tokens", [8, 128])

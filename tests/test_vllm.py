@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import tomllib
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vLLM is installed by .ci/serving alone")
 
 from vllm import plugins  # noqa: E402
+from vllm.config.logging import LoggingConfig  # noqa: E402
+from vllm.logger import configure_logging  # noqa: E402
 from vllm.model_executor.custom_op import op_registry_oot  # noqa: E402
 from vllm.model_executor.layers.fused_moe import GateLinear  # noqa: E402
 from vllm.model_executor.layers.fused_moe.router import base_router  # noqa: E402
@@ -42,6 +45,7 @@ pytestmark = pytest.mark.serving
 
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(plugin.LOGGER, "parent", plugin.LOGGER.parent)
     with replaced_classes(monkeypatch):
         yield
 
@@ -336,12 +340,19 @@ def test_a_quantized_or_wrapped_gate_is_declined(registered) -> None:
     assert facts(wrapped.runner).gate == "a Sequential"
 
 
-def test_the_log_goes_where_vllm_logs(monkeypatch) -> None:
-    """A server sets up the logger "vllm" alone."""
-    log = logging.Logger("log")
-    log.addHandler(logging.NullHandler())
-    monkeypatch.setattr(plugin, "LOGGER", log)
-    monkeypatch.setattr(logging.root, "handlers", [])
-    plugin._log_where_vllm_logs()
-    assert set(logging.getLogger("vllm").handlers) <= set(log.handlers)
-    assert log.isEnabledFor(logging.INFO)
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_the_log_is_vllms(registered, level) -> None:
+    """A server sets up the logger "vllm" alone, after it has loaded the plugins."""
+    engine_log = logging.getLogger("vllm")
+    before = engine_log.handlers[:], engine_log.level, engine_log.propagate
+    written = io.StringIO()
+    try:
+        configure_logging(LoggingConfig(log_level=level))
+        engine_log.handlers[0].setStream(written)
+        layer = Layer()
+        layer(layer.batch(2)[0])
+    finally:
+        engine_log.handlers, engine_log.level, engine_log.propagate = before
+        engine_log.manager._clear_cache()
+    line = f"vllm: {layer.prefix}.experts is served by dsv4_router\n"
+    assert (line in written.getvalue()) == (level == "INFO")

@@ -29,7 +29,8 @@ def register() -> None:
     if reason := why_off():
         LOGGER.debug("vllm: not registered: %s", reason)
         return
-    _log_where_vllm_logs()
+    # vLLM sets up the logger "vllm" alone, and may do so again after plugins are loaded.
+    LOGGER.parent = logging.getLogger("vllm")
     if reason := _why_not_register():
         LOGGER.warning("vllm: not registered, vLLM's routers run: %s", reason)
 
@@ -55,18 +56,6 @@ def _why_not_register() -> str | None:
         if name not in op_registry_oot:
             PluggableLayer.register_oot(served, name=name)
     return None
-
-
-def _log_where_vllm_logs() -> None:
-    """Send this package's records to vLLM's handlers, unless the server has set its own."""
-    handlers = [each for each in LOGGER.handlers if not isinstance(each, logging.NullHandler)]
-    if handlers or logging.root.handlers:
-        return
-    engine = logging.getLogger("vllm")
-    for handler in engine.handlers:
-        LOGGER.addHandler(handler)
-    if LOGGER.level == logging.NOTSET:
-        LOGGER.setLevel(engine.level)
 
 
 def summary(model: Any) -> dict[str, str]:

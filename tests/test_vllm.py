@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vLLM is installed by .ci/serving alone")
 
+from gpu_recorder import replace_gpu  # noqa: E402
 from vllm import plugins  # noqa: E402
 from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.logger import configure_logging  # noqa: E402
@@ -36,8 +37,9 @@ from vllm_layers import (  # noqa: E402
     replaced_classes,
 )
 
+from dsv4_router_runtime import Router  # noqa: E402
 from dsv4_router_runtime.integrations.engine import mismatches  # noqa: E402
-from dsv4_router_runtime.integrations.vllm import plugin  # noqa: E402
+from dsv4_router_runtime.integrations.vllm import plugin, runner  # noqa: E402
 from dsv4_router_runtime.integrations.vllm.contract import CONTRACT  # noqa: E402
 
 pytestmark = pytest.mark.serving
@@ -283,6 +285,31 @@ def test_the_specialized_decode_of_v41_takes_the_routers_experts(registered) -> 
             hidden_states=x, router_logits=logits, topk_indices_dtype=torch.int32
         )
     assert torch.equal(ids.long(), layer.expected(x)[1])
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_is_one_launch(registered, monkeypatch, kind, ids_dtype) -> None:
+    """With a recorder in the GPU's place: what the adapter passes, a real Router launches."""
+    gpu = replace_gpu(monkeypatch)
+
+    def bind(weight, e_bias, **bound):
+        return Router(weight.t(), e_bias, **bound)
+
+    monkeypatch.setattr(runner, "bind_router", bind)
+    layer = Layer(ids_dtype=ids_dtype, **KINDS[kind])
+    for num_tokens in (1, 8, 64):
+        gpu.launches.clear()
+        padding = torch.zeros(64, dtype=torch.bool)
+        x, input_ids = layer.batch(num_tokens)
+        layer(x, input_ids, padding)
+        (launch,) = gpu.launches
+        assert launch["ids_are_int64"] == (ids_dtype is torch.int64)
+        assert launch["padding_mask"] == padding.data_ptr()
+        assert bool(launch.get("image_mask")) == ("image" in kind)
+    assert layer.runner.verdict == runner.SERVED
+    load(layer, layer.new_weights("hash" in kind, "image" in kind))
+    layer(*layer.batch(8))
 
 
 @pytest.mark.parametrize(

@@ -258,8 +258,8 @@ class Layer:
 def load(layer: Layer, new: dict[str, torch.Tensor]) -> None:
     """Load a checkpoint's tensors anew, as vLLM's `reload_weights` does."""
     model = model_of(layer)
-    layerwise.record_metadata_for_reloading(model)
     with set_current_vllm_config(engine(layer.device)), torch.device(layer.device):
+        layerwise.record_metadata_for_reloading(model)
         layerwise.initialize_layerwise_reload(model)
         for name, value in new.items():
             parameter = getattr(layer.gate, name)

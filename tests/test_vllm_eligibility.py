@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_router_runtime.integrations.engine import KILL_SWITCH, SWITCH
 from dsv4_router_runtime.integrations.vllm import plugin
 from dsv4_router_runtime.integrations.vllm.contract import RELEASE
 from dsv4_router_runtime.integrations.vllm.eligibility import LayerFacts, reasons_against
@@ -73,7 +74,7 @@ def test_all_reasons_are_named():
     "switches", [{}, {"DSV4_ROUTER": "0"}, {"DSV4_ROUTER": "1", "DSV4_ROUTER_DISABLE": "1"}]
 )
 def test_nothing_is_imported_unless_asked_for(monkeypatch, switches, caplog):
-    for name in ("DSV4_ROUTER", "DSV4_ROUTER_DISABLE"):
+    for name in (SWITCH, KILL_SWITCH):
         monkeypatch.delenv(name, raising=False)
     for name, value in switches.items():
         monkeypatch.setenv(name, value)
@@ -97,11 +98,11 @@ def test_another_release_is_declined_in_words(monkeypatch, caplog):
 
 def test_the_page_names_what_there_is():
     page = (Path(plugin.__file__).parents[1] / "VLLM.md").read_text(encoding="utf-8")
-    assert f"{plugin.SWITCH}=1 vllm serve" in page
-    assert f"Set `{plugin.KILL_SWITCH}=1`" in page
+    assert f"{SWITCH}=1 vllm serve" in page
+    assert f"Set `{KILL_SWITCH}=1`" in page
     assert f"vLLM {RELEASE}x" in page
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
     ours = {name.name for node in imported if node.module == plugin.__name__ for name in node.names}
     assert ours == {"summary"}
-    assert ours | {"refresh"} <= set(plugin.__all__)
+    assert all(hasattr(plugin, name) for name in ours | {"refresh"})

@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
-from dsv4_router_runtime.integrations.vllm import plugin
+from dsv4_router_runtime.integrations.engine import KILL_SWITCH, SWITCH
 
 K, E, TOP_K, SCALE, VOCABULARY = 256, 32, 6, 2.5, 64
 FIRST_IMAGE_ID = 40
@@ -45,8 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def replaced_classes(monkeypatch: Any) -> Iterator[dict[str, type]]:
     """Give vLLM's registry of replaced classes, empty, with the plugin's switch on."""
-    monkeypatch.setenv(plugin.SWITCH, "1")
-    monkeypatch.delenv(plugin.KILL_SWITCH, raising=False)
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.delenv(KILL_SWITCH, raising=False)
     before = dict(op_registry_oot)
     op_registry_oot.clear()
     yield op_registry_oot

@@ -6,17 +6,10 @@ import logging
 from importlib import metadata
 from typing import Any
 
-from dsv4_router_runtime.integrations.engine import (
-    KILL_SWITCH,
-    SWITCH,
-    mismatches,
-    why_off,
-)
+from dsv4_router_runtime.integrations.engine import mismatches, why_off
 from dsv4_router_runtime.log import LOGGER
 
 from .contract import CONTRACT, RELEASE
-
-__all__ = ["KILL_SWITCH", "SWITCH", "refresh", "register", "summary"]
 
 
 def register() -> None:

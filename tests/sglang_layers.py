@@ -32,6 +32,9 @@ from sglang.srt.model_executor.forward_context import (  # noqa: E402
     ForwardContext,
     forward_context,
 )
+from sglang.srt.model_executor.model_runner_components.weight_updater import (  # noqa: E402
+    WeightUpdater,
+)
 from sglang.srt.multimodal.dsv41.vl_routing import vision_topk  # noqa: E402
 
 from dsv4_router_runtime.integrations.sglang import plugin  # noqa: E402
@@ -255,4 +258,22 @@ def maps(seed: int, num_experts: int = E, num_layers: int = 6) -> ExpertLocation
             used[expert] += 1
     return ExpertLocationMetadata._init_raw(
         1, to_logical.to(DEVICE), to_physical.to(DEVICE), moe_ep_rank=0
+    )
+
+
+def updater_of(moe: Any) -> WeightUpdater:
+    """Return SGLang's updater of a model that is this layer alone."""
+    model = torch.nn.Module()
+    model.mlp = moe
+    return WeightUpdater(
+        tp_rank=0,
+        device=DEVICE,
+        gpu_id=0,
+        model_config=None,
+        custom_weight_loaders={},
+        get_model=lambda: model,
+        update_model_fields=None,
+        recapture_cuda_graph=None,
+        get_model_runner=None,
+        _model_update_group={},
     )

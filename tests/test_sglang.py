@@ -19,9 +19,6 @@ import torch.nn.functional as F  # noqa: E402
 from sglang.srt import plugins, runtime_context  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.moe.topk import TopK  # noqa: E402
-from sglang.srt.model_executor.model_runner_components.weight_updater import (  # noqa: E402
-    WeightUpdater,
-)
 from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
 from sglang_layers import (  # noqa: E402
     IMAGE_TOKEN,
@@ -37,6 +34,7 @@ from sglang_layers import (  # noqa: E402
     padded_to,
     routed,
     start,
+    updater_of,
 )
 
 from dsv4_router_runtime.integrations import engine  # noqa: E402
@@ -235,24 +233,6 @@ def test_the_recorder_gets_the_routed_experts(kind, algorithm, num_shared, seed)
         resources.expert_distribution_recorder = kept
     (ids,) = recorded
     assert torch.equal(ids, got.topk_ids[:, :TOP_K])
-
-
-def updater_of(moe: Any) -> WeightUpdater:
-    """Return SGLang's updater of a model that is this layer alone."""
-    model = torch.nn.Module()
-    model.mlp = moe
-    return WeightUpdater(
-        tp_rank=0,
-        device="cpu",
-        gpu_id=0,
-        model_config=None,
-        custom_weight_loaders={},
-        get_model=lambda: model,
-        update_model_fields=None,
-        recapture_cuda_graph=None,
-        get_model_runner=None,
-        _model_update_group={},
-    )
 
 
 @kinds

@@ -38,12 +38,15 @@ class ServedLayer:
     Decides at the first call that is not captured, since SGLang sets attributes of the layer after
     it was made, and binds then. The one router gives logical ids; the other one, physical ids by
     SGLang's maps, which are int64 and are copied to int32 here.
+
+    reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
     """
 
     def __init__(self, moe: Any, name: str) -> None:
         self.moe = moe
         self.name = name
         self.config: Any = None
+        self.reason: str | None = None
         self._serves: bool | None = None
         self._routers: dict[bool, Any] = {}
         self._top_k = self._num_shared = 0
@@ -77,8 +80,7 @@ class ServedLayer:
             self.config = config_of(self.moe)
             self._top_k, self._num_shared = facts.top_k, facts.num_shared
             reason = self._bind_now()
-        self._serves = reason is None
-        report_layer("sglang", self.name, reason)
+        self._settle(reason)
 
     def _bind_now(self) -> str | None:
         """Bind the router that a call takes now; return why that failed."""
@@ -103,10 +105,14 @@ class ServedLayer:
         if self._moves > MAX_MOVES:
             reason = "its weights keep moving; is it offloaded?"
         if reason is not None:
-            self._serves = False
             self._routers.clear()
-            report_layer("sglang", self.name, reason)
-        return self._serves is True
+            self._settle(reason)
+        return reason is None
+
+    def _settle(self, reason: str | None) -> None:
+        self.reason = reason
+        self._serves = reason is None
+        report_layer("sglang", self.name, reason)
 
     def _warn(self, kind: str, text: str) -> None:
         name = self.name

@@ -308,6 +308,21 @@ def test_a_call_that_cannot_be_served_has_its_logits_made(kind, seed, monkeypatc
     assert torch.equal(output.router_logits, hidden_states @ moe.gate.weight.t())
 
 
+def test_a_hook_on_the_gate_gets_logits(seed, caplog) -> None:
+    moe = build(seed)
+    hidden_states, input_ids = batch(seed, 5)
+    check(moe, hidden_states, input_ids)
+    seen = []
+    handle = moe.gate.register_forward_hook(lambda gate, given, logits: seen.append(logits))
+    with torch.no_grad():
+        for _ in range(2):
+            moe.gate(hidden_states)
+            assert torch.equal(seen.pop(), hidden_states @ moe.gate.weight.t())
+    assert caplog.text.count("a hook on its gate may read the logits") == 1
+    handle.remove()
+    check(moe, hidden_states, input_ids)
+
+
 def test_what_torch_compiles_is_sglangs_own(seed) -> None:
     moe = build(seed)
     hidden_states, input_ids = batch(seed, 5)

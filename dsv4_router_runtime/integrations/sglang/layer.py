@@ -64,6 +64,9 @@ class ServedLayer:
             return False
         if self.moe.gate.weight is not self._tensors[0] or self._moved():
             return self._follow(hidden_states)
+        if self.moe.gate._forward_hooks:
+            self._warn("hook", "a hook on its gate may read the logits")
+            return False
         if hidden_states.dtype is torch.bfloat16 and hidden_states.is_contiguous():
             return True
         got = f"{hidden_states.dtype} of strides {hidden_states.stride()}"

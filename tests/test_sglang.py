@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -190,14 +191,17 @@ def test_maps_change_in_the_memory_that_a_graph_reads(seed) -> None:
         assert layer._routers[True]._options["to_physical"] is held[0]
 
 
-def test_random_replicas_and_captured_ids_are_left_to_sglang(seed) -> None:
+def test_random_replicas_and_captured_ids_are_left_to_sglang(seed, monkeypatch) -> None:
     moe = build(seed)
+    finished = mock.Mock(wraps=hooks._post_process_topk_ids)
+    monkeypatch.setattr(hooks, "_post_process_topk_ids", finished)
     hidden_states, input_ids = batch(seed, 17)
     logical = check(moe, hidden_states, input_ids).topk_ids
     with balanced(seed, "dynamic", backend="deepep") as metadata:
         got = routed(moe, hidden_states, input_ids).topk_ids
         layer = metadata.physical_to_logical_map[moe.layer_id]
         assert torch.equal(layer[got].int(), logical)
+    assert finished.call_count == 1
     captured = []
     capturer = SimpleNamespace(capture=lambda layer_id, topk_indices: captured.append(topk_indices))
     resources = runtime_context.get_resources()

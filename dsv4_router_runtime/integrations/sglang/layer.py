@@ -1,0 +1,306 @@
+"""A DeepseekV2MoE, whether it is served, and the routers bound to its tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.layers.moe.topk import (
+    TopKConfig,
+    fused_shared_expert_weight,
+    routing_simulation_enabled,
+)
+from sglang.srt.layers.moe.utils import has_per_rank_fused_shared_slots
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+from dsv4_router_runtime.errors import RouterError
+from dsv4_router_runtime.integrations.engine import bind_router, report_layer
+from dsv4_router_runtime.log import warn_once
+
+from .eligibility import DISPATCH_ALGORITHMS, LayerFacts, reason_against
+
+# Tensors move once when weights are loaded into new memory. An offloaded layer's move each call.
+MAX_MOVES = 4
+
+
+class Routed(NamedTuple):
+    """The outputs of one call. mapped: the ids are physical, not logical."""
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    mapped: bool
+
+
+class ServedLayer:
+    """The routers of one DeepseekV2MoE.
+
+    Decides at the first call that is not captured, since SGLang sets attributes of the layer after
+    it was made, and binds then. The one router gives logical ids; the other one, physical ids by
+    SGLang's maps, which are int64 and are copied to int32 here.
+
+    reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
+    """
+
+    def __init__(self, moe: Any, name: str) -> None:
+        self.moe = moe
+        self.name = name
+        self.config: Any = None
+        self.reason: str | None = None
+        self._serves: bool | None = None
+        self._routers: dict[bool, Any] = {}
+        self._top_k = self._num_shared = 0
+        self._tensors: list[torch.Tensor] = []
+        self._bound_at: list[int] = []
+        self._moves = 0
+        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._maps_from = 0
+
+    def serves(self, hidden_states: torch.Tensor) -> bool:
+        """Return whether this layer's call with these hidden states is served; bind it if so."""
+        if self._serves is None:
+            self._decide(hidden_states)
+        if not self._serves:
+            return False
+        if self.moe.gate.weight is not self._tensors[0] or self._moved():
+            return self._follow(hidden_states)
+        if self.moe.gate._forward_hooks:
+            self._warn("hook", "a hook on its gate may read the logits")
+            return False
+        if hidden_states.dtype is torch.bfloat16 and hidden_states.is_contiguous():
+            return True
+        got = f"{hidden_states.dtype} of strides {hidden_states.stride()}"
+        self._warn("hidden states", f"hidden states are {got}; contiguous torch.bfloat16 is served")
+        return False
+
+    def _decide(self, hidden_states: torch.Tensor) -> None:
+        if _is_capturing(hidden_states):
+            self._warn("capture", "its first call is captured; a call before it would bind it")
+            return
+        facts = facts_of(self.moe)
+        reason = reason_against(facts)
+        if reason is None:
+            self.config = config_of(self.moe)
+            self._top_k, self._num_shared = facts.top_k, facts.num_shared
+            reason = self._bind_now()
+        self._settle(reason)
+
+    def _bind_now(self) -> str | None:
+        """Bind the router that a call takes now; return why that failed."""
+        info = self.moe.topk.routing_inputs()[1]
+        try:
+            self._router(self._is_mapped(info), info)
+        except (RouterError, TypeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _moved(self) -> bool:
+        return [tensor.data_ptr() for tensor in self._tensors] != self._bound_at
+
+    def _follow(self, hidden_states: torch.Tensor) -> bool:
+        """Bind a layer whose tensors moved again; return whether it is served still."""
+        if _is_capturing(hidden_states):
+            self._warn("moved", "its weights moved, and this call is captured")
+            return False
+        self._moves += 1
+        self._routers.clear()
+        reason = self._bind_now()
+        if self._moves > MAX_MOVES:
+            reason = "its weights keep moving; is it offloaded?"
+        if reason is not None:
+            self._routers.clear()
+            self._settle(reason)
+        return reason is None
+
+    def _settle(self, reason: str | None) -> None:
+        self.reason = reason
+        self._serves = reason is None
+        report_layer("sglang", self.name, reason)
+
+    def _warn(self, kind: str, text: str) -> None:
+        name = self.name
+        warn_once(f"sglang: {name}: {kind}", f"sglang: {name} takes SGLang's router now: {text}")
+
+    def can_dispatch(self, info: Any) -> bool:
+        """Return whether this call's ids are known to fit its ExpertLocationDispatchInfo."""
+        return info is None or info.ep_dispatch_algorithm in DISPATCH_ALGORITHMS
+
+    def route(
+        self,
+        hidden_states: torch.Tensor,
+        num_tokens: torch.Tensor | None,
+        info: Any,
+        *,
+        input_ids: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+    ) -> Routed:
+        """Route one batch. Rows of image_ids that are the image token select by the second bias."""
+        mapped = self._is_mapped(info)
+        router = self._router(mapped, info)
+        num_rows, columns = hidden_states.shape[0], self._top_k + self._num_shared
+        weights = hidden_states.new_empty((num_rows, columns), dtype=torch.float32)
+        ids = hidden_states.new_empty((num_rows, columns), dtype=torch.int32)
+        image_mask = None
+        if image_ids is not None:
+            image_mask = image_ids[:num_rows] == self.moe.config.image_token_id
+        if input_ids is not None:
+            input_ids = input_ids.contiguous()
+        if num_tokens is not None:
+            num_tokens = num_tokens.to(torch.int32)
+        router(
+            hidden_states,
+            weights,
+            ids,
+            num_tokens=num_tokens,
+            input_ids=input_ids,
+            image_mask=image_mask,
+        )
+        if self._num_shared:
+            self._scale_shared_columns(weights)
+        return Routed(weights, ids, mapped)
+
+    def _scale_shared_columns(self, weights: torch.Tensor) -> None:
+        """Divide what the experts will multiply by the scale; the kernels write 1, padding 0."""
+        weight = fused_shared_expert_weight(
+            routed_scaling_factor=self.config.routed_scaling_factor,
+            fused_in_topk=bool(self.config.apply_routed_scaling_factor_on_output),
+        )
+        if weight != 1.0:
+            weights[:, self._top_k :] *= weight
+
+    def _is_mapped(self, info: Any) -> bool:
+        """Return whether the kernel writes physical ids.
+
+        Not beside shared columns, which SGLang places behind its own maps; not by the random
+        replicas that it takes with an all-to-all; and not if the logical ids are captured.
+        """
+        if info is None or self.config.num_shared_topk_slots:
+            return False
+        if info.ep_dispatch_algorithm == "dynamic" and not info.rank_invariant:
+            return False
+        captured = self.config.allow_routed_experts_capture and get_global_experts_capturer()
+        return not captured
+
+    def _router(self, mapped: bool, info: Any) -> Any:
+        if mapped and self._maps_from != _map_of(info)[0].data_ptr():
+            self._copy_maps(info)
+        router = self._routers.get(mapped)
+        if router is None:
+            router = self._routers[mapped] = self._bind(mapped)
+        return router
+
+    def _bind(self, mapped: bool) -> Any:
+        gate, config = self.moe.gate, self.config
+        e_bias, bias_vl = gate.e_score_correction_bias, gate.e_score_correction_bias_vl
+        tid2eid = self.moe.topk.tid2eid if self.moe.is_hash else None
+        scale, applied = config.routed_scaling_factor, config.apply_routed_scaling_factor_on_output
+        to_physical, logical_count = self._maps if mapped and self._maps else (None, None)
+        router = bind_router(
+            gate.weight,
+            e_bias,
+            top_k=self._top_k,
+            routed_scaling_factor=float(scale) if applied and scale is not None else 1.0,
+            bias_vl=bias_vl,
+            tid2eid=tid2eid,
+            to_physical=to_physical,
+            logical_count=logical_count,
+            num_shared_slots=self._num_shared,
+            norm_topk_prob=bool(config.renormalize),
+        )
+        tensors = (gate.weight, e_bias, bias_vl, tid2eid)
+        self._tensors = [tensor for tensor in tensors if tensor is not None]
+        self._bound_at = [tensor.data_ptr() for tensor in self._tensors]
+        return router
+
+    def refresh(self) -> None:
+        """Take the weights as they are now, after SGLang has loaded others."""
+        if not self._routers:
+            return
+        if self._moved() or not self._tensors[0].is_cuda:
+            self._moves = 0
+            self._routers.clear()
+            return
+        for router in self._routers.values():
+            router.refresh()
+
+    def remap(self) -> None:
+        """Take SGLang's maps as they are now, into the memory that captured graphs read."""
+        if self._maps is not None:
+            self._copy_maps(self.moe.topk.routing_inputs()[1])
+
+    def _copy_maps(self, info: Any) -> None:
+        to_physical, count = _map_of(info)
+        # Under inference_mode, a copy could not be written later outside it.
+        with torch.no_grad(), torch.inference_mode(False):
+            if self._maps is None or self._maps[0].shape != to_physical.shape:
+                copied = to_physical.to(torch.int32, copy=True).contiguous()
+                self._maps = copied, copied.new_ones(len(copied))
+                self._routers.pop(True, None)
+            self._maps[0].copy_(to_physical)
+            if count is not None:
+                self._maps[1].copy_(count)
+        self._maps_from = to_physical.data_ptr()
+
+
+def _map_of(info: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the physical ids [E, replicas], and how many of them count if not all do."""
+    if info.ep_dispatch_algorithm == "static":
+        return info.partial_logical_to_rank_dispatch_physical_map[:, None], None
+    return (
+        info.partial_logical_to_all_physical_map,
+        info.partial_logical_to_all_physical_map_num_valid,
+    )
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def config_of(moe: Any) -> Any:
+    """Return the TopKConfig; a hash layer has none, and gets that of SGLang's mega gate."""
+    topk = moe.topk
+    if not moe.is_hash:
+        return topk.topk_config
+    return TopKConfig(
+        top_k=topk.topk,
+        shared_experts=topk.shared_experts,
+        routed_scaling_factor=topk.routed_scaling_factor,
+        apply_routed_scaling_factor_on_output=topk.apply_routed_scaling_factor_on_output,
+        scoring_func=topk.score_func,
+        allow_routed_experts_capture=False,
+    )
+
+
+def facts_of(moe: Any) -> LayerFacts:
+    """Read off a DeepseekV2MoE and the server's configuration what `reason_against` asks."""
+    gate, topk, config = moe.gate, moe.topk, config_of(moe)
+    weight, e_bias = gate.weight, gate.e_score_correction_bias
+    num_slots = config.num_shared_topk_slots
+    output_format = config.output_format
+    return LayerFacts(
+        is_deepseek_v4=moe.is_deepseek_v4,
+        gate=type(gate).__name__,
+        topk=type(topk).__name__,
+        experts=type(getattr(moe.experts, "quant_method", None)).__name__,
+        device="hip" if weight.is_cuda and torch.version.hip else weight.device.type,
+        weight=str(weight.dtype),
+        weight_shape=tuple(weight.shape),
+        contiguous=weight.is_contiguous(),
+        e_bias=None if e_bias is None else str(e_bias.dtype),
+        hashed=moe.is_hash,
+        sees=gate.e_score_correction_bias_vl is not None,
+        num_experts=moe.config.n_routed_experts,
+        hidden_size=moe.config.hidden_size,
+        top_k=config.top_k - num_slots,
+        # With slots per rank, SGLang appends the columns behind the router.
+        num_shared=0 if has_per_rank_fused_shared_slots(num_slots) else num_slots,
+        scoring_func=config.scoring_func,
+        grouped=config.use_grouped_topk,
+        custom=config.custom_routing_function is not None,
+        renormalize=bool(config.renormalize),
+        output_format=None if output_format is None else output_format.name,
+        waterfill=topk.enable_waterfill,
+        deterministic=get_exec().deterministic.enable_deterministic_inference,
+        simulated=routing_simulation_enabled(),
+        dispatch=get_exec().moe.ep_dispatch_algorithm,
+    )

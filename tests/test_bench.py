@@ -1324,6 +1324,7 @@ def test_cublas_and_router_topk_launch_with_every_parameter(inputs, launches: li
     assert launch.pop("routed_scaling_factor") == 2.5
     assert launch.pop("gate_temp") == 1.0
     assert launch.pop("norm_topk_prob") == 1
+    assert launch.pop("shared_weight") == 1.0
     # Options that are off are null.
     assert {name: value for name, value in launch.items() if value} == {
         "stream": 7,

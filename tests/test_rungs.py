@@ -394,10 +394,10 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
     pytest.importorskip("torch")
     inputs = make_inputs(topk.kernel, Case(num_tokens=3, num_experts=70, top_k=4))
     beside = {
-        "out_weights": np.full((3, emulated.WEIGHT_CANARIES), emulated.CANARY_FLOAT),
+        "out_weights": np.full((3, emulated.WEIGHT_CANARIES), emulated.CANARY_FLOAT, np.float32),
         "out_ids": np.full((3, emulated.ID_CANARIES), emulated.CANARY_INT),
     }
-    right = {"out_weights": inputs.weights, "out_ids": inputs.ids}
+    right = {"out_weights": inputs.weights.astype(np.float32), "out_ids": inputs.ids}
 
     def problems() -> list[str]:
         memory = {each: np.hstack([right[each], beside[each]]) for each in right}

@@ -19,8 +19,12 @@ ARCHS = [arch.name for arch in ARCHITECTURES]
 
 NAMES = [parameter.name for parameter in SPEC.parameters]
 POINTERS = {p.name for p in SPEC.parameters if p.kind == "pointer"}
-# What makes a row a padded one, whose warp selects nothing, or an image row, which no table serves.
-ROW_FLAGS = {"padding_mask", "num_valid_tokens", "input_ids", "image_mask"}
+# What makes a row padding or a forced one, whose warp selects nothing, or an image row, which no
+# table serves. Forced ids that name no experts make it padding.
+ROW_FLAGS = {
+    *("padding_mask", "num_valid_tokens", "input_ids", "image_mask"),
+    *("forced_mask", "forced_ids"),
+}
 
 REGISTER = re.compile(r"%(?:p|r|rd|rs|f|fd)\d+")
 GUARD = re.compile(r"@!?(%p\d+)\s+")

@@ -169,7 +169,8 @@ class TopkLauncher:
         site = self._sites.get(stream)
         if site is None:
             site = LaunchSite(self._loaded, stream=stream, grid=self._grid, pdl=self._pdl)
-            site.block.set(self._constants)
+            cells = site.block.cells
+            site.block.set({name: each for name, each in self._constants.items() if name in cells})
             self._sites[stream] = site
         return site
 

@@ -30,13 +30,16 @@ from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.candidates import merge, own_candidates, publish
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
-from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logical_id
+from build_kernels.kernels.outputs import OutputColumn, output_column, store
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.row_flags import (
+    HAS_LOGITS,
+    HAS_RARE_OUTPUTS,
     IS_FORCED,
     IS_IMAGE,
     IS_PADDING,
+    IS_RANKED,
     MAX_TICKET,
     MAX_TILES,
     publish_row_flags,
@@ -150,7 +153,6 @@ class RouterDecode:
             cluster=(NUM_SPLITS, 1, 1),
             # Shared memory leaves room for two CTAs on an SM at most. Without this ptxas saved
             # registers for more of them, and spilled one.
-            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -216,16 +218,14 @@ class RouterDecode:
                 cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
                 flags = row_flags(storage, self.max_owned)[warp]
                 is_image = flags & IS_IMAGE
-                is_ranked = args.tid2eid.toint() != 0 and is_image == 0
-                if args.forced_ids.toint() != 0 and flags & IS_FORCED != 0:
+                if flags & IS_FORCED != 0:
                     rank_forced(storage, self.max_owned, warp, experts, ranks)
-                    is_ranked = True
                     unknown = Int32(0)
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                keys, scores = self.score(
-                    *(storage, args, token, warp, experts, biases),
-                    *(is_image, is_ranked, ranks, inverse_temp),
+                keys, scores, logits = self.score(
+                    *(storage, args, warp, experts, biases),
+                    *(flags, ranks, inverse_temp),
                 )
                 # No row of the table: padding, unless the row is an image row or forced.
                 is_unknown = choose(is_image != 0, Int32(0), unknown)
@@ -234,22 +234,24 @@ class RouterDecode:
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
                     best = self.select_alone(keys, scores, args.top_k, output.shared_id)
-                    self.store(storage, args, token, warp, output, (*best, is_padded))
+                    self.store(storage, args, token, warp, flags, output, (*best, is_padded))
+                    self.store_logits(args, token, flags, experts, logits)
                 else:
                     for i in cutlass.range_constexpr(2):
                         publish(candidates[i], keys[i], scores[i])
+                    self.store_logits(args, token, flags, experts, logits)
                     if flags & MAX_TICKET == num_tiles - 1:
                         # E up to 256, 384 and 512: as few registers as hold the candidates.
                         merged = (args.workspace, token, num_tiles, args.top_k)
                         if num_tiles <= 4:
                             best = merge(4, *merged, output.shared_id)
-                            self.store(storage, args, token, warp, output, best)
+                            self.store(storage, args, token, warp, flags, output, best)
                         elif num_tiles <= 6:
                             best = merge(6, *merged, output.shared_id)
-                            self.store(storage, args, token, warp, output, best)
+                            self.store(storage, args, token, warp, flags, output, best)
                         else:
                             best = merge(MAX_TILES, *merged, output.shared_id)
-                            self.store(storage, args, token, warp, output, best)
+                            self.store(storage, args, token, warp, flags, output, best)
 
     @cute.jit
     def load(
@@ -372,39 +374,47 @@ class RouterDecode:
         self,
         storage,
         args: Arguments,
-        token: Int32,
         warp: Int32,
         experts: tuple,
         biases: cute.Tensor,
-        is_image: Int32,
-        is_ranked: cutlass.Boolean,
+        flags: Int32,
         ranks: cute.Tensor,
         inverse_temp: Float32,
     ):
-        """Return (half,) keys (uint32) and scores (FP32) of a lane's two experts.
+        """Return (half,) keys (uint32), scores and logits (FP32) of a lane's two experts.
 
-        Their logits are stored, if the call asks for them.
+        The loop has no branch, so that the two experts' arithmetic overlaps.
         """
         # (half, source)
         parts = self.exchange.read(storage, warp // 2, warp % 2)
         keys = cute.make_rmem_tensor((2,), Uint32)
         scores = cute.make_rmem_tensor((2,), Float32)
+        logits = cute.make_rmem_tensor((2,), Float32)
         for i in cutlass.range_constexpr(2):
-            logit = add_splits(parts[(i, None)])
-            if args.out_logits.toint() != 0 and experts[i] < args.num_experts:
-                at = args.out_logits + (Int64(token) * args.out_logits_stride + experts[i])
-                cute.make_tensor(at, cute.make_layout(1))[0] = logit
-            score = router_score(tempered(logit, args.gate_temp, inverse_temp))
-            key = selection_key(score, choose(is_image != 0, biases[i, 1], biases[i, 0]))
-            if is_ranked:
-                key = ranked_key(ranks[i])
-            if experts[i] >= args.num_experts:
-                key = Uint32(NOT_A_CANDIDATE)
+            logits[i] = add_splits(parts[(i, None)])
+            score = router_score(tempered(logits[i], args.gate_temp, inverse_temp))
+            bias = choose(flags & IS_IMAGE != 0, biases[i, 1], biases[i, 0])
+            keys[i] = selection_key(score, bias)
             # A NaN counts as 0 in the sum of the weights.
-            if score != score:
-                score = Float32(0.0)
-            keys[i], scores[i] = key, score
-        return keys, scores
+            scores[i] = choose(score != score, Float32(0.0), score)
+        if flags & IS_RANKED != 0:
+            for i in cutlass.range_constexpr(2):
+                keys[i] = ranked_key(ranks[i])
+        for i in cutlass.range_constexpr(2):
+            is_beyond = experts[i] >= args.num_experts
+            keys[i] = choose(is_beyond, Uint32(NOT_A_CANDIDATE), keys[i])
+        return keys, scores, logits
+
+    @cute.jit
+    def store_logits(
+        self, args: Arguments, token: Int32, flags: Int32, experts: tuple, logits: cute.Tensor
+    ):
+        """Store the logits of a lane's two experts, if the call asks for them."""
+        if flags & HAS_LOGITS != 0:
+            for i in cutlass.range_constexpr(2):
+                if experts[i] < args.num_experts:
+                    at = args.out_logits + (Int64(token) * args.out_logits_stride + experts[i])
+                    cute.make_tensor(at, cute.make_layout(1))[0] = logits[i]
 
     @cute.jit
     def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32):
@@ -438,14 +448,16 @@ class RouterDecode:
         args: Arguments,
         token: Int32,
         warp: Int32,
+        flags: Int32,
         output: OutputColumn,
         best: tuple,
     ):
         """Store the token's row of (expert, score, total, is_padding), by physical id if mapped."""
-        expert, score, total, is_padding = best
-        store_logical_id(args, token, expert, is_padding)
+        logical_id, score, total, is_padding = best
+        expert = logical_id
         if args.to_physical.toint() != 0:
             cute.arch.mbarrier_wait(storage.physical_ids_full.data_ptr(), 0)
             if cute.arch.lane_idx() < args.top_k:
                 expert = self.physical_ids(storage)[expert, warp]
-        store(output, expert, score, total, is_padding)
+        is_rare = flags & HAS_RARE_OUTPUTS != 0
+        store(args, token, output, logical_id, expert, score, total, is_padding, is_rare)

@@ -20,7 +20,7 @@ from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.masks import forced_expert, is_forced, is_padding
-from build_kernels.kernels.outputs import output_column, store, store_logical_id
+from build_kernels.kernels.outputs import has_rare_outputs, output_column, store
 from build_kernels.kernels.partial_sums import add_splits
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.score import bits_of, choose, reciprocal, router_score, tempered
@@ -160,8 +160,10 @@ class RouterHash:
                 score, total = self.score(storage, args, inverse_temp)
                 expert = choose(lane < args.top_k, ids[0], output.shared_id)
                 is_padded = padding != 0 or unknown != 0
-                store(output, expert, score, total, is_padded)
-                store_logical_id(args, token, logical, is_padded)
+                store(
+                    *(args, token, output, logical, expert),
+                    *(score, total, is_padded, has_rare_outputs(args)),
+                )
 
     @cute.jit
     def chosen(self, args: Arguments, token: Int32, slot: Int32) -> Int32:

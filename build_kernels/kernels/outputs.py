@@ -19,8 +19,7 @@ class OutputColumn(NamedTuple):
     weight is score / (norm * total + otherwise) * scale + added.
     """
 
-    weight: cute.Pointer  # of BF16, though FP32 may be stored there
-    is_bfloat16: Int32
+    weight: cute.Pointer  # if weights are FP32
     id: cute.Pointer  # of the low word if ids are int64
     is_wide: Int32
     is_stored: cutlass.Boolean
@@ -39,12 +38,9 @@ def output_column(args, token: Int32) -> OutputColumn:
     """
     lane = cute.arch.lane_idx()
     words = choose(args.ids_are_int64 != 0, Int32(2), Int32(1))
-    halves = choose(args.weights_are_bfloat16 != 0, Int32(1), Int32(2))
-    weights = cute.recast_ptr(args.out_weights, dtype=BFloat16)
     norms = args.norm_topk_prob != 0
     return OutputColumn(
-        weight=weights + (Int64(token) * args.out_weights_stride + lane) * halves,
-        is_bfloat16=args.weights_are_bfloat16,
+        weight=args.out_weights + (Int64(token) * args.out_weights_stride + lane),
         id=args.out_ids + (Int64(token) * args.out_ids_stride + lane) * words,
         is_wide=args.ids_are_int64,
         is_stored=lane < args.top_k + args.num_shared_slots,
@@ -58,30 +54,37 @@ def output_column(args, token: Int32) -> OutputColumn:
 
 
 @cute.jit
+def has_rare_outputs(args) -> cutlass.Boolean:
+    """Return whether `store` has more to do than to store FP32 weights and ids."""
+    return args.weights_are_bfloat16 != 0 or args.out_logical_ids.toint() != 0
+
+
+@cute.jit
 def store(
+    args,
+    token: Int32,
     column: OutputColumn,
+    expert: Int32,
     expert_id: Int32,
     score: Float32,
     total: Float32,
     is_padding: cutlass.Boolean,
+    is_rare,
 ):
     """Compute the weight of the lane's expert and store its column; id -1, weight 0 for padding.
 
-    A lane of a shared expert passes `shared_id` and score 0.
+    A lane of a shared expert passes `shared_id` and score 0. is_rare: see `has_rare_outputs`; one
+    test of a register instead of some of parameters, which cost 0.05 us at the end of a launch.
     """
     divisor = fused(total, column.norm, column.otherwise)
     weight = fused(quotient(score, divisor, reciprocal(divisor)), column.scale, column.added)
     weight = choose(is_padding, Float32(0.0), weight)
     expert_id = choose(is_padding, Int32(-1), expert_id)
     if column.is_stored:
-        if column.is_bfloat16 != 0:
-            cute.make_tensor(column.weight, cute.make_layout(1))[0] = BFloat16(weight)
+        if is_rare:
+            store_rarely(args, token, column, choose(is_padding, Int32(-1), expert), weight)
         else:
-            # Not by `align`, which would mask the address.
-            wide = cute.make_ptr(
-                Float32, column.weight.toint(), cute.AddressSpace.gmem, assumed_align=4
-            )
-            cute.make_tensor(wide, cute.make_layout(1))[0] = weight
+            cute.make_tensor(column.weight, cute.make_layout(1))[0] = weight
         # (low word, high word) of an int64, or one int32
         ids = cute.make_tensor(column.id, cute.make_layout(2))
         ids[0] = expert_id
@@ -91,9 +94,15 @@ def store(
 
 
 @cute.jit
-def store_logical_id(args, token: Int32, expert: Int32, is_padding: cutlass.Boolean):
-    """Store the expert of a lane's rank in the row of out_logical_ids, if given; -1 for padding."""
+def store_rarely(args, token: Int32, column: OutputColumn, logical_id: Int32, weight: Float32):
+    """Store a weight in either dtype, and the logical id of a lane's rank if the call asks."""
     lane = cute.arch.lane_idx()
+    if args.weights_are_bfloat16 != 0:
+        halves = cute.recast_ptr(args.out_weights, dtype=BFloat16)
+        at = halves + (Int64(token) * args.out_weights_stride + lane)
+        cute.make_tensor(at, cute.make_layout(1))[0] = BFloat16(weight)
+    else:
+        cute.make_tensor(column.weight, cute.make_layout(1))[0] = weight
     if args.out_logical_ids.toint() != 0 and lane < args.top_k:
-        at = args.out_logical_ids + (Int64(token) * args.out_logical_ids_stride + lane)
-        cute.make_tensor(at, cute.make_layout(1))[0] = choose(is_padding, Int32(-1), expert)
+        row = args.out_logical_ids + (Int64(token) * args.out_logical_ids_stride + lane)
+        cute.make_tensor(row, cute.make_layout(1))[0] = logical_id

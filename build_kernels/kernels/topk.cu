@@ -34,8 +34,8 @@
 //     correctly. So a score has the same bits in the emulator, in score.py and on every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
-//     Control flow depends on the arguments and on whether a row is padding or an image row, never
-//     on logits, biases, tables or maps. Weights are summed in rank order.
+//     Control flow depends on the arguments and on whether a row is padding, forced or an image
+//     row, never on logits, biases, tables or maps. Weights are summed in rank order.
 //     The logits of a padding row are not read; of a row with ids from the table, only theirs.
 //     Nothing is read out of bounds, whatever values the token ids, the table and the map hold.
 
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
   unsigned long long token_id = 0;  // a negative one is beyond every table
   bool padded = false;
   bool forced = false;
-  int expert = 0;
+  int forced_expert = 0;
   // One test for all of them, because most launches have none.
   if ((address(image_mask) | address(padding_mask) | address(num_valid_tokens) |
        address(input_ids) | address(forced_ids)) != 0) {
@@ -306,12 +306,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
       } else {
         unknown = false;
       }
-      expert = static_cast<int>(id);
+      const int own = static_cast<int>(id);
 #pragma unroll
       for (int slot = 0; slot < MAX_TOP_K - 1; ++slot) {
-        unknown |= __shfl_sync(kAllLanes, expert, slot) == expert && slot < lane && lane < top_k;
+        const bool same = __shfl_sync(kAllLanes, own, slot) == own;
+        unknown |= same && slot < lane && lane < top_k;
       }
       unknown = __any_sync(kAllLanes, unknown);
+      // In assembly, so that no register holds both a forced and a selected expert: a test follows
+      // what branches depend on by register.
+      asm("mov.b32 %0, %1;" : "=r"(forced_expert) : "r"(own));
     }
     padded = padding != 0 || token >= num_valid || unknown;
   }
@@ -323,8 +327,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     // ---------------------------------------------------------------- select
     // Lane r < top_k gets the expert of rank r.
     const Row row = {logits + offset(token, logits_stride), row_bias, gate_temp, num_experts};
+    int expert = forced_expert;
     if (forced) {
-      // Chosen above.
+      // Weighed only.
     } else if (!from_table) {
       expert = select_experts(row, top_k, lane, shared_keys[warp]);
     } else if (lane < top_k) {

@@ -55,8 +55,9 @@ _PHYSICAL_ID = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
 _ROW = r"shl\.b32( \t%r\d+, )%r\d+, 9(;(?:\s+(?:add|shl)[^;]*;){3}\s+ld\.shared)"
 _FIRST_WARP = Edit(pattern=_ROW, replacement=r"mov.b32\g<1>0\2", nth=0)
 _NEXT = Edit(pattern=_PHYSICAL_ID, replacement=r"\g<1>81924];", nth=0)
+# The row of which the replica is token % count; what follows tells maps of int64 from int32 ones.
 _REPLICA = Edit(
-    pattern=r"selp\.b32( \t%r\d+), %r\d+, 0, (%p\d+;\s+add\.s32 \t%r\d+, %r\d+, -1;)",
+    pattern=r"selp\.b32( \t%r\d+), %r\d+, 0, (%p\d+;\s+setp\.ne\.b32[^;]*;\s+add\.s32[^;]*, -1;)",
     replacement=r"selp.b32\1, 0, 0, \2",
 )
 # Lanes that do not hold the largest key offer -1: the least of all, as a signed number.

@@ -170,17 +170,18 @@ class Routed:
         rows = self.padded().nonzero().flatten()
         self.x[rows] = odd[rows % 3][:, None]
 
-    def agrees(self, weights, ids, about: str) -> None:
+    def agrees(self, weights, ids, about: str, rows: Any = True) -> None:
         """Exact ids, weights within 1e-6; the message names the case and the first wrong row.
 
-        Weights in BF16 are within their rounding. Integers have exact logits.
+        rows: bool [N], those whose ranking is clear. Weights in BF16 are within their rounding.
+        Integers have exact logits.
         """
         expected_weights, expected_ids = self.expected()
         expected_weights = expected_weights.double()
         error = (weights.double() - expected_weights).abs()
         tolerance = 1e-6 if self.weights_dtype is torch.float32 else 2**-8
         off = ~(error <= tolerance * expected_weights.abs() + 1e-37)
-        wrong = (ids != expected_ids).any(1) | off.any(1)
+        wrong = ((ids != expected_ids).any(1) | off.any(1)) & rows
         if wrong.any():
             row = int(wrong.nonzero()[0])
             pytest.fail(
@@ -191,7 +192,8 @@ class Routed:
         if "out_logical_ids" in self.got:
             maps = {"to_physical": None, "logical_count": None}
             unmapped = replace(self, layer=self.layer | maps, ids_dtype=INT32).expected()[1]
-            assert torch.equal(self.got["out_logical_ids"], unmapped[:, : self.top_k]), about
+            other = (self.got["out_logical_ids"] != unmapped[:, : self.top_k]).any(1) & rows
+            assert not other.any(), f"{about}: logical ids"
         if "out_logits" in self.got:
             torch.testing.assert_close(
                 self.got["out_logits"].double(), logits_of(self.x, self.W),
@@ -491,14 +493,8 @@ def test_images_in_a_hash_layer(random, options, layout):
             routed.spoil()
             # Rows that were of text were not redrawn until clear.
             clear = ~routed.unclear() | routed.padded()
-            weights, ids = routed.run(router)
-            expected_weights, expected_ids = routed.expected()
             assert clear.sum() >= num_tokens // 2, about
-            assert torch.equal(ids[clear], expected_ids[clear]), f"{about}, {kind}"
-            torch.testing.assert_close(
-                weights[clear].double(), expected_weights[clear].double(), rtol=1e-6, atol=1e-37,
-                msg=f"{about}, {kind}",
-            )  # fmt: skip
+            routed.agrees(*routed.run(router), f"{about}, {kind}", clear)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 56, 64, 100])

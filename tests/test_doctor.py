@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -134,6 +135,26 @@ def test_quick_leaves_the_self_test_out(world, examine):
     assert "workspace gpu 0" not in found
 
 
+@pytest.mark.parametrize("arguments", [(), ("--quick",)])
+def test_a_torch_whose_import_fails_is_found_with_quick_too(world, examine, arguments):
+    error = ImportError("libcudart.so.13: cannot open shared object file")
+    world.monkeypatch.setattr(doctor, "import_module", raises(error))
+    code, found = examine(*arguments)
+    assert code == 2
+    assert "libcudart" in found[SELF_TEST]["found"]
+    assert "--force-reinstall" in found[SELF_TEST]["repair"]
+    assert found[TOPK]["status"] == "OK"
+
+
+def test_kernels_are_loaded_while_torch_is_imported(world, examine):
+    loaded = threading.Event()
+    world.cuda.cuLibraryLoadData = lambda *given: (loaded.set() or 0, None)
+    seen = []
+    world.monkeypatch.setattr(doctor, "import_module", lambda name: seen.append(loaded.wait(5)))
+    examine("--quick")
+    assert seen == [True]
+
+
 def test_gpus_of_one_kind_are_loaded_once_and_one_can_be_named(world, examine):
     world.cuda.count = 3
     _, found = examine("--quick")
@@ -250,7 +271,7 @@ print(code, "torch" in sys.modules, time.process_time())
 def test_the_keys_of_the_self_test_are_equal_or_far_apart():
     """Ids are compared bit for bit: no two keys may be as close as FP32 rounds."""
     for case in selftest.CASES:
-        inputs = selftest.make_inputs(case, "cpu")
+        inputs = selftest.make_inputs(case)
         if inputs.e_bias is None:
             continue
         logits = inputs.x.double() @ inputs.W_gate.double()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
@@ -52,6 +55,15 @@ def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iter
     if find_spec("torch") is None:
         yield skip("kernels", "torch is not installed", repair="pip install 'dsv4-router[torch]'")
         return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # It takes seconds, in which this thread waits for the driver: a context, the kernels.
+        torch = pool.submit(import_module, "torch")
+        yield from _check_each_kind(artifacts, gpus, quick, torch)
+
+
+def _check_each_kind(
+    artifacts: ArtifactSet, gpus: list[Gpu], quick: bool, torch: Future[ModuleType]
+) -> Iterator[Finding]:
     first: dict[tuple[object, ...], int] = {}
     for gpu in gpus:
         like = first.setdefault(gpu.kind, gpu.index)
@@ -60,22 +72,28 @@ def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iter
             yield skip(f"kernels gpu {gpu.index}", f"checked on GPU {like}, which is alike", again)
             continue
         yield from check_kernels(artifacts, gpu)
-        if quick:
-            yield skip(f"self-test gpu {gpu.index}", "left out by --quick")
-        elif kernels_on(artifacts.manifest, gpu.arch):
-            yield from _test(artifacts, gpu.index)
+        if quick or kernels_on(artifacts.manifest, gpu.arch):
+            yield from _test(artifacts, gpu.index, quick, torch)
 
 
-def _test(artifacts: ArtifactSet, index: int) -> Iterator[Finding]:
+def _test(
+    artifacts: ArtifactSet, index: int, quick: bool, torch: Future[ModuleType]
+) -> Iterator[Finding]:
     repair = out_of_service(index)
 
     def route() -> Finding:
+        # Raises what the import raised, with --quick too.
+        torch.result()
+        if quick:
+            return skip(check, "left out by --quick")
         from .selftest import self_test
 
         return self_test(artifacts, index)
 
     check = f"self-test gpu {index}"
     yield guarded(check, route, needed=RIGHT_OUTPUTS, repair=repair)
+    if quick:
+        return
 
     def look() -> Finding:
         from .selftest import check_workspace

@@ -11,6 +11,8 @@ from dsv4_router_runtime.artifacts.kernel import LAYOUTS, Kernel
 from dsv4_router_runtime.artifacts.limits import MIN_COMPUTE_CAPABILITY
 from dsv4_router_runtime.artifacts.manifest import Manifest
 from dsv4_router_runtime.device.facts import Gpu
+from dsv4_router_runtime.device.load import load_kernel
+from dsv4_router_runtime.device.occupancy import ask_room
 from dsv4_router_runtime.errors import BUILD_COMMAND, NoKernelError
 
 from .finding import Finding, fail, guarded, ok, out_of_service, warn
@@ -66,10 +68,6 @@ def steps_served(manifest: Manifest, arch: str) -> Mapping[str, str]:
 def _check_kernel(
     artifacts: ArtifactSet, kernel: Kernel, gpu: Gpu, served: Mapping[str, str]
 ) -> Finding:
-    # Imports torch, which is slow and of no use on a machine without a GPU.
-    from dsv4_router_runtime.device.load import load_kernel
-    from dsv4_router_runtime.device.occupancy import ask_room
-
     check = f"kernel {kernel.key} gpu {gpu.index}"
     loaded = load_kernel(artifacts, kernel, gpu.index)
     serves = served.get(kernel.key, "no step of a DeepSeek-V4 layer")

@@ -1,12 +1,14 @@
 """The self-test: a layer of small integers, routed eagerly and in a replayed CUDA graph.
 
-The products and sums are exact in FP32, so that the ids must be the reference's, bit for bit.
+The products and sums are exact in FP32, so that the ids must be the reference's, bit for bit. The
+reference runs on the CPU: not on the GPU in doubt, which would also have to load torch's kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,7 +44,7 @@ CASES = tuple(Case(layout=layout, hashed=hashed) for layout in LAYOUTS for hashe
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Tensors of a case on one device. A hash layer has table and token_ids, others have e_bias."""
+    """Tensors of a case. A hash layer has table and token_ids, others have e_bias."""
 
     x: torch.Tensor
     W_gate: torch.Tensor
@@ -50,8 +52,15 @@ class Inputs:
     table: torch.Tensor | None
     token_ids: torch.Tensor | None
 
+    def on(self, device: str) -> Inputs:
+        """Return copies on a device, with the same strides."""
+        copies: dict[str, Any] = dict(vars(self))
+        for name, tensor in vars(self).items():
+            copies[name] = None if tensor is None else tensor.to(device)
+        return Inputs(**copies)
 
-def make_inputs(case: Case, device: str) -> Inputs:
+
+def make_inputs(case: Case) -> Inputs:
     """Draw a case's tensors on the CPU, so that every machine tests the same numbers."""
     random = torch.Generator().manual_seed(1)
     x = torch.randint(-2, 3, (max(TOKENS), K), generator=random)
@@ -60,13 +69,12 @@ def make_inputs(case: Case, device: str) -> Inputs:
     bias = torch.randint(0, 3, (EXPERTS,), generator=random) * 0.3125
     rows = [torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(VOCABULARY)]
     token_ids = torch.randint(0, VOCABULARY, (max(TOKENS),), generator=random)
-    W = W.to(device)
     return Inputs(
-        x=x.to(device, torch.bfloat16),
+        x=x.to(torch.bfloat16),
         W_gate=W.t() if case.layout == "kmajor" else W.t().contiguous(),
-        e_bias=None if case.hashed else bias.to(device),
-        table=torch.stack(rows).to(device, torch.int32) if case.hashed else None,
-        token_ids=token_ids.to(device) if case.hashed else None,
+        e_bias=None if case.hashed else bias,
+        table=torch.stack(rows).to(torch.int32) if case.hashed else None,
+        token_ids=token_ids if case.hashed else None,
     )
 
 
@@ -84,7 +92,8 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
         return fail(check, found, needed="a torch that sees the GPU", repair=repair)
     with torch.cuda.device(index):
         for case in CASES:
-            inputs = make_inputs(case, device_name(index))
+            drawn = make_inputs(case)
+            inputs = drawn.on(device_name(index))
             router = dsv4_router_runtime.Router(
                 inputs.W_gate,
                 inputs.e_bias,
@@ -94,9 +103,9 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
                 tid2eid=inputs.table,
             )
             expected = router_reference(
-                *(inputs.x, inputs.W_gate, inputs.e_bias, SCALE, TOP_K),
-                tid2eid=inputs.table,
-                input_ids=inputs.token_ids,
+                *(drawn.x, drawn.W_gate, drawn.e_bias, SCALE, TOP_K),
+                tid2eid=drawn.table,
+                input_ids=drawn.token_ids,
             )
             wrong = _find_wrong(router, inputs, expected)
             if wrong:
@@ -131,8 +140,8 @@ def _find_wrong(
             weights.fill_(CANARY)
             ids.fill_(CANARY)
         run(route_all)
-        for n, out in outputs.items():
-            wrong = _compare(out, (expected[0][:n], expected[1][:n]))
+        for n, (weights, ids) in outputs.items():
+            wrong = _compare((weights.cpu(), ids.cpu()), (expected[0][:n], expected[1][:n]))
             if wrong:
                 return f"N={n}, {way}: {wrong}"
     return None

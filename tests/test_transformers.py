@@ -30,10 +30,12 @@ from transformers_models import (  # noqa: E402
     check_experts,
     check_generation,
     check_tokens,
+    check_weights,
     greedy,
     in_bf16,
     in_fp32,
     load,
+    logit_error,
     prompts,
     routers,
     use,
@@ -41,6 +43,7 @@ from transformers_models import (  # noqa: E402
 
 from dsv4_router_runtime import log  # noqa: E402
 from dsv4_router_runtime.integrations import transformers as served  # noqa: E402
+from dsv4_router_runtime.reference import router_scores  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,26 @@ def test_the_names_and_signatures_of_transformers_are_those_used() -> None:
 def test_every_row_has_the_experts_of_fp32_logits(tiny) -> None:
     # Or the judge would pass whatever is chosen.
     assert check_experts(tiny, prompts(1, 4, 128)) > 0
+
+
+def test_weights_of_logits_summed_in_fp32_pass_and_those_of_worse_logits_fail() -> None:
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(64, 7168, generator=generator).to(BF16)
+    weight = (0.02 * torch.randn(384, 7168, generator=generator)).to(BF16)
+    chosen = torch.rand(64, 384, generator=generator).argsort(1)[:, :6]
+    exact, error = x.double() @ weight.double().t(), logit_error(x, weight)
+
+    def check(logits: Any) -> None:
+        scores = router_scores(logits.double()).gather(1, chosen)
+        check_weights(scores / scores.sum(1, keepdim=True), chosen, exact, error, 1.0)
+
+    summed = torch.zeros(64, 384)
+    for k in range(0, 7168, 16):
+        summed += x[:, k : k + 16].float() @ weight[:, k : k + 16].float().t()
+    check(summed)
+    for worse in (exact.to(BF16), x[:, 1:].double() @ weight[:, 1:].double().t(), exact * 1.001):
+        with pytest.raises(AssertionError, match="times the tolerance"):
+            check(worse)
 
 
 def test_greedy_tokens_are_those_of_fp64_gates(tiny) -> None:

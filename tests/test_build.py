@@ -418,7 +418,9 @@ class TestRefusals:
         assert "parameter num_shared_slots: the kernel takes it and never reads it" in outcome
 
     def test_a_cubin_with_too_few_parameters(self) -> None:
-        with pytest.raises(EntryError, match=f"parameters: the cubin has 0, the spec {len(DECODE.parameters)}"):
+        with pytest.raises(
+            EntryError, match=f"parameters: the cubin has 0, the spec {len(DECODE.parameters)}"
+        ):
             entry.make_parameters(DECODE, ())
 
     @pytest.mark.parametrize(

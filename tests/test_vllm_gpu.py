@@ -124,11 +124,10 @@ def nodes_of(layer: Layer, x: Any, input_ids: Any, ids_dtype: Any) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_router_is_one_launch(make, shape, kind, ids_dtype, num_tokens) -> None:
-    """Two more make the mask of image rows from the token ids."""
     layer = make(True, shape, **KINDS[kind])
     x, input_ids = layer.batch(num_tokens)
     layer(x, input_ids)
-    assert nodes_of(layer, x, input_ids, ids_dtype) == (3 if "image" in kind else 1)
+    assert nodes_of(layer, x, input_ids, ids_dtype) == 1
 
 
 @pytest.mark.parametrize("num_tokens", [8, 128])
@@ -196,7 +195,7 @@ def test_eplb_maps_and_counts_the_routers_experts(make, seed, ids_dtype) -> None
 
 
 def test_nothing_is_compiled_while_serving(make, monkeypatch) -> None:
-    """vLLM's monitor raises on a compilation after warm-up; image rows need torch's kernels."""
+    """vLLM's monitor raises on a compilation after warm-up."""
     from triton import knobs
     from vllm.utils import jit_monitor
 

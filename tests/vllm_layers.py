@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hash": {"hashed": True},
     "image": {"vision": True},
     "image and hash": {"hashed": True, "vision": True},
-    "shared": {"shared_columns": 2},
+    "shared": {"shared_columns": 2, "shared_weight": 0.4},
 }
 
 
@@ -130,6 +130,7 @@ class Layer:
         monolithic: bool = False,
         eplb: bool = False,
         shared_columns: int = 0,
+        shared_weight: float = 1.0,
         **factory: Any,
     ) -> None:
         self.config = engine(device)
@@ -177,6 +178,7 @@ class Layer:
         (self.experts,) = quant.made
         # The factory makes such columns for ROCm alone; the router has them on any platform.
         self.shared = self.runner.router.num_fused_shared_experts = shared_columns
+        self.shared_weight = self.runner.router.shared_expert_weight = shared_weight
 
     def new_weights(self, hashed: bool, vision: bool) -> dict[str, torch.Tensor]:
         """Draw the gate's tensors, under the names that a checkpoint's are loaded as."""
@@ -248,7 +250,8 @@ class Layer:
         weights = weights / weights.sum(1, keepdim=True) * SCALE
         shared = self.num_experts + torch.arange(self.shared, device=x.device)
         ids = torch.cat([ids, shared.expand(num_tokens, -1)], 1)
-        weights = torch.cat([weights, weights.new_ones(num_tokens, self.shared)], 1)
+        of_shared = weights.new_full((num_tokens, self.shared), self.shared_weight)
+        weights = torch.cat([weights, of_shared], 1)
         if padding is not None:
             ids = ids.masked_fill(padding[:num_tokens, None], -1)
             weights = weights.masked_fill(padding[:num_tokens, None], 0)

@@ -7,6 +7,7 @@ ids that the experts are given.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -181,12 +182,18 @@ class Layer:
         self.shared_weight = self.runner.router.shared_expert_weight = shared_weight
 
     def new_weights(self, hashed: bool, vision: bool) -> dict[str, torch.Tensor]:
-        """Draw the gate's tensors, under the names that a checkpoint's are loaded as."""
+        """Draw the gate's tensors, under the names that a checkpoint's are loaded as.
+
+        The weight holds whole numbers times a power of two, and so do the hidden states: FP32 holds
+        the sum of their products exactly in any order. Logits have a standard deviation of about 2.
+        """
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=self.generator, device="cpu")
 
-        given = {"weight": (normal(self.num_experts, self.k) * (2 / self.k**0.5)).bfloat16()}
+        unit = 2.0 ** -round(math.log2(2.6 * self.k**0.5))
+        weight = self.integers(4, self.num_experts, self.k)
+        given = {"weight": weight * unit}
         if not hashed or vision:
             given["e_score_correction_bias"] = 8 + 0.05 * normal(self.num_experts)
         if vision:
@@ -196,10 +203,14 @@ class Layer:
             given["tid2eid"] = order.int()
         return {name: value.to(self.device) for name, value in given.items()}
 
+    def integers(self, most: int, *shape: int) -> torch.Tensor:
+        """Draw whole numbers of up to `most`, of either sign, in BF16."""
+        drawn = torch.randint(-most, most + 1, shape, generator=self.generator, device="cpu")
+        return drawn.bfloat16()
+
     def batch(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw hidden states and token ids, images among them."""
-        shape = (num_tokens, self.k)
-        x = torch.randn(shape, generator=self.generator, device="cpu").bfloat16()
+        x = self.integers(3, num_tokens, self.k)
         ids = torch.randint(
             VOCABULARY, (num_tokens,), generator=self.generator, device="cpu", dtype=torch.int32
         )

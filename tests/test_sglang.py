@@ -175,20 +175,60 @@ def test_physical_experts_follow_sglangs_maps(kind, algorithm, seed, monkeypatch
         assert not torch.equal(check(moe, hidden_states, input_ids).topk_ids, got)
         metadata.update(maps(seed + 2), [moe.layer_id + 1])
         check(moe, hidden_states, input_ids)
+    with balanced(seed + 3, algorithm):
+        check(moe, hidden_states, input_ids)
 
 
-def test_maps_change_in_the_memory_that_a_graph_reads(seed) -> None:
+@pytest.mark.parametrize("algorithm", ["static", "dynamic"])
+def test_maps_are_read_where_sglang_has_them(seed, algorithm) -> None:
     moe = build(seed)
-    with balanced(seed, "dynamic") as metadata:
-        routed(moe, *batch(seed, 3))
-        layer = moe.gate.dsv4_router
-        held = layer._maps
-        before = [tensor.clone() for tensor in held]
-        metadata.update(maps(seed + 1), list(range(6)))
-        assert layer._maps is held
-        assert not torch.equal(held[0], before[0])
-        assert held[0].tolist() == metadata.logical_to_all_physical_map[moe.layer_id].tolist()
-        assert layer._routers[True]._options["to_physical"] is held[0]
+    hidden_states, input_ids = batch(seed, 17)
+    for number in range(2):
+        with balanced(seed + number, algorithm) as metadata:
+            check(moe, hidden_states, input_ids)
+            routers = moe.gate.dsv4_router._routers
+            ((_, at),) = routers
+            name = "rank_dispatch" if algorithm == "static" else "all"
+            assert (
+                at == getattr(metadata, f"logical_to_{name}_physical_map")[moe.layer_id].data_ptr()
+            )
+            bound = dict(routers)
+            metadata.update(maps(seed + 2), [moe.layer_id])
+            check(moe, hidden_states, input_ids)
+            assert routers == bound
+
+
+def test_a_capture_with_other_maps_is_sglangs(seed, monkeypatch, caplog) -> None:
+    moe = build(seed)
+    layer = moe.gate.dsv4_router
+    routed(moe, *batch(seed, 3))
+    monkeypatch.setattr(f"{ServedLayer.__module__}._is_capturing", lambda _: True)
+    with balanced(seed, "dynamic"):
+        info = moe.topk.routing_inputs()[1]
+        assert not layer.can_route(info)
+        assert "is captured before it is run" in caplog.text
+        assert layer.can_route(None)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_image_rows_of_a_hash_layer_select_by_their_bias(num_shared, seed) -> None:
+    moe = build(seed, hashed=True, sees=True, num_shared=num_shared)
+    hidden_states, input_ids = batch(seed, 17)
+    bias_vl = moe.gate.e_score_correction_bias_vl.double()
+    logits = hidden_states.double() @ moe.gate.weight.double().t()
+    table = moe.topk.tid2eid[input_ids].long()
+    images = (input_ids == IMAGE_TOKEN)[:, None]
+    expected = torch.where(images, (F.softplus(logits).sqrt() + bias_vl).topk(TOP_K)[1], table)
+    with padded_to(13):
+        got = routed(moe, hidden_states, input_ids)
+    expected[13:] = -1
+    assert torch.equal(got.topk_ids[:, :TOP_K].sort(1)[0].long(), expected.sort(1)[0])
+    assert bool((got.topk_ids[:13, TOP_K:] == E).all())
+    assert not got.topk_weights[13:].any()
+    with torch.inference_mode():
+        # Its top-k by the table alone, as batches that overlap take it.
+        as_text = moe.topk(hidden_states, moe.gate(hidden_states), input_ids)
+    assert torch.equal(as_text.topk_ids[:, :TOP_K].long(), table)
 
 
 def test_random_replicas_and_captured_ids_are_left_to_sglang(seed, monkeypatch) -> None:
@@ -263,7 +303,7 @@ def test_a_bound_layer_on_a_gpu_is_refreshed_in_place(seed) -> None:
     routed(moe, *batch(seed, 3))
     layer = moe.gate.dsv4_router
     refreshed = []
-    layer._routers = {False: SimpleNamespace(refresh=lambda: refreshed.append(1))}
+    layer._routers = {(False, 0): SimpleNamespace(refresh=lambda: refreshed.append(1))}
     layer._tensors[0] = SimpleNamespace(is_cuda=True, data_ptr=layer._tensors[0].data_ptr)
     updater_of(moe).end_weight_update(run_post_load=False)
     assert refreshed == [1]
@@ -304,7 +344,7 @@ def test_a_call_that_cannot_be_served_has_its_logits_made(kind, seed, monkeypatc
     moe = build(seed, **KINDS[kind])
     hidden_states, input_ids = batch(seed, 5)
     check(moe, hidden_states, input_ids)
-    monkeypatch.setattr(ServedLayer, "can_dispatch", lambda *_: False)
+    monkeypatch.setattr(ServedLayer, "can_route", lambda *_, **__: False)
     moe.topk._forward_method = getattr(moe.topk, "forward_native", None)
     with envs.SGLANG_OPT_USE_FUSED_HASH_TOPK.override(False):
         output = routed(moe, hidden_states, input_ids)

@@ -40,7 +40,6 @@ def test_a_plain_layer_is_served():
         ({"gathered_over_pcp": True}, "logits are gathered across prefill context parallel"),
         ({"padded_hidden_states": True}, "hidden_states are padded"),
         ({"batch_invariant": True}, "VLLM_BATCH_INVARIANT=1 with batches of up to 8192 tokens"),
-        ({"shared_experts": 1, "shared_weight": 0.4}, "fused shared experts have the weight 0.4"),
         (
             {"shared_experts": 1, "first_shared_id": 264},
             "fused shared experts have ids from 264; the kernels write ids from 256",
@@ -57,7 +56,6 @@ def test_each_fact_against_a_layer_is_a_reason(change, reason):
     [
         {"device": "cpu"},
         {"shared_experts": 2},
-        {"shared_weight": 0.4},
         {"batch_invariant": True, "max_num_tokens": 64},
     ],
 )

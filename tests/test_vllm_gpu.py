@@ -28,6 +28,8 @@ from dsv4_router_runtime.integrations.vllm import plugin, runner  # noqa: E402
 pytestmark = [pytest.mark.serving, pytest.mark.gpu]
 SHAPES = [(7168, 384), (4096, 256)]
 COUNTS = [1, 8, 64, 128, 512]
+# Of a weight, relative: what test_gpu_options.py allows where the logits are exact.
+WEIGHT_ROUNDING = 1e-6
 SERVED = pytest.mark.parametrize("served", [False, True], ids=["stock", "plugin"])
 
 
@@ -46,21 +48,26 @@ def make(monkeypatch) -> Iterator[Any]:
         yield made
 
 
-def wrong_rows(given: Any, expected: Any, rtol: float = 1e-5) -> int:
-    """Count the rows with other experts than FP64's, or a weight off by more than `rtol`.
+def wrong_rows(given: Any, expected: Any, served: bool = True) -> int:
+    """Count the rows with other experts than FP64's, or a weight off by more than WEIGHT_ROUNDING.
 
-    Rows whose choice FP32 may not tell apart are left out.
+    The logits are exact. Rows whose keys FP32 may not tell apart are left out. Weights of vLLM's
+    own router that are off are counted in print alone: it computes log(1 + exp(x)) in FP32, which
+    loses the digits of a small exp(x).
     """
     weights, ids, margin = (*given, expected[2])
     ids, order = ids.long().sort(1)
     expected_ids, expected_order = expected[1].sort(1)
-    close = torch.isclose(
-        weights.double().gather(1, order), expected[0].gather(1, expected_order), rtol=rtol, atol=0
-    )
-    wrong = (ids != expected_ids).any(1) | ~close.all(1)
+    exact = expected[0].gather(1, expected_order)
+    error = (weights.double().gather(1, order) - exact).abs()
+    off = ~(error <= WEIGHT_ROUNDING * exact)
+    wrong, off = (ids != expected_ids).any(1), off.any(1)
     clear = margin >= KEY_ROUNDING
     assert clear.float().mean() > 0.9
-    return int((wrong & clear).sum())
+    if not served:
+        print(f"{int((off & ~wrong & clear).sum())} of {len(off)} rows with other weights")
+        off = torch.zeros_like(off)
+    return int(((wrong | off) & clear).sum())
 
 
 def padding_of(num_tokens: int, first: int) -> Any:
@@ -74,8 +81,6 @@ def padding_of(num_tokens: int, first: int) -> Any:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_row_is_right_eager_and_replayed(make, seed, shape, kind, ids_dtype, served) -> None:
     layer = make(served, shape, seed=seed, ids_dtype=ids_dtype, **KINDS[kind])
-    # vLLM computes log(1 + exp(x)), which loses digits of a small one.
-    rtol = 1e-5 if served else 1e-4
     for num_tokens in COUNTS:
         x, input_ids = layer.batch(num_tokens)
         # vLLM's own router leaves the columns of shared experts in padding rows as they are.
@@ -83,7 +88,7 @@ def test_every_row_is_right_eager_and_replayed(make, seed, shape, kind, ids_dtyp
         padding = padding_of(num_tokens, rows)
         given = layer(x, input_ids, padding)
         assert given[1].dtype == (ids_dtype or torch.int32)
-        assert wrong_rows(given, layer.expected(x, input_ids, padding), rtol) == 0
+        assert wrong_rows(given, layer.expected(x, input_ids, padding), served) == 0
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             given = layer(x, input_ids, padding)
@@ -95,7 +100,7 @@ def test_every_row_is_right_eager_and_replayed(make, seed, shape, kind, ids_dtyp
             if kind == "shared" and not served:
                 padding.zero_()
             graph.replay()
-            assert wrong_rows(given, layer.expected(x, input_ids, padding), rtol) == 0
+            assert wrong_rows(given, layer.expected(x, input_ids, padding), served) == 0
     if served:
         assert layer.runner.verdict == runner.SERVED
 
@@ -124,11 +129,10 @@ def nodes_of(layer: Layer, x: Any, input_ids: Any, ids_dtype: Any) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_router_is_one_launch(make, shape, kind, ids_dtype, num_tokens) -> None:
-    """Two more make the mask of image rows from the token ids."""
     layer = make(True, shape, **KINDS[kind])
     x, input_ids = layer.batch(num_tokens)
     layer(x, input_ids)
-    assert nodes_of(layer, x, input_ids, ids_dtype) == (3 if "image" in kind else 1)
+    assert nodes_of(layer, x, input_ids, ids_dtype) == 1
 
 
 @pytest.mark.parametrize("num_tokens", [8, 128])
@@ -161,13 +165,13 @@ def test_shared_experts_beside_the_router(make, seed, served) -> None:
         shared = nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16)
     layer = make(served, seed=seed, shared_experts=shared)
     x, _ = layer.batch(8)
-    assert wrong_rows(layer(x), layer.expected(x)) == 0
+    assert wrong_rows(layer(x), layer.expected(x), served) == 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         given = layer(x)
     x.copy_(layer.batch(8)[0])
     graph.replay()
-    assert wrong_rows(given, layer.expected(x)) == 0
+    assert wrong_rows(given, layer.expected(x), served) == 0
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
@@ -196,7 +200,7 @@ def test_eplb_maps_and_counts_the_routers_experts(make, seed, ids_dtype) -> None
 
 
 def test_nothing_is_compiled_while_serving(make, monkeypatch) -> None:
-    """vLLM's monitor raises on a compilation after warm-up; image rows need torch's kernels."""
+    """vLLM's monitor raises on a compilation after warm-up."""
     from triton import knobs
     from vllm.utils import jit_monitor
 
@@ -230,7 +234,7 @@ def test_a_capture_before_the_first_forward_is_vllms(make, caplog) -> None:
     assert layer.runner.verdict is None
     assert "a graph is captured before the first forward" in caplog.text
     graph.replay()
-    assert wrong_rows(given, layer.expected(x)) == 0
+    assert wrong_rows(given, layer.expected(x), served=False) == 0
     layer(x)
     assert layer.runner.verdict == runner.SERVED
 

@@ -7,6 +7,7 @@ ids that the experts are given.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -38,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hash": {"hashed": True},
     "image": {"vision": True},
     "image and hash": {"hashed": True, "vision": True},
-    "shared": {"shared_columns": 2},
+    "shared": {"shared_columns": 2, "shared_weight": 0.4},
 }
 
 
@@ -130,6 +131,7 @@ class Layer:
         monolithic: bool = False,
         eplb: bool = False,
         shared_columns: int = 0,
+        shared_weight: float = 1.0,
         **factory: Any,
     ) -> None:
         self.config = engine(device)
@@ -177,14 +179,21 @@ class Layer:
         (self.experts,) = quant.made
         # The factory makes such columns for ROCm alone; the router has them on any platform.
         self.shared = self.runner.router.num_fused_shared_experts = shared_columns
+        self.shared_weight = self.runner.router.shared_expert_weight = shared_weight
 
     def new_weights(self, hashed: bool, vision: bool) -> dict[str, torch.Tensor]:
-        """Draw the gate's tensors, under the names that a checkpoint's are loaded as."""
+        """Draw the gate's tensors, under the names that a checkpoint's are loaded as.
+
+        The weight holds whole numbers times a power of two, and so do the hidden states: FP32 holds
+        the sum of their products exactly in any order. Logits have a standard deviation of about 2.
+        """
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=self.generator, device="cpu")
 
-        given = {"weight": (normal(self.num_experts, self.k) * (2 / self.k**0.5)).bfloat16()}
+        unit = 2.0 ** -round(math.log2(2.6 * self.k**0.5))
+        weight = self.integers(4, self.num_experts, self.k)
+        given = {"weight": weight * unit}
         if not hashed or vision:
             given["e_score_correction_bias"] = 8 + 0.05 * normal(self.num_experts)
         if vision:
@@ -194,10 +203,14 @@ class Layer:
             given["tid2eid"] = order.int()
         return {name: value.to(self.device) for name, value in given.items()}
 
+    def integers(self, most: int, *shape: int) -> torch.Tensor:
+        """Draw whole numbers of up to `most`, of either sign, in BF16."""
+        drawn = torch.randint(-most, most + 1, shape, generator=self.generator, device="cpu")
+        return drawn.bfloat16()
+
     def batch(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw hidden states and token ids, images among them."""
-        shape = (num_tokens, self.k)
-        x = torch.randn(shape, generator=self.generator, device="cpu").bfloat16()
+        x = self.integers(3, num_tokens, self.k)
         ids = torch.randint(
             VOCABULARY, (num_tokens,), generator=self.generator, device="cpu", dtype=torch.int32
         )
@@ -248,7 +261,8 @@ class Layer:
         weights = weights / weights.sum(1, keepdim=True) * SCALE
         shared = self.num_experts + torch.arange(self.shared, device=x.device)
         ids = torch.cat([ids, shared.expand(num_tokens, -1)], 1)
-        weights = torch.cat([weights, weights.new_ones(num_tokens, self.shared)], 1)
+        of_shared = weights.new_full((num_tokens, self.shared), self.shared_weight)
+        weights = torch.cat([weights, of_shared], 1)
         if padding is not None:
             ids = ids.masked_fill(padding[:num_tokens, None], -1)
             weights = weights.masked_fill(padding[:num_tokens, None], 0)

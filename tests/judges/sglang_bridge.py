@@ -145,7 +145,13 @@ def vision_topk(moe: Any, logits: Any, input_ids: Any, num_token_non_padded: Any
     )
     biases = gate.e_score_correction_bias, gate.e_score_correction_bias_vl
     layer = layer_of(logits, *biases, config, moe.config.image_token_id)
-    routed = layer.route(parts_of(logits), num_token_non_padded, None, image_ids=input_ids)
+    routed = layer.route(
+        parts_of(logits),
+        num_token_non_padded,
+        None,
+        input_ids=input_ids,
+        images=input_ids is not None,
+    )
     return SimpleNamespace(topk_weights=routed.weights, topk_ids=routed.ids)
 
 

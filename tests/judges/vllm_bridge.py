@@ -29,7 +29,7 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
 from vllm.platforms import current_platform  # noqa: E402
 
 from dsv4_router_runtime.artifacts.limits import MAX_TOP_K  # noqa: E402
-from dsv4_router_runtime.integrations.vllm import runner  # noqa: E402
+from dsv4_router_runtime.integrations.vllm import router as served  # noqa: E402
 from dsv4_router_runtime.integrations.vllm.gate import no_logits  # noqa: E402
 
 VARIABLE = "DSV4_JUDGE_VLLM"
@@ -70,7 +70,7 @@ def fused_topk_bias(
         image_sentinel_lo=image_sentinel_lo,
     )
     identity = torch.eye(num_experts, dtype=torch.bfloat16, device=gating_output.device)
-    router = runner.ServedRouter(stock, types.SimpleNamespace(weight=identity))
+    router = served.ServedRouter(stock, types.SimpleNamespace(weight=identity))
     return router._compute_routing(
         gating_output, no_logits(num_tokens, num_experts), indices_type, input_ids=input_tokens
     )
@@ -87,7 +87,7 @@ def dsv4_topk(
     image_sentinel_lo: int = 0,
 ) -> tuple[Any, Any]:
     """Route as vLLM's Triton kernel does: six experts, renormalized."""
-    with mock.patch.object(runner, "_get_padding_mask", return_value=is_padding):
+    with mock.patch.object(served, "_get_padding_mask", return_value=is_padding):
         return fused_topk_bias(
             gating_output,
             gating_output,

@@ -35,7 +35,6 @@ CONTRACT: dict[str, str | None] = {
     f"{_VISION}:vision_topk": (
         "(moe, logits, input_ids, num_token_non_padded, expert_location_dispatch_info)"
     ),
-    f"{_EPLB}.expert_location:ExpertLocationMetadata.update": "(self, other, update_layer_ids)",
     f"{_UPDATER}.update_weights_from_disk": (
         "(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)"
     ),

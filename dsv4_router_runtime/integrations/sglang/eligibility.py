@@ -74,8 +74,6 @@ def _reasons_of_model(facts: LayerFacts) -> Iterator[str]:
         grouped = "grouped " if facts.grouped else ""
         custom = ", with a routing function of its own" if facts.custom else ""
         yield f"the scores are {grouped}{facts.scoring_func}{custom}; sqrtsoftplus is served"
-    if facts.hashed and facts.sees:
-        yield "it is a hash layer with a bias for images, which SGLang's router does not know"
     if facts.sees and facts.top_k == 1:
         yield "a model that sees takes top_k 1, which SGLang normalises for text alone"
     if facts.num_shared and not facts.renormalize:

@@ -1,4 +1,4 @@
-"""The hooks on SGLang: where it makes logits, chooses experts, and loads weights or maps.
+"""The hooks on SGLang: where it makes logits, chooses experts, and loads weights.
 
 The gate of a served layer launches nothing: its logits are memory that is not written, which
 carries the layer and the hidden states to the top-k. That makes the one launch. If it cannot serve
@@ -8,7 +8,6 @@ shape. What torch compiles takes SGLang's own path.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ from .layer import Routed, ServedLayer
 
 # The attribute of a MoEGate that is its ServedLayer, and of logits that is their Pending.
 MARK = "dsv4_router"
-_layers: weakref.WeakSet[ServedLayer] = weakref.WeakSet()
 
 
 class Pending(NamedTuple):
@@ -50,9 +48,7 @@ def pending_of(logits: Any) -> Pending | None:
 def after_moe_init(_: None, moe: Any, *args: Any, **kwargs: Any) -> None:
     """Tie the gate and the top-k of a layer together."""
     name = kwargs.get("prefix") or f"layer {moe.layer_id}"
-    layer = ServedLayer(moe, name)
-    setattr(moe.gate, MARK, layer)
-    _layers.add(layer)
+    setattr(moe.gate, MARK, ServedLayer(moe, name))
 
 
 def around_gate(
@@ -82,7 +78,7 @@ def around_topk(
         num_token_non_padded=given.pop("num_token_non_padded", None),
         expert_location_dispatch_info=given.pop("expert_location_dispatch_info", None),
     )
-    if given or not pending.layer.can_dispatch(info):
+    if given or not pending.layer.can_route(info):
         return topk_forward(topk, hidden_states, pending.logits(), **kwargs)
     with use_symmetric_memory(get_parallel().tp_group, disabled=not is_allocation_symmetric()):
         routed = pending.layer.route(pending.hidden_states, num_tokens, info)
@@ -115,7 +111,7 @@ def around_hash_topk(
         num_token_non_padded=num_token_non_padded,
         expert_location_dispatch_info=expert_location_dispatch_info,
     )
-    if not pending.layer.can_dispatch(info):
+    if not pending.layer.can_route(info):
         logits = pending.logits()
         return topk_forward(topk, hidden_states, logits, input_ids, num_tokens, info)
     routed = pending.layer.route(pending.hidden_states, num_tokens, info, input_ids=input_ids)
@@ -130,7 +126,11 @@ def around_vision_topk(
     num_token_non_padded: torch.Tensor | None = None,
     expert_location_dispatch_info: Any = None,
 ) -> Any:
-    """Serve the top-k of a layer with a second bias, for the rows of image tokens."""
+    """Serve the top-k of a layer with a second bias, for the rows of image tokens.
+
+    SGLang's own fails in a hash layer; vLLM's defines what is served there: the table, but for the
+    rows of images.
+    """
     pending = pending_of(logits)
     if pending is None:
         return topk(moe, logits, input_ids, num_token_non_padded, expert_location_dispatch_info)
@@ -140,10 +140,13 @@ def around_vision_topk(
         num_token_non_padded=num_token_non_padded,
         expert_location_dispatch_info=expert_location_dispatch_info,
     )
-    if not pending.layer.can_dispatch(info):
+    images = input_ids is not None
+    if not pending.layer.can_route(info, images=images):
         return topk(moe, pending.logits(), input_ids, num_tokens, info)
-    routed = pending.layer.route(pending.hidden_states, num_tokens, info, image_ids=input_ids)
-    if _is_complete(pending.layer, routed, info):
+    routed = pending.layer.route(
+        pending.hidden_states, num_tokens, info, input_ids=input_ids, images=images
+    )
+    if moe.is_hash or _is_complete(pending.layer, routed, info):
         return _finish(pending.layer, routed, logits, num_tokens, info)
     weights, ids = _finish_vision_topk(
         moe, logits, routed.weights, routed.ids, num_tokens, info, padded_rows_masked=True
@@ -192,13 +195,6 @@ def after_weights(_: Any, updater: Any, *args: Any, **kwargs: Any) -> None:
             layer.refresh()
 
 
-def after_maps(_: None, metadata: Any, other: Any, update_layer_ids: Any) -> None:
-    """Take the maps of the layers that SGLang has balanced anew."""
-    for layer in list(_layers):
-        if layer.moe.layer_id in update_layer_ids:
-            layer.remap()
-
-
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 HOOKS: dict[str, tuple[str, Any]] = {
     "sglang.srt.models.deepseek_v2.DeepseekV2MoE.__init__": ("AFTER", after_moe_init),
@@ -206,7 +202,6 @@ HOOKS: dict[str, tuple[str, Any]] = {
     "sglang.srt.layers.moe.topk.TopK.forward": ("AROUND", around_topk),
     "sglang.srt.layers.moe.hash_topk.HashTopK.forward": ("AROUND", around_hash_topk),
     "sglang.srt.multimodal.dsv41.vl_routing.vision_topk": ("AROUND", around_vision_topk),
-    "sglang.srt.eplb.expert_location.ExpertLocationMetadata.update": ("AFTER", after_maps),
     f"{_UPDATER}.update_weights_from_disk": ("AFTER", after_weights),
     f"{_UPDATER}.load_weights_from_distributed": ("AFTER", after_weights),
     f"{_UPDATER}.update_weights_from_tensor": ("AFTER", after_weights),

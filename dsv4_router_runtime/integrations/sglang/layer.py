@@ -36,8 +36,8 @@ class ServedLayer:
     """The routers of one DeepseekV2MoE.
 
     Decides at the first call that is not captured, since SGLang sets attributes of the layer after
-    it was made, and binds then. The one router gives logical ids; the other one, physical ids by
-    SGLang's maps, which are int64 and are copied to int32 here.
+    it was made, and binds then. Its routers differ in their ids, which are logical, or physical by
+    SGLang's maps, read in place; and in whether they know image rows by their token id.
 
     reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
     """
@@ -48,13 +48,12 @@ class ServedLayer:
         self.config: Any = None
         self.reason: str | None = None
         self._serves: bool | None = None
-        self._routers: dict[bool, Any] = {}
+        # (image rows are known, address of the map or 0) -> the router.
+        self._routers: dict[tuple[bool, int], Any] = {}
         self._top_k = self._num_shared = 0
         self._tensors: list[torch.Tensor] = []
         self._bound_at: list[int] = []
         self._moves = 0
-        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._maps_from = 0
 
     def serves(self, hidden_states: torch.Tensor) -> bool:
         """Return whether this layer's call with these hidden states is served; bind it if so."""
@@ -88,8 +87,11 @@ class ServedLayer:
     def _bind_now(self) -> str | None:
         """Bind the router that a call takes now; return why that failed."""
         info = self.moe.topk.routing_inputs()[1]
+        return self._why_unbound(info, self.moe.gate.e_score_correction_bias_vl is not None)
+
+    def _why_unbound(self, info: Any, images: bool) -> str | None:
         try:
-            self._router(self._is_mapped(info), info)
+            self._router(info, images)
         except (RouterError, TypeError, ValueError) as error:
             return str(error)
         return None
@@ -121,9 +123,19 @@ class ServedLayer:
         name = self.name
         warn_once(f"sglang: {name}: {kind}", f"sglang: {name} takes SGLang's router now: {text}")
 
-    def can_dispatch(self, info: Any) -> bool:
-        """Return whether this call's ids are known to fit its ExpertLocationDispatchInfo."""
-        return info is None or info.ep_dispatch_algorithm in DISPATCH_ALGORITHMS
+    def can_route(self, info: Any, *, images: bool = False) -> bool:
+        """Return whether such a call is served: its router is bound, or can be bound now."""
+        if info is not None and info.ep_dispatch_algorithm not in DISPATCH_ALGORITHMS:
+            return False
+        if self._key(info, images) in self._routers:
+            return True
+        if _is_capturing(self.moe.gate.weight):
+            self._warn("unbound", "a call with other maps or images is captured before it is run")
+            return False
+        reason = self._why_unbound(info, images)
+        if reason is not None:
+            self._warn("bind", reason)
+        return reason is None
 
     def route(
         self,
@@ -132,41 +144,19 @@ class ServedLayer:
         info: Any,
         *,
         input_ids: torch.Tensor | None = None,
-        image_ids: torch.Tensor | None = None,
+        images: bool = False,
     ) -> Routed:
-        """Route one batch. Rows of image_ids that are the image token select by the second bias."""
-        mapped = self._is_mapped(info)
-        router = self._router(mapped, info)
+        """Route one batch. images: rows of the image token select by the second bias."""
+        router = self._router(info, images)
         num_rows, columns = hidden_states.shape[0], self._top_k + self._num_shared
         weights = hidden_states.new_empty((num_rows, columns), dtype=torch.float32)
         ids = hidden_states.new_empty((num_rows, columns), dtype=torch.int32)
-        image_mask = None
-        if image_ids is not None:
-            image_mask = image_ids[:num_rows] == self.moe.config.image_token_id
         if input_ids is not None:
-            input_ids = input_ids.contiguous()
+            input_ids = input_ids[:num_rows].contiguous()
         if num_tokens is not None:
             num_tokens = num_tokens.to(torch.int32)
-        router(
-            hidden_states,
-            weights,
-            ids,
-            num_tokens=num_tokens,
-            input_ids=input_ids,
-            image_mask=image_mask,
-        )
-        if self._num_shared:
-            self._scale_shared_columns(weights)
-        return Routed(weights, ids, mapped)
-
-    def _scale_shared_columns(self, weights: torch.Tensor) -> None:
-        """Divide what the experts will multiply by the scale; the kernels write 1, padding 0."""
-        weight = fused_shared_expert_weight(
-            routed_scaling_factor=self.config.routed_scaling_factor,
-            fused_in_topk=bool(self.config.apply_routed_scaling_factor_on_output),
-        )
-        if weight != 1.0:
-            weights[:, self._top_k :] *= weight
+        router(hidden_states, weights, ids, num_tokens=num_tokens, input_ids=input_ids)
+        return Routed(weights, ids, self._is_mapped(info))
 
     def _is_mapped(self, info: Any) -> bool:
         """Return whether the kernel writes physical ids.
@@ -181,31 +171,45 @@ class ServedLayer:
         captured = self.config.allow_routed_experts_capture and get_global_experts_capturer()
         return not captured
 
-    def _router(self, mapped: bool, info: Any) -> Any:
-        if mapped and self._maps_from != _map_of(info)[0].data_ptr():
-            self._copy_maps(info)
-        router = self._routers.get(mapped)
+    def _key(self, info: Any, images: bool) -> tuple[bool, int]:
+        return images, _map_of(info).data_ptr() if self._is_mapped(info) else 0
+
+    def _router(self, info: Any, images: bool) -> Any:
+        key = self._key(info, images)
+        router = self._routers.get(key)
         if router is None:
-            router = self._routers[mapped] = self._bind(mapped)
+            router = self._bind(info, images)
+            if at := key[1]:
+                # No call takes a map that SGLang has replaced.
+                self._routers = {k: old for k, old in self._routers.items() if k[1] in (0, at)}
+            self._routers[key] = router
         return router
 
-    def _bind(self, mapped: bool) -> Any:
+    def _bind(self, info: Any, images: bool) -> Any:
         gate, config = self.moe.gate, self.config
         e_bias, bias_vl = gate.e_score_correction_bias, gate.e_score_correction_bias_vl
         tid2eid = self.moe.topk.tid2eid if self.moe.is_hash else None
         scale, applied = config.routed_scaling_factor, config.apply_routed_scaling_factor_on_output
-        to_physical, logical_count = self._maps if mapped and self._maps else (None, None)
+        options: dict[str, Any] = {}
+        if images:
+            image_token = self.moe.config.image_token_id
+            options = {"bias_vl": bias_vl, "first_image_id": image_token, "num_image_ids": 1}
+        if self._num_shared:
+            options["num_shared_slots"] = self._num_shared
+            options["shared_weight"] = fused_shared_expert_weight(
+                routed_scaling_factor=scale, fused_in_topk=bool(applied)
+            )
+        if self._is_mapped(info):
+            options["to_physical"] = _map_of(info)
+            options["logical_count"] = _count_of(info)
         router = bind_router(
             gate.weight,
             e_bias,
             top_k=self._top_k,
             routed_scaling_factor=float(scale) if applied and scale is not None else 1.0,
-            bias_vl=bias_vl,
             tid2eid=tid2eid,
-            to_physical=to_physical,
-            logical_count=logical_count,
-            num_shared_slots=self._num_shared,
             norm_topk_prob=bool(config.renormalize),
+            **options,
         )
         tensors = (gate.weight, e_bias, bias_vl, tid2eid)
         self._tensors = [tensor for tensor in tensors if tensor is not None]
@@ -223,33 +227,18 @@ class ServedLayer:
         for router in self._routers.values():
             router.refresh()
 
-    def remap(self) -> None:
-        """Take SGLang's maps as they are now, into the memory that captured graphs read."""
-        if self._maps is not None:
-            self._copy_maps(self.moe.topk.routing_inputs()[1])
 
-    def _copy_maps(self, info: Any) -> None:
-        to_physical, count = _map_of(info)
-        # Under inference_mode, a copy could not be written later outside it.
-        with torch.no_grad(), torch.inference_mode(False):
-            if self._maps is None or self._maps[0].shape != to_physical.shape:
-                copied = to_physical.to(torch.int32, copy=True).contiguous()
-                self._maps = copied, copied.new_ones(len(copied))
-                self._routers.pop(True, None)
-            self._maps[0].copy_(to_physical)
-            if count is not None:
-                self._maps[1].copy_(count)
-        self._maps_from = to_physical.data_ptr()
-
-
-def _map_of(info: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the physical ids [E, replicas], and how many of them count if not all do."""
+def _map_of(info: Any) -> torch.Tensor:
+    """Return the physical ids [E, replicas]."""
     if info.ep_dispatch_algorithm == "static":
-        return info.partial_logical_to_rank_dispatch_physical_map[:, None], None
-    return (
-        info.partial_logical_to_all_physical_map,
-        info.partial_logical_to_all_physical_map_num_valid,
-    )
+        return info.partial_logical_to_rank_dispatch_physical_map[:, None]
+    return info.partial_logical_to_all_physical_map
+
+
+def _count_of(info: Any) -> torch.Tensor:
+    """Return how many physical ids of each expert are in use."""
+    count = info.partial_logical_to_all_physical_map_num_valid
+    return torch.ones_like(count) if info.ep_dispatch_algorithm == "static" else count
 
 
 def _is_capturing(tensor: torch.Tensor) -> bool:

@@ -35,7 +35,6 @@ class LayerFacts:
     num_experts: int = 0
     shared_experts: int = 0
     first_shared_id: int = 0
-    shared_weight: float = 1.0
 
 
 def reasons_against(facts: LayerFacts) -> list[str]:
@@ -45,7 +44,6 @@ def reasons_against(facts: LayerFacts) -> list[str]:
     if facts.gate is not None:
         return [f"the gate is {facts.gate}, not a plain GateLinear that the runner owns"]
     f = facts
-    shared = f.shared_experts > 0
     rules = (
         (f.scoring_func != "sqrtsoftplus", f"the scores are {f.scoring_func}, not sqrtsoftplus"),
         (f.device not in ("cuda", "cpu"), f"the gate is on {f.device}; a GPU is served"),
@@ -64,11 +62,7 @@ def reasons_against(facts: LayerFacts) -> list[str]:
             f"bits do not depend on its batch up to {MOST_INVARIANT_TOKENS}",
         ),
         (
-            shared and f.shared_weight != 1.0,
-            f"fused shared experts have the weight {f.shared_weight:g}; the kernels write 1",
-        ),
-        (
-            shared and f.first_shared_id != f.num_experts,
+            f.shared_experts > 0 and f.first_shared_id != f.num_experts,
             f"fused shared experts have ids from {f.first_shared_id}; the kernels write ids from "
             f"{f.num_experts}",
         ),

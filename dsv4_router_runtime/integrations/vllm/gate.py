@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from dsv4_router_runtime.log import warn_once
 
 if TYPE_CHECKING:
-    from .runner import ServedRouter
+    from .router import ServedRouter
 
 
 @lru_cache(maxsize=1024)

@@ -71,7 +71,8 @@ def refresh(model: Any) -> None:
     `reload_weights` of a checkpoint needs no call. With `is_checkpoint_format=False`, or weights
     written by a trainer, a hash layer's table is copied by this alone; all else is read in place.
     """
-    from .runner import ServedMoERunner, ServedRouter
+    from .router import ServedRouter
+    from .runner import ServedMoERunner
 
     for module in model.modules():
         if isinstance(module, ServedMoERunner) and isinstance(module.router, ServedRouter):

@@ -76,6 +76,24 @@ class Router:
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one.
 
+    Keywords of a call:
+    image_mask [N] bool: image rows, which select with bias_vl instead of e_bias or the table.
+    padding_mask [N] bool, num_tokens (int32, one element): the mask's rows, and those from
+        num_tokens on, are padding. They get id -1 and weight 0 in every column, and nothing
+        that their hidden_states hold, NaN included, reaches an output.
+    input_ids [N] int32 or int64: the token ids, in a hash layer or one with num_image_ids, and
+        in no other. A row whose token id is outside the table is treated like padding; the
+        table is not used for an image row.
+    forced_ids [N, top_k] int32 or int64, rows strided or not: the experts of the rows of
+        forced_mask ([N] bool), or of all rows without one, in this order. Only their weights
+        are computed. Token id, biases and image_mask of such a row are not used; a physical map
+        applies. A row with an id outside 0..E - 1, or with one twice, is treated like padding.
+    out_logical_ids int32, at least [N, top_k]: gets the ids before a physical map, and -1 in
+        rows that are treated like padding.
+    out_logits FP32, at least [N, E]: gets hidden_states @ W_gate, before gate_temp, of every
+        row, padding too. For more than 64 tokens it is the matrix product's own output. A hash
+        layer has it only if it has bias_vl.
+
     torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
     torch.export refuse it, since a launch on addresses is no operator of torch. Dynamo looks into
     this package's own code around the break; `torch.compiler.disable(router)` keeps it out.
@@ -228,22 +246,7 @@ class Router:
         returns at once. Up to 64 tokens take one launch, more take cuBLAS and one. A refused call
         has launched nothing and touched no output.
 
-        image_mask [N] bool: image rows, which select with bias_vl instead of e_bias or the table.
-        padding_mask [N] bool, num_tokens (int32, one element): the mask's rows, and those from
-            num_tokens on, are padding. They get id -1 and weight 0 in every column, and nothing
-            that their hidden_states hold, NaN included, reaches an output.
-        input_ids [N] int32 or int64: the token ids, in a hash layer or one with num_image_ids, and
-            in no other. A row whose token id is outside the table is treated like padding; the
-            table is not used for an image row.
-        forced_ids [N, top_k] int32 or int64, rows strided or not: the experts of the rows of
-            forced_mask ([N] bool), or of all rows without one, in this order. Only their weights
-            are computed. Token id, biases and image_mask of such a row are not used; a physical map
-            applies. A row with an id outside 0..E - 1, or with one twice, is treated like padding.
-        out_logical_ids int32, at least [N, top_k]: gets the ids before a physical map, and -1 in
-            rows that are treated like padding.
-        out_logits FP32, at least [N, E]: gets hidden_states @ W_gate, before gate_temp, of every
-            row, padding too. For more than 64 tokens it is the matrix product's own output. A hash
-            layer has it only if it has bias_vl.
+        The keywords are described with the class.
         pdl: for this call, instead of the Router's.
 
         All of them lie on the device and the host never reads them, so that a captured graph may be

@@ -20,7 +20,7 @@ from test_evidence import KERNEL, record_of
 
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.building import compilers
-from build_kernels.evidence import Evidence, Result, validated_on
+from build_kernels.evidence import Evidence, Result, outputs, validated_on
 from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
 from build_kernels.evidence.document import EvidenceError
@@ -394,14 +394,14 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
     pytest.importorskip("torch")
     inputs = make_inputs(topk.kernel, Case(num_tokens=3, num_experts=70, top_k=4))
     beside = {
-        "out_weights": np.full((3, emulated.WEIGHT_CANARIES), emulated.CANARY_FLOAT, np.float32),
-        "out_ids": np.full((3, emulated.ID_CANARIES), emulated.CANARY_INT),
+        "out_weights": np.full((3, outputs.WEIGHT_CANARIES), outputs.CANARY_FLOAT, np.float32),
+        "out_ids": np.full((3, outputs.ID_CANARIES), outputs.CANARY_INT),
     }
     right = {"out_weights": inputs.weights.astype(np.float32), "out_ids": inputs.ids}
 
     def problems() -> list[str]:
         memory = {each: np.hstack([right[each], beside[each]]) for each in right}
-        return emulated.against_reference(inputs, memory)[0]
+        return outputs.against_reference(inputs, memory)[0]
 
     assert problems() == []
     beside[name][2, -1] = 0

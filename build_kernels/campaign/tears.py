@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from build_kernels.evidence.cases import VOCABULARY
 from build_kernels.evidence.inputs import FIRST_IMAGE_ID, NUM_IMAGE_IDS, Inputs
-from build_kernels.evidence.rungs.emulated import FORCED_CANARIES
+from build_kernels.evidence.outputs import FORCED_CANARIES
 
 from .fault import Changes, Expected, Fault, Place, Scenario, Torn
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.cases import Case
 from build_kernels.evidence.inputs import Inputs, make_inputs
-from build_kernels.evidence.rungs.emulated import CANARY_INT, against_reference, emulate_case
+from build_kernels.evidence.outputs import CANARY_INT, against_reference
+from build_kernels.evidence.rungs.emulated import emulate_case
 from dsv4_router_runtime.artifacts.kernel import Kernel
 
 from .fault import Expected, Fault, Scenario, Torn

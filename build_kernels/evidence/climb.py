@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.dispatch import runs_on
@@ -81,20 +82,14 @@ def verify(
         for part in range(RUNGS[task[0]].parts)
     }
     found: dict[tuple[str, str], Result] = {}
-    parts: dict[Task, list[Result | WorkerDiedError]] = {}
-    with run_tasks(climb_one, calls, jobs=jobs) as climbed:
-        for (task, _), climbed_part in climbed:
-            parts.setdefault(task, []).append(climbed_part)
-            if len(parts[task]) < RUNGS[task[0]].parts:
-                continue
-            result = join_parts(task[0], parts[task])
-            for kernel, shown in results_by_kernel(tasks[task], result):
-                rung = task[0]
-                found[kernel.key, rung] = shown
-                add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
-                # After each result, so that an interrupted run keeps it.
-                kept.change(add)
-                on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
+    for task, result in _joined(calls, jobs):
+        for kernel, shown in results_by_kernel(tasks[task], result):
+            rung = task[0]
+            found[kernel.key, rung] = shown
+            add = partial(Evidence.with_result, kernel=kernel, rung=rung, result=shown)
+            # After each result, so that an interrupted run keeps it.
+            kept.change(add)
+            on_done(Outcome(artifact=kernel.key, rung=rung, result=shown, climbed=True))
     return [
         Outcome(
             artifact=kernel.key,
@@ -105,6 +100,18 @@ def verify(
         for kernel in chosen
         for rung in RUNGS
     ]
+
+
+def _joined(
+    calls: Mapping[tuple[Task, int], tuple[Any, ...]], jobs: int
+) -> Iterator[tuple[Task, Result | WorkerDiedError]]:
+    """Run the parts of all tasks, and yield each task when its last part has ended."""
+    parts: dict[Task, list[Result | WorkerDiedError]] = {}
+    with run_tasks(climb_one, calls, jobs=jobs) as climbed:
+        for (task, _), part in climbed:
+            parts.setdefault(task, []).append(part)
+            if len(parts[task]) == RUNGS[task[0]].parts:
+                yield task, join_parts(task[0], parts[task])
 
 
 def _choose(

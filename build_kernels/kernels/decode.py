@@ -23,14 +23,14 @@ Exchanges
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.candidates import merge, own_candidates, publish
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
-from build_kernels.kernels.outputs import OutputColumn, output_column, store
+from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logits
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.row_flags import (
@@ -151,8 +151,6 @@ class RouterDecode:
             grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
-            # Shared memory leaves room for two CTAs on an SM at most. Without this ptxas saved
-            # registers for more of them, and spilled one.
         )
 
     @cute.kernel
@@ -235,11 +233,11 @@ class RouterDecode:
                 if num_tiles == 1:
                     best = self.select_alone(keys, scores, args.top_k, output.shared_id)
                     self.store(storage, args, token, warp, flags, output, (*best, is_padded))
-                    self.store_logits(args, token, flags, experts, logits)
+                    store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
                 else:
                     for i in cutlass.range_constexpr(2):
                         publish(candidates[i], keys[i], scores[i])
-                    self.store_logits(args, token, flags, experts, logits)
+                    store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
                     if flags & MAX_TICKET == num_tiles - 1:
                         # E up to 256, 384 and 512: as few registers as hold the candidates.
                         merged = (args.workspace, token, num_tiles, args.top_k)
@@ -404,17 +402,6 @@ class RouterDecode:
             is_beyond = experts[i] >= args.num_experts
             keys[i] = choose(is_beyond, Uint32(NOT_A_CANDIDATE), keys[i])
         return keys, scores, logits
-
-    @cute.jit
-    def store_logits(
-        self, args: Arguments, token: Int32, flags: Int32, experts: tuple, logits: cute.Tensor
-    ):
-        """Store the logits of a lane's two experts, if the call asks for them."""
-        if flags & HAS_LOGITS != 0:
-            for i in cutlass.range_constexpr(2):
-                if experts[i] < args.num_experts:
-                    at = args.out_logits + (Int64(token) * args.out_logits_stride + experts[i])
-                    cute.make_tensor(at, cute.make_layout(1))[0] = logits[i]
 
     @cute.jit
     def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32):

@@ -1,4 +1,4 @@
-"""A token's row of the outputs: weights, ids, logical ids and shared experts' columns."""
+"""A token's row of each output: weights, ids, shared experts' columns, logical ids, logits."""
 
 from typing import NamedTuple
 
@@ -106,3 +106,13 @@ def store_rarely(args, token: Int32, column: OutputColumn, logical_id: Int32, we
     if args.out_logical_ids.toint() != 0 and lane < args.top_k:
         row = args.out_logical_ids + (Int64(token) * args.out_logical_ids_stride + lane)
         cute.make_tensor(row, cute.make_layout(1))[0] = logical_id
+
+
+@cute.jit
+def store_logits(args, token: Int32, is_asked, experts: tuple, logits: cute.Tensor):
+    """Store the logits of a lane's experts in the row of out_logits, if the call asks for them."""
+    if is_asked:
+        for i in cutlass.range_constexpr(len(experts)):
+            if experts[i] < args.num_experts:
+                at = args.out_logits + (Int64(token) * args.out_logits_stride + experts[i])
+                cute.make_tensor(at, cute.make_layout(1))[0] = logits[i]

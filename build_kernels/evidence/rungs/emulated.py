@@ -8,7 +8,7 @@ translated correctly, undocumented behaviour of hardware, rounding order, or spe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
@@ -18,6 +18,14 @@ from build_kernels.cli.extras import why_missing
 from build_kernels.evidence.artifact import Artifact, encoded_map
 from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs
+from build_kernels.evidence.outputs import (
+    CANARY_INT,
+    FORCED_CANARIES,
+    against_reference,
+    as_float32,
+    new_outputs,
+    output_strides,
+)
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from build_kernels.specs import KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.json_reader import JsonNode
@@ -36,17 +44,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 PACKAGES = ("numpy", "torch")
-WEIGHT_TOLERANCE = 1e-6
-CANARY_FLOAT = -12345.0
-# As BF16 bits cut off CANARY_FLOAT.
-CANARY_BFLOAT16 = -12288.0
-CANARY_INT = -77
-# Different, so that one output's stride is wrong for the other output.
-WEIGHT_CANARIES = 3
-ID_CANARIES = 5
-LOGICAL_CANARIES = 2
-LOGIT_CANARIES = 6
-FORCED_CANARIES = 4
 
 # (policy, seed, alone). Earliest completes an asynchronous operation at issue, latest if all warps
 # are blocked. alone: one cluster runs at a time and the next starts after it, so that a CTA that
@@ -245,22 +242,9 @@ def _device_arrays(kernel: Kernel, inputs: Inputs) -> dict[str, DeviceArray]:
     from build_kernels.emulator import DeviceArray
 
     case = inputs.case
-    weights_shape = (case.num_tokens, case.columns + WEIGHT_CANARIES)
-    ids_shape = (case.num_tokens, case.columns + ID_CANARIES)
-    ids_type = np.int64 if "int64" in case.options else np.int32
     layout = kernel.problem.layout
-    weights = np.full(weights_shape, CANARY_FLOAT, np.float32)
-    if "bfloat16" in case.options:
-        weights = (weights.view(np.uint32) >> 16).astype(np.uint16)
-    outputs = {"out_weights": weights, "out_ids": np.full(ids_shape, CANARY_INT, ids_type)}
-    if "logical" in case.options:
-        shape = (case.num_tokens, case.top_k + LOGICAL_CANARIES)
-        outputs["out_logical_ids"] = np.full(shape, CANARY_INT, np.int32)
-    if "logits" in case.options:
-        shape = (case.num_tokens, case.num_experts + LOGIT_CANARIES)
-        outputs["out_logits"] = np.full(shape, CANARY_FLOAT, np.float32)
     contents: dict[str, tuple[Array, dict[str, bool]]] = {
-        name: (array, {"dependent": True}) for name, array in outputs.items()
+        name: (array, {"dependent": True}) for name, array in new_outputs(case).items()
     }
     for name, tensor in inputs.tensors.items():
         if name == "forced_ids":
@@ -329,11 +313,8 @@ def _arguments(
         "num_k_blocks": case.k // kernel.problem.k_multiple,
         "top_k": case.top_k,
         "routed_scaling_factor": SCALE,
-        "out_weights_stride": case.columns + WEIGHT_CANARIES,
-        "out_ids_stride": case.columns + ID_CANARIES,
-        "out_logical_ids_stride": case.top_k + LOGICAL_CANARIES,
-        "out_logits_stride": case.num_experts + LOGIT_CANARIES,
         "forced_ids_stride": case.top_k + FORCED_CANARIES,
+        **output_strides(case),
         "logits_stride": case.num_experts + 5,
         **arrays,
     }
@@ -368,82 +349,6 @@ def _arguments(
         )
         arguments.append(replace(described, **changes.get(parameter.name, {})))
     return arguments
-
-
-def against_reference(
-    inputs: Inputs, memory: Mapping[str, Array], beside: Collection[int] = ()
-) -> tuple[list[str], float]:
-    """Return the problems of the outputs, and the largest relative error of a weight.
-
-    beside: rows that need not equal the reference's.
-    """
-    import numpy as np
-
-    columns = inputs.case.columns
-    weights, ids = as_float32(memory["out_weights"]), memory["out_ids"]
-    compared = np.array([row not in beside for row in range(len(ids))])[:, None]
-    problems = []
-    wrong = np.argwhere((ids[:, :columns] != inputs.ids) & compared)
-    if len(wrong):
-        row = int(wrong[0, 0])
-        problems.append(
-            f"{len(wrong)} ids are wrong, first in token {row}: {ids[row, :columns].tolist()}, "
-            f"expected {inputs.ids[row].tolist()}"
-        )
-    expected = inputs.weights
-    if memory["out_weights"].dtype != np.float32:
-        expected = _nearest_bfloat16(expected, weights[:, :columns])
-    scale = np.where(expected == 0, 1.0, np.abs(expected))
-    errors = np.abs(weights[:, :columns].astype(np.float64) - expected) / scale * compared
-    error = float(np.where(np.isfinite(errors), errors, np.inf).max())
-    if error > WEIGHT_TOLERANCE:
-        problems.append(f"a weight is off by {error:.2g} of its value")
-    canary = CANARY_FLOAT if memory["out_weights"].dtype == np.float32 else CANARY_BFLOAT16
-    if (weights[:, columns:] != canary).any() or (ids[:, columns:] != CANARY_INT).any():
-        problems.append("something was written beside the outputs")
-    return problems + _wrong_copies(inputs, memory, compared), error
-
-
-def _nearest_bfloat16(expected: Array, weights: Array) -> Array:
-    """Return `weights` where they are what an FP32 weight rounds to, and `expected` elsewhere."""
-    import numpy as np
-    import torch
-
-    rounded = [
-        torch.from_numpy(expected * (1 + error)).bfloat16().double().numpy() == weights
-        for error in (-WEIGHT_TOLERANCE, 0, WEIGHT_TOLERANCE)
-    ]
-    return np.where(np.any(rounded, axis=0), weights, expected)
-
-
-def _wrong_copies(inputs: Inputs, memory: Mapping[str, Array], compared: Array) -> list[str]:
-    """Return the problems of the outputs that a call may leave out: logical ids and logits."""
-    import numpy as np
-
-    problems = []
-    if (logical := memory.get("out_logical_ids")) is not None:
-        top_k = inputs.case.top_k
-        if ((logical[:, :top_k] != inputs.logical_ids) & compared).any():
-            problems.append("a logical id is wrong")
-        if (logical[:, top_k:] != CANARY_INT).any():
-            problems.append("something was written beside the logical ids")
-    if (logits := memory.get("out_logits")) is not None:
-        experts = inputs.case.num_experts
-        same = (logits[:, :experts] == inputs.logits) | np.isnan(inputs.logits)
-        if (~same & compared).any():
-            problems.append("a logit is wrong")
-        if (logits[:, experts:] != CANARY_FLOAT).any():
-            problems.append("something was written beside the logits")
-    return problems
-
-
-def as_float32(weights: Array) -> Array:
-    """Return FP32 weights as they are, and BF16 bits as FP32."""
-    import numpy as np
-
-    if weights.dtype != np.uint16:
-        return weights
-    return (weights.astype(np.uint32) << 16).view(np.float32)
 
 
 RUNG = Rung(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from build_kernels.emulator import Result, Tear
 
+NOTHING = Torn(rows=(), arrays={})
 CHILD_DIED = "its process died: see the lines above"
 
 
@@ -48,12 +49,17 @@ def tear_at_moments(
 ) -> Mapping[str, Tearing]:
     """Run a launch, and each tear of it at each wanted moment until it has a problem.
 
-    run: takes `emulate`'s on_load. sizes: of an element of each array, in bytes.
+    The launch without a tear is judged too: one that ends early is torn nowhere. run: takes
+    `emulate`'s on_load. sizes: of an element of each array, in bytes.
     """
     forks = _Forks(tearings, sizes)
     try:
         result = run(on_load=forks.on_load)
         if forks.child is None:
+            for tearing in tearings.values():
+                if not tearing.problems:
+                    problems = tearing.judge(NOTHING, result)
+                    tearing.problems = [f"not torn: {problem}" for problem in problems]
             return tearings
         tearing = forks.child
         problems = tearing.judge(tearing.torn, result)
@@ -88,7 +94,8 @@ class _Forks:
                 continue
             moment, tearing.loads = tearing.loads, tearing.loads + 1
             wanted = moment > 0 and not tearing.problems and tearing.wanted(moment)
-            if wanted and self._fork(tearing, f"moment {moment}, before a load of {array}"):
+            where = f"torn at moment {moment}, before a load of {array}"
+            if wanted and self._fork(tearing, where):
                 torn = tearing.torn.arrays.items()
                 return [Tear(array=name, load=0, changes=values) for name, values in torn]
         return ()

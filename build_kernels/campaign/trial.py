@@ -153,7 +153,7 @@ def _tear(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[s
         run = partial(emulate_case, kernel, artifact.ptx, inputs, Schedule(seed=num_experts))
         for name, found in tear_at_moments(run, made, sizes).items():
             moments[name] = found.moments
-            problems = tuple(f"{case}, torn at {text}" for text in found.problems)
+            problems = tuple(f"{case}, {text}" for text in found.problems)
             trials[name] = Trial(runs=trials[name].runs + found.runs, problems=problems)
     return trials
 

@@ -51,7 +51,7 @@ def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 RUNG = Rung(
     name="faults",
     climb=climb,
-    checker=Checker(number=2),
+    checker=Checker(number=3),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=5,
     figures={"faults": lambda node: node.items("a list of faults"), "runs": JsonNode.integer},

@@ -85,7 +85,7 @@ def at_moments(judge, *moments: int, element: int = 1) -> Tearing:
 def test_a_launch_that_is_forked_at_a_load_is_the_one_that_is_torn_there(moment: int) -> None:
     tearing = at_moments(seen, moment)
     (whole,) = seen(tearing.torn, run(READ_FLAG, Tear(array="flags", load=moment, changes={1: 7})))
-    assert tearing.problems == [f"moment {moment}, before a load of flags: {whole}"]
+    assert tearing.problems == [f"torn at moment {moment}, before a load of flags: {whole}"]
     assert (tearing.moments, tearing.runs) == (3, 1)
 
 
@@ -99,9 +99,9 @@ def test_a_child_that_raises_or_dies_is_a_problem() -> None:
     def raises(torn: Torn, result: Result) -> list[str]:
         raise ValueError("no")
 
-    assert at_moments(raises, 2).problems == ["moment 2, before a load of flags: ValueError: no"]
+    assert at_moments(raises, 2).problems == ["torn at moment 2, before a load of flags: ValueError: no"]
     dies = at_moments(lambda torn, result: os._exit(3), 2)
-    assert dies.problems == [f"moment 2, before a load of flags: {CHILD_DIED}"]
+    assert dies.problems == [f"torn at moment 2, before a load of flags: {CHILD_DIED}"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def test_a_child_that_raises_or_dies_is_a_problem() -> None:
     def raises(torn: Torn, result: Result) -> list[str]:
         raise ValueError("no")
 
-    assert at_moments(raises, 2).problems == ["torn at moment 2, before a load of flags: ValueError: no"]
+    problem = "torn at moment 2, before a load of flags: ValueError: no"
+    assert at_moments(raises, 2).problems == [problem]
     dies = at_moments(lambda torn, result: os._exit(3), 2)
     assert dies.problems == [f"torn at moment 2, before a load of flags: {CHILD_DIED}"]
 

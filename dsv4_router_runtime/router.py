@@ -37,11 +37,10 @@ class Router:
     call is refused; the memory that it had is kept. See `reset` for weights that are swapped, and
     `refresh` for weights that are loaded anew in place.
 
-    Two cases are different: with unit stride along E,
-    rows that are no multiple of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a
-    hash layer are bound as a K-contiguous copy. Then `weights_copied` is True, and a call after
-    W_gate was modified in place is refused. (What torch does not count, through `.data` or to an
-    inference tensor, is not seen.)
+    Two cases with unit stride along E are bound as a K-contiguous copy: rows that are no multiple
+    of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a hash layer. Then
+    `weights_copied` is True, and a call after W_gate was modified in place is refused. (What torch
+    does not count, through `.data` or to an inference tensor, is not seen.)
 
     Options, of which none is compile-time: every one is a number, or a pointer that is null when
     the option is off, passed to the same kernels. Only a hash layer has a kernel of its own.
@@ -246,10 +245,9 @@ class Router:
         returns at once. Up to 64 tokens take one launch, more take cuBLAS and one. A refused call
         has launched nothing and touched no output.
 
-        The keywords are described with the class.
-        pdl: for this call, instead of the Router's.
+        The class describes the keywords. pdl: for this call, instead of the Router's.
 
-        All of them lie on the device and the host never reads them, so that a captured graph may be
+        All tensors lie on the device and the host never reads them, so that a captured graph may be
         replayed with other contents. Outputs lie apart from each other and from what is read.
         """
         layer = self._layer

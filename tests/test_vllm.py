@@ -181,7 +181,7 @@ def test_no_logits_are_made_and_a_reader_of_them_fails(registered) -> None:
     layer(x)
     logits, bias = layer.gate(x)
     assert (logits.shape, logits.dtype, bias) == ((4, E), torch.float32, None)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises(NotImplementedError, match="meta"):
         logits.to("cpu")
 
 

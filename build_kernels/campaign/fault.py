@@ -54,9 +54,9 @@ class Scenario:
 
     roles: of the kernels that it is about. num_tokens, options, kind: of the cases; 0 tokens stands
     for more than half of the kernel's tile, and a hash kernel takes no images. experts, quick:
-    the numbers of experts of a full and of a quick run. tears: from the inputs, what is rewritten.
-    every_moment: it is at each load of what is torn, else at a few that lie ever further apart, as
-    in a quick run. between: further numbers of experts, with one moment for each, in turn.
+    the numbers of experts of a full and of a quick run. tears: makes the tear from the inputs.
+    every_moment: tear at each load of a torn element; else, and in a quick run, at the moments 1,
+    4, 16, ... between: further numbers of experts, with one moment for each, in turn.
     contents: from zeros, the initial contents of the workspace, a few launches each. edits: of the
     PTX, for a peer that misbehaves.
     """

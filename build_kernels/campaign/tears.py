@@ -100,7 +100,7 @@ def other_counts(inputs: Inputs) -> Torn:
 
 
 def other_biases(name: str) -> Callable[[Inputs], Torn]:
-    """Return a change of every bias, which changes what is selected."""
+    """Return a change of every bias, which changes the selection."""
 
     def tears(inputs: Inputs) -> Torn:
         changes = {i: float(bias) + i % 3 for i, bias in enumerate(inputs.tensors[name])}
@@ -148,7 +148,7 @@ GATE = Scenario(
 )
 TABLE = replace(GATE, options=("table", *GATE.options), roles=EVERY_ROLE)
 IMAGES = replace(TABLE, roles=GATE.roles)
-# Rows 1, 3 and 5 are forced, 3 and 5 to what is no row of experts.
+# Rows 1, 3 and 5 are forced; the ids of 3 and 5 are invalid.
 FORCED = Scenario(options=("forced",), num_tokens=6, roles=EVERY_ROLE, experts=EXPERTS)
 IMAGE_IDS = replace(FORCED, options=("image_ids",), roles=GATE.roles)
 # Row 0 has a token id outside the table.

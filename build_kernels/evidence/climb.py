@@ -56,11 +56,10 @@ def verify(
     """Climb `rungs` (all if empty) for the chosen artifacts (all if empty), and store the evidence.
 
     records, others: GPU test records, and evidence found elsewhere, to merge first; EvidenceError
-    if one is of other bytes, or of another checker. Raises
-    ArtifactReadError before any climb if a file is missing or is not the manifest's. Returns one
-    outcome per rung and chosen artifact in the manifest's order; for rungs not requested, from the
-    stored evidence. `on_done` gets each climbed outcome when its climb ends, `on_unkept` the reason
-    if no evidence can be stored.
+    if one is of other bytes, or of another checker. ArtifactReadError before any climb if a file is
+    missing or is not the manifest's. Returns one outcome per rung and chosen artifact in the
+    manifest's order; for rungs not requested, from the stored evidence. `on_done` gets each climbed
+    outcome when its climb ends, `on_unkept` the reason if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
     chosen = _choose(artifacts_dir, listed, archs, kernels)

@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import cpasync
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.gemm import EPILOGUE_WARPS, W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import lookup
-from build_kernels.kernels.masks import forced_expert, is_forced, is_padding
+from build_kernels.kernels.masks import forced_expert, is_forced, is_padding, or_repeated
 from build_kernels.kernels.outputs import has_rare_outputs, output_column, store
 from build_kernels.kernels.partial_sums import add_splits
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
@@ -139,9 +139,7 @@ class RouterHash:
             # The experts of an unknown token are -1.
             is_unknown = logical < 0
             if args.forced_ids.toint() != 0:
-                for other in cutlass.range_constexpr(SLOTS - 1):
-                    same = cute.arch.shuffle_sync(logical, other) == logical
-                    is_unknown = is_unknown or (other < lane and same)
+                is_unknown = or_repeated(is_unknown, logical, 0, lane)
             unknown = cute.arch.vote_ballot_sync(lane < args.top_k and is_unknown)
             ids = cute.make_rmem_tensor((1,), Int32)
             ids[0] = choose(lane < args.top_k, cutlass.max(logical, 0), Int32(0))

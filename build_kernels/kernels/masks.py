@@ -1,7 +1,10 @@
 """The kinds of a call's rows: image rows, padding rows, rows of forced ids."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
+
+from build_kernels.kernels.shapes import MAX_TOP_K
 
 
 @cute.jit
@@ -60,6 +63,18 @@ def forced_expert(args, token: Int32, slot: Int32) -> Int32:
         if forced >= 0 and forced < args.num_experts:
             expert = Int32(forced)
     return expert
+
+
+@cute.jit
+def or_repeated(condition, expert: Int32, first_lane, slot: Int32):
+    """Return `condition`, or whether a lane's expert stands in an earlier slot of its row.
+
+    The lanes of a row follow `first_lane` in the order of the slots. All of the warp call it.
+    """
+    for other in cutlass.range_constexpr(MAX_TOP_K - 1):
+        same = cute.arch.shuffle_sync(expert, first_lane + other) == expert
+        condition = condition or (other < slot and same)
+    return condition
 
 
 @cute.jit

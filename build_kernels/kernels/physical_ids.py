@@ -1,7 +1,7 @@
 """The physical map of expert-parallel load balancing: logical expert to physical id.
 
 Needs `args.to_physical` [num_experts, max_replicas] and `args.logical_count` [num_experts], both
-int32 or both int64, of which the low words are read. Both tables are the caller's and may be
+int32 or both int64. The low word of an int64 is read. Both tables are the caller's and may be
 rewritten at any time, so every index and count is clamped.
 """
 

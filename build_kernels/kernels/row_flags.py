@@ -1,4 +1,4 @@
-"""The row flags of a token, in one word: its ticket, its kind, and what the call asks for."""
+"""The row flags of a token, in one word: its ticket, its kind, and the outputs of the call."""
 
 import cutlass
 import cutlass.cute as cute
@@ -16,6 +16,7 @@ from build_kernels.kernels.masks import (
     has_image_id,
     is_forced,
     is_padding,
+    or_repeated,
     read_mask,
 )
 from build_kernels.kernels.outputs import has_rare_outputs
@@ -119,10 +120,7 @@ def publish_forced(storage, max_owned: cutlass.Constexpr[int], args, split: Int3
             expert = forced_expert(args, owned_token(split, warp), slot)
         if warp < max_owned:
             forced_experts(storage, max_owned)[slot, warp] = expert
-        is_wrong = expert < 0
-        for other in cutlass.range_constexpr(MAX_TOP_K - 1):
-            same = cute.arch.shuffle_sync(expert, lane - slot + other) == expert
-            is_wrong = is_wrong or (other < slot and same)
+        is_wrong = or_repeated(expert < 0, expert, lane - slot, slot)
         wrong = Int32(cute.arch.vote_ballot_sync(is_slot and is_wrong))
         unknown = (wrong >> (lane % (32 // MAX_TOP_K) * MAX_TOP_K)) & ((1 << MAX_TOP_K) - 1)
     return unknown

@@ -102,6 +102,15 @@ def _write(out: torch.Tensor, rows: torch.Tensor) -> None:
     out[: rows.shape[0], : rows.shape[1]] = rows
 
 
+def bind_router(
+    weight: torch.Tensor, e_bias: torch.Tensor | None, **bound: Any
+) -> Router | CpuRouter:
+    """Return a `Router` of weight [E, K] on a GPU; on a CPU, for tests, the reference."""
+    # `.data` needs no gradient, and is no view of weight, which would keep it alive as its base.
+    W_gate = weight.data.t() if weight.dim() == 2 else weight.data
+    return (Router if weight.is_cuda else CpuRouter)(W_gate, e_bias, **bound)
+
+
 class BoundLayer:
     """A bound layer, and what `route` compares a call with.
 
@@ -118,10 +127,9 @@ class BoundLayer:
         top_k: int,
         options: LayerOptions,
     ) -> None:
-        # `.data` is no view of weight; a view would keep weight alive as its base.
-        W_gate = weight.data.t() if weight.dim() == 2 else weight.data
-        kind: type[Router] | type[CpuRouter] = Router if weight.is_cuda else CpuRouter
-        self.router = kind(W_gate, e_bias, top_k=top_k, routed_scaling_factor=scale, **options)
+        self.router = bind_router(
+            weight, e_bias, top_k=top_k, routed_scaling_factor=scale, **options
+        )
         self.tid2eid = options.get("tid2eid")
         copied = self.router.weights_copied or self.tid2eid is not None
         self.versions = _versions(weight, self.tid2eid) if copied else None

@@ -1,4 +1,4 @@
-"""The parts that adapters of inference engines share: switches, contract, one line per layer.
+"""The parts that adapters of engines share: switches, contract, limits, one line per layer.
 
 Importing this module imports neither torch nor an engine.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS, MAX_TOP_K
 from dsv4_router_runtime.log import LOGGER
-
-if TYPE_CHECKING:
-    import torch
 
 SWITCH = "DSV4_ROUTER"
 KILL_SWITCH = "DSV4_ROUTER_DISABLE"
@@ -74,12 +72,12 @@ def report_layer(engine: str, layer: str, reason: str | None) -> None:
         LOGGER.warning("%s: %s keeps the engine's router: %s", engine, layer, reason)
 
 
-def bind_router(weight: torch.Tensor, e_bias: torch.Tensor | None, **bound: Any) -> Any:
-    """Return a `Router` of weight [E, K] on a GPU; on a CPU, for tests, the reference."""
-    from dsv4_router_runtime.router import Router
-
-    from .bound_layers import CpuRouter
-
-    # `.data`, since a Router takes no parameter that requires a gradient.
-    W_gate = weight.data.t()
-    return (Router if weight.is_cuda else CpuRouter)(W_gate, e_bias, **bound)
+def limits_against(*, hidden_size: int, num_experts: int, top_k: int) -> Iterator[str]:
+    """Yield the limits of the kernels that a gate's sizes exceed, as an adapter reports them."""
+    if hidden_size % K_MULTIPLE:
+        yield f"hidden_size is {hidden_size}; multiples of {K_MULTIPLE} are served"
+    if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
+        yield (
+            f"it takes {top_k} of {num_experts} experts; up to {MAX_TOP_K} of {MAX_EXPERTS} are "
+            "served"
+        )

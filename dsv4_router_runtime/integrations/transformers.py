@@ -33,15 +33,11 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from transformers.utils import output_capturing
 
 from dsv4_router_runtime.artifacts.folder import open_artifacts
-from dsv4_router_runtime.artifacts.limits import (
-    K_MULTIPLE,
-    MAP_ALIGNMENT_BYTES,
-    MAX_EXPERTS,
-    MAX_TOP_K,
-)
+from dsv4_router_runtime.artifacts.limits import MAP_ALIGNMENT_BYTES
 from dsv4_router_runtime.log import info_once, warn_once
 
 from . import torch_op
+from .engine import limits_against
 
 Output = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 
@@ -110,14 +106,10 @@ def _reason_of_layer(module: Any) -> str | None:
         return f"the weight's address is no multiple of {MAP_ALIGNMENT_BYTES}; clone the weight"
     if not isinstance(module.score_fn, SqrtSoftplusActivation):
         return f"the scores are {type(module.score_fn).__name__}; sqrtsoftplus is served"
-    if module.hidden_dim % K_MULTIPLE:
-        return f"hidden_size is {module.hidden_dim}; multiples of {K_MULTIPLE} are served"
-    if module.num_experts > MAX_EXPERTS or module.top_k > MAX_TOP_K:
-        return (
-            f"it takes {module.top_k} of {module.num_experts} experts; up to {MAX_TOP_K} of "
-            f"{MAX_EXPERTS} are served"
-        )
-    return None
+    limits = limits_against(
+        hidden_size=module.hidden_dim, num_experts=module.num_experts, top_k=module.top_k
+    )
+    return next(limits, None)
 
 
 def _logits_are_recorded(module: nn.Module) -> bool:

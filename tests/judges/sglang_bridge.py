@@ -40,7 +40,7 @@ importlib.import_module("sglang_layers").start()
 from sglang.srt.configs.shared_experts import SharedExpertsConfig  # noqa: E402
 from sglang.srt.layers.moe.topk import TopKConfig, TopKOutputFormat  # noqa: E402
 
-from dsv4_router_runtime.integrations.engine import bind_router  # noqa: E402
+from dsv4_router_runtime.integrations.bound_layers import bind_router  # noqa: E402
 from dsv4_router_runtime.integrations.sglang.layer import ServedLayer  # noqa: E402
 
 VARIABLE = "DSV4_JUDGE_SGLANG"

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv4_router_runtime.artifacts.limits import (
-    K_MULTIPLE,
-    MAX_EXPERTS,
-    MAX_SHARED_SLOTS,
-    MAX_TOP_K,
-)
+from dsv4_router_runtime.artifacts.limits import MAX_SHARED_SLOTS
+from dsv4_router_runtime.integrations.engine import limits_against
 
 # Algorithms of --ep-dispatch-algorithm whose ids SGLang derives from ours, or that are ours.
 DISPATCH_ALGORITHMS = (None, "static", "dynamic")
@@ -89,13 +85,9 @@ def _reasons_of_tensors(facts: LayerFacts) -> Iterator[str]:
         yield f"the weight is packed as {facts.weight_shape}; a contiguous [E, K] is served"
     if facts.e_bias not in ("torch.float32", None if facts.hashed else "torch.float32"):
         yield f"e_score_correction_bias is {facts.e_bias}; torch.float32 is served"
-    if facts.hidden_size % K_MULTIPLE:
-        yield f"hidden_size is {facts.hidden_size}; multiples of {K_MULTIPLE} are served"
-    if facts.num_experts > MAX_EXPERTS or facts.top_k > MAX_TOP_K:
-        yield (
-            f"it takes {facts.top_k} of {facts.num_experts} experts; up to {MAX_TOP_K} of "
-            f"{MAX_EXPERTS} are served"
-        )
+    yield from limits_against(
+        hidden_size=facts.hidden_size, num_experts=facts.num_experts, top_k=facts.top_k
+    )
     if facts.num_shared > MAX_SHARED_SLOTS:
         yield f"it has {facts.num_shared} shared columns; up to {MAX_SHARED_SLOTS} are served"
 

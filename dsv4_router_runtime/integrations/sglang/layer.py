@@ -15,7 +15,8 @@ from sglang.srt.runtime_context import get_exec
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from dsv4_router_runtime.errors import RouterError
-from dsv4_router_runtime.integrations.engine import bind_router, report_layer
+from dsv4_router_runtime.integrations.bound_layers import bind_router
+from dsv4_router_runtime.integrations.engine import report_layer
 from dsv4_router_runtime.log import warn_once
 
 from .eligibility import DISPATCH_ALGORITHMS, LayerFacts, reason_against

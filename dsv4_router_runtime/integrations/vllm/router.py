@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
 )
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
-from dsv4_router_runtime.integrations.engine import bind_router
+from dsv4_router_runtime.integrations.bound_layers import bind_router
 
 # Image tokens have this many ids, from image_sentinel_lo on.
 IMAGE_IDS = 5

@@ -28,7 +28,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.candidates import merge, own_candidates, publish
-from build_kernels.kernels.gemm import EPILOGUE_WARPS, MAX_K, W_BLOCK_BYTES, TileGemm, k_slice
+from build_kernels.kernels.gemm import MAX_K, TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logits
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
@@ -198,7 +198,7 @@ class RouterDecode:
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
-        if warp < EPILOGUE_WARPS:
+        if warp < self.gemm.epilogue_warps:
             token = owned_token(split, warp)
             # All that needs no sum is computed before the multiply, off the path that others wait
             # for.
@@ -315,7 +315,7 @@ class RouterDecode:
         full = storage.full.data_ptr() + stage
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(
-                full, blocks * W_BLOCK_BYTES + self.gemm.x_chunk_bytes
+                full, blocks * self.gemm.w_block_bytes + self.gemm.x_chunk_bytes
             )
         for block in cutlass.range(blocks, unroll=1):
             cute.copy(

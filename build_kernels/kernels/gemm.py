@@ -1,4 +1,4 @@
-"""The GEMM of the decode kernels: 64 rows of W_gate by one tile of tokens, over one slice of K.
+"""The GEMM: tiles of 64 rows of W_gate by one tile of tokens, over one slice of K.
 
 A kernel holds the `TileGemm` of its architecture and decides the meaning of a row: an expert, or a
 slot of a token. The sum over a slice is taken in K order for every row and every number of tokens,
@@ -10,12 +10,12 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from build_kernels.kernels.shapes import K_BLOCK, MAX_DECODE_TOKENS, NUM_SPLITS, TILE_M
+from build_kernels.kernels.shapes import K_BLOCK, NUM_SPLITS, TILE_M
 
 # The accumulators of an M = 64 tile: one wgmma warpgroup, or the four warps that can read TMEM.
-EPILOGUE_WARPS = 4
+WARPS_PER_TILE = 4
 # Bounds for coordinates only: the real extents are in the tensor maps.
-MAX_K = 1 << 20
+MAX_K = MAX_TOKENS = 1 << 20
 W_BLOCK_BYTES = TILE_M * K_BLOCK * 2
 # The 128-byte swizzle repeats every 8 rows of 128 bytes.
 # https://docs.nvidia.com/cuda/parallel-thread-execution/#tensor-swizzling-modes
@@ -41,8 +41,10 @@ def shared_bytes(storage: type) -> int:
 class TileGemm:
     """Load hidden_states and keep the ring's barriers; a subclass multiplies.
 
+    A CTA has `m_tiles` tiles of TILE_M rows, and four epilogue warps for each.
+
     Warp roles
-        0-3             epilogue: take the accumulators; on sm_90 these warps also multiply
+        epilogue_warps  from 0 on: take the accumulators; on sm_90 these warps also multiply
         mma_warp        issues the MMAs on sm_100, where one thread does that
         producer_warp   loads hidden_states by TMA; the warps after it belong to the kernel
 
@@ -54,7 +56,7 @@ class TileGemm:
         accumulator_full   MMA -> epilogue on sm_100: 1 commit / used once
 
     Shared memory: the kernel defines it. These members are required:
-        w                  w_ring: stages * chunk * 8 KB
+        w                  w_ring: stages * chunk * m_tiles * 8 KB
         x                  x_ring: stages * chunk * 128 B per token of the tile
         full, empty        ring_barriers
         sums_full, accumulator_full   barrier
@@ -66,31 +68,41 @@ class TileGemm:
         accumulators                             FP32 registers, and the (row, token) of each one
     """
 
-    mma_warp = None
-    producer_warp = 4
-    mma_arrivals = 1
+    mma_warp: int | None
+    producer_warp: int
+    mma_arrivals: int
 
     barrier = cute.struct.MemRange[Int64, 1]
     tmem_address = cute.struct.MemRange[Int32, 1]
 
-    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int):
+    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int, m_tiles: int = 1):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
+        self.m_tiles = m_tiles
+        self.epilogue_warps = WARPS_PER_TILE * m_tiles
         self.ring_blocks = chunk * stages
+        self.w_block_bytes = m_tiles * W_BLOCK_BYTES
         self.x_chunk_bytes = chunk * token_tile * K_BLOCK * 2
-        self.w_ring = _ring(self.ring_blocks * W_BLOCK_BYTES)
+        self.w_ring = _ring(self.ring_blocks * self.w_block_bytes)
         self.x_ring = _ring(stages * self.x_chunk_bytes)
         self.ring_barriers = cute.struct.MemRange[Int64, stages]
 
     def w_smem_layout(self) -> cute.ComposedLayout:
-        """Return (TILE_M, K_BLOCK, ring_blocks) BF16, the layout of `w`: major as W_gate is."""
+        """Return (TILE_M, K_BLOCK, m_tiles * ring_blocks) BF16, the layout of `w`.
+
+        It is major as W_gate is. The m_tiles of a K block are neighbours.
+        """
         kmajor = self.layout == "kmajor"
         kind = warpgroup.SmemLayoutAtomKind
         atom = warpgroup.make_smem_layout_atom(kind.K_SW128 if kmajor else kind.MN_SW128, BFloat16)
-        shape = (TILE_M, K_BLOCK, self.ring_blocks)
+        shape = (TILE_M, K_BLOCK, self.m_tiles * self.ring_blocks)
         return cute.tile_to_shape(atom, shape, order=(0, 1, 2) if kmajor else (1, 0, 2))
+
+    def w_block(self, stage, block: int, m_tile):
+        """Return the place in `w` of an M tile of a stage's K block."""
+        return self.m_tiles * (stage * self.chunk + block) + m_tile
 
     def x_smem_layout(self, *ring: int) -> cute.ComposedLayout:
         """Return (token_tile, K_BLOCK, *ring) BF16, a layout of `x`: K contiguous.
@@ -105,7 +117,7 @@ class TileGemm:
         """Make (atom, coordinate tensor) of the TMA that loads one chunk of hidden_states."""
         # [tokens, K_BLOCK, K blocks]: K as blocks, so that one box holds a chunk of them.
         layout = cute.make_layout(
-            (MAX_DECODE_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
+            (MAX_TOKENS, K_BLOCK, MAX_K // K_BLOCK), stride=(MAX_K, 1, K_BLOCK)
         )
         return cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),

@@ -6,7 +6,7 @@ import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
-from build_kernels.kernels.gemm import EPILOGUE_WARPS, TileGemm
+from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm
 from build_kernels.kernels.shapes import K_BLOCK, MMA_K, TILE_M
 
 # tcgen05.alloc takes a power of two from 32 on:
@@ -20,18 +20,23 @@ class TileGemmSm100(TileGemm):
     Both operands are in shared memory.
 
     Warp roles
-        0-3             epilogue: tcgen05.ld 16x256b, warp w rows 16 w .. 16 w + 15;
+        epilogue_warps  tcgen05.ld 16x256b, warp w of an M tile rows 16 w .. 16 w + 15;
                         warp 0 allocates and frees the TMEM
-        mma_warp        4: four tcgen05.mma per K block; after each chunk a commit to the stage's
-                        `empty`, after the last one a commit to `accumulator_full`
-        producer_warp   5
+        mma_warp        after the epilogue's: four tcgen05.mma per K block and M tile; after each
+                        chunk a commit to the stage's `empty`, after the last one a commit to
+                        `accumulator_full`
+        producer_warp   after mma_warp
 
-    TMEM: max(32, token_tile) columns, from before the cluster sync to after the last tcgen05.ld.
+    TMEM: max(32, token_tile * m_tiles) columns, to a power of two, from before the cluster sync to
+    after the last tcgen05.ld.
     """
 
-    mma_warp = 4
-    producer_warp = 5
     mma_arrivals = 1  # one tcgen05.commit
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.mma_warp = self.epilogue_warps
+        self.producer_warp = self.mma_warp + 1
 
     def make_tiled_mma(self) -> cute.TiledMma:
         """Return the MMA. Made inside the kernel: as a parameter it would be 32 opaque bytes."""
@@ -49,17 +54,22 @@ class TileGemmSm100(TileGemm):
             )
         )
 
-    def accumulator(self, storage, tiled_mma: cute.TiledMma) -> cute.Tensor:
-        """Return the accumulator in TMEM: row 16 w + r in lane 32 w + r, a token per column."""
+    def accumulator(self, storage, tiled_mma: cute.TiledMma, m_tile) -> cute.Tensor:
+        """Return an M tile's accumulator in TMEM: row 16 w + r in lane 32 w + r, a token a column.
+
+        The M tiles are beside each other.
+        """
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
+        if cutlass.const_expr(self.m_tiles > 1):
+            pointer = pointer + m_tile * self.token_tile
         shape = tiled_mma.partition_shape_C((TILE_M, self.token_tile))
         # (MMA, MMA_M = 1, MMA_N = 1)
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)
 
     @property
     def tmem_columns(self) -> int:
-        """Return the number of TMEM columns to allocate; every token_tile is a power of two."""
-        return max(MIN_TMEM_COLUMNS, self.token_tile)
+        """Return the number of TMEM columns to allocate, a power of two."""
+        return max(MIN_TMEM_COLUMNS, 1 << (self.token_tile * self.m_tiles - 1).bit_length())
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
@@ -71,8 +81,8 @@ class TileGemmSm100(TileGemm):
     @cute.jit
     def free_accumulator(self, storage, warp: Int32):
         """Free TMEM by warp 0, after all epilogue warps have read."""
-        if warp < EPILOGUE_WARPS:
-            cute.arch.barrier(barrier_id=1, number_of_threads=32 * EPILOGUE_WARPS)
+        if warp < self.epilogue_warps:
+            cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.epilogue_warps)
         if warp == 0:
             pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
             cute.arch.dealloc_tmem(pointer, self.tmem_columns)
@@ -84,18 +94,19 @@ class TileGemmSm100(TileGemm):
             tiled_mma = self.make_tiled_mma()
             mma_tiler = (TILE_M, self.token_tile, K_BLOCK)
             w_layout = sm100_utils.make_smem_layout_a(
-                tiled_mma, mma_tiler, BFloat16, self.ring_blocks
+                tiled_mma, mma_tiler, BFloat16, self.m_tiles * self.ring_blocks
             )
             x_layout = sm100_utils.make_smem_layout_b(
                 tiled_mma, mma_tiler, BFloat16, self.ring_blocks
             )
-            # (MMA, MMA_M, MMA_K, ring_blocks), (MMA, MMA_N, MMA_K, ring_blocks)
+            # (MMA, MMA_M, MMA_K, m_tiles * ring_blocks), (MMA, MMA_N, MMA_K, ring_blocks)
             sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
             sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-            # (1, MMA_M, MMA_K, ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one descriptor per MMA
+            # (1, MMA_M, MMA_K, m_tiles * ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one
+            # descriptor per MMA
             tCrW = tiled_mma.make_fragment_A(sW)
             tCrX = tiled_mma.make_fragment_B(sX)
-            tCtAcc = self.accumulator(storage, tiled_mma)
+            tCtAcc = [self.accumulator(storage, tiled_mma, tile) for tile in range(self.m_tiles)]
 
             num_chunks = (num_blocks + self.chunk - 1) // self.chunk
             for chunk in cutlass.range(num_chunks, unroll=1):
@@ -108,13 +119,14 @@ class TileGemmSm100(TileGemm):
                             tiled_mma.set(
                                 tcgen05.Field.ACCUMULATE, chunk > 0 if block + k == 0 else True
                             )
-                            cute.gemm(
-                                tiled_mma,
-                                tCtAcc,
-                                tCrW[(None, None, k, stage * self.chunk + block)],
-                                tCrX[(None, None, k, stage * self.chunk + block)],
-                                tCtAcc,
-                            )
+                            for tile in cutlass.range_constexpr(self.m_tiles):
+                                cute.gemm(
+                                    tiled_mma,
+                                    tCtAcc[tile],
+                                    tCrW[(None, None, k, self.w_block(stage, block, tile))],
+                                    tCrX[(None, None, k, stage * self.chunk + block)],
+                                    tCtAcc[tile],
+                                )
                 with cute.arch.elect_one():
                     tcgen05.commit(storage.empty.data_ptr() + stage)
             with cute.arch.elect_one():
@@ -124,8 +136,12 @@ class TileGemmSm100(TileGemm):
     def accumulators(self, storage, num_blocks: Int32):
         """Read this CTA's sums out of TMEM; return FP32 registers and their (row, token)."""
         tiled_mma = self.make_tiled_mma()
-        tCtAcc = self.accumulator(storage, tiled_mma)
         thread, _, _ = cute.arch.thread_idx()
+        m_tile = 0
+        if cutlass.const_expr(self.m_tiles > 1):
+            m_tile = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // WARPS_PER_TILE
+            thread = thread % (32 * WARPS_PER_TILE)
+        tCtAcc = self.accumulator(storage, tiled_mma, m_tile)
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-matrix-fragments-shape-16256b
         tiled_copy = tcgen05.make_tmem_copy(
             cute.make_copy_atom(

@@ -1,26 +1,30 @@
-"""The GEMM on Hopper: the epilogue warpgroup multiplies with wgmma, into registers."""
+"""The GEMM on Hopper: the epilogue warpgroups multiply with wgmma, into registers."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from build_kernels.kernels.gemm import TileGemm
+from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm
 from build_kernels.kernels.shapes import K_BLOCK, MMA_K, TILE_M
 
 
 class TileGemmSm90(TileGemm):
     """Multiply with wgmma m64 n`token_tile` k16, both operands in shared memory. See TileGemm.
 
-    Warps 0-3 are one warpgroup. Their timeline: for each chunk of the ring wait for both operands,
-    issue four wgmmas per K block, commit. When all have retired, release the ring if it has another
-    turn.
+    The epilogue warps of an M tile are a warpgroup. Its timeline: for each chunk of the ring wait
+    for both operands, issue four wgmmas per K block, commit. When all have retired, release the
+    ring if it has another turn.
 
     Registers: token_tile / 2 accumulators per thread.
     """
 
-    producer_warp = 4
-    mma_arrivals = 4  # one lane of each multiplying warp
+    mma_warp = None
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.producer_warp = self.epilogue_warps
+        self.mma_arrivals = self.epilogue_warps  # one lane of each multiplying warp
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
@@ -50,12 +54,17 @@ class TileGemmSm90(TileGemm):
             )
         )
         w_layout, x_layout = self.w_smem_layout(), self.x_smem_layout(self.ring_blocks)
-        # (TILE_M, K_BLOCK, ring_blocks), (token_tile, K_BLOCK, ring_blocks)
+        # (TILE_M, K_BLOCK, m_tiles * ring_blocks), (token_tile, K_BLOCK, ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         thread, _, _ = cute.arch.thread_idx()
+        m_tile = 0
+        if cutlass.const_expr(self.m_tiles > 1):
+            m_tile = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // WARPS_PER_TILE
+            thread = thread % (32 * WARPS_PER_TILE)
         thr_mma = tiled_mma.get_slice(thread)
-        # (1, MMA_M, MMA_K, ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one descriptor per MMA
+        # (1, MMA_M, MMA_K, m_tiles * ring_blocks), (1, MMA_N, MMA_K, ring_blocks): one descriptor
+        # per MMA
         tCrW = tiled_mma.make_fragment_A(thr_mma.partition_A(sW))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
         # (MMA, MMA_M = 1, MMA_N = 1): the (row, token) of each accumulator, and the accumulators
@@ -78,7 +87,7 @@ class TileGemmSm90(TileGemm):
                                 cute.gemm(
                                     tiled_mma,
                                     accumulators,
-                                    tCrW[(None, None, k, stage * self.chunk + i)],
+                                    tCrW[(None, None, k, self.w_block(stage, i, m_tile))],
                                     tCrX[(None, None, k, stage * self.chunk + i)],
                                     accumulators,
                                 )

@@ -17,7 +17,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.gemm import EPILOGUE_WARPS, W_BLOCK_BYTES, TileGemm, k_slice
+from build_kernels.kernels.gemm import W_BLOCK_BYTES, TileGemm, k_slice
 from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.masks import forced_expert, is_forced, is_padding, or_repeated
 from build_kernels.kernels.outputs import has_rare_outputs, output_column, store
@@ -131,7 +131,7 @@ class RouterHash:
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and store
-        if warp < EPILOGUE_WARPS:
+        if warp < self.gemm.epilogue_warps:
             # Lane r < top_k has slot r of the CTA's token.
             lane = cute.arch.lane_idx()
             inverse_temp = reciprocal(args.gate_temp)

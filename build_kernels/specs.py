@@ -19,13 +19,15 @@ from .kernels.shapes import (
     EXPERT_TILE,
     HASH_TOKEN_TILE,
     K_BLOCK,
+    MAX_DECODE_TOKENS,
     MAX_EXPERTS,
+    MAX_PREFILL_TOKENS,
     MAX_TOP_K,
     MERGE_WAIT_LIMIT_MS,
     NUM_SPLITS,
     TOPK_DEFINES,
     TOPK_WARPS,
-    WORKSPACE_BYTES,
+    workspace_bytes,
 )
 
 # router_decode: token tile -> (K blocks per chunk, stages of the shared-memory ring). A ring of 8
@@ -36,6 +38,8 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
+# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each.
+PREFILL_TILES = {(128, 64): 7, (128, 128): 4, (192, 128): 3}
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
 #                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
@@ -88,6 +92,7 @@ class DslSource:
     token_tile: int
     chunk: int
     stages: int
+    m_tiles: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +198,58 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
                 "w_map": _bfloat16_map("W_gate", w_dims, w_box, "256B"),
                 "x_map": _x_map(token_tile, chunk),
             },
-            WORKSPACE_BYTES,
+            workspace_bytes(MAX_DECODE_TOKENS),
         ),
         cluster=(NUM_SPLITS, 1, 1),
         grid=("k_splits", "expert_tiles", 1),
         k_splits=NUM_SPLITS,
         expert_tile=EXPERT_TILE,
         token_tile=token_tile,
+        pdl=True,
+        wait_limit_ms=MERGE_WAIT_LIMIT_MS,
+    )
+
+
+def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
+    experts, tokens = tiles
+    name = f"router_prefill_{layout}_e{experts}_n{tokens}"
+    m_tiles = experts // EXPERT_TILE
+    w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
+    return KernelSpec(
+        name=name,
+        role="prefill",
+        archs=_ALL_ARCHS,
+        symbol=f"{name}_0",
+        source=DslSource(
+            module="build_kernels.kernels.compile",
+            layout=layout,
+            token_tile=tokens,
+            chunk=1,
+            stages=PREFILL_TILES[tiles],
+            m_tiles=m_tiles,
+        ),
+        problem=ProblemRange(
+            layout=layout,
+            num_tokens=IntRange(low=1, high=MAX_PREFILL_TOKENS),
+            # The merge has registers for MAX_EXPERTS.
+            num_experts=IntRange(low=1, high=MAX_EXPERTS // experts * experts),
+            top_k=IntRange(low=1, high=MAX_TOP_K),
+            k_multiple=K_BLOCK,
+            dtypes=tensor_dtypes("prefill"),
+        ),
+        parameters=_parameters(
+            "prefill",
+            {
+                "w_map": _bfloat16_map("W_gate", w_dims, (K_BLOCK, EXPERT_TILE), "256B"),
+                "x_map": _x_map(tokens, 1),
+            },
+            workspace_bytes(MAX_PREFILL_TOKENS),
+        ),
+        cluster=(NUM_SPLITS, 1, 1),
+        grid=("k_splits", "expert_tiles", "token_tiles"),
+        k_splits=NUM_SPLITS,
+        expert_tile=experts,
+        token_tile=tokens,
         pdl=True,
         wait_limit_ms=MERGE_WAIT_LIMIT_MS,
     )
@@ -261,6 +311,7 @@ _TOPK = KernelSpec(
 
 KERNELS = (
     *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TILES),
+    *(_prefill(layout, tiles) for layout in ("kmajor", "emajor") for tiles in PREFILL_TILES),
     _HASH,
     _TOPK,
 )

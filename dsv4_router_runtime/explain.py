@@ -33,7 +33,7 @@ from .artifacts.limits import (
     MAX_TOP_K,
 )
 from .device.launch import grid_of, has_clusters
-from .parameters import DTYPES, WORKSPACE, workspace_bytes
+from .parameters import DTYPES, WORKSPACE
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
 
@@ -134,7 +134,7 @@ class Explanation:
         asked = self.question
         sizes = self._scratch_sizes()
         if WORKSPACE.name in sizes:
-            used = workspace_bytes(asked.num_tokens, asked.num_experts)
+            used = self.kernel.workspace_bytes(asked.num_tokens, asked.num_experts)
             sizes[WORKSPACE.name] = min(sizes[WORKSPACE.name], used)
         return sum(sizes.values())
 

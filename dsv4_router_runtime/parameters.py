@@ -93,8 +93,9 @@ LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_w
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
-# Tickets of 64 tokens come first, then the candidates of each token, 64 for each expert tile.
-TICKETS_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 64 * 4, 64, 8
+# A ticket comes first for each token that the kernel takes, for 64 at least, then the candidates of
+# each token, those of the last CTA's whole tile among them.
+TICKET_BYTES, MIN_TICKETS, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 64, 8
 BIASES = (
     # Null in a hash layer.
     _pointer("e_bias", "float32", _FLOAT32, "E", given=BOUND),
@@ -178,14 +179,16 @@ STRIDES = (
 )
 OUT_LOGITS_STRIDE = _int32("out_logits_stride", BROUGHT, off=0)
 
+_GATE = (
+    *(W_MAP, X_MAP, WORKSPACE),
+    *(*BIASES, *PADDING, *TABLE, *FORCED, *OUTPUTS, OUT_LOGITS),
+    *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K),
+    *(*WEIGHING, *FORMATS, *IMAGE_IDS, *STRIDES, OUT_LOGITS_STRIDE),
+)
 # Role of a kernel -> its parameters in ABI order.
 ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
-    "decode": (
-        *(W_MAP, X_MAP, WORKSPACE),
-        *(*BIASES, *PADDING, *TABLE, *FORCED, *OUTPUTS, OUT_LOGITS),
-        *(NUM_TOKENS, NUM_EXPERTS, NUM_K_BLOCKS, TOP_K),
-        *(*WEIGHING, *FORMATS, *IMAGE_IDS, *STRIDES, OUT_LOGITS_STRIDE),
-    ),
+    "decode": _GATE,
+    "prefill": _GATE,
     "hash": (
         *(X_MAP, W_GATE),
         *(*PADDING, *TABLE, *FORCED, *OUTPUTS),
@@ -201,11 +204,16 @@ ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
 }
 
 
-def workspace_bytes(num_tokens: int, num_experts: int) -> int:
-    """Return the bytes of WORKSPACE that a launch accesses: none if one expert tile is all."""
-    tiles = -(-num_experts // TILE_EXPERTS)
-    row_bytes = tiles * TILE_EXPERTS * CANDIDATE_BYTES
-    return TICKETS_BYTES + num_tokens * row_bytes if tiles > 1 else 0
+def workspace_bytes(
+    num_tokens: int, num_experts: int, *, expert_tile: int, max_tokens: int
+) -> int:
+    """Return the bytes of WORKSPACE that a launch accesses: none if 64 experts are all.
+
+    expert_tile: the experts of a CTA. max_tokens: those that the kernel takes.
+    """
+    experts = -(-num_experts // expert_tile) * expert_tile
+    tickets = TICKET_BYTES * max(max_tokens, MIN_TICKETS)
+    return tickets + num_tokens * experts * CANDIDATE_BYTES if experts > TILE_EXPERTS else 0
 
 
 def tensor_dtypes(role: str) -> dict[str, tuple[str, ...]]:

@@ -96,6 +96,7 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
         "token_tile": source.token_tile,
         "chunk": source.chunk,
         "stages": source.stages,
+        "m_tiles": source.m_tiles,
     }
     launch: Mapping[str, Any] = module.launch_properties(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)

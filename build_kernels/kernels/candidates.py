@@ -3,7 +3,7 @@
 See decode.py for which CTA writes, which one merges, and why that ends.
 
 workspace
-    tickets      [MAX_DECODE_TOKENS] int32
+    tickets      [max_tokens] int32, of the kernel
     candidates   [token, EXPERT_TILE * num_tiles] uint64, key << 32 | score bits, in the order of
                  the merge
 Both are zero between launches. Every owner publishes whatever it reads in the masks, and the merger
@@ -17,7 +17,7 @@ from cutlass import Float32, Int32, Uint32, Uint64
 
 from build_kernels.kernels.partial_sums import lane_expert
 from build_kernels.kernels.score import bits_of, choose, float_of
-from build_kernels.kernels.shapes import EXPERT_TILE, MERGE_WAIT_LIMIT_MS, TICKET_BYTES
+from build_kernels.kernels.shapes import EXPERT_TILE, MAX_DECODE_TOKENS, MERGE_WAIT_LIMIT_MS
 from build_kernels.kernels.top_k import NOT_A_CANDIDATE, PADDING_KEY, take_top_k
 
 # Two neighbouring candidates in one load.
@@ -66,15 +66,15 @@ def load_neighbours(candidates: cute.Pointer, is_there) -> tuple:
 
 
 @cute.jit
-def draw_ticket(workspace: cute.Pointer, token: Int32, num_tiles: Int32) -> Int32:
+def draw_ticket(workspace: cute.Pointer, token: Int32, num_owners: Int32) -> Int32:
     """Return how many of the token's owner CTAs have drawn before this one."""
     ticket = Int32(0)
-    if num_tiles > 1:
-        # inc wraps to 0 at num_tiles - 1: the last draw leaves a zero for the next launch.
+    if num_owners > 1:
+        # inc wraps to 0 at num_owners - 1: the last draw leaves a zero for the next launch.
         ticket = cute.arch.inline_ptx(
             "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
             write_only_types=[Int32],
-            read_only_args=[ticket_of(workspace, token), num_tiles - 1],
+            read_only_args=[ticket_of(workspace, token), num_owners - 1],
         )
     return ticket
 
@@ -94,6 +94,7 @@ def merge(
     num_tiles: Int32,
     top_k: Int32,
     otherwise: Int32,
+    max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
 ):
     """Wait for all of a token's candidates, clear them and take the top_k, by one warp.
 
@@ -102,7 +103,7 @@ def merge(
     for, and the width of the tree of each round. A wait of MERGE_WAIT_LIMIT_MS ends by a trap.
     """
     lane = cute.arch.lane_idx()
-    candidates = candidates_of(workspace, token, num_tiles)
+    candidates = candidates_of(workspace, token, num_tiles, max_tokens)
     # (2 * max_tiles,): candidates that do not exist stay out of the selection
     words = cute.make_rmem_tensor((2 * max_tiles,), Uint64)
     words.fill(Uint64(NOT_A_CANDIDATE << 32))
@@ -146,10 +147,15 @@ def merge(
 
 
 @cute.jit
-def candidates_of(workspace: cute.Pointer, token: Int32, num_tiles: Int32) -> cute.Pointer:
-    """Return a pointer to a token's candidates."""
+def candidates_of(
+    workspace: cute.Pointer,
+    token: Int32,
+    num_tiles: Int32,
+    max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
+) -> cute.Pointer:
+    """Return a pointer to a token's candidates, behind the tickets of max_tokens."""
     return cute.recast_ptr(workspace, dtype=Uint64) + (
-        TICKET_BYTES // 8 + token * num_tiles * EXPERT_TILE
+        max_tokens // 2 + token * num_tiles * EXPERT_TILE
     )
 
 
@@ -162,7 +168,13 @@ def place_of(lane: Int32, register: Int32) -> Int32:
 
 
 @cute.jit
-def own_candidates(workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles: Int32) -> tuple:
+def own_candidates(
+    workspace: cute.Pointer,
+    token: Int32,
+    tile: Int32,
+    num_tiles: Int32,
+    max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
+) -> tuple:
     """Return pointers to the candidates of a lane's two experts, as the merge addresses them.
 
     The division is why a kernel computes them before it multiplies.
@@ -173,7 +185,7 @@ def own_candidates(workspace: cute.Pointer, token: Int32, tile: Int32, num_tiles
         # Experts per lane of the merging warp.
         run = 2 * num_tiles
         place = place_of(expert // run, expert % run)
-        pointers.append(candidates_of(workspace, token, num_tiles) + place)
+        pointers.append(candidates_of(workspace, token, num_tiles, max_tokens) + place)
     return tuple(pointers)
 
 

@@ -12,9 +12,10 @@ from build_kernels.kernels.gemm import shared_bytes
 from build_kernels.kernels.gemm_sm90 import TileGemmSm90
 from build_kernels.kernels.gemm_sm100 import TileGemmSm100
 from build_kernels.kernels.hash import RouterHash
+from build_kernels.kernels.prefill import RouterPrefill
 from dsv4_router_runtime.parameters import ABI
 
-KERNELS = {"decode": RouterDecode, "hash": RouterHash}
+KERNELS = {"decode": RouterDecode, "prefill": RouterPrefill, "hash": RouterHash}
 
 
 def make_kernel(*, role: str, arch: str, **config):

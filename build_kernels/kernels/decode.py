@@ -28,7 +28,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
 from build_kernels.kernels.candidates import merge, own_candidates, publish
-from build_kernels.kernels.gemm import MAX_K, TileGemm, k_slice
+from build_kernels.kernels.gemm import TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logits
 from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
@@ -110,13 +110,12 @@ class RouterDecode:
     def shared_storage(self) -> type:
         """Return the members of shared memory; see TileGemm for the ones that it uses."""
         gemm = self.gemm
-        sums_bytes = self.exchange.max_pairs * self.exchange.pair_bytes
 
         class SharedStorage:
             w: gemm.w_ring
             x: gemm.x_ring
             # (expert, column, source, pair): see PairExchange.sums
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, sums_bytes // 4], 1024]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024]
             # (expert, epilogue warp)
             physical_ids: cute.struct.MemRange[Int32, MAX_EXPERTS * self.max_owned]
             # (epilogue warp,)
@@ -135,17 +134,7 @@ class RouterDecode:
 
     @cute.jit
     def __call__(self, w_gate: cute.Pointer, hidden_states: cute.Pointer, args: Arguments):
-        # [experts, K] with the contiguous mode of W_gate; the strides only bound coordinates
-        if cutlass.const_expr(self.gemm.layout == "kmajor"):
-            w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
-        else:
-            w_layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(1, MAX_EXPERTS))
-        tma_atom_w, mW = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
-            cute.make_tensor(w_gate, w_layout),
-            cute.select(self.gemm.w_smem_layout(), mode=[0, 1]),
-            (EXPERT_TILE, K_BLOCK),
-        )
+        tma_atom_w, mW = self.gemm.w_tma(w_gate)
         tma_atom_x, mX = self.gemm.x_tma(hidden_states)
         self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
             grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
@@ -190,7 +179,7 @@ class RouterDecode:
 
         # ---------------------------------------------------------------- load and multiply
         if warp == self.gemm.producer_warp:
-            self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, first_block, num_blocks)
+            self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, 0, first_block, num_blocks)
         if warp == self.row_flags_warp:
             publish_row_flags(storage, self.max_owned, args, split, tile, num_tiles)
         if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
@@ -260,25 +249,33 @@ class RouterDecode:
         tma_atom_x: cute.CopyAtom,
         mX: cute.Tensor,
         tile: Int32,
+        token_tile,
         first_block: Int32,
         num_blocks: Int32,
     ):
-        """Fill the ring with W_gate, wait for the grid before, then load the rest."""
+        """Fill the ring with W_gate, wait for the grid before, then load the rest.
+
+        tile: the first of the CTA's expert tiles.
+        """
         w_layout = self.gemm.w_smem_layout()
-        # (EXPERT_TILE, K_BLOCK, ring_blocks)
+        # (EXPERT_TILE, K_BLOCK, m_tiles * ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
-        # (EXPERT_TILE, K_BLOCK, K blocks)
-        gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile, None))
-        # ((TMA box), ring_blocks), ((TMA box), K blocks)
-        tWsW, tWgW = cpasync.tma_partition(
-            tma_atom_w,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sW, 0, 2),
-            cute.group_modes(gW, 0, 2),
-        )
+        # Of each M tile: ((TMA box), m_tiles * ring_blocks), ((TMA box), K blocks)
+        tWsW, tWgW = [], []
+        for i in cutlass.range_constexpr(self.gemm.m_tiles):
+            # (EXPERT_TILE, K_BLOCK, K blocks)
+            gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile + i, None))
+            shared, loaded = cpasync.tma_partition(
+                tma_atom_w,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(sW, 0, 2),
+                cute.group_modes(gW, 0, 2),
+            )
+            tWsW.append(shared)
+            tWgW.append(loaded)
         # ((TMA box), stages), ((TMA box), num_chunks)
-        tXsX, tXgX = self.gemm.partition_x(storage, tma_atom_x, mX, 0, first_block)
+        tXsX, tXgX = self.gemm.partition_x(storage, tma_atom_x, mX, token_tile, first_block)
         num_chunks = (num_blocks + self.gemm.chunk - 1) // self.gemm.chunk
         num_prefetched = cutlass.min(num_chunks, self.gemm.stages)
 
@@ -303,8 +300,8 @@ class RouterDecode:
         self,
         storage,
         tma_atom_w: cute.CopyAtom,
-        tWgW: cute.Tensor,
-        tWsW: cute.Tensor,
+        tWgW: list,
+        tWsW: list,
         first_block: Int32,
         num_blocks: Int32,
         chunk: Int32,
@@ -318,12 +315,13 @@ class RouterDecode:
                 full, blocks * self.gemm.w_block_bytes + self.gemm.x_chunk_bytes
             )
         for block in cutlass.range(blocks, unroll=1):
-            cute.copy(
-                tma_atom_w,
-                tWgW[(None, first_block + chunk * self.gemm.chunk + block)],
-                tWsW[(None, stage * self.gemm.chunk + block)],
-                tma_bar_ptr=full,
-            )
+            for i in cutlass.range_constexpr(self.gemm.m_tiles):
+                cute.copy(
+                    tma_atom_w,
+                    tWgW[i][(None, first_block + chunk * self.gemm.chunk + block)],
+                    tWsW[i][(None, self.gemm.w_block(stage, block, i))],
+                    tma_bar_ptr=full,
+                )
 
     def physical_ids(self, storage) -> cute.Tensor:
         """Return (expert, epilogue warp) int32: the physical ids for each owned token."""
@@ -378,13 +376,14 @@ class RouterDecode:
         flags: Int32,
         ranks: cute.Tensor,
         inverse_temp: Float32,
+        m_tile=0,
     ):
         """Return (half,) keys (uint32), scores and logits (FP32) of a lane's two experts.
 
         The loop has no branch, so that the two experts' arithmetic overlaps.
         """
         # (half, source)
-        parts = self.exchange.read(storage, warp // 2, warp % 2)
+        parts = self.exchange.read(storage, warp // 2, warp % 2, m_tile)
         keys = cute.make_rmem_tensor((2,), Uint32)
         scores = cute.make_rmem_tensor((2,), Float32)
         logits = cute.make_rmem_tensor((2,), Float32)

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from build_kernels.kernels.shapes import K_BLOCK, NUM_SPLITS, TILE_M
+from build_kernels.kernels.shapes import K_BLOCK, MAX_EXPERTS, NUM_SPLITS, TILE_M
 
 # The accumulators of an M = 64 tile: one wgmma warpgroup, or the four warps that can read TMEM.
 WARPS_PER_TILE = 4
@@ -112,6 +112,20 @@ class TileGemm:
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         shape = (self.token_tile, K_BLOCK, *ring)
         return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+    def w_tma(self, w_gate: cute.Pointer) -> tuple:
+        """Make (atom, coordinate tensor) of the TMA that loads one K block of an M tile."""
+        # [experts, K] with the contiguous mode of W_gate; the strides only bound coordinates
+        if self.layout == "kmajor":
+            layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(MAX_K, 1))
+        else:
+            layout = cute.make_layout((MAX_EXPERTS, MAX_K), stride=(1, MAX_EXPERTS))
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cute.make_tensor(w_gate, layout),
+            cute.select(self.w_smem_layout(), mode=[0, 1]),
+            (TILE_M, K_BLOCK),
+        )
 
     def x_tma(self, hidden_states: cute.Pointer) -> tuple:
         """Make (atom, coordinate tensor) of the TMA that loads one chunk of hidden_states."""

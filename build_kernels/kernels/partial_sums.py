@@ -33,16 +33,20 @@ class PairExchange:
         self.gemm = gemm
         # Maximum token pairs owned by one CTA.
         self.max_pairs = max(1, gemm.token_tile // (2 * NUM_SPLITS))
-        # FP32 from every source.
+        # FP32 of one M tile from every source.
         self.pair_bytes = NUM_SPLITS * 2 * EXPERT_TILE * 4
+        self.sums_bytes = gemm.m_tiles * self.max_pairs * self.pair_bytes
 
-    def sums(self, storage) -> cute.Tensor:
+    def sums(self, storage, m_tile) -> cute.Tensor:
         """Return (expert, column, source, pair) FP32: partial sums as a sender holds them.
 
         The experts' mode is ((lane % 8, half, lane / 8)): also how the owner's lanes read them.
         """
+        first = storage.sums.data_ptr()
+        if cutlass.const_expr(self.gemm.m_tiles > 1):
+            first = first + m_tile * (self.max_pairs * self.pair_bytes // 4)
         return cute.make_tensor(
-            storage.sums.data_ptr(),
+            first,
             cute.make_layout(
                 ((8, 2, 4), 2, NUM_SPLITS, self.max_pairs),
                 stride=((4, 1, 32), 2, 2 * EXPERT_TILE, 2 * EXPERT_TILE * NUM_SPLITS),
@@ -50,12 +54,15 @@ class PairExchange:
         )
 
     @cute.jit
-    def send(self, storage, num_blocks: Int32, num_tokens: Int32):
-        """Send every partial sum of this CTA to the owner of its token."""
+    def send(self, storage, num_blocks: Int32, num_tokens: Int32, m_tile=0):
+        """Send every partial sum of an M tile of this CTA to the owner of its token.
+
+        num_tokens: those of the token tile.
+        """
         source = cute.arch.block_idx_in_cluster()
         # (MMA, MMA_M, MMA_N): four neighbours are experts r, r, r + 8, r + 8 of tokens t, t + 1
         accumulators, coordinates = self.gemm.accumulators(storage, num_blocks)
-        sums = self.sums(storage)
+        sums = self.sums(storage, m_tile)
         for i in cutlass.range_constexpr(0, cute.size(accumulators), 4):
             expert, token = coordinates[i]
             pair = token // 2
@@ -72,13 +79,13 @@ class PairExchange:
                 )
 
     @cute.jit
-    def read(self, storage, pair: Int32, column: Int32) -> cute.Tensor:
+    def read(self, storage, pair: Int32, column: Int32, m_tile=0) -> cute.Tensor:
         """Read (half, source) FP32 registers: the partial sums of a lane's two experts of a token.
 
         column: which token of the pair.
         """
         lane = cute.arch.lane_idx()
-        sums = self.sums(storage)
+        sums = self.sums(storage, m_tile)
         parts = cute.make_rmem_tensor((2, NUM_SPLITS), Float32)
         for source in cutlass.range_constexpr(NUM_SPLITS):
             # (half,) of one source
@@ -95,7 +102,7 @@ def lane_expert(half: cutlass.Constexpr[int]) -> Int32:
 
 
 def owned_token(split: Int32, warp: Int32) -> Int32:
-    """Return the token that epilogue warp `warp` of the cluster's CTA `split` sums.
+    """Return the token of the tile that epilogue warp `warp` of the cluster's CTA `split` sums.
 
     Warp w sums token w % 2 of the CTA's pair w / 2.
     """

@@ -54,3 +54,16 @@ def read_physical_ids(args, experts: cute.Tensor, counts: cute.Tensor, token: In
         expert = cutlass.min(experts[i], args.num_experts - 1)
         physical_ids[i] = table[expert * args.max_replicas + replica]
     return physical_ids
+
+
+@cute.jit
+def read_physical_id(args, expert: Int32, token: Int32) -> Int32:
+    """Return the physical id of one expert for one row, each lane's own: replica token % count.
+
+    Clamps as read_physical_ids does.
+    """
+    place = cutlass.min(expert, args.num_experts - 1)
+    counts = _words_of(args.logical_count, args, args.num_experts)
+    count = cutlass.max(cutlass.min(counts[place], args.max_replicas), 1)
+    table = _words_of(args.to_physical, args, args.num_experts * args.max_replicas)
+    return table[place * args.max_replicas + token % count]

@@ -22,9 +22,11 @@ from build_kernels.kernels.masks import (
 from build_kernels.kernels.outputs import has_rare_outputs
 from build_kernels.kernels.partial_sums import owned_token
 from build_kernels.kernels.score import choose
-from build_kernels.kernels.shapes import EXPERT_TILE, MAX_EXPERTS, MAX_TOP_K
+from build_kernels.kernels.shapes import EXPERT_TILE, MAX_DECODE_TOKENS, MAX_EXPERTS, MAX_TOP_K
 
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
+# Rows of forced ids that a warp reads at once, a slot per lane.
+FORCED_ROWS = 32 // MAX_TOP_K
 # The ticket in the low bits, then the flags. Those of the call spare the epilogue to read the
 # parameters: a cold one took 0.05 us of what comes after the sums.
 MAX_TICKET = MAX_TILES - 1
@@ -50,32 +52,38 @@ def publish_row_flags(
     split: Int32,
     tile: Int32,
     num_tiles: Int32,
+    first_token=0,
+    m_tiles: cutlass.Constexpr[int] = 1,
+    max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
 ):
     """Draw a ticket and read the masks for each of the CTA's tokens, by one warp.
 
-    `row_flags_full` of the storage takes 32 arrivals. The masks, the forced ids and the workspace
-    may be in use until the grid before has ended; input_ids may not.
+    first_token: that of the CTA's token tile. The CTA has m_tiles of a token's num_tiles expert
+    tiles, from `tile` on. `row_flags_full` of the storage takes 32 arrivals. The masks, the forced
+    ids and the workspace may be in use until the grid before has ended; input_ids may not.
     """
     lane = cute.arch.lane_idx()
-    token = owned_token(split, lane)
+    token = first_token + owned_token(split, lane)
+    num_owners = num_tiles // m_tiles
     ticket = Int32(0)
-    neighbours = neighbours_of(tile, num_tiles)
+    neighbours = [neighbours_of(tile + i, num_tiles) for i in range(m_tiles)]
     has_id = has_image_id(args, token)
     # Always true: makes the wait depend on the division, which the compiler would do after it.
-    if neighbours >= 0:
+    if neighbours[-1] >= 0:
         cute.arch.griddepcontrol_wait()
     # Read before the tickets are drawn, so before any merge: a word that no owner published cannot
     # pass for a candidate.
     left_over = []
     for warp in cutlass.range_constexpr(max_owned):
-        owned = owned_token(split, warp)
-        left_over += load_neighbours(
-            candidates_of(args.workspace, owned, num_tiles) + neighbours,
-            num_tiles > 1 and owned < args.num_tokens,
-        )
-    unknown = publish_forced(storage, max_owned, args, split)
+        owned = first_token + owned_token(split, warp)
+        for i in cutlass.range_constexpr(m_tiles):
+            left_over += load_neighbours(
+                candidates_of(args.workspace, owned, num_tiles, max_tokens) + neighbours[i],
+                num_tiles > 1 and owned < args.num_tokens,
+            )
+    unknown = publish_forced(storage, max_owned, args, split, first_token)
     if lane < max_owned and token < args.num_tokens:
-        ticket = draw_ticket(args.workspace, token, num_tiles)
+        ticket = draw_ticket(args.workspace, token, num_owners)
         is_image = has_id | read_mask(args.image_mask, token, args.num_tokens)
         forced = is_forced(args, token)
         padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
@@ -92,7 +100,7 @@ def publish_row_flags(
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
-    is_damaged = Uint32(ticket) >= Uint32(num_tiles)
+    is_damaged = Uint32(ticket) >= Uint32(num_owners)
     for word in left_over:
         is_damaged = is_damaged | (word != 0)
     trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
@@ -104,25 +112,29 @@ def forced_experts(storage, max_owned: int) -> cute.Tensor:
 
 
 @cute.jit
-def publish_forced(storage, max_owned: cutlass.Constexpr[int], args, split: Int32) -> Int32:
+def publish_forced(
+    storage, max_owned: cutlass.Constexpr[int], args, split: Int32, first_token
+) -> Int32:
     """Read the forced ids of the CTA's tokens, one a lane, if there are any.
 
     Return, to lane w, nonzero if those of warp w's token are not top_k different experts.
     """
     unknown = Int32(0)
-    if args.forced_ids.toint() != 0:
-        lane = cute.arch.lane_idx()
-        # 4 tokens of 8 slots at most.
-        warp, slot = lane // MAX_TOP_K, lane % MAX_TOP_K
-        is_slot = warp < max_owned and slot < args.top_k
-        expert = Int32(-1)
-        if is_slot:
-            expert = forced_expert(args, owned_token(split, warp), slot)
-        if warp < max_owned:
-            forced_experts(storage, max_owned)[slot, warp] = expert
-        is_wrong = or_repeated(expert < 0, expert, lane - slot, slot)
-        wrong = Int32(cute.arch.vote_ballot_sync(is_slot and is_wrong))
-        unknown = (wrong >> (lane % (32 // MAX_TOP_K) * MAX_TOP_K)) & ((1 << MAX_TOP_K) - 1)
+    lane = cute.arch.lane_idx()
+    for first in cutlass.range_constexpr(0, max_owned, FORCED_ROWS):
+        if args.forced_ids.toint() != 0:
+            warp, slot = first + lane // MAX_TOP_K, lane % MAX_TOP_K
+            is_slot = warp < max_owned and slot < args.top_k
+            expert = Int32(-1)
+            if is_slot:
+                expert = forced_expert(args, first_token + owned_token(split, warp), slot)
+            if warp < max_owned:
+                forced_experts(storage, max_owned)[slot, warp] = expert
+            is_wrong = or_repeated(expert < 0, expert, lane - slot, slot)
+            wrong = Int32(cute.arch.vote_ballot_sync(is_slot and is_wrong))
+            wrong = (wrong >> (lane % FORCED_ROWS * MAX_TOP_K)) & ((1 << MAX_TOP_K) - 1)
+            # Of the first rows by every FORCED_ROWS-th lane; the next rows' lanes then take theirs.
+            unknown = choose(lane >= first, wrong, unknown) if first > 0 else wrong
     return unknown
 
 

@@ -18,11 +18,19 @@ MAX_DECODE_TOKENS = 64
 EXPERT_TILE = TILE_M
 HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
 
-# router_decode's workspace: a 4-byte ticket counter per token, then an 8-byte candidate per token
+# router_prefill: the same for more tokens, in several tiles of them.
+MAX_PREFILL_TOKENS = 1024
+
+# The workspace of both: a 4-byte ticket counter per token, then an 8-byte candidate per token
 # and expert.
-TICKET_BYTES = 4 * MAX_DECODE_TOKENS
 CANDIDATE_BYTES = 8
-WORKSPACE_BYTES = TICKET_BYTES + MAX_DECODE_TOKENS * MAX_EXPERTS * CANDIDATE_BYTES
+
+
+def workspace_bytes(max_tokens: int) -> int:
+    """Return the bytes of the workspace of a kernel that takes up to max_tokens."""
+    return max_tokens * (4 + MAX_EXPERTS * CANDIDATE_BYTES)
+
+
 # A merging warp that still misses a candidate after this time traps. A launch takes microseconds;
 # a process whose GPU is shared may stand still for seconds.
 MERGE_WAIT_LIMIT_MS = 10_000

@@ -174,10 +174,14 @@ class LayerPlan:
 
 
 # The roles that serve a layer, in order: each goes on where the one before it ends.
-_ROLES = {False: ("decode", "select"), True: ("hash", "decode", "select")}
+_ROLES = {
+    False: ("decode", "prefill", "select"),
+    True: ("hash", "decode", "prefill", "select"),
+}
 _PURPOSE = {
     "hash": "reads the rows of the chosen experts only",
     "decode": "computes the whole gate in one launch",
+    "prefill": "computes the whole gate in one launch, by larger tiles",
     "select": "selects from the logits of a matrix product",
 }
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dsv4_router_runtime.parameters import ABI, NAMES_PASSED
+from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
 # The step of a layer that a kernel takes: see `dispatch.plan_layer`. decode: the whole gate for few
-# tokens. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
+# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
 # FP32 logits [N, E], already multiplied out.
 ROLES = tuple(ABI)
 # W_gate with unit stride along K, or along E.
@@ -189,6 +189,15 @@ class Kernel:
     @property
     def key(self) -> str:
         return f"{self.name}.{self.arch}"
+
+    def workspace_bytes(self, num_tokens: int, num_experts: int) -> int:
+        """Return the bytes of its workspace that a launch accesses."""
+        return workspace_bytes(
+            num_tokens,
+            num_experts,
+            expert_tile=self.launch.expert_tile,
+            max_tokens=self.problem.num_tokens.high or 0,
+        )
 
 
 def cubin_name(name: str, arch: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
-from dsv4_router_runtime.parameters import DTYPES
+from dsv4_router_runtime.parameters import DTYPES, TILE_EXPERTS
 
 from .json_reader import JsonNode, read_json
 from .kernel import (
@@ -274,8 +274,10 @@ def _check_maps(node: JsonNode, kernel: Kernel) -> None:
             raise JsonNode(None, f"{path}.box", node.source).error(
                 f"K blocks of {recipe.box[0]} do not divide k_multiple {problem.k_multiple}"
             )
+        # W_gate comes in boxes of 64 experts, several to a larger tile.
+        boxes = {"E": min(launch.expert_tile, TILE_EXPERTS), "N": launch.token_tile}
         for dim, name in (("E", "expert_tile"), ("N", "token_tile")):
-            tile = getattr(launch, name)
+            tile = boxes[dim]
             if dim in recipe.dims and recipe.box[recipe.dims.index(dim)] != tile:
                 raise JsonNode(list(recipe.box), f"{path}.box", node.source).expected(
                     f"{tile} along {dim}, launch.{name}"

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
-from dsv4_router_runtime.parameters import WORKSPACE, workspace_bytes
+from dsv4_router_runtime.parameters import WORKSPACE
 
 from . import driver
 from .graph_life import GraphLife
@@ -69,7 +69,7 @@ def scratch_layout(
             if parameter.scratch is not None and parameter.element_type is not None:
                 size = parameter.scratch.elements * POINTER_ELEMENT_BYTES[parameter.element_type]
                 if problem is not None and parameter.name == WORKSPACE.name:
-                    size = min(size, workspace_bytes(*problem))
+                    size = min(size, kernel.workspace_bytes(*problem))
                 known = sizes[parameter.scratch.zeroed]
                 known[parameter.name] = max(size, known.get(parameter.name, 0))
     zeroed, zeroed_bytes = _offsets(sizes[True])

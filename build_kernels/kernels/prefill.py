@@ -1,0 +1,268 @@
+"""router_prefill: hidden_states and W_gate to weights and ids for N > 64 tokens, in one launch.
+
+router_decode with larger tiles and several token tiles. Grid (S, T, Z): S = NUM_SPLITS splits of K
+by T = ceil(E / (64 m_tiles)) expert tiles by Z = ceil(N / token_tile) token tiles. A CTA multiplies
+m_tiles tiles of 64 experts, a group of four warps each. The slices of K, the order in a slice and
+the order in which slices are added are router_decode's, so a token has the same bits in both.
+
+See decode.py for the exchanges. What differs: a CTA owns up to 8 tokens, so an epilogue warp sums
+its token of each `round`, and publishes all of them before it merges one. A token has one ticket
+per CTA that owns it. In the CTA that draws the last one, its warps of the m_tiles take turns to
+merge.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+from cutlass.cute.nvgpu import cpasync
+
+from build_kernels.kernels.arguments import arguments_of
+from build_kernels.kernels.candidates import merge, own_candidates, publish
+from build_kernels.kernels.decode import RouterDecode
+from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm, k_slice
+from build_kernels.kernels.hash_table import read_ranks
+from build_kernels.kernels.outputs import output_column, store, store_logits
+from build_kernels.kernels.partial_sums import lane_expert, owned_token
+from build_kernels.kernels.physical_ids import read_physical_id
+from build_kernels.kernels.row_flags import (
+    HAS_LOGITS,
+    HAS_RARE_OUTPUTS,
+    IS_FORCED,
+    IS_IMAGE,
+    IS_PADDING,
+    MAX_TICKET,
+    MAX_TILES,
+    publish_row_flags,
+    rank_forced,
+    row_flags,
+)
+from build_kernels.kernels.score import choose, reciprocal
+from build_kernels.kernels.shapes import (
+    EXPERT_TILE,
+    MAX_PREFILL_TOKENS,
+    MAX_TOP_K,
+    NUM_SPLITS,
+)
+from build_kernels.kernels.top_k import PADDING_KEY
+
+Arguments = arguments_of("prefill")
+
+
+class RouterPrefill(RouterDecode):
+    """Compute the whole gate for token tiles of 64 or 128.
+
+    Warp roles (see TileGemm)
+        epilogue_warps        from 0 on, four per M tile: read the accumulators, send, sum, select,
+                              store
+        mma_warp              issues the MMAs on sm_100, where one thread does that
+        producer_warp         loads W_gate and hidden_states by TMA
+        row_flags_warp        draws the tickets, reads the masks and the forced ids
+
+    Pipelines (producer -> consumer: arrivals to fill / to empty)
+        full, empty           producer -> MMA: 1 and the bytes of a chunk, m_tiles TMAs per block of
+                              W_gate and one for hidden_states / mma_arrivals
+        sums_full             cluster's epilogue -> owner's: 1 + 512 B per source, token pair and M
+                              tile; used once
+        accumulator_full      see TileGemm
+        row_flags_full        row-flags warp -> epilogue: 32 lanes; used once
+
+    Shared memory, of which the partial sums take 8 KB per owned token pair and M tile:
+        experts x tokens   ring           partial sums   CTA
+        128 x 64           7 x 24 KB      32 KB          200 KB
+        128 x 128          4 x 32 KB      64 KB          192 KB
+        192 x 128          3 x 40 KB      96 KB          216 KB
+
+    Timeline: router_decode's.
+    """
+
+    def __init__(self, gemm: TileGemm):
+        super().__init__(gemm)
+        # Tokens per epilogue warp.
+        self.rounds = self.max_owned // WARPS_PER_TILE
+        self.num_threads = 32 * (self.row_flags_warp + 1)
+
+    def shared_storage(self) -> type:
+        """Return the members of shared memory; see TileGemm for the ones that it uses."""
+        gemm = self.gemm
+
+        class SharedStorage:
+            w: gemm.w_ring
+            x: gemm.x_ring
+            # (expert, column, source, pair, M tile): see PairExchange.sums
+            sums: cute.struct.Align[
+                cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024
+            ]
+            # (owned token,)
+            row_flags: cute.struct.MemRange[Int32, self.max_owned]
+            # (slot, owned token)
+            forced: cute.struct.MemRange[Int32, MAX_TOP_K * self.max_owned]
+            full: gemm.ring_barriers
+            empty: gemm.ring_barriers
+            sums_full: gemm.barrier
+            accumulator_full: gemm.barrier
+            row_flags_full: gemm.barrier
+            tmem_address: gemm.tmem_address
+
+        return SharedStorage
+
+    @cute.jit
+    def __call__(self, w_gate: cute.Pointer, hidden_states: cute.Pointer, args: Arguments):
+        tma_atom_w, mW = self.gemm.w_tma(w_gate)
+        tma_atom_x, mX = self.gemm.x_tma(hidden_states)
+        experts = EXPERT_TILE * self.gemm.m_tiles
+        tokens = self.gemm.token_tile
+        self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
+            grid=(
+                NUM_SPLITS,
+                (args.num_experts + experts - 1) // experts,
+                (args.num_tokens + tokens - 1) // tokens,
+            ),
+            block=(self.num_threads, 1, 1),
+            cluster=(NUM_SPLITS, 1, 1),
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_atom_w: cute.CopyAtom,
+        mW: cute.Tensor,
+        tma_atom_x: cute.CopyAtom,
+        mX: cute.Tensor,
+        args: Arguments,
+    ):
+        # ---------------------------------------------------------------- prepare
+        m_tiles = self.gemm.m_tiles
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        split, cta_tile, token_tile = cute.arch.block_idx()
+        _, num_owners, _ = cute.arch.grid_dim()
+        storage = cutlass.utils.SmemAllocator().allocate(cute.struct(self.shared_storage()))
+
+        # The CTA's expert tiles are tile, tile + 1, ...; those beyond the experts hold none.
+        tile, num_tiles = cta_tile * m_tiles, num_owners * m_tiles
+        first_block, num_blocks = k_slice(split, args.num_k_blocks)
+        first_token = token_tile * self.gemm.token_tile
+        num_tokens = cutlass.min(args.num_tokens - first_token, self.gemm.token_tile)
+        # Token pairs split, split + S, ... of the tile are this CTA's to sum.
+        num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
+
+        if warp == self.gemm.producer_warp:
+            cpasync.prefetch_descriptor(tma_atom_w)
+            cpasync.prefetch_descriptor(tma_atom_x)
+        self.gemm.prepare(
+            storage,
+            warp,
+            1,
+            num_pairs * (m_tiles * self.exchange.pair_bytes),
+            ("row_flags_full",),
+        )
+        # Dependents may start now; they wait before they touch memory that this grid writes:
+        # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
+        cute.arch.griddepcontrol_launch_dependents()
+        if warp != self.gemm.producer_warp:
+            cute.arch.cluster_wait()
+
+        # ---------------------------------------------------------------- load and multiply
+        if warp == self.gemm.producer_warp:
+            self.load(
+                *(storage, tma_atom_w, mW, tma_atom_x, mX),
+                *(tile, token_tile, first_block, num_blocks),
+            )
+        if warp == self.row_flags_warp:
+            publish_row_flags(
+                *(storage, self.max_owned, args, split, tile, num_tiles),
+                *(first_token, m_tiles, MAX_PREFILL_TOKENS),
+            )
+        self.gemm.issue_mma(storage, warp, num_blocks)
+
+        # ---------------------------------------------------------------- reduce and select
+        if warp < self.gemm.epilogue_warps:
+            m_tile, first_owned = warp // WARPS_PER_TILE, warp % WARPS_PER_TILE
+            experts = tuple(EXPERT_TILE * (tile + m_tile) + lane_expert(half) for half in (0, 1))
+            biases = self.read_biases(args, experts)
+            inverse_temp = reciprocal(args.gate_temp)
+            owned = [first_owned + WARPS_PER_TILE * i for i in range(self.rounds)]
+            tokens = [first_token + owned_token(split, own) for own in owned]
+            tables = [read_ranks(args, token, experts) for token in tokens]
+            self.exchange.send(storage, num_blocks, num_tokens, m_tile)
+            self.gemm.free_accumulator(storage, warp)
+            if tokens[0] < args.num_tokens:
+                # Outputs and workspace may be in use until the grid before has ended.
+                cute.arch.griddepcontrol_wait()
+                cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
+                # Padding waits too: a peer may not send to a CTA that has ended.
+                cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
+                for i in cutlass.range_constexpr(self.rounds):
+                    if tokens[i] < args.num_tokens:
+                        self.publish(
+                            *(storage, args, tokens[i], owned[i], tile + m_tile, num_tiles),
+                            *(m_tile, experts, biases, *tables[i], inverse_temp),
+                        )
+                for i in cutlass.range_constexpr(self.rounds):
+                    if (
+                        tokens[i] < args.num_tokens
+                        and row_flags(storage, self.max_owned)[owned[i]] & MAX_TICKET
+                        == num_owners - 1
+                        and m_tile == (first_owned + i) % m_tiles
+                    ):
+                        self.merge_and_store(storage, args, tokens[i], owned[i], num_tiles)
+
+    @cute.jit
+    def publish(
+        self,
+        storage,
+        args: Arguments,
+        token: Int32,
+        owned: Int32,
+        tile: Int32,
+        num_tiles: Int32,
+        m_tile: Int32,
+        experts: tuple,
+        biases: cute.Tensor,
+        ranks: cute.Tensor,
+        unknown: Int32,
+        inverse_temp: Float32,
+    ):
+        """Publish the candidates of an owned token of one expert tile, and its logits if asked."""
+        candidates = own_candidates(args.workspace, token, tile, num_tiles, MAX_PREFILL_TOKENS)
+        flags = row_flags(storage, self.max_owned)[owned]
+        if flags & IS_FORCED != 0:
+            rank_forced(storage, self.max_owned, owned, experts, ranks)
+            unknown = Int32(0)
+        keys, scores, logits = self.score(
+            *(storage, args, owned, experts, biases),
+            *(flags, ranks, inverse_temp, m_tile),
+        )
+        # No row of the table: padding, unless the row is an image row or forced.
+        is_unknown = choose(flags & IS_IMAGE != 0, Int32(0), unknown)
+        is_padded = ((flags & IS_PADDING) | is_unknown) != 0
+        for i in cutlass.range_constexpr(2):
+            publish(candidates[i], choose(is_padded, Uint32(PADDING_KEY), keys[i]), scores[i])
+        store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
+
+    @cute.jit
+    def merge_and_store(
+        self, storage, args: Arguments, token: Int32, owned: Int32, num_tiles: Int32
+    ):
+        """Merge a token's candidates and store its row, by physical id if mapped."""
+        output = output_column(args, token)
+        merged = (args.workspace, token, num_tiles, args.top_k)
+        # E up to 256, 384 and 512: as few registers as hold the candidates.
+        if num_tiles <= 4:
+            best = merge(4, *merged, output.shared_id, MAX_PREFILL_TOKENS)
+            self.store_row(storage, args, token, owned, output, best)
+        elif num_tiles <= 6:
+            best = merge(6, *merged, output.shared_id, MAX_PREFILL_TOKENS)
+            self.store_row(storage, args, token, owned, output, best)
+        else:
+            best = merge(MAX_TILES, *merged, output.shared_id, MAX_PREFILL_TOKENS)
+            self.store_row(storage, args, token, owned, output, best)
+
+    @cute.jit
+    def store_row(self, storage, args: Arguments, token: Int32, owned: Int32, output, best: tuple):
+        """Store the token's row of (expert, score, total, is_padding)."""
+        logical_id, score, total, is_padding = best
+        expert = logical_id
+        if args.to_physical.toint() != 0 and cute.arch.lane_idx() < args.top_k:
+            expert = read_physical_id(args, logical_id, token)
+        is_rare = row_flags(storage, self.max_owned)[owned] & HAS_RARE_OUTPUTS != 0
+        store(args, token, output, logical_id, expert, score, total, is_padding, is_rare)

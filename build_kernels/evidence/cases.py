@@ -112,6 +112,42 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
+def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+    """Return N below, at and above a token tile; E that leaves M tiles ragged or empty.
+
+    With 7 K blocks each, the ring is in its second turn.
+    """
+    tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
+    block = kernel.problem.k_multiple * kernel.launch.k_splits
+    one = kernel.problem.k_multiple
+    images = ("image_ids", "logits", *ENGINE_OPTIONS)
+    first = (
+        Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=one, kind="biased"),
+        Case(num_tokens=7, num_experts=experts + 4, top_k=4, k=7 * block),
+        Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
+        Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
+        Case(num_tokens=9, num_experts=68, top_k=6, k=block, options=images),
+    )
+    if quick:
+        return first
+    served = ("temperature", "physical", "shared")
+    most = kernel.problem.num_experts.high or experts
+    return (
+        *first,
+        Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=one, options=("table", *images)),
+        Case(num_tokens=tile, num_experts=experts, top_k=8, k=block),
+        Case(num_tokens=2 * tile, num_experts=2 * experts - 1, top_k=6, k=2 * block + one),
+        Case(num_tokens=2 * tile + 1, num_experts=100, top_k=6, k=one, options=GATE_OPTIONS),
+        Case(num_tokens=5, num_experts=200, top_k=3, k=one, options=("int64", "forced", "logits")),
+        Case(num_tokens=3, num_experts=most, top_k=8, k=one, options=GATE_OPTIONS),
+        Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
+        Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
+        Case(num_tokens=33, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
+        Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
+    )
+
+
 def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return N below, at and above a cluster's tokens; K of one block per CTA and of many."""
     tile = kernel.launch.token_tile
@@ -170,5 +206,10 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
 def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return the kernel's cases."""
-    cases = {"decode": decode_cases, "hash": hash_cases, "select": topk_cases}
+    cases = {
+        "decode": decode_cases,
+        "prefill": prefill_cases,
+        "hash": hash_cases,
+        "select": topk_cases,
+    }
     return cases[kernel.role](kernel, quick=quick)

@@ -61,7 +61,8 @@ class TileGemmSm100(TileGemm):
         """
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
         if cutlass.const_expr(self.m_tiles > 1):
-            pointer = pointer + m_tile * self.token_tile
+            first = Int32(m_tile) * self.token_tile
+            pointer = pointer + cute.assume(first, divby=self.token_tile)
         shape = tiled_mma.partition_shape_C((TILE_M, self.token_tile))
         # (MMA, MMA_M = 1, MMA_N = 1)
         return cute.make_tensor(pointer, tiled_mma.make_fragment_C(shape).layout)

@@ -198,13 +198,11 @@ class RouterPrefill(RouterDecode):
                             *(m_tile, experts, biases, *tables[i], inverse_temp),
                         )
                 for i in cutlass.range_constexpr(self.rounds):
-                    if (
-                        tokens[i] < args.num_tokens
-                        and row_flags(storage, self.max_owned)[owned[i]] & MAX_TICKET
-                        == num_owners - 1
-                        and m_tile == (first_owned + i) % m_tiles
-                    ):
-                        self.merge_and_store(storage, args, tokens[i], owned[i], num_tiles)
+                    # The M tiles take turns.
+                    if tokens[i] < args.num_tokens and m_tile == (first_owned + i) % m_tiles:
+                        flags = row_flags(storage, self.max_owned)[owned[i]]
+                        if flags & MAX_TICKET == num_owners - 1:
+                            self.merge_and_store(args, tokens[i], flags, num_tiles)
 
     @cute.jit
     def publish(
@@ -240,29 +238,27 @@ class RouterPrefill(RouterDecode):
         store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
 
     @cute.jit
-    def merge_and_store(
-        self, storage, args: Arguments, token: Int32, owned: Int32, num_tiles: Int32
-    ):
+    def merge_and_store(self, args: Arguments, token: Int32, flags: Int32, num_tiles: Int32):
         """Merge a token's candidates and store its row, by physical id if mapped."""
         output = output_column(args, token)
         merged = (args.workspace, token, num_tiles, args.top_k)
         # E up to 256, 384 and 512: as few registers as hold the candidates.
         if num_tiles <= 4:
             best = merge(4, *merged, output.shared_id, MAX_PREFILL_TOKENS)
-            self.store_row(storage, args, token, owned, output, best)
+            self.store_row(args, token, flags, output, best)
         elif num_tiles <= 6:
             best = merge(6, *merged, output.shared_id, MAX_PREFILL_TOKENS)
-            self.store_row(storage, args, token, owned, output, best)
+            self.store_row(args, token, flags, output, best)
         else:
             best = merge(MAX_TILES, *merged, output.shared_id, MAX_PREFILL_TOKENS)
-            self.store_row(storage, args, token, owned, output, best)
+            self.store_row(args, token, flags, output, best)
 
     @cute.jit
-    def store_row(self, storage, args: Arguments, token: Int32, owned: Int32, output, best: tuple):
+    def store_row(self, args: Arguments, token: Int32, flags: Int32, output, best: tuple):
         """Store the token's row of (expert, score, total, is_padding)."""
         logical_id, score, total, is_padding = best
         expert = logical_id
         if args.to_physical.toint() != 0 and cute.arch.lane_idx() < args.top_k:
             expert = read_physical_id(args, logical_id, token)
-        is_rare = row_flags(storage, self.max_owned)[owned] & HAS_RARE_OUTPUTS != 0
+        is_rare = flags & HAS_RARE_OUTPUTS != 0
         store(args, token, output, logical_id, expert, score, total, is_padding, is_rare)

@@ -138,7 +138,7 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     )
     if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
-    if kernel.role == "decode":
+    if kernel.role in ("decode", "prefill"):
         return (NO_COLLECTOR, NO_TRAP, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
@@ -185,6 +185,16 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
     )
 
 
+def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
+    """Return ragged tiles, two token tiles, two wraps of the ring."""
+    case = partial(_case, kernel, rewrites_for(kernel))
+    if quick:
+        return (case(6, 60, 6, 2),)
+    no_ticket = partial(_case, kernel, (*rewrites_for(kernel), NO_TICKET))
+    tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
+    return (case(6, 60, 6, 17), case(tile + 1, experts, 8, 1), no_ticket(6, experts + 4, 6, 1))
+
+
 def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
     """Return N below and at a cluster's tokens; 17 blocks of K use a CTA's chunk three times.
 
@@ -209,7 +219,12 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
     """Prove the kernel's cases."""
-    cases = {"decode": decode_cases, "hash": hash_cases, "select": topk_cases}
+    cases = {
+        "decode": decode_cases,
+        "prefill": prefill_cases,
+        "hash": hash_cases,
+        "select": topk_cases,
+    }
     proven = prove(artifact, cases[artifact.kernel.role](artifact.kernel, quick=quick))
     return replace(proven, scope=QUICK if quick else FULL)
 

@@ -38,8 +38,18 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each.
-PREFILL_TILES = {(128, 64): 7, (128, 128): 4, (192, 128): 3}
+# router_prefill: (experts, tokens) of a CTA, and the CTAs of an SM -> stages of the ring, one K
+# block each.
+PREFILL_TILES = {
+    (128, 64, 1): 7,
+    (128, 128, 1): 4,
+    (192, 128, 1): 3,
+    (128, 64, 2): 4,
+    (128, 128, 2): 3,
+    (64, 64, 2): 6,
+    (64, 128, 2): 4,
+    (192, 64, 2): 3,
+}
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
 #                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
@@ -93,6 +103,7 @@ class DslSource:
     chunk: int
     stages: int
     m_tiles: int = 1
+    ctas_per_sm: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +221,9 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
     )
 
 
-def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
-    experts, tokens = tiles
-    name = f"router_prefill_{layout}_e{experts}_n{tokens}"
+def _prefill(layout: str, tiles: tuple[int, int, int]) -> KernelSpec:
+    experts, tokens, ctas_per_sm = tiles
+    name = f"router_prefill_{layout}_e{experts}_n{tokens}_x{ctas_per_sm}"
     m_tiles = experts // EXPERT_TILE
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
     return KernelSpec(
@@ -227,6 +238,7 @@ def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
             chunk=1,
             stages=PREFILL_TILES[tiles],
             m_tiles=m_tiles,
+            ctas_per_sm=ctas_per_sm,
         ),
         problem=ProblemRange(
             layout=layout,
@@ -311,7 +323,7 @@ _TOPK = KernelSpec(
 
 KERNELS = (
     *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TILES),
-    *(_prefill(layout, tiles) for layout in ("kmajor", "emajor") for tiles in PREFILL_TILES),
+    *(_prefill(layout, tiles) for layout in ("kmajor",) for tiles in PREFILL_TILES),
     _HASH,
     _TOPK,
 )

@@ -75,12 +75,24 @@ class TileGemm:
     barrier = cute.struct.MemRange[Int64, 1]
     tmem_address = cute.struct.MemRange[Int32, 1]
 
-    def __init__(self, *, layout: str, token_tile: int, chunk: int, stages: int, m_tiles: int = 1):
+    def __init__(
+        self,
+        *,
+        layout: str,
+        token_tile: int,
+        chunk: int,
+        stages: int,
+        m_tiles: int = 1,
+        ctas_per_sm: int = 1,
+    ):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
         self.m_tiles = m_tiles
+        self.ctas_per_sm = ctas_per_sm
+        # A ring that does not hold a CTA's slice of K is released as it is multiplied.
+        self.releases_chunks = m_tiles > 1 and chunk == 1
         self.epilogue_warps = WARPS_PER_TILE * m_tiles
         self.ring_blocks = chunk * stages
         self.w_block_bytes = m_tiles * W_BLOCK_BYTES

@@ -74,6 +74,25 @@ class TileGemmSm90(TileGemm):
         accumulators.fill(0.0)
 
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        operands = (tiled_mma, accumulators, tCrW, tCrX, m_tile, num_blocks)
+        if cutlass.const_expr(self.releases_chunks):
+            self.multiply_by_chunks(storage, *operands)
+        else:
+            self.multiply_by_turns(storage, *operands)
+        return accumulators, coordinates
+
+    @cute.jit
+    def multiply_by_turns(
+        self,
+        storage,
+        tiled_mma: cute.TiledMma,
+        accumulators: cute.Tensor,
+        tCrW: cute.Tensor,
+        tCrX: cute.Tensor,
+        m_tile,
+        num_blocks: Int32,
+    ):
+        """Multiply a slice of K, releasing the ring after each turn: it mostly holds the slice."""
         num_turns = (num_blocks + self.ring_blocks - 1) // self.ring_blocks
         for turn in cutlass.range(num_turns, unroll=1):
             blocks = num_blocks - turn * self.ring_blocks
@@ -98,4 +117,36 @@ class TileGemmSm90(TileGemm):
                 with cute.arch.elect_one():
                     for stage in cutlass.range_constexpr(self.stages):
                         cute.arch.mbarrier_arrive(storage.empty.data_ptr() + stage)
-        return accumulators, coordinates
+
+    @cute.jit
+    def multiply_by_chunks(
+        self,
+        storage,
+        tiled_mma: cute.TiledMma,
+        accumulators: cute.Tensor,
+        tCrW: cute.Tensor,
+        tCrX: cute.Tensor,
+        m_tile,
+        num_blocks: Int32,
+    ):
+        """Multiply a slice of K in chunks of one block, releasing the one before each time."""
+        for block in cutlass.range(num_blocks, unroll=1):
+            stage = block % self.stages
+            cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (block // self.stages) & 1)
+            warpgroup.fence()
+            for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
+                cute.gemm(
+                    tiled_mma,
+                    accumulators,
+                    tCrW[(None, None, k, self.w_block(stage, 0, m_tile))],
+                    tCrX[(None, None, k, stage)],
+                    accumulators,
+                )
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if block > 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(
+                        storage.empty.data_ptr() + (block - 1) % self.stages
+                    )
+        warpgroup.wait_group(0)

@@ -88,10 +88,11 @@ class RouterPrefill(RouterDecode):
         class SharedStorage:
             w: gemm.w_ring
             x: gemm.x_ring
-            # (expert, column, source, pair, M tile): see PairExchange.sums
-            sums: cute.struct.Align[
-                cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024
-            ]
+            if not self.exchange.reuses_ring:
+                # (expert, column, source, pair, M tile): see PairExchange.sums
+                sums: cute.struct.Align[
+                    cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024
+                ]
             # (owned token,)
             row_flags: cute.struct.MemRange[Int32, self.max_owned]
             # (slot, owned token)
@@ -119,6 +120,9 @@ class RouterPrefill(RouterDecode):
             ),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
+            min_blocks_per_mp=self.gemm.ctas_per_sm,
+            # Used by the DSL's own launcher only; without it the DSL asks a GPU.
+            preferred_smem_carveout=100,
         )
 
     @cute.kernel

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from gpu_calls import BF16, laid_out  # noqa: E402
 
 from dsv4_router_runtime import Router  # noqa: E402
-from dsv4_router_runtime.exact_reference import exact_logits, exact_selection  # noqa: E402
+from dsv4_router_runtime.exact import exact_logits, exact_selection  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -15,6 +15,8 @@ The order of every sum is part of the kernels' contract. This is its statement:
 So a logit's bits depend on its row of hidden_states and its column of W_gate alone: not on N, the
 row, the neighbours or the layout. Above 64 tokens the logits are those of torch.mm, which promises
 no order; `exact_selection` gives the weights and the ids of any logits.
+
+Nothing here is shared with the kernels: tests compare the bits, on a GPU and in the emulator.
 """
 
 from __future__ import annotations
@@ -72,9 +74,9 @@ def exact_selection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights (FP32) and ids from FP32 logits [N, E]; see `select_reference`.
 
-    Roots and quotients of the kernels start at an approximation and end correctly rounded, so that
-    ids have the same bits on every GPU. A weight does too if its score is at least 2^-102 (a logit
-    of about -141): below that, the last bit may follow the GPU's approximate reciprocal.
+    The kernels' roots and quotients start at a GPU's approximation and are taken as correctly
+    rounded. Two exceptions, in the last bit: a root, for 5 significands in 2^24, if the seed is one
+    ulp off; a weight whose score is below 2^-102 (a logit of about -141).
     """
     if logits.dtype is not torch.float32:
         raise TypeError(f"logits: expected torch.float32, as the kernels have (got {logits.dtype})")
@@ -195,7 +197,8 @@ def exact_scores(logits: torch.Tensor) -> torch.Tensor:
     p = _polynomial(LOG1P_TERMS, u)
     is_negative = logits <= 0
     z = torch.where(is_negative, p, fused(u, p, logits.clamp(max=FP32_MAX)))
-    root = z.sqrt()
+    # Through FP64: torch does not round an FP32 root correctly on every CPU.
+    root = z.double().sqrt().float()
     return torch.where(is_negative, h * root, root)
 
 

@@ -15,7 +15,7 @@ from gpu_calls import laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router_runtime.exact_reference import (
+from dsv4_router_runtime.exact import (
     exact_logits,
     exact_reference,
     exact_scores,

@@ -126,6 +126,25 @@ def test_a_step_is_the_truncated_sum_that_the_contract_defines(factors, accumula
     assert words(after) == words(torch.tensor([expected]) + 0.0)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    factors=st.sampled_from([bfloat16s(100, 150), bfloat16s(0, 0)]).flatmap(
+        lambda ordinary: st.lists(
+            st.tuples(
+                st.one_of(ordinary, bfloat16s(0, 3), st.just(0)),
+                st.one_of(bfloat16s(100, 180), bfloat16s(0, 3), st.just(0)),
+            ),
+            min_size=64,
+            max_size=64,
+        )
+    )
+)
+def test_a_logit_of_zeros_denormals_and_large_factors(factors):
+    x, w = (of_bits(bits) for bits in zip(*factors, strict=True))
+    expected = torch.tensor([logit(x.tolist(), w.tolist())]) + 0.0
+    assert words(exact_logits(x[None], w[:, None])) == words(expected)
+
+
 def test_a_step_keeps_25_bits_and_no_more():
     """Beside 1, a term of 2^-25 counts and one of 2^-26 does not; the sum keeps 24 bits."""
     one = torch.tensor([1.0])

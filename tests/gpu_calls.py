@@ -40,6 +40,16 @@ def logits_of(x, W):
     return x.double() @ W.double()
 
 
+def approximation(name: str):
+    """`name`.approx.ftz.f32 as this GPU computes it, of a tensor."""
+    return torch.cuda.jiterator._create_jit_fn(f"""
+        template <typename T> T {name}_of(T x) {{
+            T y;
+            asm("{name}.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+            return y;
+        }}""")
+
+
 def captured(calls, stream=None, *, mode="global"):
     """A graph of the calls, after one eager run of each. mode: torch's capture_error_mode."""
     side = stream or torch.cuda.Stream()

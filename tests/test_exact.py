@@ -274,6 +274,14 @@ def test_fused_rounds_once(a, b, c, near):
     assert fused(a, b, c).item() == expected
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("c", "up"), [(2.0**-80, 1), (0.0, 0), (-(2.0**-80), 0)])
+def test_fused_sees_past_fp64_beside_a_tie(c, up, sign):
+    """(1 + 2^-12)^2 = 1 + 2^-11 + 2^-24 is a tie of FP32; FP64 loses 2^-80 beside it."""
+    a = torch.tensor(1 + 2**-12)
+    assert fused(sign * a, a, sign * c).item() == sign * (1 + 2**-11 + up * 2**-23)
+
+
 def test_scores_are_the_oracles_to_seven_digits():
     finite = torch.cat([torch.linspace(-170, 200, 40001), torch.tensor([0.0, -0.0, 1e30, 3e38])])
     expected = router_scores(finite.double())

@@ -10,10 +10,10 @@ with transformers' own router. It has learned routers; it runs a second time wit
 
 | left out | reason |
 | --- | --- |
-| pipelines, FSDP, tensor and expert parallelism | they need downloads or several processes |
-| the suite's test of published checkpoints | the same |
+| pipelines, FSDP, tensor and expert parallelism | they need other libraries or several processes |
+| tests of published checkpoints, and those marked slow | they need downloads, or minutes |
 | calls that want a gradient or record router logits | the adapter leaves them to the model |
-| with a hash layer: inputs_embeds without input_ids | no hash router can route these |
+| with a hash layer: those of `LEFT_OUT_WITH_HASH` | each has its reason there |
 """
 
 from __future__ import annotations
@@ -42,13 +42,19 @@ from dsv4_router_runtime.integrations import transformers as served  # noqa: E40
 VARIABLE = "DSV4_JUDGE_TRANSFORMERS"
 SUITE = "tests.models.deepseek_v4.test_modeling_deepseek_v4"
 LEFT_OUT = ("pipeline", "fsdp", "tensor_parallel", "expert_parallel")
+NO_INPUT_IDS = "no hash router can route inputs_embeds without input_ids"
 LEFT_OUT_WITH_HASH = {
-    "inputs_embeds": "no hash router can route inputs_embeds without input_ids",
-    "resize_tokens_embeddings": "tid2eid keeps the rows of the vocabulary that it was made for",
-    "init_weights_can_init_buffers": "its tid2eid would be zeros, one expert twice",
+    "test_generate_continue_from_inputs_embeds": NO_INPUT_IDS,
+    "test_generate_from_inputs_embeds_0_greedy": NO_INPUT_IDS,
+    "test_generate_from_inputs_embeds_1_beam_search": NO_INPUT_IDS,
+    "test_generate_from_random_inputs_embeds": NO_INPUT_IDS,
+    "test_inputs_embeds": NO_INPUT_IDS,
+    "test_inputs_embeds_matches_input_ids": NO_INPUT_IDS,
+    "test_resize_tokens_embeddings": "tid2eid keeps the rows that it was made for",
+    "test_init_weights_can_init_buffers": "its tid2eid would be zeros, one expert twice",
 }
 if transformers.__version__.startswith("5.17."):
-    LEFT_OUT_WITH_HASH["keep_in_fp32_modules"] = "transformers 5.17 fails it by itself"
+    LEFT_OUT_WITH_HASH["test_keep_in_fp32_modules"] = "transformers 5.17 fails it by itself"
 pytestmark = pytest.mark.serving
 # The class of a router -> its calls that were served.
 calls: Counter[type] = Counter()
@@ -168,10 +174,8 @@ class TestHash(suite.DeepseekV4ModelTest):  # type: ignore[name-defined]
     model_tester_class = WithHashLayer
 
 
-for test in dir(TestHash):
-    for part, reason in LEFT_OUT_WITH_HASH.items():
-        if test.startswith("test_") and part in test:
-            setattr(TestHash, test, unittest.skip(f"left out: {reason}")(getattr(TestHash, test)))
+for name, reason in LEFT_OUT_WITH_HASH.items():
+    setattr(TestHash, name, unittest.skip(f"left out: {reason}")(getattr(TestHash, name)))
 
 
 def test_the_suite_was_served() -> None:

@@ -120,7 +120,7 @@ class RouterPrefill(RouterDecode):
             ),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
-            min_blocks_per_mp=self.gemm.ctas_per_sm,
+            min_blocks_per_mp=self.gemm.min_ctas_per_sm,
             # Used by the DSL's own launcher only; without it the DSL asks a GPU.
             preferred_smem_carveout=100,
         )

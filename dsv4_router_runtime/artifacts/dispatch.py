@@ -219,9 +219,11 @@ def _steps_of_layer(
     for role in roles:
         layout = None if role == "select" else problem.layout
         wanted = replace(problem, role=role, layout=layout)
-        if role == "decode" and steps and not _accepted(resolve(manifest, wanted, arch)):
+        is_gap = role != "select" and steps and not _accepted(resolve(manifest, wanted, arch))
+        if is_gap:
             # A gap hands over to the product; a set without decode kernels is no set for a layer.
-            select_kernel(manifest, replace(wanted, num_tokens=1), arch)
+            if role == "decode":
+                select_kernel(manifest, replace(wanted, num_tokens=1), arch)
             continue
         steps += _steps_of_role(manifest, wanted, arch)
         end = steps[-1].max_tokens

@@ -20,6 +20,7 @@ from test_bench import (  # noqa: E402
     bench,
     entrant,
     right,
+    right_answer,
 )
 
 from build_kernels.bench import behind, command, contenders, measure, plot  # noqa: E402
@@ -28,6 +29,7 @@ from build_kernels.bench.report import (  # noqa: E402
     BEHIND,
     BEHIND_PDL,
     BEHIND_PLAIN,
+    BEHIND_READ,
     BEHIND_TORCH,
     OURS,
     OWN,
@@ -194,6 +196,51 @@ def test_the_norms_of_triton_differ_in_pdl_alone(monkeypatch: pytest.MonkeyPatch
         assert options == {"BLOCK": 8192, "PDL": pdl, "launch_pdl": pdl, "num_warps": 16}
 
 
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The reader's launches, on a stand-in; in its mode the norm is torch's."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(ids, taken, size, *, BLOCK, launch_pdl):
+                launches.append((grid, size, BLOCK, launch_pdl))
+                taken.copy_(ids)
+                ids.fill_(-1)
+
+            return launch
+
+    class Module:
+        take_ids_kernel = Kernel()
+
+    monkeypatch.setitem(sys.modules, "build_kernels.bench.triton_kernels", Module)
+    monkeypatch.setitem(behind.NORMS, BEHIND_READ, behind.torch_norm)
+    return launches
+
+
+def writes_once(inputs):
+    """Leave the ids of the first call to the later ones."""
+    outputs = [right_answer(inputs, layer) for layer in range(PROBLEM.layers)]
+    return lambda layer: outputs[layer]
+
+
+def test_the_answer_is_what_the_reader_read(reader: list[tuple]) -> None:
+    of_ours = entrant("ours", OURS, right)
+    report = run_behind(of_ours, modes=(BEHIND_READ,), stopwatch=FloorsAside(), num_tokens=(100,))
+    assert reasons(report) == {"ours": None, NORM: None}
+    # 600 ids.
+    assert set(reader) == {((2,), 600, 512, True)}
+    times = {f.contender: f.microseconds for f in report.figures}
+    assert times == {"ours": 0.0, NORM: float(PROBLEM.layers)}
+
+
+@pytest.mark.usefixtures("reader")
+def test_ids_that_were_read_before_do_not_count() -> None:
+    stale = entrant("ours", OURS, writes_once)
+    reason = reasons(run_behind(stale, modes=(BEHIND_READ,), stopwatch=FloorsAside()))["ours"]
+    assert reason == "wrong answer in layer 0: ids outside [0, 24) in 3 of 3 rows"
+
+
 def test_the_whole_command_on_a_stand_in(
     gpu_aside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +251,7 @@ def test_the_whole_command_on_a_stand_in(
     assert result.exit_code == 1
     assert f"ours is not measured at 256x24 {BEHIND_PDL} N=1 ({NO_TRITON})" in result.stderr
     report = read_report(path)
-    assert report.method.modes == BEHIND
+    assert report.method.modes == (BEHIND_PDL, BEHIND_PLAIN, BEHIND_TORCH)
     assert report.method.num_tokens == command.BEHIND_NUM_TOKENS == (1, 8, 64)
     assert [problem.name for problem in report.problems] == ["256x24", "256x24"]
     torchs = [f for f in report.figures if f.mode == BEHIND_TORCH and f.contender == "ours"]
@@ -222,9 +269,9 @@ def test_shapes_and_n_that_are_given_stay(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(command, "_measure", note)
     bench("--behind", "--n", "5")
-    bench("--behind", "--shapes", "5120x384")
+    bench("--behind", "--shapes", "5120x384", "--reader")
     assert taken == [
-        (((7168, 384), (4096, 256)), (5,), BEHIND),
+        (((7168, 384), (4096, 256)), (5,), (BEHIND_PDL, BEHIND_PLAIN, BEHIND_TORCH)),
         (((5120, 384),), (1, 8, 64), BEHIND),
     ]
 
@@ -234,6 +281,12 @@ def test_behind_has_modes_of_its_own(arguments: tuple[str, ...]) -> None:
     result = bench("--behind", *arguments)
     assert result.exit_code == 2
     assert "it goes without --mode, --options" in " ".join(result.stderr.split())
+
+
+def test_a_reader_needs_a_chain() -> None:
+    result = bench("--reader")
+    assert result.exit_code == 2
+    assert "--reader reads the ids of a chain: add --behind" in " ".join(result.stderr.split())
 
 
 def test_a_report_survives_the_file_and_is_printed_by_norm(tmp_path: Path) -> None:
@@ -263,7 +316,8 @@ def test_the_picture_is_of_the_first_norm(tmp_path: Path) -> None:
 def test_a_small_run_behind_every_norm(tmp_path: Path) -> None:
     """Each figure's answers were read back from the replayed chain and are right."""
     path = tmp_path / "out.json"
-    result = bench("--behind", "--shapes", "4096x256", "--n", "1,64,65", "--json", path)
+    options = ("--reader", "--shapes", "4096x256", "--n", "1,64,65", "--json", path)
+    result = bench("--behind", *options)
     assert result.exit_code == 0, result.stderr
     report = read_report(path)
     assert {f.reason for f in report.figures} == {None}

@@ -2,7 +2,8 @@
 
 A figure is the time of the chain norm -> router less that of the norm alone, each in a CUDA graph
 over all layers, with W_gate, the residual stream and the norm's weight cold. Every layer has a
-residual stream of its own values: a router that reads before the norm has written is wrong.
+residual stream of its own values: a router that reads before the norm has written is wrong. In
+BEHIND_READ, a reader of the ids ends the chain, and the norm and the reader are subtracted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from .check import Reference, reference_of
 from .contenders import Entrant, Unavailable
 from .floors import why_no_triton
-from .inputs import Call, Inputs
+from .inputs import Call, Inputs, Result
 from .measure import SEED, call_order, made_call, measure, measure_cell
 from .report import (
     BEHIND_PDL,
     BEHIND_PLAIN,
+    BEHIND_READ,
     BEHIND_TORCH,
     OWN,
     Contender,
@@ -34,8 +36,9 @@ EPSILON = 1e-6
 # Relative, of BF16: a norm may round once before it multiplies by its weight, and once after.
 NORM_TOLERANCE = 2**-7
 NORM_WARPS = 16
+READER_BLOCK = 512
 NORM_ALONE = Contender(
-    name="norm alone", role=OWN, what="the norm, without a router: subtracted from every chain"
+    name="norm alone", role=OWN, what="the chain without its router: subtracted from every figure"
 )
 
 # The layer's number to hidden_states [N, K].
@@ -105,6 +108,7 @@ NORMS: dict[str, Callable[[Stream], NormCall]] = {
     BEHIND_PDL: lambda stream: triton_norm(stream, pdl=True),
     BEHIND_PLAIN: lambda stream: triton_norm(stream, pdl=False),
     BEHIND_TORCH: torch_norm,
+    BEHIND_READ: lambda stream: triton_norm(stream, pdl=True),
 }
 
 
@@ -143,7 +147,11 @@ def row_behind(
     try:
         norm = NORMS[mode](stream)
         references = references_behind(norm, stream, inputs)
-        alone = stopwatch.time(stopwatch.prepare(norm, order, mode), len(order), mode)
+        bare: Callable[[int], Any] = norm
+        if mode == BEHIND_READ:
+            unrouted = inputs.new_outputs()
+            bare = chained(norm, read_call(lambda _layer: unrouted, inputs), inputs.hidden_states)
+        alone = stopwatch.time(stopwatch.prepare(bare, order, mode), len(order), mode)
     # Whatever a norm raises, the other ones are still measured.
     except Exception as error:
         reason = f"norm: {error if isinstance(error, Unavailable) else in_a_line(error)}"
@@ -151,8 +159,10 @@ def row_behind(
         return [replace(norm_figure, contender=name, reason=reason) for name in names]
     row = []
     for entrant, call in zip(entrants, calls, strict=True):
-        chain = call if isinstance(call, Exception) else chained(norm, call, inputs.hidden_states)
-        figure = measure_cell(entrant, chain, inputs, references, mode, stopwatch)
+        if not isinstance(call, Exception):
+            last = read_call(call, inputs) if mode == BEHIND_READ else call
+            call = chained(norm, last, inputs.hidden_states)
+        figure = measure_cell(entrant, call, inputs, references, mode, stopwatch)
         row.append(less(figure, alone))
     return [*row, replace(norm_figure, **vars(alone))]
 
@@ -180,11 +190,27 @@ def chained(norm: NormCall, call: Call, hidden_states: torch.Tensor) -> Call:
     The contenders hold `hidden_states`: it is made a view of the norm's output, without a copy.
     """
 
-    def chain(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def chain(layer: int) -> Result:
         hidden_states.data = norm(layer)
         return call(layer)
 
     return chain
+
+
+def read_call(call: Call, inputs: Inputs) -> Call:
+    """Return the call, then a reader of its ids: the answer is what the reader read."""
+    from .triton_kernels import take_ids_kernel
+
+    taken = [inputs.new_outputs()[1] for _ in inputs.gates]
+    size = taken[0].numel()
+    grid = (-(-size // READER_BLOCK),)
+
+    def read(layer: int) -> Result:
+        weights, ids = call(layer)
+        take_ids_kernel[grid](ids, taken[layer], size, BLOCK=READER_BLOCK, launch_pdl=True)
+        return weights, taken[layer]
+
+    return read
 
 
 def less(figure: Figure, alone: Timing) -> Figure:

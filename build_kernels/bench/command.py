@@ -23,6 +23,7 @@ from dsv4_router_runtime.errors import RouterError
 from .plot import plot_report
 from .report import (
     BEHIND,
+    BEHIND_READ,
     MODES,
     OURS,
     VARIANT,
@@ -92,6 +93,7 @@ class Settings:
     mode: str
     options: bool
     behind: bool
+    reader: bool
     pdl: bool
     layout: str
     artifacts: Path | None
@@ -102,7 +104,7 @@ class Settings:
     @property
     def modes(self) -> tuple[str, ...]:
         if self.behind:
-            return BEHIND
+            return tuple(mode for mode in BEHIND if self.reader or mode != BEHIND_READ)
         return MODES if self.mode == ALL else (self.mode,)
 
 
@@ -148,6 +150,11 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     is_flag=True,
     help="Time what every contender adds behind an RMSNorm: one with PDL, one without, torch's. "
     "Default: shapes 7168x384 and 4096x256, N = 1, 8, 64.",
+)
+@click.option(
+    "--reader",
+    is_flag=True,
+    help="With --behind: also a chain that ends in a reader of the ids, with PDL.",
 )
 @click.option(
     "--pdl/--no-pdl",
@@ -233,6 +240,8 @@ def _check_usage(context: click.Context, settings: Settings) -> None:
         raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
     if settings.behind and (settings.options or _is_given(context, "mode")):
         raise click.UsageError("--behind has modes of its own: it goes without --mode, --options")
+    if settings.reader and not settings.behind:
+        raise click.UsageError("--reader reads the ids of a chain: add --behind")
     for k, num_experts in settings.shapes:
         if num_experts < settings.top_k:
             raise click.UsageError(f"--top-k {settings.top_k}: {k}x{num_experts} has fewer experts")

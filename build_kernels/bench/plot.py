@@ -13,6 +13,7 @@ from build_kernels.files import replace_file
 from .report import (
     BEHIND_PDL,
     BEHIND_PLAIN,
+    BEHIND_READ,
     BEHIND_TORCH,
     COLD,
     EMPTY,
@@ -80,6 +81,7 @@ def heading(report: Report, mode: str) -> tuple[str, str]:
         BEHIND_PDL: "added behind a norm with PDL, cold",
         BEHIND_PLAIN: "added behind a norm without PDL, cold",
         BEHIND_TORCH: "added behind torch's norm, cold",
+        BEHIND_READ: "added between a norm and a reader with PDL, cold",
     }
     return f"DeepSeek-V4 router on one {report.machine.gpu}", words[mode]
 

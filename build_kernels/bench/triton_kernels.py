@@ -1,4 +1,4 @@
-"""Triton kernels of the floors and of the norm. Importing this needs Triton: import it late."""
+"""Triton kernels of floors and chains. Importing this needs Triton, so it is imported late."""
 
 import triton
 import triton.language as tl
@@ -33,3 +33,13 @@ def rms_norm_kernel(residual, weight, out, k, epsilon, BLOCK: tl.constexpr, PDL:
     values = tl.load(residual + row + at, mask=at < k, other=0).to(tl.float32)
     rms = tl.sqrt(tl.sum(values * values, 0) / k + epsilon)
     tl.store(out + row + at, (values / rms * scale).to(out.dtype.element_ty), mask=at < k)
+
+
+@triton.jit
+def take_ids_kernel(ids, taken, size, BLOCK: tl.constexpr):
+    """Move `size` ids once the grid before has ended; -1 stays, so that no id is taken twice."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(taken + at, tl.load(ids + at, mask=at < size), mask=at < size)
+    tl.store(ids + at, -1, mask=at < size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -265,6 +266,16 @@ def test_pretrained_models_are_served_while_registered(tiny, tmp_path, registere
     with torch.no_grad():
         logits = [each(ids, output_router_logits=True).router_logits[0] for each in (model, plain)]
     assert torch.equal(*logits)
+
+
+def test_the_summary_sees_through_the_forward_that_accelerate_puts_before() -> None:
+    """As `add_hook_to_module` does it in every module of a model with a `device_map`."""
+    for classes, verdict in ((FUSED, "dsv4_router"), (STOCK, "transformers: built without ")):
+        model = use(build(13, num_layers=2), classes)
+        for router in routers(model):
+            router._old_forward = router.forward
+            router.forward = functools.partial(lambda module, *given: None, router)
+        assert all(each.startswith(verdict) for each in served.summary(model).values())
 
 
 def test_another_packages_replacement_is_kept(registered) -> None:

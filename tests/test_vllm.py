@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,7 @@ pytestmark = pytest.mark.serving
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(plugin.LOGGER, "parent", plugin.LOGGER.parent)
+    monkeypatch.setattr(plugin.LOGGER, "handlers", plugin.LOGGER.handlers[:])
     with replaced_classes(monkeypatch):
         yield
 
@@ -365,6 +368,13 @@ def test_a_quantized_or_wrapped_gate_is_declined(registered) -> None:
     facts = importlib.import_module("dsv4_router_runtime.integrations.vllm.runner").facts_of
     assert facts(quantized.runner).quantized
     assert facts(wrapped.runner).gate == "a Sequential"
+
+
+def test_a_decline_is_said_before_vllm_sets_up_its_log() -> None:
+    """As in `LLM`, whose engine is a fork that loads no plugin again."""
+    script = f"import {plugin.__name__} as plugin; plugin.RELEASE = 'none'; plugin.register()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "vllm: not registered, vLLM's routers run: this adapter is for vLLM none" in done.stderr
 
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING"])

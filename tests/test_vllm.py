@@ -188,8 +188,16 @@ def test_no_logits_are_made_and_a_reader_of_them_fails(registered) -> None:
         logits.to("cpu")
 
 
-def test_real_logits_are_routed_by_vllm(registered, monkeypatch) -> None:
-    """As is a layer with a hook that reads or replaces its logits, set after the first forward."""
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda gate: gate.register_forward_hook(lambda *_: None), "a hook reads"),
+        (lambda gate: setattr(gate.weight, "data", -gate.weight.data), "lies elsewhere"),
+    ],
+    ids=["hook", "moved"],
+)
+def test_real_logits_are_routed_by_vllm(registered, monkeypatch, caplog, change, reason) -> None:
+    """As after the first forward, if a hook reads the logits or the weight is other memory."""
     layer = Layer()
     x, _ = layer.batch(4)
     layer(x)
@@ -201,10 +209,12 @@ def test_real_logits_are_routed_by_vllm(registered, monkeypatch) -> None:
         return torch.ones(shape), torch.zeros(shape, dtype=torch.int32)
 
     monkeypatch.setattr(FusedTopKBiasRouter, "_compute_routing", compute)
-    layer.gate.register_forward_hook(lambda *_: None)
-    _, ids = layer(x)
+    change(layer.gate)
+    for _ in range(2):
+        _, ids = layer(x)
     assert not ids.any()
-    (logits,) = routed
+    logits = routed[1]
+    assert caplog.text.count(reason) == 1
     expected = x.float() @ layer.gate.weight.float().t()
     torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.05)
 

@@ -371,13 +371,15 @@ def test_a_served_layer_is_one_line_in_the_log(registered, caplog) -> None:
     assert lines == [f"vllm: {layer.prefix}.experts is served by dsv4_router"]
 
 
-def test_a_quantized_or_wrapped_gate_is_declined(registered) -> None:
-    quantized, wrapped = Layer(), Layer()
+def test_a_quantized_or_wrapped_gate_or_a_patched_router_is_declined(registered) -> None:
+    quantized, wrapped, patched = Layer(), Layer(), Layer()
+    patched.runner.router._compute_routing = patched.runner.router._compute_routing
     quantized.gate.is_unquantized = False
     wrapped.runner.gate = torch.nn.Sequential(wrapped.gate)
     facts = importlib.import_module("dsv4_router_runtime.integrations.vllm.runner").facts_of
     assert facts(quantized.runner).quantized
     assert facts(wrapped.runner).gate == "a Sequential"
+    assert facts(patched.runner).router == "router with a _compute_routing of its own"
 
 
 def test_a_decline_is_said_before_vllm_sets_up_its_log() -> None:

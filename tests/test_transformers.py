@@ -214,6 +214,13 @@ def test_what_no_kernel_takes_is_left_to_the_model_and_said(
     assert reason in served.summary(router)[""]
 
 
+def test_a_table_that_names_an_expert_twice_is_refused(tiny) -> None:
+    """As the zeros of `from_config` do."""
+    router = served.FusedHashRouter(tiny.config).to(BF16).requires_grad_(False)
+    with pytest.raises(ValueError, match="tid2eid: expected distinct ids in each row"):
+        router(torch.ones(3, 256, dtype=BF16), torch.arange(3))
+
+
 def test_fullgraph_gives_what_eager_gives() -> None:
     ids = prompts(7, 2, 16)
     model = use(build(7, num_layers=2), FUSED).model

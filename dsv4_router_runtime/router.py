@@ -393,9 +393,9 @@ def _remembered_binding(
     with _remembered_lock:
         binding, copied_from, version = _remembered.get(key, (None, None, None))
         if binding is not None:
-            if copied_from is not None and version_of(W_gate) != version:
+            if copied_from is not None and (changed := version_of(W_gate)) != version:
                 binding.copy(W_gate, OPTIONS_OFF)
-                _remembered[key] = (binding, W_gate, version_of(W_gate))
+                _remembered[key] = (binding, W_gate, changed)
             _remembered.move_to_end(key)
             return binding
         layer = check_layer(

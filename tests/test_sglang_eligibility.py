@@ -106,7 +106,9 @@ def test_a_plugin_that_is_off_imports_nothing(monkeypatch, caplog, switches) -> 
 
 
 def test_a_release_without_the_names_is_declined(monkeypatch, caplog) -> None:
-    monkeypatch.setitem(sys.modules, "sglang", None)
+    for name in ["sglang", *sys.modules]:
+        if name.partition(".")[0] == "sglang":
+            monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "version", lambda _: plugin.VERSION)
     monkeypatch.setenv("DSV4_ROUTER", "1")

@@ -38,18 +38,19 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_prefill: (experts, tokens) of a CTA, and the CTAs of an SM -> stages of the ring, one K
-# block each.
-PREFILL_TILES = {
-    (128, 64, 1): 7,
-    (128, 128, 1): 4,
-    (192, 128, 1): 3,
-    (128, 64, 2): 4,
-    (128, 128, 2): 3,
-    (64, 64, 2): 6,
-    (64, 128, 2): 4,
-    (192, 64, 2): 3,
-}
+# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each. An H200 holds 7
+# of its clusters, and a launch of more takes twice as long. us on one H200, PDL, weights cold; in
+# brackets launches of more than 7 clusters, and the matrix product with router_topk:
+#                 7168x384                          4096x256
+#     N           65     128    192     256         128    256     384     512
+#     128 x 64    6.79   7.12   (11.6)  (13.5)      5.20   (9.40)  (11.0)  (15.1)
+#     128 x 128   7.75   8.88   9.33    9.72        7.41   7.71    8.29    (14.3)
+#     192 x 128   9.83   11.8   12.0    11.8        9.59   9.83    10.6    (19.1)
+#     (product)   10.1   10.9           11.3
+# Two CTAs per SM, with 3 to 6 stages and the partial sums in the ring's place, took 0.5 to 1.2 us
+# longer up to 7 clusters, and up to 22 % less beyond.
+PREFILL_TILES = {(128, 64): 7, (128, 128): 4}
+MAX_PREFILL_CLUSTERS = 7
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
 #                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
@@ -103,7 +104,6 @@ class DslSource:
     chunk: int
     stages: int
     m_tiles: int = 1
-    ctas_per_sm: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,7 @@ class KernelSpec:
     token_tile: int
     pdl: bool
     wait_limit_ms: int
+    max_clusters: int | None = None
 
 
 def _parameters(
@@ -221,9 +222,9 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
     )
 
 
-def _prefill(layout: str, tiles: tuple[int, int, int]) -> KernelSpec:
-    experts, tokens, ctas_per_sm = tiles
-    name = f"router_prefill_{layout}_e{experts}_n{tokens}_x{ctas_per_sm}"
+def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
+    experts, tokens = tiles
+    name = f"router_prefill_{layout}_n{tokens}"
     m_tiles = experts // EXPERT_TILE
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
     return KernelSpec(
@@ -238,13 +239,11 @@ def _prefill(layout: str, tiles: tuple[int, int, int]) -> KernelSpec:
             chunk=1,
             stages=PREFILL_TILES[tiles],
             m_tiles=m_tiles,
-            ctas_per_sm=ctas_per_sm,
         ),
         problem=ProblemRange(
             layout=layout,
-            num_tokens=IntRange(low=1, high=MAX_PREFILL_TOKENS),
-            # The merge has registers for MAX_EXPERTS.
-            num_experts=IntRange(low=1, high=MAX_EXPERTS // experts * experts),
+            num_tokens=IntRange(low=1, high=MAX_PREFILL_CLUSTERS * tokens),
+            num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
             dtypes=tensor_dtypes("prefill"),
@@ -264,6 +263,7 @@ def _prefill(layout: str, tiles: tuple[int, int, int]) -> KernelSpec:
         token_tile=tokens,
         pdl=True,
         wait_limit_ms=MERGE_WAIT_LIMIT_MS,
+        max_clusters=MAX_PREFILL_CLUSTERS,
     )
 
 
@@ -323,7 +323,7 @@ _TOPK = KernelSpec(
 
 KERNELS = (
     *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TILES),
-    *(_prefill(layout, tiles) for layout in ("kmajor",) for tiles in PREFILL_TILES),
+    *(_prefill(layout, tiles) for layout in ("kmajor", "emajor") for tiles in PREFILL_TILES),
     _HASH,
     _TOPK,
 )

@@ -97,7 +97,6 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
         "chunk": source.chunk,
         "stages": source.stages,
         "m_tiles": source.m_tiles,
-        "ctas_per_sm": source.ctas_per_sm,
     }
     launch: Mapping[str, Any] = module.launch_properties(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)

@@ -65,6 +65,7 @@ def make_entry(
             dynamic_shared_bytes=compiled.dynamic_shared_bytes,
             pdl=spec.pdl,
             nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
+            max_clusters=spec.max_clusters,
             wait_limit_ms=spec.wait_limit_ms,
         ),
         parameters=make_parameters(spec, cubin.parameters),

@@ -74,6 +74,7 @@ def _print_entry(entry: Kernel) -> None:
     print(
         f"  launch: block {list(launch.block)}, grid {list(launch.grid)} CTAs, "
         f"cluster {list(launch.cluster)}, dynamic shared {launch.dynamic_shared_bytes} B, "
+        f"at most {launch.max_clusters or 'any number of'} clusters, "
         f"PDL {'yes' if launch.pdl else 'no'}, wait limit {launch.wait_limit_ms} ms"
     )
     print(

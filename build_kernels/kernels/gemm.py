@@ -83,16 +83,12 @@ class TileGemm:
         chunk: int,
         stages: int,
         m_tiles: int = 1,
-        ctas_per_sm: int = 1,
     ):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
         self.m_tiles = m_tiles
-        self.ctas_per_sm = ctas_per_sm
-        # What ptxas bounds registers by.
-        self.min_ctas_per_sm = ctas_per_sm
         # A ring that does not hold a CTA's slice of K is released as it is multiplied.
         self.releases_chunks = m_tiles > 1 and chunk == 1
         self.epilogue_warps = WARPS_PER_TILE * m_tiles

@@ -35,8 +35,6 @@ class TileGemmSm100(TileGemm):
 
     def __init__(self, **config):
         super().__init__(**config)
-        # tcgen05.ld fills token_tile / 2 registers at once: ptxas refuses 80 for 128 tokens.
-        self.min_ctas_per_sm = 1
         self.mma_warp = self.epilogue_warps
         self.producer_warp = self.mma_warp + 1
 

@@ -36,19 +36,13 @@ class PairExchange:
         # FP32 of one M tile from every source.
         self.pair_bytes = NUM_SPLITS * 2 * EXPERT_TILE * 4
         self.sums_bytes = gemm.m_tiles * self.max_pairs * self.pair_bytes
-        # Two CTAs share an SM's memory only if the partial sums take the place of the ring.
-        self.reuses_ring = gemm.ctas_per_sm > 1
 
     def sums(self, storage, m_tile) -> cute.Tensor:
         """Return (expert, column, source, pair) FP32: partial sums as a sender holds them.
 
         The experts' mode is ((lane % 8, half, lane / 8)): also how the owner's lanes read them.
         """
-        if cutlass.const_expr(self.reuses_ring):
-            # The ring's, which `send` frees.
-            first = cute.recast_ptr(storage.w.data_ptr(), dtype=Float32)
-        else:
-            first = storage.sums.data_ptr()
+        first = storage.sums.data_ptr()
         if cutlass.const_expr(self.gemm.m_tiles > 1):
             first = first + m_tile * (self.max_pairs * self.pair_bytes // 4)
         return cute.make_tensor(
@@ -68,10 +62,6 @@ class PairExchange:
         source = cute.arch.block_idx_in_cluster()
         # (MMA, MMA_M, MMA_N): four neighbours are experts r, r, r + 8, r + 8 of tokens t, t + 1
         accumulators, coordinates = self.gemm.accumulators(storage, num_blocks)
-        if cutlass.const_expr(self.reuses_ring):
-            # Until each CTA of the cluster has multiplied, its ring is in use.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
         sums = self.sums(storage, m_tile)
         for i in cutlass.range_constexpr(0, cute.size(accumulators), 4):
             expert, token = coordinates[i]

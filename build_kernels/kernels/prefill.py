@@ -70,7 +70,6 @@ class RouterPrefill(RouterDecode):
         experts x tokens   ring           partial sums   CTA
         128 x 64           7 x 24 KB      32 KB          200 KB
         128 x 128          4 x 32 KB      64 KB          192 KB
-        192 x 128          3 x 40 KB      96 KB          216 KB
 
     Timeline: router_decode's.
     """
@@ -88,11 +87,10 @@ class RouterPrefill(RouterDecode):
         class SharedStorage:
             w: gemm.w_ring
             x: gemm.x_ring
-            if not self.exchange.reuses_ring:
-                # (expert, column, source, pair, M tile): see PairExchange.sums
-                sums: cute.struct.Align[
-                    cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024
-                ]
+            # (expert, column, source, pair, M tile): see PairExchange.sums
+            sums: cute.struct.Align[
+                cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024
+            ]
             # (owned token,)
             row_flags: cute.struct.MemRange[Int32, self.max_owned]
             # (slot, owned token)
@@ -120,9 +118,6 @@ class RouterPrefill(RouterDecode):
             ),
             block=(self.num_threads, 1, 1),
             cluster=(NUM_SPLITS, 1, 1),
-            min_blocks_per_mp=self.gemm.min_ctas_per_sm,
-            # Used by the DSL's own launcher only; without it the DSL asks a GPU.
-            preferred_smem_carveout=100,
         )
 
     @cute.kernel

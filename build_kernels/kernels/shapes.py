@@ -19,7 +19,7 @@ EXPERT_TILE = TILE_M
 HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
 
 # router_prefill: the same for more tokens, in several tiles of them.
-MAX_PREFILL_TOKENS = 1024
+MAX_PREFILL_TOKENS = 896
 
 # The workspace of both: a 4-byte ticket counter per token, then an 8-byte candidate per token
 # and expert.

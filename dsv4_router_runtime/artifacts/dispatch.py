@@ -104,6 +104,12 @@ def _reason_against(kernel: Kernel, problem: Problem, device: str) -> str | None
     ):
         if value not in allowed:
             return f"takes {name} {allowed}, got {value}"
+    most = kernel.most_tokens(problem.num_experts)
+    if most is not None and problem.num_tokens > most:
+        return (
+            f"takes at most {kernel.launch.max_clusters} clusters, which are {most} tokens of "
+            f"{problem.num_experts} experts, got {problem.num_tokens}"
+        )
     if problem.k % accepts.k_multiple:
         return f"takes K in multiples of {accepts.k_multiple}, got {problem.k}"
     for tensor, taken in accepts.dtypes.items():
@@ -273,7 +279,7 @@ def _steps_of_role(manifest: Manifest, problem: Problem, arch: str) -> list[Step
     kernel = select_kernel(manifest, problem, arch)
     steps: list[Step] = []
     while True:
-        high = kernel.problem.num_tokens.high
+        high = kernel.most_tokens(problem.num_experts)
         if high is not None and high >= MAX_TOKENS:
             high = None
         reason = f"{problem.num_tokens}..{high or ''} tokens: {_PURPOSE[problem.role]}"
@@ -285,7 +291,7 @@ def _steps_of_role(manifest: Manifest, problem: Problem, arch: str) -> list[Step
         taken = _accepted(resolve(manifest, problem, arch))
         if not taken:
             return steps
-        kernel = min(taken, key=_max_tokens)
+        kernel = _least(taken, problem)
 
 
 def select_kernel(manifest: Manifest, problem: Problem, arch: str) -> Kernel:
@@ -294,16 +300,21 @@ def select_kernel(manifest: Manifest, problem: Problem, arch: str) -> Kernel:
     accepted = _accepted(candidates)
     if not accepted:
         raise NoKernelError(_no_kernel_message(candidates, problem, arch))
-    return min(accepted, key=_max_tokens)
+    return _least(accepted, problem)
 
 
 def _accepted(candidates: tuple[Accepted | Rejected, ...]) -> list[Kernel]:
     return [item.kernel for item in candidates if isinstance(item, Accepted)]
 
 
-def _max_tokens(kernel: Kernel) -> int:
-    high = kernel.problem.num_tokens.high
-    return MAX_TOKENS if high is None else min(high, MAX_TOKENS)
+def _least(kernels: list[Kernel], problem: Problem) -> Kernel:
+    """Return the kernel that is made for the fewest tokens."""
+
+    def tokens(kernel: Kernel) -> int:
+        most = kernel.most_tokens(problem.num_experts)
+        return MAX_TOKENS if most is None else min(most, MAX_TOKENS)
+
+    return min(kernels, key=tokens)
 
 
 def _no_kernel_message(

@@ -90,9 +90,9 @@ class Launch:
         token_tiles   ceil(num_tokens / token_tile)
     `pdl` says that the kernel waits with griddepcontrol, so that a programmatic dependent launch is
     legal; whether a call uses one is the caller's choice. `nonportable_cluster` asks for the
-    function attribute that clusters of more than 8 CTAs need. `wait_limit_ms`: a warp that has
-    waited this long for another CTA's word in global memory traps; 0 for a kernel that never waits
-    so.
+    function attribute that clusters of more than 8 CTAs need. `max_clusters`: the kernel is not
+    made for a launch of more clusters; None is no bound. `wait_limit_ms`: a warp that has waited
+    this long for another CTA's word in global memory traps; 0 for a kernel that never waits so.
     """
 
     block: tuple[int, int, int]
@@ -105,6 +105,7 @@ class Launch:
     pdl: bool
     nonportable_cluster: bool
     wait_limit_ms: int
+    max_clusters: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +190,15 @@ class Kernel:
     @property
     def key(self) -> str:
         return f"{self.name}.{self.arch}"
+
+    def most_tokens(self, num_experts: int) -> int | None:
+        """Return the most tokens that the kernel takes for num_experts; None is no end."""
+        high, launch = self.problem.num_tokens.high, self.launch
+        if launch.max_clusters is None:
+            return high
+        expert_tiles = -(-num_experts // launch.expert_tile)
+        tokens = launch.max_clusters // expert_tiles * launch.token_tile
+        return tokens if high is None else min(high, tokens)
 
     def workspace_bytes(self, num_tokens: int, num_experts: int) -> int:
         """Return the bytes of its workspace that a launch accesses."""

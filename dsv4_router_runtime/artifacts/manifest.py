@@ -63,7 +63,7 @@ from .limits import (
 )
 from .parameter_schema import NAME, read_parameters
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
 MAX_COUNT = 2**31 - 1
@@ -317,7 +317,8 @@ def _int_range(node: JsonNode, most: int, *, endless: bool = False) -> IntRange:
 
 
 def _launch(node: JsonNode) -> Launch:
-    at = node.members(*(item.name for item in fields(Launch)))
+    required = {item.name for item in fields(Launch)} - {"max_clusters"}
+    at = node.members(*required, optional=("max_clusters",))
     block, cluster = at["block"].int3(), at["cluster"].int3()
     nonportable = at["nonportable_cluster"].boolean()
     if prod(block) > MAX_THREADS_PER_CTA or block[2] > MAX_BLOCK[2]:
@@ -341,6 +342,9 @@ def _launch(node: JsonNode) -> Launch:
         dynamic_shared_bytes=at["dynamic_shared_bytes"].integer(high=MAX_DYNAMIC_SHARED_BYTES),
         pdl=at["pdl"].boolean(),
         nonportable_cluster=nonportable,
+        max_clusters=(
+            at["max_clusters"].integer(low=1, high=MAX_FIXED_CTAS) if "max_clusters" in at else None
+        ),
         wait_limit_ms=at["wait_limit_ms"].integer(high=MAX_WAIT_LIMIT_MS),
     )
 

@@ -137,7 +137,7 @@ def row_behind(
     stopwatch: Stopwatch,
 ) -> list[Figure]:
     """Time the norm, then every contender behind it; without a norm, each cell gives the reason."""
-    order = call_order(inputs.problem, mode)
+    order = call_order(inputs, mode)
     norm_figure = Figure(
         shape=inputs.problem.name,
         mode=mode,

@@ -12,16 +12,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .fault import Torn
+from .fault import Changes, Torn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from build_kernels.emulator import Result, Tear
+    from build_kernels.emulator import Result
 
 NOTHING = Torn(rows=(), arrays={})
 CHILD_DIED = "its process died: see the lines above"
@@ -83,12 +83,10 @@ class _Forks:
                 touched = _bytes_of(changes, sizes[array])
                 self._watched.setdefault(array, []).append((tearing, touched))
 
-    def on_load(self, array: str, offsets: NDArray[Any]) -> Sequence[Tear]:
-        """Fork if a torn element is about to be loaded; return the tears to a child."""
-        from build_kernels.emulator import Tear
-
+    def on_load(self, array: str, offsets: NDArray[Any]) -> Mapping[str, Changes]:
+        """Fork if a torn element is about to be loaded; return the tear to a child."""
         if self.child is not None:
-            return ()
+            return {}
         for tearing, touched in self._watched.get(array, ()):
             if not touched[offsets[offsets < len(touched)]].any():
                 continue
@@ -96,9 +94,8 @@ class _Forks:
             wanted = moment > 0 and not tearing.problems and tearing.wanted(moment)
             where = f"torn at moment {moment}, before a load of {array}"
             if wanted and self._fork(tearing, where):
-                torn = tearing.torn.arrays.items()
-                return [Tear(array=name, load=0, changes=values) for name, values in torn]
-        return ()
+                return tearing.torn.arrays
+        return {}
 
     def _fork(self, tearing: Tearing, where: str) -> bool:
         """Return True in a child; in the parent, wait for it, note its problems, return False."""
@@ -130,7 +127,7 @@ class _Forks:
             os._exit(status)
 
 
-def _bytes_of(changes: Mapping[int, Any], size: int) -> NDArray[Any]:
+def _bytes_of(changes: Changes, size: int) -> NDArray[Any]:
     """Return whether each byte of an array, up to the last torn one, is of a torn element."""
     import numpy as np
 

@@ -21,8 +21,8 @@ from dsv4_router_runtime.log import warn_once
 
 from .eligibility import DISPATCH_ALGORITHMS, LayerFacts, reason_against
 
-# Tensors move once when weights are loaded into new memory. An offloaded layer's move each call.
-MAX_MOVES = 4
+# The gate gets another weight when a model is loaded anew; an offloaded layer's gate each call.
+MAX_REPLACEMENTS = 4
 
 
 class Routed(NamedTuple):
@@ -54,7 +54,7 @@ class ServedLayer:
         self._top_k = self._num_shared = 0
         self._tensors: list[torch.Tensor] = []
         self._bound_at: list[int] = []
-        self._moves = 0
+        self._replacements = 0
 
     def serves(self, hidden_states: torch.Tensor) -> bool:
         """Return whether this layer's call with these hidden states is served; bind it if so."""
@@ -62,7 +62,7 @@ class ServedLayer:
             self._decide(hidden_states)
         if not self._serves:
             return False
-        if self.moe.gate.weight is not self._tensors[0] or self._moved():
+        if self.moe.gate.weight is not self._tensors[0]:
             return self._follow(hidden_states)
         if self.moe.gate._forward_hooks:
             self._warn("hook", "a hook on its gate may read the logits")
@@ -97,18 +97,15 @@ class ServedLayer:
             return str(error)
         return None
 
-    def _moved(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._tensors] != self._bound_at
-
     def _follow(self, hidden_states: torch.Tensor) -> bool:
-        """Bind a layer whose tensors moved again; return whether it is served still."""
+        """Bind a layer whose gate has another weight; return whether it is served still."""
         if _is_capturing(hidden_states):
             self._warn("moved", "its weights moved, and this call is captured")
             return False
-        self._moves += 1
+        self._replacements += 1
         self._routers.clear()
         reason = self._bind_now()
-        if self._moves > MAX_MOVES:
+        if self._replacements > MAX_REPLACEMENTS:
             reason = "its weights keep moving; is it offloaded?"
         if reason is not None:
             self._routers.clear()
@@ -221,8 +218,9 @@ class ServedLayer:
         """Take the weights as they are now, after SGLang has loaded others."""
         if not self._routers:
             return
-        if self._moved() or not self._tensors[0].is_cuda:
-            self._moves = 0
+        moved = [tensor.data_ptr() for tensor in self._tensors] != self._bound_at
+        if moved or not self._tensors[0].is_cuda:
+            self._replacements = 0
             self._routers.clear()
             return
         for router in self._routers.values():

@@ -353,7 +353,7 @@ def _arguments(
 
 RUNG = Rung(
     name="emulated",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=6),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=3,

@@ -176,7 +176,7 @@ _DOCUMENT = Document(
 )
 RUNG = Rung(
     name="hardware",
-    climb=climb,
+    climbs=(climb,),
     checker=None,
     reads=Reads.RECORDS,
     cost=0,

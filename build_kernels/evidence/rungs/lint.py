@@ -166,7 +166,7 @@ def compile_here(name: str, arch: str, folder: str, report: str) -> None:
 
 RUNG = Rung(
     name="lint",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=1, tool="nvidia-cutlass-dsl"),
     reads=Reads.SOURCES,
     cost=2,

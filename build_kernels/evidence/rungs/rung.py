@@ -43,16 +43,16 @@ class Checker:
 class Rung:
     """One kind of check.
 
-    climb: the check, `(artifact, *, quick) -> Result`; quick requests fewer cases. checker: None if
-    stored results never become stale, such as a GPU's. cost: rungs of the greatest cost
-    start first. figures: the figures that `describe` reads, each with its check; all of them if the
-    first is stored. required: the figure that every passed or failed result must have. packages:
-    imported by the processes that climb. parts: the climbs, side by side, that make one result. If
-    there are several, `climb` takes its `part`, from 0, and `join` makes the figures from theirs.
+    climbs: the check, in one part or several side by side, each `(artifact, *, quick) -> Result`;
+    quick requests fewer cases. join: makes the figures from those of the parts. checker: None if
+    stored results never become stale, such as a GPU's. cost: rungs of the greatest cost start
+    first. figures: the figures that `describe` reads, each with its check; all of them if the first
+    is stored. required: the figure that every passed or failed result must have. packages: imported
+    by the processes that climb.
     """
 
     name: str
-    climb: Callable[..., Result]
+    climbs: tuple[Callable[..., Result], ...]
     checker: Checker | None
     reads: Reads
     cost: int
@@ -60,7 +60,6 @@ class Rung:
     describe: Callable[[Mapping[str, Any]], Iterable[str]]
     required: str = ""
     packages: tuple[str, ...] = ()
-    parts: int = 1
     join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda figures: figures[0]
 
     def present_checker(self) -> str:

@@ -94,8 +94,8 @@ class Router:
         layer has it only if it has bias_vl.
 
     torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
-    torch.export refuse it, since a launch on addresses is no operator of torch. Dynamo looks into
-    this package's own code around the break; `torch.compiler.disable(router)` keeps it out.
+    torch.export refuse it; they trace the operators of `integrations.torch_op`. Dynamo traces this
+    package's own code around the break; `torch.compiler.disable(router)` keeps it out.
 
     copy.copy gives the same layer once more. deepcopy and pickle are a TypeError, since a Router is
     bound to memory: leave it out of what is copied or sent (in the module's `__deepcopy__` or
@@ -407,7 +407,7 @@ def _remembered_binding(
 
 
 def _layer_key(W_gate: Any, e_bias: Any, routed_scaling_factor: Any, top_k: Any) -> Any:
-    """What tells layers apart. Types are in it: 6.0 or True must not pass for a checked 6."""
+    """Return the key of a layer. It has types: 6.0 or True must not pass for a checked 6."""
     tensors = [
         (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
@@ -422,5 +422,5 @@ def _layer_key(W_gate: Any, e_bias: Any, routed_scaling_factor: Any, top_k: Any)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """torch's count of in-place changes; None for an inference tensor, which has none."""
+    """Return torch's count of in-place changes; None for an inference tensor, which has none."""
     return None if tensor.is_inference() else tensor._version

@@ -28,7 +28,7 @@ def copied_hash_table(tid2eid: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def check_physical_map(to_physical: torch.Tensor, logical_count: torch.Tensor) -> None:
-    """Counts within the map's replicas, and the ids that they use in 0..2**31 - 1."""
+    """Refuse counts beyond the map's replicas, and ids in use outside 0..2**31 - 1."""
     max_replicas = to_physical.shape[1]
     with torch.no_grad():
         unfit = (logical_count < 1) | (logical_count > max_replicas)

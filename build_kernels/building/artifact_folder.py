@@ -173,7 +173,7 @@ def file_sha256(path: Path) -> str | None:
 
 
 def is_plain(path: Path) -> bool:
-    """Is it a file, and neither a link to one nor anything else?"""
+    """Return whether it is a file, and neither a link to one nor anything else."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:

@@ -139,7 +139,7 @@ def _check_plan(folder: Path, plan: Plan, locked: bool) -> None:
 
 
 def _is_as_planned(folder: Path, plan: Plan) -> bool:
-    """Is the folder the plan's result already? Then a build writes nothing, not even a lock."""
+    """Return whether the folder is the plan's result; a build then writes nothing, nor a lock."""
     text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
     contents = _look_at(folder)
     return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)

@@ -197,7 +197,7 @@ def cubin_name(name: str, arch: str) -> str:
 
 
 def compute_capability(arch: str) -> int:
-    """10 * major + minor of an architecture's name: 90 for sm_90a, 103 for sm_103a."""
+    """Return 10 * major + minor of an architecture: 90 for sm_90a, 103 for sm_103a."""
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 

@@ -46,7 +46,7 @@ def grid_of(launch: Launch, *, num_tokens: int, num_experts: int) -> tuple[int, 
 
 
 def grid_depends_on_tokens(launch: Launch) -> bool:
-    """Whether `grid_of` changes with the number of tokens, so that it is set for each call."""
+    """Return whether `grid_of` changes with the number of tokens, and is set for each call."""
     return "token_tiles" in launch.grid
 
 

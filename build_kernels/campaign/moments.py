@@ -29,7 +29,7 @@ CHILD_DIED = "its process died: see the lines above"
 
 @dataclass(kw_only=True)
 class Tearing:
-    """One tear of a launch. wanted: of the moments, from 1. moments, runs, problems: so far."""
+    """One tear of a launch. wanted: takes a moment, from 1. loads, runs, problems: so far."""
 
     torn: Torn
     wanted: Callable[[int], bool]
@@ -50,7 +50,7 @@ def tear_at_moments(
     """Run a launch, and each tear of it at each wanted moment until it has a problem.
 
     The launch without a tear is judged too: one that ends early is torn nowhere. run: takes
-    `emulate`'s on_load. sizes: of an element of each array, in bytes.
+    `emulate`'s on_load. sizes: bytes per element, by array.
     """
     forks = _Forks(tearings, sizes)
     try:
@@ -117,7 +117,7 @@ class _Forks:
         return False
 
     def end(self, problems: list[str]) -> NoReturn:
-        """Send a child's problems and end it, without what its parent would do at its own end."""
+        """Send a child's problems and end it, without its parent's exit handlers."""
         status = 1
         try:
             with os.fdopen(self._pipe, "w") as pipe:

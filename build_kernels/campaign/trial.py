@@ -1,4 +1,4 @@
-"""Let a fault happen to a kernel in the emulator, and judge what comes of it."""
+"""Let a fault happen to a kernel in the emulator, and judge the outcome."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _wanted(
 ) -> Callable[[int], bool] | None:
     """Return which moments of a launch, from 1, are wanted; None if the launch is not.
 
-    moments: as many were in the last launch, whose number of expert tiles may be another.
+    moments: those of the last launch, whose number of expert tiles may differ.
     """
     if num_experts not in (scenario.quick if quick else scenario.experts + scenario.between):
         return None

@@ -145,7 +145,7 @@ def _with_records(
 def _with_others(
     evidence: Evidence, listed: Sequence[Kernel], others: Iterable[Evidence]
 ) -> Evidence:
-    """Merge what evidence found elsewhere adds; that of GPUs comes by records alone."""
+    """Merge evidence found elsewhere, except that of GPUs, which comes by records alone."""
     known = {_bytes_of(kernel): kernel for kernel in listed}
     for entry in (entry for other in others for entry in other.entries.values()):
         kernel = known.get((entry.cubin_sha256, entry.ptx_sha256))

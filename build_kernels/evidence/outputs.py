@@ -37,7 +37,7 @@ def output_strides(case: Case) -> dict[str, int]:
 
 
 def new_outputs(case: Case) -> dict[str, Array]:
-    """Return the outputs that a case asks for, full of canaries, by parameter."""
+    """Return the outputs of a case, full of canaries, by parameter."""
     import numpy as np
 
     def full(name: str, canary: float, dtype: Any) -> Array:

@@ -32,7 +32,7 @@ class Checker:
     doubt raise it: the price is one run of the rung (the emulated one takes the longest). A stored
     pass that the present rung would not give is false.
 
-    A digest of the sources would ask for that run after every comment.
+    A digest of the sources would require that run after every comment.
     """
 
     number: int
@@ -82,7 +82,7 @@ class Rung:
         return number == present_number and (not present_tool or tool == present_tool)
 
     def check_figures(self, node: JsonNode, result: Result) -> None:
-        """Raise the node's error if a stored result's figures are not what `describe` reads."""
+        """Raise the node's error unless a stored result has the figures that `describe` reads."""
         stored = result.figures
         if self.required and result.status != NOT_RUN and not stored.get(self.required):
             raise node.error(f"{self.name} {result.status} without its {self.required}")

@@ -38,7 +38,7 @@ class ServedLayer:
 
     Decides at the first call that is not captured, since SGLang sets attributes of the layer after
     it was made, and binds then. Its routers differ in their ids, which are logical, or physical by
-    SGLang's maps, read in place; and in whether they know image rows by their token id.
+    SGLang's maps, read in place; and in whether image rows are told by their token id.
 
     reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
     """
@@ -49,7 +49,7 @@ class ServedLayer:
         self.config: Any = None
         self.reason: str | None = None
         self._serves: bool | None = None
-        # (image rows are known, address of the map or 0) -> the router.
+        # (image rows are told, address of the map or 0) -> the router.
         self._routers: dict[tuple[bool, int], Any] = {}
         self._top_k = self._num_shared = 0
         self._tensors: list[torch.Tensor] = []
@@ -260,7 +260,7 @@ def config_of(moe: Any) -> Any:
 
 
 def facts_of(moe: Any) -> LayerFacts:
-    """Read off a DeepseekV2MoE and the server's configuration what `reason_against` asks."""
+    """Read the inputs of `reason_against` off a DeepseekV2MoE and the server's configuration."""
     gate, topk, config = moe.gate, moe.topk, config_of(moe)
     weight, e_bias = gate.weight, gate.e_score_correction_bias
     num_slots = config.num_shared_topk_slots

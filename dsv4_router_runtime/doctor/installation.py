@@ -27,7 +27,7 @@ _WHY = {
     WHEEL_FOLDER: "the installed package's own",
     CHECKOUT_FOLDER: "beside the package of a checkout",
 }
-_GPU_TESTS = "python -m pytest -m gpu --record records.json"
+_GPU_TESTS = "in a checkout with these artifacts: python -m pytest -m gpu --record records.json"
 
 
 def check_packages() -> list[Finding]:

@@ -1,7 +1,7 @@
-"""What the checks of single arguments share, and how their errors read.
+"""The parts that checks of single arguments share, and the form of their errors.
 
 TypeError for a wrong kind of object or dtype, ValueError for the rest; each message names the
-argument, what was expected and what was got.
+argument, the expected value and the one that was got.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def wrong(argument: str, expected: str, got: str) -> ValueError:
 
 
 def number(value: int | float) -> str:
-    # Python refuses to print an int of more than 4300 digits, and nobody would read it.
+    # Python refuses to print an int of more than 4300 digits.
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an int of {value.bit_length()} bits"
     return str(value)

@@ -1,7 +1,7 @@
 """The values of the tables that a layer binds, checked once; this waits for the current stream.
 
-A hash table is copied, so that what was checked stays true. A physical map is read in place, since
-servers rebalance in place: later changes are theirs, and the kernels hold what they read in bounds.
+A hash table is copied, so that its check stays true. A physical map is read in place, since servers
+rebalance in place: later changes are theirs, and the kernels hold the values in bounds.
 """
 
 from __future__ import annotations

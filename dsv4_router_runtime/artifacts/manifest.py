@@ -98,7 +98,7 @@ class Manifest:
 def serialise_manifest(manifest: Manifest) -> str:
     """Return the manifest's text: keys and kernels sorted, one newline at the end, no timestamps.
 
-    The text is parsed first: what does not fit the schema is a ManifestError in the builder.
+    The text is parsed first: a manifest beyond the schema is a ManifestError in the builder.
     """
     kernels = sorted(manifest.kernels, key=lambda kernel: (kernel.name, kernel.arch))
     document = {

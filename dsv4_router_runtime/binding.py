@@ -183,7 +183,7 @@ class Binding:
         Only a step with a matrix product takes the three tensors; other kernels have the addresses.
         """
         if driver.forked:
-            driver.bindings()  # which says so
+            driver.refuse_forked_child()
         if self._many_devices and torch.cuda.current_device() != self._index:
             with driver.context_kept(), torch.cuda.device(self._index):
                 self.run(call, options, hidden_states, W_gate, pdl, out_logits)

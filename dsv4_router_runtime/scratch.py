@@ -130,9 +130,7 @@ def _owner(space: Workspace, address: int) -> str:
 
 
 def _usable_gpu(device: torch.device | int | str | None) -> int:
-    """Return `gpu_index`, but refuse a forked child: another thread may have held a lock then."""
-    if driver.forked:
-        driver.bindings()  # which says so
+    driver.refuse_forked_child()
     return gpu_index(device)
 
 

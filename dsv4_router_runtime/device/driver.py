@@ -86,17 +86,25 @@ class _Bindings:
         return call
 
 
-@cache
-def bindings() -> Any:
-    """Return `cuda.bindings.driver`, initialised.
+def refuse_forked_child() -> None:
+    """Raise RouterError in a forked child; call it before a lock that may be held for ever there.
 
-    DriverMissingError if there is no driver, RouterError in a forked child.
+    Another thread may have held it at the fork.
     """
     if forked:
         raise RouterError(
             "this process was forked from one that had used CUDA, which CUDA does not support; "
             'start it with the method "spawn" (multiprocessing.set_start_method("spawn"))'
         )
+
+
+@cache
+def bindings() -> Any:
+    """Return `cuda.bindings.driver`, initialised.
+
+    DriverMissingError if there is no driver, RouterError in a forked child.
+    """
+    refuse_forked_child()
     try:
         from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:

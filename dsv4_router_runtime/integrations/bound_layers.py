@@ -167,8 +167,8 @@ def refresh(weight: torch.Tensor) -> None:
 
     Captured graphs read them from the next replay on. Layers without copies need none of this.
     """
-    if weight.is_cuda and driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
+    if weight.is_cuda:
+        driver.refuse_forked_child()
     address = weight.data_ptr()
     with _lock:
         for bound in list(layers.values()):
@@ -217,8 +217,8 @@ def find(
     bound = layers.get(key)
     if bound is not None and _fresh(bound, weight, tid2eid):
         return bound
-    if weight.is_cuda and driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
+    if weight.is_cuda:
+        driver.refuse_forked_child()
     with _lock:
         bound = layers.get(key)
         if bound is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NoKernelError,
         RouterError,
     )
+    from .exact import exact_logits, exact_reference
     from .reference import router_reference
     from .router import Router, dense_router_dispatch
     from .scratch import Status, check, reset, status
@@ -43,6 +44,8 @@ __all__ = [
     "Status",
     "check",
     "dense_router_dispatch",
+    "exact_logits",
+    "exact_reference",
     "find_artifacts",
     "open_artifacts",
     "parse_manifest",
@@ -66,6 +69,8 @@ _HOME = {
     "Status": "scratch",
     "check": "scratch",
     "dense_router_dispatch": "router",
+    "exact_logits": "exact",
+    "exact_reference": "exact",
     "find_artifacts": "artifacts.folder",
     "open_artifacts": "artifacts.folder",
     "parse_manifest": "artifacts.manifest",

@@ -16,6 +16,15 @@ _logged: set[tuple[int, str]] = set()
 _lock = threading.Lock()
 
 
+def report_to(name: str) -> None:
+    """Send records where the logger `name` sends its own; without a handler, WARNINGs to stderr."""
+    LOGGER.parent = logging.getLogger(name)
+    for handler in LOGGER.handlers[:]:
+        # It counts as a handler, so that logging would not fall back to stderr.
+        if isinstance(handler, logging.NullHandler):
+            LOGGER.removeHandler(handler)
+
+
 def info_once(kind: str, text: str) -> bool:
     """Log `text` at INFO unless `kind` was logged at INFO before; return whether it was logged."""
     return _once(logging.INFO, kind, text)

@@ -6,7 +6,8 @@ outputs returned instead of written, and `Router`'s options as keywords.
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
 
 import torch
 
@@ -38,6 +39,16 @@ _OFF = ReferenceOptions(
     forced_mask=None,
     ids_dtype=torch.int32,
 )
+
+
+class Arithmetic(NamedTuple):
+    """From a logit to a weight: the score of each logit, and the weights of the chosen scores.
+
+    weights takes scores [N, top_k], routed_scaling_factor and norm_topk_prob.
+    """
+
+    scores: Callable[[torch.Tensor], torch.Tensor]
+    weights: Callable[[torch.Tensor, float, bool], torch.Tensor]
 
 
 def router_reference(
@@ -88,13 +99,27 @@ def select_reference(
     num_shared_slots: columns top_k + j hold id E + j and weight shared_weight.
     norm_topk_prob: False leaves out the division by the sum.
     """
+    return select_with(PLAIN, logits, e_bias, routed_scaling_factor, top_k, options)
+
+
+def select_with(
+    arithmetic: Arithmetic,
+    logits: torch.Tensor,
+    e_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    top_k: int,
+    options: ReferenceOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and ids from logits [N, E]; see `select_reference`."""
     unknown = sorted(options.keys() - _OFF.keys())
     if unknown:
         raise TypeError(f"unexpected keyword arguments {unknown} (options: {', '.join(_OFF)})")
     given = _OFF | options
     num_rows, num_experts = logits.shape
-    logits = tempered(logits, given["gate_temp"])
-    ids, padded = _chosen(logits, e_bias, top_k, given)
+    scores = arithmetic.scores(tempered(logits, given["gate_temp"]))
+    # So that its key is NaN too. It counts as 0 in the weights.
+    scores = scores.masked_fill(logits.isnan(), torch.nan)
+    ids, padded = _chosen(scores, e_bias, top_k, given)
     if (forced_ids := given["forced_ids"]) is not None:
         wrong, forced = _not_a_choice(forced_ids, num_experts), given["forced_mask"]
         forced = torch.ones_like(wrong) if forced is None else forced
@@ -103,10 +128,8 @@ def select_reference(
     padding = given["padding_mask"], given["num_tokens"]
     padded = padded | padded_rows(num_rows, logits.device, *padding)
 
-    weights = router_scores(logits).gather(1, ids)
-    if given["norm_topk_prob"]:
-        weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
-    weights = weights * routed_scaling_factor
+    chosen = scores.gather(1, ids).nan_to_num(nan=0.0)
+    weights = arithmetic.weights(chosen, routed_scaling_factor, given["norm_topk_prob"])
 
     ids = _physical(ids, given["to_physical"], given["logical_count"])
     num_shared_slots = given["num_shared_slots"]
@@ -122,23 +145,23 @@ def select_reference(
 
 
 def _chosen(
-    logits: torch.Tensor, e_bias: torch.Tensor | None, top_k: int, given: ReferenceOptions
+    scores: torch.Tensor, e_bias: torch.Tensor | None, top_k: int, given: ReferenceOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logical ids [N, top_k], and the rows [N] that have none in the table."""
     tid2eid, input_ids, bias_vl = given["tid2eid"], given["input_ids"], given["bias_vl"]
     ids_range = given["first_image_id"], given["num_image_ids"]
-    images = image_rows(len(logits), logits.device, given["image_mask"], input_ids, *ids_range)
+    images = image_rows(len(scores), scores.device, given["image_mask"], input_ids, *ids_range)
     if tid2eid is not None and input_ids is not None:
         outside = (input_ids < 0) | (input_ids >= tid2eid.shape[0])
         ids = tid2eid[input_ids.masked_fill(outside, 0).long()].long()
         if bias_vl is None:
             return ids, outside
-        of_images = ranking(selection_keys(logits, bias_vl))[:, :top_k]
+        of_images = ranking(scores + bias_vl.to(scores.dtype))[:, :top_k]
         return torch.where(images[:, None], of_images, ids), outside & ~images
     if e_bias is None:
         raise ValueError("expected e_bias, or tid2eid and input_ids (got neither)")
     bias = selection_bias(e_bias, bias_vl, images)
-    return ranking(selection_keys(logits, bias))[:, :top_k], torch.zeros_like(images)
+    return ranking(scores + bias.to(scores.dtype))[:, :top_k], torch.zeros_like(images)
 
 
 def _not_a_choice(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -223,6 +246,15 @@ def router_scores(logits: torch.Tensor) -> torch.Tensor:
     finite = logits.nan_to_num(nan=-torch.inf, posinf=FP32_MAX, neginf=-torch.inf)
     finite = finite.clamp(max=FP32_MAX)
     return (finite.clamp(min=0) + (-finite.abs()).exp().log1p()).sqrt()
+
+
+def _plain_weights(scores: torch.Tensor, scale: float, norm_topk_prob: bool) -> torch.Tensor:
+    if norm_topk_prob:
+        scores = scores / (scores.sum(1, keepdim=True) + EPSILON)
+    return scores * scale
+
+
+PLAIN = Arithmetic(scores=router_scores, weights=_plain_weights)
 
 
 def selection_keys(logits: torch.Tensor, e_bias: torch.Tensor) -> torch.Tensor:

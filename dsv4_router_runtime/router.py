@@ -16,7 +16,7 @@ from .checks import check_bool
 from .device import driver
 from .device.memory import wait_for_device
 from .device.streams import CALL_OUTSIDE, refuse_under_capture
-from .layer import LayerOptions, check_layer, complete_options, options_on
+from .layer import OPTIONS_OFF, LayerOptions, check_layer, complete_options, options_on
 
 # The tensors of a layer that every call reads where they lie, and the one that is copied.
 _READ_IN_PLACE = ("W_gate", "e_bias", "bias_vl", "to_physical", "logical_count")
@@ -368,7 +368,9 @@ def dense_router_dispatch(
 
     The binding of a layer's first call is remembered for the next one with the same weights: same
     memory, shape, strides, bias, top_k and scale. The tensors themselves are not kept alive, except
-    where W_gate has to be copied (`Router.weights_copied`); modified in place, it is copied again.
+    if W_gate has to be copied (`Router.weights_copied`). The next call after it was modified in
+    place copies it again, to the memory that captured graphs read, as `Router.refresh` does; that
+    call cannot be captured. The last 512 layers are remembered: a graph of another keeps its copy.
     """
     if driver.forked:  # a function's call costs 0.04 us
         driver.refuse_forked_child()
@@ -390,8 +392,10 @@ def _remembered_binding(
     key = _layer_key(W_gate, e_bias, routed_scaling_factor, top_k)
     with _remembered_lock:
         binding, copied_from, version = _remembered.get(key, (None, None, None))
-        stale = copied_from is not None and version_of(W_gate) != version
-        if binding is not None and not stale:
+        if binding is not None:
+            if copied_from is not None and (changed := version_of(W_gate)) != version:
+                binding.copy(W_gate, OPTIONS_OFF)
+                _remembered[key] = (binding, W_gate, changed)
             _remembered.move_to_end(key)
             return binding
         layer = check_layer(

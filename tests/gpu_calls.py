@@ -40,8 +40,18 @@ def logits_of(x, W):
     return x.double() @ W.double()
 
 
-def captured(calls, stream=None):
-    """A graph of the calls, after one eager run of each."""
+def approximation(name: str):
+    """`name`.approx.ftz.f32 as this GPU computes it, of a tensor."""
+    return torch.cuda.jiterator._create_jit_fn(f"""
+        template <typename T> T {name}_of(T x) {{
+            T y;
+            asm("{name}.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+            return y;
+        }}""")
+
+
+def captured(calls, stream=None, *, mode="global"):
+    """A graph of the calls, after one eager run of each. mode: torch's capture_error_mode."""
     side = stream or torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -49,7 +59,7 @@ def captured(calls, stream=None):
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, stream=side, capture_error_mode=mode):
         for call in calls:
             call()
     return graph

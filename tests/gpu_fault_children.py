@@ -23,6 +23,7 @@ from cuda.bindings import driver as cuda
 from gpu_calls import captured, integers, logits_of
 from gpu_layer import SCALE, TOP_K, VOCABULARY, E, Layer, checked
 from gpu_neighbours import launch_that_never_waits, poison, rewriting, spinning
+from gpus_children import every_gpu, routers_with_nccl
 
 import dsv4_router_runtime as runtime
 from dsv4_router_runtime import Router
@@ -322,7 +323,7 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
     for child in (
         *(torn, spinner, load, graphs_destroyed, one_graph_in_two_parents, nan_everywhere),
         *(launches_until_killed, clean, a_million_tokens, chain_that_never_waits),
-        *(empty_cache_between, poisoned_launch),
+        *(empty_cache_between, poisoned_launch, every_gpu, routers_with_nccl),
     )
 }
 

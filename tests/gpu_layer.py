@@ -29,12 +29,13 @@ class Layer:
         num_tokens: int,
         seed: int = 0,
         *,
+        k: int = K,
         hashed: bool = False,
         images: bool = False,
         call: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         generator = torch.Generator(device="cuda").manual_seed(seed)
-        self.x, self.W, self.bias = integers(generator, num_tokens, K, E)
+        self.x, self.W, self.bias = integers(generator, num_tokens, k, E)
         self.call = call or {}
         options: dict[str, Any] = {}
         if images:

@@ -42,6 +42,7 @@ from build_kernels.bench.contenders import Entrant, Unavailable  # noqa: E402
 from build_kernels.bench.inputs import make_inputs, poison  # noqa: E402
 from build_kernels.bench.plot import limits, plot_report, spread  # noqa: E402
 from build_kernels.bench.report import (  # noqa: E402
+    BEHIND,
     COLD,
     EAGER,
     EMPTY,
@@ -1051,7 +1052,10 @@ def test_a_replays_time_is_shared_among_its_calls(cuda: FakeCuda) -> None:
     assert cuda.log.count("replay") == 1 + stopwatch.REPLAYS
 
 
-def test_cold_is_what_an_emptied_l2_gives(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [COLD, *BEHIND])
+def test_cold_is_what_an_emptied_l2_gives(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     filler = types.SimpleNamespace(sum=lambda: cuda.log.append("fill"))
     properties = types.SimpleNamespace(L2_cache_size=1 << 10)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -1059,9 +1063,9 @@ def test_cold_is_what_an_emptied_l2_gives(cuda: FakeCuda, monkeypatch: pytest.Mo
     sizes = []
     monkeypatch.setattr(torch, "zeros", lambda size, **_: sizes.append(size) or filler)
     watch = CudaStopwatch()
-    run = watch.prepare(lambda layer: layer, [0, 1, 2], COLD)
+    run = watch.prepare(lambda layer: layer, [0, 1, 2], mode)
     cuda.log.clear()
-    watch.time(run, 3, COLD)
+    watch.time(run, 3, mode)
     # Once before each of the replays that count, done before the clock starts.
     assert cuda.log[-4 * stopwatch.REPLAYS :] == ["fill", "wait", "replay", "wait"] * (
         stopwatch.REPLAYS

@@ -61,7 +61,7 @@ for module in {PURE}:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference"])
+@pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference", "exact"])
 def test_the_rest_brings_in_torch_and_no_builder(module):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     code = f"""

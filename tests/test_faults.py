@@ -77,7 +77,7 @@ def test_the_table_has_every_hazard_and_a_proof_for_each_row() -> None:
     places = [fault.place for fault in FAULTS]
     assert places.count(Place.CPU) >= 38
     assert places.count(Place.GPU) >= 25
-    assert places.count(Place.GPUS) >= 6
+    assert places.count(Place.GPUS) >= 10
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

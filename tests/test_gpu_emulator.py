@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 np = pytest.importorskip("numpy", reason="needs the extra `verify`")
 
+from gpu_calls import approximation  # noqa: E402
+
 from build_kernels.emulator import Schedule  # noqa: E402
 from build_kernels.evidence.artifact import load_artifact  # noqa: E402
 from build_kernels.evidence.cases import Case  # noqa: E402
@@ -36,13 +38,7 @@ APPROXIMATE = ("ex2", "rcp", "rsqrt")
 
 def on_this_gpu(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return `name`.approx.ftz.f32 as this GPU computes it."""
-    code = f"""
-        template <typename T> T {name}_of(T x) {{
-            T y;
-            asm("{name}.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-            return y;
-        }}"""
-    compiled = torch.cuda.jiterator._create_jit_fn(code)
+    compiled = approximation(name)
 
     def run(values: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).cuda()

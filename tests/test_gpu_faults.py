@@ -8,58 +8,22 @@ DSV4_FAULT_SECONDS: how long the soak runs; 20 by default.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
+from gpu_child import child, command, environment
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 pytestmark = pytest.mark.gpu
 
-CHILDREN = Path(__file__).with_name("gpu_fault_children.py")
 SOAK_SECONDS = float(os.environ.get("DSV4_FAULT_SECONDS", "20"))
 CLEAN = (1, 8, 9, 64, 300)
 TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "input_ids"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment, with the package under test first."""
-    places = os.pathsep.join([str(CHILDREN.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": places, **more}
-
-
-def command(name: str, *arguments: Any) -> list[str]:
-    return [sys.executable, str(CHILDREN), name, json.dumps(arguments)]
-
-
-def child(
-    name: str, *arguments: Any, seconds: float = 120, env: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Run one function of gpu_fault_children.py; return its figures, or fail the test."""
-    try:
-        done = subprocess.run(
-            command(name, *arguments),
-            env=environment(**(env or {})),
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        pytest.fail(f"{name}{arguments} hangs: still running after {seconds} s; {late.stderr}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    figures = json.loads(done.stdout.splitlines()[-1])
-    print(name, *arguments, figures)
-    return figures
 
 
 @pytest.mark.parametrize("num_tokens", [8, 64])

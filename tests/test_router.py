@@ -1078,15 +1078,25 @@ def test_a_remembered_layer_does_not_excuse_a_wrong_argument(gpu, dispatch, top_
     assert len(gpu.launches) == 1
 
 
-def test_dispatch_copies_again_what_was_modified(gpu, dispatch):
+def test_dispatch_copies_again_what_was_modified_to_where_graphs_read_it(gpu, dispatch):
     W, bias = weights("emajor", e=132), torch.zeros(132)
     x, w, ids = step(4)
     dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    [(bound, _)] = remembered_layers()
+    at = bound.w_copy.data_ptr()
     W.add_(1)
-    dispatch(x, W, bias, 2.5, TOP_K, w, ids)
-    [(bound, kept)] = remembered_layers()
+    gpu.capture = 5
+    with pytest.raises(RouterError, match="being captured and W_gate would have to be copied"):
+        dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    gpu.capture = 0
+    for _ in range(2):
+        dispatch(x, W, bias, 2.5, TOP_K, w, ids)
+    [(again, kept)] = remembered_layers()
+    assert again is bound
     assert kept is W
+    assert bound.w_copy.data_ptr() == at
     assert torch.equal(bound.w_copy, W)
+    assert len({item["w_map"] for item in gpu.launches}) == 1
 
 
 def test_dispatch_keeps_no_weights_alive_that_it_reads_in_place(gpu, dispatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 from collections import Counter
@@ -278,6 +279,23 @@ def test_wgmma_is_beyond_the_protocol_rung(topk: Artifact) -> None:
 
 
 # ---------------------------------------------------------------- hardware
+
+
+def append(path: Path, gpu: str) -> None:
+    for _ in range(10):
+        hardware.append_record(path, record_of(gpu=gpu))
+
+
+def test_records_of_several_processes_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=append, args=(path, f"GPU {i}")) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert len(hardware.read_records(path)) == 30
 
 
 def test_records_are_appended_and_read_back(tmp_path: Path) -> None:

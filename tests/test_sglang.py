@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: E402
 from sglang.srt import plugins, runtime_context  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.moe.topk import TopK  # noqa: E402
-from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E402
 from sglang_layers import (  # noqa: E402
     IMAGE_TOKEN,
     SCALE,
@@ -354,6 +354,25 @@ def test_a_call_that_cannot_be_served_has_its_logits_made(kind, seed, monkeypatc
         output = routed(moe, hidden_states, input_ids)
     assert not hasattr(output.router_logits, "dsv4_router")
     assert torch.equal(output.router_logits, hidden_states @ moe.gate.weight.t())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["not applied", "another's"])
+def test_a_layer_whose_logits_something_else_might_read_is_sglangs(
+    seed, monkeypatch, caplog, hooked
+) -> None:
+    target = "sglang.srt.layers.moe.topk.TopK.forward"
+    if hooked:
+        monkeypatch.setitem(HookRegistry._hooks, target, [*HookRegistry._hooks[target]])
+        HookRegistry.register(target, lambda topk, *given: None, HookType.AROUND)
+        reason = f"another plugin hooks {target}"
+    else:
+        monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {target})
+        reason = f"SGLang has not applied the hook on {target}"
+    moe = build(seed)
+    hidden_states, _ = batch(seed, 5)
+    with torch.no_grad():
+        assert torch.equal(moe.gate(hidden_states), hidden_states @ moe.gate.weight.t())
+    assert f"keeps the engine's router: {reason}" in caplog.text
 
 
 def test_a_hook_on_the_gate_gets_logits(seed, caplog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -213,6 +214,13 @@ def test_what_no_kernel_takes_is_left_to_the_model_and_said(
     assert reason in served.summary(router)[""]
 
 
+def test_a_table_that_names_an_expert_twice_is_refused(tiny) -> None:
+    """As the zeros of `from_config` do."""
+    router = served.FusedHashRouter(tiny.config).to(BF16).requires_grad_(False)
+    with pytest.raises(ValueError, match="tid2eid: expected distinct ids in each row"):
+        router(torch.ones(3, 256, dtype=BF16), torch.arange(3))
+
+
 def test_fullgraph_gives_what_eager_gives() -> None:
     ids = prompts(7, 2, 16)
     model = use(build(7, num_layers=2), FUSED).model
@@ -265,6 +273,15 @@ def test_pretrained_models_are_served_while_registered(tiny, tmp_path, registere
     with torch.no_grad():
         logits = [each(ids, output_router_logits=True).router_logits[0] for each in (model, plain)]
     assert torch.equal(*logits)
+
+
+def test_the_summary_sees_through_a_forward_that_is_put_before_a_routers() -> None:
+    """As a `device_map` or expert parallelism does in a model that exists."""
+    for classes, verdict in ((FUSED, "dsv4_router"), (STOCK, "transformers: built without ")):
+        model = use(build(13, num_layers=2), classes)
+        for router in routers(model):
+            router.forward = functools.partial(router.forward)
+        assert all(each.startswith(verdict) for each in served.summary(model).values())
 
 
 def test_another_packages_replacement_is_kept(registered) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,7 @@ pytestmark = pytest.mark.serving
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(plugin.LOGGER, "parent", plugin.LOGGER.parent)
+    monkeypatch.setattr(plugin.LOGGER, "handlers", plugin.LOGGER.handlers[:])
     with replaced_classes(monkeypatch):
         yield
 
@@ -185,8 +188,16 @@ def test_no_logits_are_made_and_a_reader_of_them_fails(registered) -> None:
         logits.to("cpu")
 
 
-def test_real_logits_are_routed_by_vllm(registered, monkeypatch) -> None:
-    """As is a layer with a hook that reads or replaces its logits, set after the first forward."""
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda gate: gate.register_forward_hook(lambda *_: None), "a hook reads"),
+        (lambda gate: setattr(gate.weight, "data", -gate.weight.data), "lies elsewhere"),
+    ],
+    ids=["hook", "moved"],
+)
+def test_real_logits_are_routed_by_vllm(registered, monkeypatch, caplog, change, reason) -> None:
+    """As after the first forward, if a hook reads the logits or the weight is other memory."""
     layer = Layer()
     x, _ = layer.batch(4)
     layer(x)
@@ -198,10 +209,12 @@ def test_real_logits_are_routed_by_vllm(registered, monkeypatch) -> None:
         return torch.ones(shape), torch.zeros(shape, dtype=torch.int32)
 
     monkeypatch.setattr(FusedTopKBiasRouter, "_compute_routing", compute)
-    layer.gate.register_forward_hook(lambda *_: None)
-    _, ids = layer(x)
+    change(layer.gate)
+    for _ in range(2):
+        _, ids = layer(x)
     assert not ids.any()
-    (logits,) = routed
+    logits = routed[1]
+    assert caplog.text.count(reason) == 1
     expected = x.float() @ layer.gate.weight.float().t()
     torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.05)
 
@@ -358,13 +371,22 @@ def test_a_served_layer_is_one_line_in_the_log(registered, caplog) -> None:
     assert lines == [f"vllm: {layer.prefix}.experts is served by dsv4_router"]
 
 
-def test_a_quantized_or_wrapped_gate_is_declined(registered) -> None:
-    quantized, wrapped = Layer(), Layer()
+def test_a_quantized_or_wrapped_gate_or_a_patched_router_is_declined(registered) -> None:
+    quantized, wrapped, patched = Layer(), Layer(), Layer()
+    patched.runner.router._compute_routing = patched.runner.router._compute_routing
     quantized.gate.is_unquantized = False
     wrapped.runner.gate = torch.nn.Sequential(wrapped.gate)
     facts = importlib.import_module("dsv4_router_runtime.integrations.vllm.runner").facts_of
     assert facts(quantized.runner).quantized
     assert facts(wrapped.runner).gate == "a Sequential"
+    assert facts(patched.runner).router == "router with a _compute_routing of its own"
+
+
+def test_a_decline_is_said_before_vllm_sets_up_its_log() -> None:
+    """As in `LLM`, whose engine is a fork that loads no plugin again."""
+    script = f"import {plugin.__name__} as plugin; plugin.RELEASE = 'none'; plugin.register()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "vllm: not registered, vLLM's routers run: this adapter is for vLLM none" in done.stderr
 
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING"])

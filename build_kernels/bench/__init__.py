@@ -4,6 +4,7 @@
     inputs      weights, bias and hidden states of one shape
     contenders  this project's kernels and torch; peers: other projects' staged kernels
     options     for --options: this project's with a server's options on, and for a hash layer
+    behind      for --behind: every contender in a chain after an RMSNorm
     check       compare a contender's answer with the router's
     stopwatch   CUDA graphs, events and the host's clock
     floors      an empty kernel and a streaming read of the weights

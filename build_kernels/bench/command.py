@@ -21,13 +21,26 @@ from dsv4_router_runtime.artifacts.limits import K_MULTIPLE, MAX_EXPERTS
 from dsv4_router_runtime.errors import RouterError
 
 from .plot import plot_report
-from .report import MODES, OURS, VARIANT, Figure, Report, ReportError, read_report, write_report
+from .report import (
+    BEHIND,
+    BEHIND_READ,
+    MODES,
+    OURS,
+    VARIANT,
+    Figure,
+    Report,
+    ReportError,
+    read_report,
+    write_report,
+)
 from .table import microseconds, print_report
 
 if TYPE_CHECKING:
     from .contenders import Entrant
 
 ALL = "all"
+BEHIND_SHAPES = ((7168, 384), (4096, 256))
+BEHIND_NUM_TOKENS = (1, 8, 64)
 
 
 class Distinct(click.ParamType):
@@ -79,6 +92,8 @@ class Settings:
     top_k: int
     mode: str
     options: bool
+    behind: bool
+    reader: bool
     pdl: bool
     layout: str
     artifacts: Path | None
@@ -88,6 +103,8 @@ class Settings:
 
     @property
     def modes(self) -> tuple[str, ...]:
+        if self.behind:
+            return tuple(mode for mode in BEHIND if self.reader or mode != BEHIND_READ)
         return MODES if self.mode == ALL else (self.mode,)
 
 
@@ -129,6 +146,17 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     help="Time this project's kernels alone: with a server's options on, and for a hash layer.",
 )
 @click.option(
+    "--behind",
+    is_flag=True,
+    help="Time what every contender adds behind an RMSNorm: one with PDL, one without, torch's. "
+    "Default: shapes 7168x384 and 4096x256, N = 1, 8, 64.",
+)
+@click.option(
+    "--reader",
+    is_flag=True,
+    help="With --behind: also a chain that ends in a reader of the ids, with PDL.",
+)
+@click.option(
     "--pdl/--no-pdl",
     default=True,
     show_default=True,
@@ -156,6 +184,10 @@ def bench_command(context: click.Context, **values: Any) -> None:
 
     Fails if a figure of this project's own is missing; a missing peer is only reported.
     """
+    if values["behind"]:
+        for name, value in (("shapes", BEHIND_SHAPES), ("num_tokens", BEHIND_NUM_TOKENS)):
+            if not _is_given(context, name):
+                values[name] = value
     settings = Settings(**values)
     _check_usage(context, settings)
     stop_like_interrupt()
@@ -206,6 +238,10 @@ def _check_usage(context: click.Context, settings: Settings) -> None:
         _refuse_with_render(context)
     if settings.options and (settings.peers or settings.dsl):
         raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
+    if settings.behind and (settings.options or _is_given(context, "mode")):
+        raise click.UsageError("--behind has modes of its own: it goes without --mode, --options")
+    if settings.reader and not settings.behind:
+        raise click.UsageError("--reader reads the ids of a chain: add --behind")
     for k, num_experts in settings.shapes:
         if num_experts < settings.top_k:
             raise click.UsageError(f"--top-k {settings.top_k}: {k}x{num_experts} has fewer experts")
@@ -216,12 +252,16 @@ def _refuse_with_render(context: click.Context) -> None:
         parameter.opts[0]
         for parameter in context.command.params
         if parameter.name not in ("render_file", "plot_file", "json_file")
-        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        and _is_given(context, str(parameter.name))
     ]
     if given:
         raise click.UsageError(
             f"--render measures nothing: it goes with --plot and --json alone (got {given[0]})"
         )
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _check_outputs(settings: Settings) -> None:
@@ -250,6 +290,7 @@ def _measure(settings: Settings) -> Report:
         )
     from dsv4_router_runtime.device.driver import arch_of_device
 
+    from .behind import measure_behind
     from .inputs import make_inputs
     from .measure import make_problem, manifest_sha256, measure, this_machine
     from .options import make_option_inputs
@@ -260,9 +301,11 @@ def _measure(settings: Settings) -> Report:
     device = torch.cuda.current_device()
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     problems = [make_problem(k, e, settings.top_k, l2_bytes) for k, e in settings.shapes]
-    rows = len(problems) * len(settings.num_tokens) * (len(settings.modes) + 1)
-    with _progress(rows) as on_figures:
-        return measure(
+    run = measure_behind if settings.behind else measure
+    # Behind a norm, the host's time is not measured.
+    rows_per_point = len(settings.modes) + (not settings.behind)
+    with _progress(len(problems) * len(settings.num_tokens) * rows_per_point) as on_figures:
+        return run(
             problems=problems,
             num_tokens=settings.num_tokens,
             modes=settings.modes,

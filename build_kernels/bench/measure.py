@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .check import (
 from .contenders import Entrant, Unavailable
 from .inputs import Call, Inputs, make_inputs, poison
 from .report import (
+    BEHIND,
     COLD,
     EMPTY,
     HOST,
@@ -48,6 +49,8 @@ MIN_WEIGHT_BYTES = 200_000_000
 OnFigures = Callable[[Sequence[Figure]], None]
 # Problem, layout, device, seed.
 MakeLayers = Callable[[Problem, str, str, int], Inputs]
+# Entrants, inputs, modes, stopwatch to the figures of each mode.
+Rows = Callable[[Sequence[Entrant], Inputs, Sequence[str], Stopwatch], Iterator[list[Figure]]]
 
 
 def make_problem(k: int, num_experts: int, top_k: int, l2_bytes: int) -> Problem:
@@ -63,6 +66,19 @@ def make_problem(k: int, num_experts: int, top_k: int, l2_bytes: int) -> Problem
     )
 
 
+def rows_alone(
+    entrants: Sequence[Entrant], inputs: Inputs, modes: Sequence[str], stopwatch: Stopwatch
+) -> Iterator[list[Figure]]:
+    """Yield the figures of each mode, and of the host, from calls with nothing between them."""
+    references = References(inputs)
+    calls = [made_call(entrant, inputs) for entrant in entrants]
+    for mode in (*modes, HOST):
+        yield [
+            measure_cell(entrant, call, inputs, references, mode, stopwatch)
+            for entrant, call in zip(entrants, calls, strict=True)
+        ]
+
+
 def measure(
     *,
     problems: Sequence[Problem],
@@ -75,6 +91,7 @@ def measure(
     manifest_sha256: str,
     on_figures: OnFigures,
     make_layers: MakeLayers = make_inputs,
+    rows: Rows = rows_alone,
 ) -> Report:
     """Measure every cell of the report. `on_figures` gets the figures of one shape, N and mode.
 
@@ -87,13 +104,7 @@ def measure(
         measured_floors += measure_floors(layers, modes, stopwatch)
         for count in num_tokens:
             inputs = layers.with_tokens(count, SEED)
-            references = References(inputs)
-            calls = [made_call(entrant, inputs) for entrant in entrants]
-            for mode in (*modes, HOST):
-                row = [
-                    measure_cell(entrant, call, inputs, references, mode, stopwatch)
-                    for entrant, call in zip(entrants, calls, strict=True)
-                ]
+            for row in rows(entrants, inputs, modes, stopwatch):
                 figures += row
                 on_figures(row)
     return Report(
@@ -118,17 +129,16 @@ def measure(
     )
 
 
-class References:
+class References(dict[int, Reference]):
     """The right answers of one shape and N, each made on first use."""
 
     def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
         self._inputs = inputs
-        self._made: dict[int, Reference] = {}
 
-    def __getitem__(self, layer: int) -> Reference:
-        if layer not in self._made:
-            self._made[layer] = reference_of(self._inputs, layer)
-        return self._made[layer]
+    def __missing__(self, layer: int) -> Reference:
+        self[layer] = reference_of(self._inputs, layer)
+        return self[layer]
 
 
 def made_call(entrant: Entrant, inputs: Inputs) -> Call | Exception:
@@ -143,7 +153,7 @@ def measure_cell(
     entrant: Entrant,
     call: Call | Exception,
     inputs: Inputs,
-    references: References,
+    references: Mapping[int, Reference],
     mode: str,
     stopwatch: Stopwatch,
 ) -> Figure:
@@ -191,8 +201,11 @@ def call_order(problem: Problem, mode: str) -> list[int]:
 
 
 def measure_floors(inputs: Inputs, modes: Sequence[str], stopwatch: Stopwatch) -> Iterator[Floor]:
-    """Time an empty kernel in every mode, and the read of the weights in a graph."""
-    for mode in modes:
+    """Time an empty kernel in every mode, and the read of the weights in a graph.
+
+    None in BEHIND: a launch and a read that the norm hides are below both.
+    """
+    for mode in (mode for mode in modes if mode not in BEHIND):
         yield measure_floor(EMPTY, floors.empty_candidates(inputs), inputs, mode, stopwatch)
         if mode in (COLD, WARM):
             yield measure_floor(READ, floors.read_candidates(inputs), inputs, mode, stopwatch)

@@ -10,7 +10,19 @@ from typing import Any
 
 from build_kernels.files import replace_file
 
-from .report import COLD, EMPTY, OURS, OWN, READ, Problem, Report
+from .report import (
+    BEHIND_PDL,
+    BEHIND_PLAIN,
+    BEHIND_READ,
+    BEHIND_TORCH,
+    COLD,
+    EMPTY,
+    OURS,
+    OWN,
+    READ,
+    Problem,
+    Report,
+)
 
 # Colours of equal weight, distinct to the colour-blind (Okabe and Ito); ours is the strongest.
 OURS_COLOUR = "#D55E00"
@@ -66,6 +78,10 @@ def heading(report: Report, mode: str) -> tuple[str, str]:
         "warm": "gate weight in L2 (CUDA graph)",
         "eager": "no CUDA graph, host included",
         "host": "host time until the call returns",
+        BEHIND_PDL: "added behind a norm with PDL, cold",
+        BEHIND_PLAIN: "added behind a norm without PDL, cold",
+        BEHIND_TORCH: "added behind torch's norm, cold",
+        BEHIND_READ: "added between a norm and a reader with PDL, cold",
     }
     return f"DeepSeek-V4 router on one {report.machine.gpu}", words[mode]
 

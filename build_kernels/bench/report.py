@@ -19,11 +19,21 @@ from dsv4_router_runtime.artifacts.json_reader import MAX_INTEGER, JsonNode
 
 COLD, WARM, EAGER, HOST = "cold", "warm", "eager", "host"
 MODES = (COLD, WARM, EAGER)
+BEHIND_PDL, BEHIND_PLAIN, BEHIND_TORCH = "behind PDL norm", "behind plain norm", "behind torch norm"
+BEHIND_READ = "behind PDL norm, ids read"
+BEHIND = (BEHIND_PDL, BEHIND_PLAIN, BEHIND_TORCH, BEHIND_READ)
 MODE_WORDS = {
     COLD: "CUDA graph, a weight of its own for every call: W_gate comes from HBM",
     WARM: "CUDA graph, one weight for all calls: W_gate stays in L2",
     EAGER: "no graph: host and device together",
     HOST: "no graph: until the call returns to its caller, without a wait for the device",
+    BEHIND_PDL: "CUDA graph, cold: an RMSNorm with PDL that triggers its dependents, then the "
+    "router; less the norm alone",
+    BEHIND_PLAIN: "CUDA graph, cold: the same RMSNorm without PDL, then the router; less the norm "
+    "alone",
+    BEHIND_TORCH: "CUDA graph, cold: torch's rms_norm, then the router; less the norm alone",
+    BEHIND_READ: "CUDA graph, cold: an RMSNorm with PDL, the router, then a reader of the ids with "
+    "PDL; less the norm and the reader",
 }
 OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
 EMPTY, READ = "empty", "read W"

@@ -179,6 +179,17 @@ GPUS = """
         gpus: a_reset_of_one_gpu_leaves_the_others
     gpus-dropped | H6 | RIGHT | a layer dropped on one GPU
         gpus: a_layer_dropped_on_one_gpu_leaves_the_others
+    gpus-reordered | H11 | RIGHT | CUDA_VISIBLE_DEVICES in another order
+        gpus: gpus_in_another_order
+    gpus-nccl-beside | H9 | LEAVES_ZERO | an NCCL all-reduce loop beside the routers of a graph
+        gpus: routers_with_all_reduces[beside-1]
+        gpus: routers_with_all_reduces[beside-64]
+    gpus-nccl-between | H5 | LEAVES_ZERO | NCCL all-reduces between the routers of a graph
+        gpus: routers_with_all_reduces[between-1]
+        gpus: routers_with_all_reduces[between-64]
+    gpus-doctor |  | RIGHT | doctor on all GPUs and on each
+        gpus: doctor_gives_each_gpu_its_block
+        gpus: doctor_tests_the_gpu_that_is_named
 """
 
 

@@ -32,8 +32,8 @@ left to run are warps that spin and look at %globaltimer, it leaps ahead, so tha
 ends. `emulate`'s on_load changes arrays between two loads of one launch.
 
 Not modelled
-    the order in which tensor cores round (exact on integers); the last bits of approximate
-    functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless `approximate` is given);
+    the last bits of approximate functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless
+    `approximate` is given);
     caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
     the grid that griddepcontrol starts; the elements of one lane's vector access acting one by

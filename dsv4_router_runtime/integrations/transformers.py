@@ -191,8 +191,9 @@ def summary(model: nn.Module) -> dict[str, str]:
     served = {}
     for name, module in model.named_modules():
         if isinstance(module, TopKRouter | HashRouter):
-            forward = getattr(module.forward, "__func__", None)
-            if forward not in (route_top_k, route_hash):
+            kernelized = getattr(module.forward, "__func__", None) in (route_top_k, route_hash)
+            # accelerate (`device_map`) and expert parallelism put forwards before the class's own.
+            if not (kernelized or isinstance(module, FusedTopKRouter | FusedHashRouter)):
                 reason: str | None = "built without register() or kernelize"
             else:
                 reason = _reason_of_layer(module)

@@ -3,9 +3,8 @@
     DSV4_JUDGE_SGLANG=.../test/registered/kernels/ops/moe \
         python -m pytest tests/judges/sglang_bridge.py
 
-Most of those tests give logits, and this router takes hidden states. So the gate is three
-identities side by side, and the hidden states are the logits in three parts of BF16, whose sum is
-the FP32 logit to the last bit. The files are SGLang's, of a checkout of its repository; no line of
+Most of those tests give FP32 logits, and this router takes hidden states: see `identity_gate`. The
+files are SGLang's, of a checkout of its repository; no line of
 them is kept here. The functions under test are replaced in them, and on a CPU the device.
 
 | left out | reason |
@@ -37,6 +36,7 @@ if not importlib.util.find_spec("sglang"):
 sys.path.append(str(Path(__file__).parents[1]))
 importlib.import_module("sglang_layers").start()
 
+from exact_gates import identity_gate  # noqa: E402
 from sglang.srt.configs.shared_experts import SharedExpertsConfig  # noqa: E402
 from sglang.srt.layers.moe.topk import TopKConfig, TopKOutputFormat  # noqa: E402
 
@@ -45,7 +45,6 @@ from dsv4_router_runtime.integrations.sglang.layer import ServedLayer  # noqa: E
 
 VARIABLE = "DSV4_JUDGE_SGLANG"
 ON_GPU = torch.cuda.is_available()
-BF16 = torch.bfloat16
 pytestmark = pytest.mark.serving
 
 
@@ -61,17 +60,21 @@ class TopK(SimpleNamespace):
     routing_inputs = staticmethod(lambda: (None, None))
 
 
-def layer_of(logits: Any, bias: Any, bias_vl: Any, config: TopKConfig, image_token: Any) -> Any:
-    """Return a served layer whose gate gives back the logits; skip the test if it is declined."""
-    num_experts = logits.shape[1]
-    identity = torch.eye(num_experts, dtype=BF16, device=logits.device)
+def layer_of(
+    logits: Any, bias: Any, bias_vl: Any, config: TopKConfig, image_token: Any
+) -> tuple[Any, Any]:
+    """Return a served layer, and hidden states of which its gate gives back the logits.
+
+    Skip the test if the layer is declined.
+    """
+    hidden_states, weight = identity_gate(logits)
     bias, bias_vl = (None if b is None else b.float().contiguous() for b in (bias, bias_vl))
     gate = MoEGate(
-        weight=torch.cat((identity,) * 3, 1).contiguous(),
+        weight=weight,
         e_score_correction_bias=bias,
         e_score_correction_bias_vl=bias_vl,
     )
-    shape = {"n_routed_experts": num_experts, "hidden_size": 3 * num_experts}
+    shape = {"n_routed_experts": weight.shape[0], "hidden_size": weight.shape[1]}
     moe = SimpleNamespace(
         gate=gate,
         topk=TopK(topk_config=config, enable_waterfill=False),
@@ -82,19 +85,9 @@ def layer_of(logits: Any, bias: Any, bias_vl: Any, config: TopKConfig, image_tok
         layer_id=0,
     )
     layer = ServedLayer(moe, "a judge's layer")
-    if not layer.serves(parts_of(logits)):
+    if not layer.serves(hidden_states):
         pytest.skip(f"left out: {layer.reason}")
-    return layer
-
-
-def parts_of(logits: Any) -> Any:
-    """Return BF16 [N, 3 E] whose three parts add up to FP32 logits [N, E]."""
-    rest, parts = logits.float(), []
-    for _ in range(3):
-        parts.append(rest.to(BF16))
-        rest = rest - parts[-1].float()
-    assert not rest.any()
-    return torch.cat(parts, 1)
+    return layer, hidden_states
 
 
 def moe_fused_gate(
@@ -120,8 +113,8 @@ def moe_fused_gate(
         output_format=TopKOutputFormat.STANDARD,
         scoring_func=scoring_func,
     )
-    layer = layer_of(scores, bias, None, config, None)
-    return tuple(layer.route(parts_of(scores), None, None)[:2])
+    layer, hidden_states = layer_of(scores, bias, None, config, None)
+    return tuple(layer.route(hidden_states, None, None)[:2])
 
 
 def moe_fused_gate_jit(*_: Any, **__: Any) -> None:
@@ -144,9 +137,9 @@ def vision_topk(moe: Any, logits: Any, input_ids: Any, num_token_non_padded: Any
         scoring_func="sqrtsoftplus",
     )
     biases = gate.e_score_correction_bias, gate.e_score_correction_bias_vl
-    layer = layer_of(logits, *biases, config, moe.config.image_token_id)
+    layer, hidden_states = layer_of(logits, *biases, config, moe.config.image_token_id)
     routed = layer.route(
-        parts_of(logits),
+        hidden_states,
         num_token_non_padded,
         None,
         input_ids=input_ids,
@@ -156,13 +149,13 @@ def vision_topk(moe: Any, logits: Any, input_ids: Any, num_token_non_padded: Any
 
 
 def one_expert(moe: Any, logits: Any, input_ids: Any, num_token_non_padded: Any) -> Any:
-    given, hidden_states = moe.topk.topk_config, parts_of(logits)
+    given = moe.topk.topk_config
+    hidden_states, weight = identity_gate(logits)
     biases = moe.gate.e_score_correction_bias, moe.gate.e_score_correction_bias_vl
     bias, bias_vl = (each.float().contiguous() for each in biases)
-    identity = torch.eye(logits.shape[1], dtype=BF16, device=logits.device)
     scale = given.routed_scaling_factor if given.apply_routed_scaling_factor_on_output else 1.0
     router = bind_router(
-        torch.cat((identity,) * 3, 1).contiguous(),
+        weight,
         bias,
         top_k=1,
         routed_scaling_factor=scale,

@@ -1,8 +1,4 @@
-"""tcgen05.mma (PTX ISA, "TensorCore 5th Generation").
-
-Products of 16-bit floats are summed in float64 and rounded to float32 once per instruction. That is
-exact for integers in any order of summation; hardware's rounding order is not modelled.
-"""
+"""tcgen05.mma (PTX ISA, "TensorCore 5th Generation"). See tensor_core for the sums."""
 
 from __future__ import annotations
 
@@ -26,6 +22,7 @@ from build_kernels.emulator.instructions.tcgen05_commit_fence import ctas_of
 from build_kernels.emulator.lanes import Array, numbers_of
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.memory.tensor_memory import COLUMNS, ROWS
+from build_kernels.emulator.numerics import tensor_core
 
 
 class TensorMma(TensorOperation):
@@ -71,22 +68,25 @@ class TensorMma(TensorOperation):
         for number, cta in enumerate(self.ctas):
             a, a_poison = matrix.read(self, cta, a_offsets, shape.a_bf16)  # [m / CTAs, K]
             poison = np.logical_or.outer(matrix.rows_of(a_poison), matrix.rows_of(b_poison))
-            self._accumulate(cta, number, a @ b.T, poison)
+            self._accumulate(cta, number, a, b, poison)
 
-    def _accumulate(self, cta: Cta, number: int, product: Array, poison: Array) -> None:
-        """Write [m / CTAs, n] products to the CTA's tensor memory, or add them to it."""
+    def _accumulate(self, cta: Cta, number: int, a: Array, b: Array, poison: Array) -> None:
+        """Write a [m / CTAs, K] times b [n, K] to the CTA's tensor memory, or add it to that."""
         memory = cta.tensor_memory
         keep = np.ones(self.cells.shape, dtype=bool)
         if self.disabled is not None:
             keep = ~self.disabled[number][self.cells // COLUMNS]
         flat = self.cells[keep]
         memory.check_allocated(flat, self.what, self)
-        total, bad = product[keep], poison[keep]
+        bad = poison[keep]
+        before = np.zeros(self.cells.shape, np.float32)
         if self.accumulate:
-            total = total + memory.cells.values[flat].view(np.float32).astype(np.float64)
+            before = memory.cells.values[self.cells].view(np.float32)
             bad = bad | (memory.cells.state[flat] == POISON)
         memory.cells.note_write(flat, TensorAccess(self))
-        memory.cells.values[flat] = total.astype(np.float32).view(np.uint32)
+        kinds = (self.shape.a_bf16, self.shape.b_bf16)
+        after = tensor_core.multiply_add(a, b, before, kinds)
+        memory.cells.values[flat] = after[keep].view(np.uint32)
         memory.cells.state[flat] = np.where(bad, POISON, VALID)
 
 

@@ -1,6 +1,6 @@
 """wgmma: the warpgroup multiplies, one warp's quarter at a time.
 
-PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". Rounding is as in tcgen05_mma.
+PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". See tensor_core for the sums.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from build_kernels.emulator.instructions import matrix
 from build_kernels.emulator.instructions.convergence import aligned
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items, registers_of
 from build_kernels.emulator.lanes import ALL, LANES, Array, Mask
+from build_kernels.emulator.numerics import tensor_core
 
 _WAIT = "wgmma.wait_group"
 
@@ -75,18 +76,20 @@ class WarpgroupMma(Operation):
         b_offsets = matrix.offsets_of(self.b, shape.n, shape.b_mn_major)
         b, b_poison = matrix.read(self, self.cta, b_offsets, shape.bf16)  # [n, K]
         a, bad_rows = self._quarter_of_a()  # [16, K], [16]
-        product = shape.sign * (a @ b.T)
         poison = np.logical_or.outer(bad_rows, matrix.rows_of(b_poison))
         rows, columns = _fragment_of_d(shape.n)
-        totals, bad = product[rows, columns], poison[rows, columns]  # [n / 2, 32]
+        bad = poison[rows, columns]  # [n / 2, 32]
+        before = np.zeros((16, shape.n), np.float32)
         if self.accumulate:
             old = np.stack([warp.r[register] for register, _, _ in self.targets])
-            totals = totals + old.view(np.float32).astype(np.float64)
-            for i, (_, _, before) in enumerate(self.targets):
-                taint = before.taint if isinstance(before, Pending) else before
+            before[rows, columns] = old.view(np.float32)
+            for i, (_, _, state) in enumerate(self.targets):
+                taint = state.taint if isinstance(state, Pending) else state
                 if taint is not None:
                     bad[i] |= taint
-        values = totals.astype(np.float32).view(np.uint32)
+        kinds = (shape.bf16, shape.bf16)
+        after = tensor_core.multiply_add(shape.sign * a, b, before, kinds)
+        values = after[rows, columns].view(np.uint32)
         poisoned = matrix.rows_of(bad)
         written = warp.groups["wgmma written"]
         for i, (register, pending, _) in enumerate(self.targets):

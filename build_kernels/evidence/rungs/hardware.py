@@ -11,6 +11,8 @@ hand, and give the reason in the commit.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -50,9 +52,15 @@ class Record:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a record to a file, creating it if needed; one test process at a time."""
-    records = [*read_records(path), record] if path.exists() else [record]
-    replace_file(path, _DOCUMENT.text({"records": [asdict(item) for item in records]}))
+    """Add a record to a file, creating it if needed. Several test processes may do so at once."""
+    folder = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Closing frees the lock.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        records = [*read_records(path), record] if path.exists() else [record]
+        replace_file(path, _DOCUMENT.text({"records": [asdict(item) for item in records]}))
+    finally:
+        os.close(folder)
 
 
 def read_records(path: Path) -> tuple[Record, ...]:

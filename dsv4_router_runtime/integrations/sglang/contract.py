@@ -13,6 +13,8 @@ CONTRACT: dict[str, str | None] = {
     "sglang.srt.plugins.hook_registry:HookRegistry.register": (
         "(target, hook, hook_type, *, source)"
     ),
+    "sglang.srt.plugins.hook_registry:HookRegistry._hooks": None,
+    "sglang.srt.plugins.hook_registry:HookRegistry._patched": None,
     "sglang.srt.plugins.hook_registry:HookType.AFTER": None,
     "sglang.srt.plugins.hook_registry:HookType.AROUND": None,
     # Hooked.

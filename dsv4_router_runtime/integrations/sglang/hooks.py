@@ -21,6 +21,7 @@ from sglang.srt.layers.moe.topk import (
     resolve_routing_inputs,
 )
 from sglang.srt.multimodal.dsv41.vl_routing import _finish_vision_topk
+from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
 from .layer import Routed, ServedLayer
@@ -48,7 +49,20 @@ def pending_of(logits: Any) -> Pending | None:
 def after_moe_init(_: None, moe: Any, *args: Any, **kwargs: Any) -> None:
     """Tie the gate and the top-k of a layer together."""
     name = kwargs.get("prefix") or f"layer {moe.layer_id}"
-    setattr(moe.gate, MARK, ServedLayer(moe, name))
+    setattr(moe.gate, MARK, ServedLayer(moe, name, _another_hook()))
+
+
+def _another_hook() -> str | None:
+    """Return what may read logits that are not made, past the hooks here; None if nothing may."""
+    for target, (kind, hook) in HOOKS.items():
+        if kind != "AROUND":
+            continue
+        if target not in HookRegistry._patched:
+            return f"SGLang has not applied the hook on {target}"
+        for _, other, source in HookRegistry._hooks[target]:
+            if other is not hook:
+                return f"another plugin hooks {target} ({source})"
+    return None
 
 
 def around_gate(

@@ -40,12 +40,14 @@ class ServedLayer:
     it was made, and binds then. Its routers differ in their ids, which are logical, or physical by
     SGLang's maps, read in place; and in whether image rows are told by their token id.
 
+    another_hook: why logits that are not made might be read, which decides against the layer.
     reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
     """
 
-    def __init__(self, moe: Any, name: str) -> None:
+    def __init__(self, moe: Any, name: str, another_hook: str | None = None) -> None:
         self.moe = moe
         self.name = name
+        self._another_hook = another_hook
         self.config: Any = None
         self.reason: str | None = None
         self._serves: bool | None = None
@@ -78,7 +80,7 @@ class ServedLayer:
             self._warn("capture", "its first call is captured; a call before it would bind it")
             return
         facts = facts_of(self.moe)
-        reason = reason_against(facts)
+        reason = self._another_hook or reason_against(facts)
         if reason is None:
             self.config = config_of(self.moe)
             self._top_k, self._num_shared = facts.top_k, facts.num_shared

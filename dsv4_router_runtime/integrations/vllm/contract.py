@@ -45,6 +45,11 @@ CONTRACT: dict[str, str | None] = {
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod": "()",
     "vllm.model_executor.layers.linear:"
     "UnquantizedLinearMethod.process_weights_after_loading": "(self, layer)",
+    f"{_MOE}.config:FusedMoEParallelConfig.use_all2all_kernels": None,
     "vllm.config:get_current_vllm_config_or_none": "()",
+    "vllm.config.offload:UVAOffloadConfig": "(cpu_offload_gb, cpu_offload_params)",
+    "vllm.config.offload:PrefetchOffloadConfig": (
+        "(offload_group_size, offload_num_in_group, offload_prefetch_step, offload_params)"
+    ),
     "vllm.envs:VLLM_BATCH_INVARIANT": None,
 }

@@ -41,13 +41,18 @@ class ServedGateLinear(GateLinear):
     def forward(self, x: torch.Tensor) -> Any:
         if self.served_by is None:
             return super().forward(x)
+        weight = self.weight
         if self.hooked:
-            warn_once(
-                f"vllm: hook on {self.prefix}",
-                f"vllm: {self.prefix}: vLLM's router runs while a hook reads the gate's logits",
-            )
-            return super().forward(x)
-        return self._return(no_logits(x.shape[0], self.weight.shape[0]))
+            self._warn("a hook reads the gate's logits")
+        elif weight.data_ptr() != self.served_by.weight_at:
+            self._warn("the gate's weight lies elsewhere than when it was bound")
+        else:
+            return self._return(no_logits(x.shape[0], weight.shape[0]))
+        return super().forward(x)
+
+    def _warn(self, reason: str) -> None:
+        text = f"vllm: {self.prefix}: vLLM's router runs while {reason}"
+        warn_once(text, text)
 
     @property
     def hooked(self) -> bool:

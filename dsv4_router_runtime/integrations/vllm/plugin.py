@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import metadata
 from typing import Any
 
 from dsv4_router_runtime.integrations.engine import mismatches, why_off
-from dsv4_router_runtime.log import LOGGER
+from dsv4_router_runtime.log import LOGGER, report_to
 
 from .contract import CONTRACT, RELEASE
 
@@ -22,8 +21,8 @@ def register() -> None:
     if reason := why_off():
         LOGGER.debug("vllm: not registered: %s", reason)
         return
-    # vLLM sets up the logger "vllm" alone, and may do so again after plugins are loaded.
-    LOGGER.parent = logging.getLogger("vllm")
+    # vLLM sets up the logger "vllm" alone, and in `LLM` only after plugins are loaded.
+    report_to("vllm")
     if reason := _why_not_register():
         LOGGER.warning("vllm: not registered, vLLM's routers run: %s", reason)
 

@@ -51,6 +51,7 @@ class ServedRouter(BaseRouter):
         self._bound_tensors = {
             name: tensor.data for name, tensor in bound.items() if tensor is not None
         }
+        self.weight_at = gate.weight.data_ptr()
         self._columns = stock.top_k + stock.num_fused_shared_experts
         tensors = self._bound_tensors
         self._router = bind_router(

@@ -76,6 +76,9 @@ def facts_of(runner: MoERunner) -> LayerFacts:
     router, gate, config = runner.router, runner.gate, runner.moe_config
     if type(router) is not FusedTopKBiasRouter:
         return LayerFacts(router=type(router).__name__)
+    # As packages do that patch routers which vLLM has made.
+    if patched := {"select_experts", "_select_experts", "_compute_routing"} & vars(router).keys():
+        return LayerFacts(router=f"router with a {' and '.join(sorted(patched))} of its own")
     if type(gate) is not ServedGateLinear:
         return LayerFacts(gate="elsewhere" if gate is None else f"a {type(gate).__name__}")
     if not gate.is_unquantized:

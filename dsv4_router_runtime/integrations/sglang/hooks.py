@@ -53,7 +53,7 @@ def after_moe_init(_: None, moe: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _another_hook() -> str | None:
-    """Return what may read logits that are not made, past the hooks here; None if nothing may."""
+    """Return why logits that are not made may be read, past the hooks here; None if they cannot."""
     for target, (kind, hook) in HOOKS.items():
         if kind != "AROUND":
             continue

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
 # The step of a layer that a kernel takes: see `dispatch.plan_layer`. decode: the whole gate for few
-# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
-# FP32 logits [N, E], already multiplied out.
+# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen
+# experts only. select: from FP32 logits [N, E], already multiplied out.
 ROLES = tuple(ABI)
 # W_gate with unit stride along K, or along E.
 LAYOUTS = ("kmajor", "emajor")

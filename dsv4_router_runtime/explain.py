@@ -130,7 +130,7 @@ class Explanation:
 
     @property
     def capture_bytes(self) -> int:
-        """Scratch that a captured launch of the call takes, of which each capture has one."""
+        """Scratch of one captured launch of the call; each capture has its own."""
         asked = self.question
         sizes = self._scratch_sizes()
         if WORKSPACE.name in sizes:

@@ -113,7 +113,9 @@ def check_layer(
     routed_scaling_factor: Any,
     options: LayerOptions = OPTIONS_OFF,
 ) -> Layer:
-    """Check what a layer binds: W_gate [K, E] BF16, e_bias [E] FP32, top_k, the scale, options.
+    """Check the tensors and numbers of a layer.
+
+    W_gate [K, E] BF16, e_bias [E] FP32, top_k, the scale, options.
 
     A layer with a hash table has no e_bias.
     """
@@ -204,7 +206,7 @@ def _check_bias(e_bias: Any, num_experts: int, device: torch.device) -> None:
 
 
 def _check_row_reads(W_gate: torch.Tensor, e_bias: Any, layout: str) -> None:
-    """Check what only a hash layer requires: no bias, and rows that an int32 can step by."""
+    """Check the rules of hash layers alone: no bias, and rows that an int32 can step by."""
     if e_bias is not None:
         raise wrong("e_bias", "None beside tid2eid, whose ids need no bias", "a bias")
     if layout == "kmajor" and W_gate.shape[1] > 1 and W_gate.stride(1) >= 2**31:

@@ -204,9 +204,7 @@ ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
 }
 
 
-def workspace_bytes(
-    num_tokens: int, num_experts: int, *, expert_tile: int, max_tokens: int
-) -> int:
+def workspace_bytes(num_tokens: int, num_experts: int, *, expert_tile: int, max_tokens: int) -> int:
     """Return the bytes of WORKSPACE that a launch accesses: none if 64 experts are all.
 
     expert_tile: the experts of a CTA. max_tokens: those that the kernel takes.

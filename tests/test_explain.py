@@ -25,15 +25,60 @@ def artifacts(write_artifacts, manifest):
     return ArtifactSet(folder=write_artifacts(manifest), manifest=manifest)
 
 
+def bind_and_route(question, artifacts):
+    """Make the call of a question; return its Router."""
+    import torch
+
+    from dsv4_router_runtime import Router
+
+    n, k, top_k = question.num_tokens, question.k, question.top_k
+    num_experts = question.num_experts
+    kmajor = question.layout == "kmajor"
+    W = torch.zeros((num_experts, k) if kmajor else (k, num_experts), dtype=torch.bfloat16)
+    bound = Router(
+        W.t() if kmajor else W,
+        None if question.hashed else torch.zeros(num_experts),
+        top_k=top_k,
+        routed_scaling_factor=1.0,
+        artifacts=artifacts,
+        tid2eid=torch.arange(top_k, dtype=torch.int32)[None] if question.hashed else None,
+        bias_vl=torch.zeros(num_experts) if question.images or question.logits else None,
+    )
+    bound(
+        torch.zeros(n, k, dtype=torch.bfloat16),
+        torch.zeros(n, top_k),
+        torch.zeros(n, top_k, dtype=torch.int32),
+        input_ids=torch.zeros(n, dtype=torch.int32) if question.hashed else None,
+        image_mask=torch.zeros(n, dtype=torch.bool) if question.images else None,
+        **({"out_logits": torch.zeros(n, num_experts)} if question.logits else {}),
+    )
+    return bound
+
+
+def compare(document, question, bound, gpu) -> None:
+    from gpu_recorder import workspace_of
+
+    (launch,) = gpu.launches
+    assert document["kernel"] == launch["kernel"]
+    assert document["grid"] == list(launch["grid"])
+    assert document["launches"] == 1 + len(gpu.products)
+    whole_gate = question.images or question.logits
+    steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
+    assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
+    assert bool(document["weights_copy_bytes"]) == bound.weights_copied
+    assert (document["copy_reason"] is None) == (not bound.weights_copied)
+    scratch = workspace_of(bound).layout
+    assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+    products = [] if question.logits else [out for _, _, out in gpu.products]
+    assert document["logits_bytes"] == sum(out.numel() * out.element_size() for out in products)
+
+
 def test_explain_is_what_a_binding_does(tmp_path):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     pytest.importorskip("hypothesis", reason="draws the questions")
-    import torch
-    from gpu_recorder import replace_gpu, workspace_of
+    from gpu_recorder import replace_gpu
     from hypothesis import given, settings
     from hypothesis import strategies as st
-
-    from dsv4_router_runtime import Router
 
     artifacts = ArtifactSet(folder=tmp_path, manifest=sample_manifest())
     kernels = artifacts.manifest.kernels
@@ -41,77 +86,30 @@ def test_explain_is_what_a_binding_does(tmp_path):
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
-        num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 300)),
-        blocks=st.integers(1, 6),
-        num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
-        top_k=st.integers(1, 8),
-        layout=st.sampled_from(["kmajor", "emajor"]),
-        hashed=st.booleans(),
-        images=st.booleans(),
-        logits=st.booleans(),
+        question=st.builds(
+            lambda num_experts, top_k, **given: Question(
+                num_experts=num_experts, top_k=min(top_k, num_experts), **given
+            ),
+            num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 300)),
+            k=st.integers(1, 6).map(lambda blocks: 64 * blocks),
+            num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
+            top_k=st.integers(1, 8),
+            layout=st.sampled_from(["kmajor", "emajor"]),
+            hashed=st.booleans(),
+            images=st.booleans(),
+            logits=st.booleans(),
+        ),
         arch=st.sampled_from(["sm_90a", "sm_100a"]),
     )
-    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, images, logits, arch):
-        k, top_k = 64 * blocks, min(top_k, num_experts)
-        question = Question(
-            num_tokens=num_tokens,
-            k=k,
-            num_experts=num_experts,
-            top_k=top_k,
-            layout=layout,
-            hashed=hashed,
-            images=images,
-            logits=logits,
-        )
-        explained = explain(artifacts, question, arch)
-        shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
-        W = torch.zeros(shape, dtype=torch.bfloat16)
-        table = torch.arange(top_k, dtype=torch.int32)[None] if hashed else None
-
-        def bind_and_route() -> Router:
-            bound = Router(
-                W.t() if layout == "kmajor" else W,
-                None if hashed else torch.zeros(num_experts),
-                top_k=top_k,
-                routed_scaling_factor=1.0,
-                artifacts=artifacts,
-                tid2eid=table,
-                bias_vl=torch.zeros(num_experts) if images or logits else None,
-            )
-            more = {"out_logits": torch.zeros(num_tokens, num_experts)} if logits else {}
-            bound(
-                torch.zeros(num_tokens, k, dtype=torch.bfloat16),
-                torch.zeros(num_tokens, top_k),
-                torch.zeros(num_tokens, top_k, dtype=torch.int32),
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
-                image_mask=torch.zeros(num_tokens, dtype=torch.bool) if images else None,
-                **more,
-            )
-            return bound
-
+    def agree(question, arch):
+        document = as_json(explain(artifacts, question, arch))
         with pytest.MonkeyPatch.context() as monkeypatch:
             gpu = replace_gpu(monkeypatch)
             gpu.arch = arch
-            bound = bind_and_route()
-            compare(as_json(explained), bound, gpu, images or logits)
-            products = [] if logits else [out for _, _, out in gpu.products]
-            sizes = [out.numel() * out.element_size() for out in products]
-            assert as_json(explained)["logits_bytes"] == sum(sizes)
+            compare(document, question, bind_and_route(question, artifacts), gpu)
             gpu.unfit = dict.fromkeys(clustered, "no room")
-            bind_and_route()
-            assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
-
-    def compare(document, bound, gpu, whole_gate) -> None:
-        (launch,) = gpu.launches
-        assert document["kernel"] == launch["kernel"]
-        assert document["grid"] == list(launch["grid"])
-        assert document["launches"] == 1 + len(gpu.products)
-        steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
-        assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
-        assert bool(document["weights_copy_bytes"]) == bound.weights_copied
-        assert (document["copy_reason"] is None) == (not bound.weights_copied)
-        scratch = workspace_of(bound).layout
-        assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+            bind_and_route(question, artifacts)
+            assert gpu.last["kernel"] == document["kernel_without_clusters"]
 
     agree()
 

@@ -21,7 +21,14 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
-from gpu_recorder import replace_gpu, sites_of, table_of, w_copy_of, workspace_of
+from gpu_recorder import (
+    replace_gpu,
+    site_table_of,
+    sites_of,
+    table_of,
+    w_copy_of,
+    workspace_of,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels.shapes import WORKSPACE_BYTES
@@ -192,14 +199,14 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
     assert status().scratch_bytes < 16 * MIB
     assert len(gpu.driver.events) == 1
-    assert len(bound._binding._sites) < 300
+    assert len(sites_of(bound)) < 300
 
 
 def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monkeypatch):
     monkeypatch.setattr(binding, "MAX_SITES", 1)
     bound = make()
     call_on(gpu, bound, 0x900)
-    sites = bound._binding._sites
+    sites = site_table_of(bound)
     ((key, site),) = sites.items()
 
     class Slot:
@@ -212,8 +219,8 @@ def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monke
 
     sites[-1, 0, False] = SimpleNamespace(slot=Slot())
     call_on(gpu, bound, 0xA00)
-    assert bound._binding._sites[key] is site
-    assert (-1, 0, False) not in bound._binding._sites
+    assert site_table_of(bound)[key] is site
+    assert (-1, 0, False) not in site_table_of(bound)
 
 
 def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):

@@ -34,7 +34,7 @@ class Entrant:
 
     contender: Contender
     make: Callable[[Inputs], Call]
-    # A layer's answer if each id is known; else any answer that `complaint` accepts.
+    # A layer's answer if each id is determined; else any answer that `complaint` accepts.
     expected: Callable[[Any, int], Result] | None = None
 
 

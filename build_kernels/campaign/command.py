@@ -43,7 +43,7 @@ def faults_command(
     jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Make every fault happen that this machine can, and show what comes of it.
+    """Make every fault happen that this machine can, and print the outcomes.
 
     A row that needs a GPU is not run here; its command is printed. Fails if the outcome of a row
     is not the expected one.

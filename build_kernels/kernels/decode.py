@@ -109,13 +109,13 @@ class RouterDecode:
 
     def shared_storage(self) -> type:
         """Return the members of shared memory; see TileGemm for the ones that it uses."""
-        gemm = self.gemm
+        gemm, sums = self.gemm, self.exchange.sums_bytes // 4
 
         class SharedStorage:
             w: gemm.w_ring
             x: gemm.x_ring
             # (expert, column, source, pair): see PairExchange.sums
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, sums], 1024]
             # (expert, epilogue warp)
             physical_ids: cute.struct.MemRange[Int32, MAX_EXPERTS * self.max_owned]
             # (epilogue warp,)

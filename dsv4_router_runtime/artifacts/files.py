@@ -1,7 +1,7 @@
 """The one reader of files: regular files only, of a bounded size, and without ever waiting.
 
 A FIFO would block its reader for ever, a device may never end, and a sparse file of 1 GB costs
-memory and seconds. Symbolic links are followed: what counts is the file at their end.
+memory and seconds. Symbolic links are followed.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Manifest:
         return tuple(kernel for kernel in self.kernels if kernel.arch == arch)
 
     def __repr__(self) -> str:
-        """In a line: with every field of every kernel it would be 120,000 characters."""
+        """Return one line: every field of every kernel would be 120,000 characters."""
         archs = ", ".join(sorted({kernel.arch for kernel in self.kernels}))
         return f"Manifest({len(self.kernels)} kernels{f' for {archs}' if archs else ''})"
 
@@ -98,7 +98,7 @@ class Manifest:
 def serialise_manifest(manifest: Manifest) -> str:
     """Return the manifest's text: keys and kernels sorted, one newline at the end, no timestamps.
 
-    The text is parsed first: what does not fit the schema is a ManifestError in the builder.
+    The text is parsed first: a manifest beyond the schema is a ManifestError in the builder.
     """
     kernels = sorted(manifest.kernels, key=lambda kernel: (kernel.name, kernel.arch))
     document = {
@@ -350,7 +350,7 @@ def _launch(node: JsonNode) -> Launch:
 
 
 def _grid_axis(node: JsonNode, k_splits: int, cluster: int, limit: int) -> int | str:
-    """An axis of the grid, whole clusters of `cluster` CTAs whatever the problem's size is."""
+    """Read an axis of the grid: whole clusters of `cluster` CTAs for any size of the problem."""
     axis = node.value
     if not (isinstance(axis, str) and axis in GRID_TERMS) and not (node.is_int() and axis >= 1):
         raise node.expected("an int >= 1 or one of " + ", ".join(GRID_TERMS))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsv4_router_runtime.artifacts.limits import MAX_SHARED_SLOTS
 from dsv4_router_runtime.integrations.engine import limits_against
 
-# Algorithms of --ep-dispatch-algorithm whose ids SGLang derives from ours, or that are ours.
+# Algorithms of --ep-dispatch-algorithm with logical ids, or ids that a kernel or SGLang maps.
 DISPATCH_ALGORITHMS = (None, "static", "dynamic")
 
 

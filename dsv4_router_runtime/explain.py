@@ -281,8 +281,9 @@ def _verdicts(explained: Explanation) -> Iterator[tuple[Accepted | Rejected, str
         elif each.kernel is explained.kernel:
             yield each, "accepted", "chosen, made for the fewest tokens of those accepted"
         else:
-            tokens = each.kernel.problem.num_tokens
-            yield each, "accepted", f"not chosen, made for {tokens} tokens"
+            low = each.kernel.problem.num_tokens.low
+            most = each.kernel.most_tokens(explained.question.num_experts) or ""
+            yield each, "accepted", f"not chosen, made for {low}..{most} tokens"
 
 
 def _memory(explained: Explanation) -> Iterator[str]:

@@ -90,8 +90,8 @@ class Router:
     out_logical_ids int32, at least [N, top_k]: gets the ids before a physical map, and -1 in
         rows that are treated like padding.
     out_logits FP32, at least [N, E]: gets hidden_states @ W_gate, before gate_temp, of every
-        row, padding too. For more than 64 tokens it is the matrix product's own output. A hash
-        layer has it only if it has bias_vl.
+        row, padding too. If the call takes a matrix product, it is that product's own output. A
+        hash layer has it only if it has bias_vl.
 
     torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
     torch.export refuse it; they trace the operators of `integrations.torch_op`. Dynamo traces this
@@ -242,8 +242,9 @@ class Router:
 
         Writes out_weights (FP32, or BF16 rounded from it to nearest even) and out_ids (int32 or
         int64) in [0:N, 0:top_k + num_shared_slots] and nowhere else; both may be larger. N = 0
-        returns at once. Up to 64 tokens take one launch, more take cuBLAS and one. A refused call
-        has launched nothing and touched no output.
+        returns at once. Up to 256 tokens of 384 experts (384 of 256) take one launch, more take
+        cuBLAS and one; `explain` prints the steps of a layer. A refused call has launched nothing
+        and touched no output.
 
         The class describes the keywords. pdl: for this call, instead of the Router's.
 
@@ -312,7 +313,7 @@ class Router:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The artifacts bound: decode kernels by ascending number of tokens, then prefill's.
+        """The artifacts bound, by ascending number of tokens.
 
         Those that only a hash layer's calls with image rows or out_logits take come last.
         """

@@ -27,11 +27,11 @@ class Status:
     capture_slots       slots of scratch that these hold
     capture_bytes       bytes of these slots
     scratch_bytes       bytes of all scratch, also of that free for the next capture
-    prefill_bytes       bytes of logits for more than 64 tokens, outside graphs
+    prefill_bytes       bytes of the logits of matrix products, outside graphs
     driver_bytes        bytes taken from the driver: scratch, and private copies of layers
     fallbacks           kernels whose cluster did not fit a context, and those taken instead
 
-    For N <= 64 a graph holds launches alone; beyond, it holds the nodes of torch.mm too.
+    A graph holds launches alone; of calls that take a matrix product, the nodes of torch.mm too.
     """
 
     device: str

@@ -16,6 +16,9 @@ import pytest
 
 from dsv4_router_runtime import doctor
 from dsv4_router_runtime.__main__ import main
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.artifacts.manifest import parse_manifest
 from dsv4_router_runtime.doctor import finding, installation
 from dsv4_router_runtime.errors import DriverError
 
@@ -67,7 +70,7 @@ def test_a_machine_in_good_order_exits_0(examine):
         "loads; 7 clusters of 16 CTAs fit with an SM for each CTA; "
         "1..8 tokens: computes the whole gate in one launch"
     )
-    assert found[SELF_TEST]["found"] == "20 calls right, and 20 replayed"
+    assert found[SELF_TEST]["found"] == "28 calls right, and 28 replayed"
     assert found["workspace gpu 0"]["status"] == "OK"
 
 
@@ -266,6 +269,27 @@ print(code, "torch" in sys.modules, time.process_time())
         assert (exit_code, torch_is_there) == ("2", "False")
         best = min(best, float(seconds))
     assert best < 0.5
+
+
+def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
+    manifest = parse_manifest(
+        (Path(__file__).parents[1] / "artifacts" / "manifest.json").read_bytes()
+    )
+    ends = {1}
+    for arch in manifest.driver:
+        for layout in LAYOUTS:
+            layer = LayerProblem(
+                layout=layout,
+                tma_loadable=True,
+                hashed=False,
+                num_experts=selftest.EXPERTS,
+                top_k=selftest.TOP_K,
+                k=selftest.K,
+            )
+            steps = plan_layer(manifest, layer, arch).steps
+            assert steps[-1].is_product_and_select
+            ends |= {step.max_tokens for step in steps[:-1]} | {steps[-2].max_tokens + 1}
+    assert sorted(ends) == list(selftest.TOKENS)
 
 
 def test_the_keys_of_the_self_test_are_equal_or_far_apart():

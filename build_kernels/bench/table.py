@@ -33,7 +33,7 @@ from .report import (
 )
 
 NOTHING = "-"
-README_NUM_TOKENS = (1, 6, 16, 32, 64, 65, 128, 192, 256)
+README_NUM_TOKENS = (1, 6, 16, 32, 64, 65, 128, 256)
 PEER_NAMES = {
     "vllm": "vLLM",
     "cuBLAS + dsv4_topk": "cuBLAS",

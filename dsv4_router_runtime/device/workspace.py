@@ -15,7 +15,7 @@ and is shared by the launches there that need no more. It returns when the graph
 allocated and zeroed under capture as well, on a stream that no capture joins: no graph holds a
 memset of scratch. The layer's tensors are kept alive as long as the graph.
 
-Logits of more than 64 tokens are torch's: they need no zeroing, so a server that unmaps torch's
+Logits of a matrix product are torch's: they need no zeroing, so a server that unmaps torch's
 memory while it sleeps does no harm. Under capture they lie in the graph's own memory pool.
 
 Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator supports

@@ -96,7 +96,7 @@ def _reasons_of_server(facts: LayerFacts) -> Iterator[str]:
     if facts.output_format not in (None, "STANDARD"):
         yield f"its experts take the format {facts.output_format}; STANDARD is served"
     if facts.deterministic:
-        yield "inference is deterministic, and bits depend on the number of tokens beyond 64"
+        yield "inference is deterministic, and bits of large batches depend on the number of tokens"
     if facts.waterfill:
         yield "waterfill balances its shared expert"
     if facts.simulated:

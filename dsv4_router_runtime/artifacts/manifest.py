@@ -274,8 +274,12 @@ def _check_maps(node: JsonNode, kernel: Kernel) -> None:
             raise JsonNode(None, f"{path}.box", node.source).error(
                 f"K blocks of {recipe.box[0]} do not divide k_multiple {problem.k_multiple}"
             )
-        # W_gate comes in boxes of 64 experts, several to a larger tile.
-        boxes = {"E": min(launch.expert_tile, TILE_EXPERTS), "N": launch.token_tile}
+        # A box of W_gate that is contiguous along E is 64 experts wide, by its swizzle.
+        experts = launch.expert_tile
+        boxes = {
+            "E": min(experts, TILE_EXPERTS) if fastest == "E" else experts,
+            "N": launch.token_tile,
+        }
         for dim, name in (("E", "expert_tile"), ("N", "token_tile")):
             tile = boxes[dim]
             if dim in recipe.dims and recipe.box[recipe.dims.index(dim)] != tile:

@@ -97,8 +97,8 @@ def test_prefill_goes_without_behind() -> None:
     assert "--prefill and --behind choose N: give --behind and --n" in result.stderr
 
 
-def test_more_tokens_take_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "MAX_LARGE_LAYERS", 3)
+def test_more_tokens_and_the_host_take_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "FEW_LAYERS", 3)
     stopwatch = FloorsAside()
     run_bench(
         entrant("ours", OURS, right),
@@ -109,7 +109,7 @@ def test_more_tokens_take_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PROBLEM.layers == 4
     assert [order for order in stopwatch.orders if order[0] in (COLD, HOST)] == [
         (COLD, (0, 1, 2, 3)),
-        (HOST, (0, 1, 2, 3)),
+        (HOST, (0, 1, 2)),
         (COLD, (0, 1, 2)),
         (HOST, (0, 1, 2)),
     ]

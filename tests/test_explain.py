@@ -223,3 +223,15 @@ def test_without_a_gpu_the_architecture_has_to_be_named(artifacts, monkeypatch, 
     monkeypatch.setattr(driver, "arch_of_device", lambda index: {3: "sm_90a"}[index])
     assert main([*arguments, "--device", "3", "--artifacts", str(artifacts.folder)]) == 0
     assert "on sm_90a\n" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_not_chosen_is_made_for_what_its_clusters_hold(artifacts):
+    kernels = tuple(
+        replace(kernel, launch=replace(kernel.launch, max_clusters=7))
+        if kernel.role == "prefill"
+        else kernel
+        for kernel in artifacts.manifest.kernels
+    )
+    held = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
+    text = as_text(explain(held, replace(QUESTION, num_tokens=100), "sm_90a"))
+    assert "router_prefill_kmajor_n128.sm_90a: not chosen, made for 1..256 tokens" in text

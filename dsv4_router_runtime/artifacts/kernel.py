@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
 # The step of a layer that a kernel takes: see `dispatch.plan_layer`. decode: the whole gate for few
-# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
-# FP32 logits [N, E], already multiplied out.
+# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen
+# experts only. select: from FP32 logits [N, E], already multiplied out.
 ROLES = tuple(ABI)
 # W_gate with unit stride along K, or along E.
 LAYOUTS = ("kmajor", "emajor")
@@ -203,10 +203,7 @@ class Kernel:
     def workspace_bytes(self, num_tokens: int, num_experts: int) -> int:
         """Return the bytes of its workspace that a launch accesses."""
         return workspace_bytes(
-            num_tokens,
-            num_experts,
-            expert_tile=self.launch.expert_tile,
-            max_tokens=self.problem.num_tokens.high or 0,
+            self.role, num_tokens, num_experts, expert_tile=self.launch.expert_tile
         )
 
 

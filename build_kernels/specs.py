@@ -38,8 +38,8 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each. An H200 holds 7
-# of its clusters, and a launch of more takes twice as long. us on one H200, PDL, weights cold; in
+# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each. An H200 holds
+# 7 of its clusters, and a launch of more takes twice as long. us on one H200, PDL, weights cold; in
 # brackets launches of more than 7 clusters, and the matrix product with router_topk:
 #                 7168x384                          4096x256
 #     N           65     128    192     256         128    256     384     512

@@ -240,6 +240,28 @@ def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts).exit_code == 0
 
 
+def test_modules_that_compile_are_skipped_without_compilers() -> None:
+    """As on a GPU machine that has the runtime's packages alone, where `-m gpu` is to run."""
+    code = """
+import importlib.metadata, sys
+import pytest
+
+found = importlib.metadata.version
+def version(name):
+    if name == "nvidia-cuda-nvrtc-cu12":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.version = version
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+    modules = [Path(__file__), Path(__file__).with_name("test_staging.py")]
+    command = [sys.executable, "-c", code, "--collect-only", *map(str, modules)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+    assert "SKIPPED [2] " in done.stdout
+    assert "not run: nvidia-cuda-nvrtc-cu12 is not installed; run `pip install " in done.stdout
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("width", [80, 200])
 def test_list_is_readable_on_a_terminal_of(width: int, artifacts: Path) -> None:

@@ -126,6 +126,8 @@ def test_the_most_tokens_of_a_kernel():
     unbounded = replace(prefill.launch, max_clusters=None)
     assert replace(prefill, launch=unbounded).most_tokens(384) == 896
     assert replace(prefill, launch=unbounded, problem=endless).most_tokens(384) is None
+    short = replace(prefill, problem=replace(prefill.problem, num_tokens=IntRange(low=1, high=500)))
+    assert [short.most_tokens(number) for number in (128, 256)] == [500, 384]
     few = replace(prefill, launch=replace(prefill.launch, max_clusters=3))
     # Not even one token tile of four tiles of experts.
     assert (few.most_tokens(384), few.most_tokens(385)) == (128, 0)

@@ -15,8 +15,9 @@ from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.explain import Question, as_json, as_text, explain
 
-# The first and the last number of tokens of each step.
-ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65)
+# The first and the last number of tokens of each step, for any number of experts.
+PREFILL_ENDS = (128, 129, 192, 193, 256, 257, 384, 385, 448, 449, 896, 897)
+ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65, *PREFILL_ENDS)
 QUESTION = Question(num_tokens=48, k=7168, num_experts=384, top_k=6)
 
 
@@ -90,7 +91,7 @@ def test_explain_is_what_a_binding_does(tmp_path):
             lambda num_experts, top_k, **given: Question(
                 num_experts=num_experts, top_k=min(top_k, num_experts), **given
             ),
-            num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 300)),
+            num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 1000)),
             k=st.integers(1, 6).map(lambda blocks: 64 * blocks),
             num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
             top_k=st.integers(1, 8),
@@ -131,15 +132,31 @@ def test_every_candidate_has_a_verdict_and_a_reason(artifacts):
     assert reasons["router_decode_kmajor_n64.sm_90a"] == "not chosen, made for 1..64 tokens"
 
 
-def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
-    question = replace(QUESTION, num_tokens=100, num_experts=132, layout="emajor", hashed=True)
+def test_prefill_names_its_clusters_scratch_and_bound(artifacts):
+    question = replace(QUESTION, num_tokens=100)
     text = as_text(explain(artifacts, question, "sm_90a"))
-    assert "N=100, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
+    assert "one launch of router_prefill_kmajor_n64.sm_90a, 96 CTAs in 6 clusters of 16" in text
+    assert "-> 65..128 tokens: computes the whole gate in one launch, by larger tiles" in text
+    document = as_json(explain(artifacts, question, "sm_90a"))
+    assert (document["launches"], document["logits_bytes"]) == (1, 0)
+    assert document["kernel_without_clusters"] == "router_topk.sm_90a"
+    more = as_json(explain(artifacts, replace(question, num_tokens=129), "sm_90a"))
+    reasons = {each["kernel"]: each["reason"] for each in more["candidates"]}
+    assert reasons["router_prefill_kmajor_n64.sm_90a"] == (
+        "takes at most 7 clusters, which are 128 tokens of 384 experts, got 129"
+    )
+    assert reasons["router_prefill_kmajor_n128.sm_90a"].startswith("chosen")
+
+
+def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
+    question = replace(QUESTION, num_tokens=400, num_experts=132, layout="emajor", hashed=True)
+    text = as_text(explain(artifacts, question, "sm_90a"))
+    assert "N=400, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
     assert "path: torch.mm (cuBLAS), then one launch of router_topk.sm_90a, " in text
-    assert "-> 65.. tokens: selects from the logits of a matrix product: router_topk" in text
+    assert "-> 385.. tokens: selects from the logits of a matrix product: router_topk" in text
     assert "copies: W_gate, 1892352 bytes per layer, since TMA cannot step" in text
     assert "copies: tid2eid as int32" in text
-    assert f"scratch: {100 * 132 * 4} bytes of logits per stream" in text
+    assert f"scratch: {400 * 132 * 4} bytes of logits per stream" in text
     assert "pdl: allowed" in text
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
 

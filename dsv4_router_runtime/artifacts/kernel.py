@@ -203,10 +203,7 @@ class Kernel:
     def workspace_bytes(self, num_tokens: int, num_experts: int) -> int:
         """Return the bytes of its workspace that a launch accesses."""
         return workspace_bytes(
-            num_tokens,
-            num_experts,
-            expert_tile=self.launch.expert_tile,
-            max_tokens=self.problem.num_tokens.high or 0,
+            self.role, num_tokens, num_experts, expert_tile=self.launch.expert_tile
         )
 
 

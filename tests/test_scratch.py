@@ -374,6 +374,19 @@ def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
     assert status().scratch_bytes == held.scratch_bytes
 
 
+@pytest.mark.parametrize("num_tokens", [64, 65])
+def test_graphs_that_are_gone_do_not_pile_up(gpu, make, num_tokens):
+    """With more than 64 tokens none is found gone for want of scratch."""
+    bound = make()
+    bound(*step(64))
+    most = 0
+    for gpu.capture in range(1, 2001):
+        bound(*step(num_tokens))
+        gpu.driver.destroy_graph(gpu.capture)
+        most = max(most, len(workspace_of(bound).captures))
+    assert most <= workspace.KEPT_CAPTURES
+
+
 def test_no_memory_under_capture_is_an_error_in_words(gpu, make):
     bound = make()
     gpu.capture = 1

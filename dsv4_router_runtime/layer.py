@@ -32,6 +32,7 @@ from .checks import (
 )
 
 BF16_BYTES = 2
+MAX_MAP_BYTES = 8 * 2**30
 
 
 class LayerOptions(TypedDict, total=False):
@@ -267,8 +268,12 @@ def _check_physical_map(
             )
     check_tensor("to_physical", to_physical, torch.int32, torch.int64, rank=2, device=device)
     rows, replicas = to_physical.shape
-    if rows != num_experts or not 1 <= replicas < 2**31:
-        allowed = f"shape [{num_experts}, max_replicas], at least 1 replica for each expert"
+    # router_decode counts the 32-bit words of the whole map in an int32.
+    if rows != num_experts or replicas == 0 or to_physical.nbytes >= MAX_MAP_BYTES:
+        allowed = (
+            f"shape [{num_experts}, max_replicas], at least 1 replica for each expert and below "
+            f"{MAX_MAP_BYTES >> 30} GiB"
+        )
         raise wrong("to_physical", allowed, shape_of(to_physical))
     if not to_physical.is_contiguous():
         raise wrong("to_physical", "a contiguous tensor, read in place", strides_of(to_physical))

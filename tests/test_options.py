@@ -247,6 +247,23 @@ def test_rows_of_a_hash_layer_are_stepped_by_an_int32():
         check_layer(W, None, top_k=TOP_K, routed_scaling_factor=1, options=options)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int32, 2**31), (torch.int64, 2**30)])
+def test_a_physical_map_is_indexed_by_an_int32(dtype, most):
+    """router_decode counts 32-bit words: a map beyond would be read at a negative index."""
+    W = torch.zeros(E, K, dtype=torch.bfloat16, device="meta").t()
+    bias = torch.zeros(E, device="meta")
+
+    def check(replicas: int) -> None:
+        maps = {"to_physical": (E, replicas), "logical_count": (E,)}
+        given = {name: torch.empty(of, dtype=dtype, device="meta") for name, of in maps.items()}
+        options = complete_options(given)
+        check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1, options=options)
+
+    check(most // E - 1)
+    with pytest.raises(ValueError, match=r"to_physical: .* and below 8 GiB"):
+        check(most // E)
+
+
 def test_options_that_are_on_are_named():
     assert options_on({}) == options_on({"gate_temp": 1, "num_shared_slots": 0}) == ""
     both = {"to_physical": ints(E, 1), "logical_count": ints(E)}

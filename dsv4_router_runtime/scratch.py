@@ -142,7 +142,16 @@ def gpu_index(device: torch.device | int | str | None) -> int:
         raise TypeError(
             f"device: expected a torch.device, an int, a str or None (got {type(device).__name__})"
         )
-    given = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if given.type != "cuda":
-        raise ValueError(f"device: expected a CUDA device (got {given})")
-    return torch.cuda.current_device() if given.index is None else given.index
+    if isinstance(device, int):
+        index = device
+    else:
+        given = torch.device(device)
+        if given.type != "cuda":
+            raise ValueError(f"device: expected a CUDA device (got {given})")
+        index = torch.cuda.current_device() if given.index is None else given.index
+    # torch takes any number; nothing lies on a GPU that is not there, so that a check would pass.
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        allowed = f"one of the {count} GPUs that this process sees, counted from 0"
+        raise ValueError(f"device: expected {allowed} (got {index})")
+    return index

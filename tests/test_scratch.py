@@ -715,6 +715,18 @@ def test_a_device_that_is_no_gpu_is_refused(device, error, message):
             act(device)
 
 
-def test_a_device_is_given_as_torch_takes_it():
+@pytest.mark.parametrize(
+    ("device", "got"), [(2, 2), (-1, -1), (256, 256), ("cuda:2", 2), (torch.device("cuda:7"), 7)]
+)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, device, got):
+    """An int is asked before torch, which takes 256 for 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for act in (status, check, reset):
+        with pytest.raises(ValueError, match=rf"one of the 2 GPUs .* \(got {got}\)"):
+            act(device)
+
+
+def test_a_device_is_given_as_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for given in (1, "cuda:1", torch.device("cuda:1")):
         assert scratch.gpu_index(given) == 1

@@ -32,6 +32,8 @@ from .checks import (
 )
 
 BF16_BYTES = 2
+# router_decode multiplies by the reciprocal, which rcp.approx.ftz flushes to 0 beyond.
+MAX_GATE_TEMP = 2.0**126
 MAX_MAP_BYTES = 8 * 2**30
 
 
@@ -222,7 +224,7 @@ def _check_options(
         check_vector(
             "bias_vl", bias_vl, torch.float32, length=num_experts, each="expert", device=device
         )
-    check_float("gate_temp", options["gate_temp"], FP32_LEAST_NORMAL, FP32_MAX)
+    check_float("gate_temp", options["gate_temp"], FP32_LEAST_NORMAL, MAX_GATE_TEMP)
     if tid2eid is not None:
         _check_hash_table(tid2eid, top_k, device)
     _check_physical_map(options["to_physical"], options["logical_count"], num_experts, device)

@@ -63,7 +63,7 @@ def test_what_a_layers_options_settle_for_its_calls():
     [
         {"gate_temp": 2},
         {"gate_temp": 1e-37},
-        {"gate_temp": 3.4e38},
+        {"gate_temp": 2.0**126},
         {"num_shared_slots": 8},
         {"norm_topk_prob": False},
         {"tid2eid": table(dtype=torch.int64)},
@@ -108,7 +108,9 @@ def test_right_layers(right):
             ValueError,
             "gate_temp: expected a finite number in FP32's range, 1.1",
         ),
-        ({"gate_temp": -1}, ValueError, "range, 1.17549435e-38..3.40282347e+38 (got -1)"),
+        ({"gate_temp": -1}, ValueError, "range, 1.17549435e-38..8.50705917e+37 (got -1)"),
+        # Its reciprocal in FP32 is 0, by which router_decode multiplies.
+        ({"gate_temp": 2.0**127}, ValueError, "range, 1.17549435e-38..8.50705917e+37 (got 1.7014"),
         ({"gate_temp": 1e-46}, ValueError, "gate_temp: expected a finite number in FP32's range"),
         ({"gate_temp": float("nan")}, ValueError, "gate_temp: expected a finite number in FP32's"),
         ({"gate_temp": float("inf")}, ValueError, "gate_temp: expected a finite number in FP32's"),

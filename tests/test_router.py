@@ -10,6 +10,7 @@ import copy
 import pickle
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,33 @@ def test_map_cache_drops_the_oldest(gpu, make, monkeypatch):
         bound(x[:num_tokens], w, ids)
     encoded = [m.dims[1] for m in gpu.maps[1:]]
     assert encoded == [1, 2, 3, 1]
+
+
+def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, make, monkeypatch):
+    """A call with the arguments of the one before writes nothing, and launches by that address."""
+    monkeypatch.setattr(tensor_map, "MAX_CACHED_MAPS", 2)
+    made = []
+
+    class Watched(tensor_map.TensorMap):
+        """One that a weak reference may point to."""
+
+    def encode(arguments):
+        encoded = Watched()
+        made.append(weakref.ref(encoded))
+        return encoded
+
+    for module in (tensor_map, binding):
+        monkeypatch.setattr(module, "encode_tensor_map", encode)
+    bound = make()
+    x, w, ids = step(8)
+    bound(x, w, ids)
+    of_the_first = made[-1]
+    gpu.stream = 5
+    for num_tokens in range(1, 8):
+        bound(x[:num_tokens], w, ids)
+    gpu.stream = 0
+    bound(x, w, ids)
+    assert gpu.last["x_map"] == of_the_first().address
 
 
 @pytest.mark.parametrize("num_tokens", [65, 1000])

@@ -21,6 +21,7 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
+from fake_driver import GLOBAL
 from gpu_recorder import (
     replace_gpu,
     site_table_of,
@@ -164,6 +165,7 @@ def test_a_bind_and_a_first_call_leave_a_capture_in_another_thread_alone(gpu, ma
     del bound
     gc.collect()
     assert gpu.driver.broken_captures == 0
+    assert gpu.driver.cuThreadExchangeStreamCaptureMode(GLOBAL) == (0, GLOBAL)
 
 
 FOUR = step(4)
@@ -372,6 +374,16 @@ def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
         bound(*step(64))
     assert {item["workspace"] for item in gpu.launches[300:]} == used
     assert status().scratch_bytes == held.scratch_bytes
+
+
+def test_scratch_of_graphs_that_are_gone_is_taken_before_new(gpu, make):
+    bound = make()
+    most = workspace.CHUNK_BYTES // workspace_bytes(64, E)
+    assert 1 < most < workspace.KEPT_CAPTURES
+    for gpu.capture in range(1, 4 * most):
+        bound(*step(64))
+        gpu.driver.destroy_graph(gpu.capture)
+    assert len(gpu.driver.memory) == 1
 
 
 @pytest.mark.parametrize("num_tokens", [64, 65])
@@ -664,6 +676,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     bound(*step(4))
     gpu.capture = 0
     check()
+    assert gpu.driver.waits == 1, "launches under way hold words"
     at = ["stream 0x0", "foreign stream with id 77", "capture 5"].index
     launch = gpu.launches[-1 if where == "of no" else at(where)]
     past = MIB if where == "of no" else 0
@@ -674,6 +687,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     ):
         check()
     reset()
+    assert gpu.driver.waits == 3
     check()
     gpu.stream = 0
     bound(*step(4))

@@ -90,7 +90,8 @@ def _explain(options: argparse.Namespace) -> int:
         logits=options.logits,
     )
     artifacts = open_artifacts(options.artifacts)
-    explained = explain.explain(artifacts, question, options.arch or _arch(options.device or 0))
+    arch = _arch(options.device or 0) if options.arch is None else options.arch
+    explained = explain.explain(artifacts, question, arch)
     document = explain.as_json(explained)
     print(json.dumps(document, indent=1) if options.json else explain.as_text(explained))
     return 0

@@ -31,7 +31,8 @@ class Status:
     driver_bytes        bytes taken from the driver: scratch, and private copies of layers
     fallbacks           kernels whose cluster did not fit a context, and those taken instead
 
-    For N <= 64 a graph holds launches alone; beyond, it holds the nodes of torch.mm too.
+    For N <= 64 a graph holds launches alone; beyond, and after a fallback, it holds the nodes of
+    torch.mm too.
     """
 
     device: str

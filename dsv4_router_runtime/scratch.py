@@ -31,7 +31,8 @@ class Status:
     driver_bytes        bytes taken from the driver: scratch, and private copies of layers
     fallbacks           kernels whose cluster did not fit a context, and those taken instead
 
-    A graph holds launches alone; of calls that take a matrix product, the nodes of torch.mm too.
+    A graph holds launches alone; of calls that take a matrix product, and after a fallback, it
+    holds the nodes of torch.mm too.
     """
 
     device: str
@@ -142,7 +143,16 @@ def gpu_index(device: torch.device | int | str | None) -> int:
         raise TypeError(
             f"device: expected a torch.device, an int, a str or None (got {type(device).__name__})"
         )
-    given = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if given.type != "cuda":
-        raise ValueError(f"device: expected a CUDA device (got {given})")
-    return torch.cuda.current_device() if given.index is None else given.index
+    if isinstance(device, int):
+        index = device
+    else:
+        given = torch.device(device)
+        if given.type != "cuda":
+            raise ValueError(f"device: expected a CUDA device (got {given})")
+        index = torch.cuda.current_device() if given.index is None else given.index
+    # torch takes any number; nothing lies on a GPU that is not there, so that a check would pass.
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        allowed = f"one of the {count} GPUs that this process sees, counted from 0"
+        raise ValueError(f"device: expected {allowed} (got {index})")
+    return index

@@ -203,6 +203,22 @@ def test_a_version_outside_its_bounds_is_a_warning(world, examine):
     assert found["package torch"]["repair"] == "pip install 'torch>=99'"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug")])
+def test_an_error_of_doctor_itself_is_no_warning(monkeypatch, capsys, error):
+    """Python's own exit code of an exception is 1, which says that the machine can route."""
+    monkeypatch.setattr(doctor, "examine", raises(error))
+    assert main(["doctor"]) == 2
+    assert str(error) in capsys.readouterr().err
+
+
+def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    command = [sys.executable, "-m", "dsv4_router_runtime", "doctor", "--quick", "--artifacts"]
+    command.append(str(tmp_path / "\u00fc"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "\\xfc/manifest.json: cannot be read" in ran.stdout, ran.stderr
+
+
 def test_lines_start_with_the_status_and_end_with_the_repair(world, capsys):
     flip_a_byte(world)
     assert main(["doctor", "--artifacts", str(world.folder)]) == 2

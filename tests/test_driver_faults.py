@@ -192,8 +192,12 @@ def test_a_bind_that_fails_leaves_the_callers_context(monkeypatch, fake, bind):
     assert fake.stack == [FOREIGN, GREEN]
 
 
-def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
+@pytest.mark.parametrize("stream", [0, 5])
+def test_a_foreign_context_is_refused_before_anything_is_launched(monkeypatch, fake, bind, stream):
+    """On another stream of torch's too, whose site is found without a look at the context."""
+    monkeypatch.setattr(binding, "is_lasting", lambda index, stream: True)
     bound = bind()
+    fake.gpu.stream = stream
     for n in (3, 70):
         call(bound, n)
     fake.gpu.products.clear()
@@ -280,6 +284,13 @@ class TestWithoutRoomForACluster:
         (fallback,) = occupancy.fallbacks()
         assert (fallback.instead, fallback.times) == ("router_topk.sm_90a", 1)
         assert status().fallbacks == (fallback,)
+
+    def test_in_a_thread_without_a_context_the_primary_one_is_asked(self, fake, bind):
+        bound = bind()
+        fake.stack = []
+        call(bound)
+        names = [fake.handles[handle].name for handle in fake.launched]
+        assert (names, fake.stack) == (["router_decode_kmajor_n8"], [])
 
     def test_a_refused_launch_takes_the_next_step_too(self, fake, bind, caplog):
         """The current context may have changed since its room was asked for."""

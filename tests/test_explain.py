@@ -212,6 +212,16 @@ def test_an_architecture_without_kernels_is_an_error_with_every_reason(artifacts
     assert "router_topk.sm_90a: built for sm_90a, this GPU is sm_80" in captured.err
 
 
+# "" is what `--arch "$ARCH"` gives if nothing is set: no question about this machine's GPU.
+@pytest.mark.parametrize("arch", ["", "foo", "SM_90A", "sm_90aa"])
+def test_what_is_no_architecture_is_refused(artifacts, capsys, arch):
+    arguments = "explain --n 1 --k 64 --experts 8 --top-k 2".split()
+    given = ["--arch", arch, "--artifacts", str(artifacts.folder)]
+    assert main([*arguments, *given]) == 2
+    expected = f"error: arch: expected an architecture such as sm_90a (got {arch!r})\n"
+    assert capsys.readouterr() == ("", expected)
+
+
 def test_the_command_prints_the_document_and_needs_neither_torch_nor_a_gpu(artifacts):
     arguments = "explain --n 48 --k 7168 --experts 384 --top-k 6 --arch sm_100a --json".split()
     code = f"""

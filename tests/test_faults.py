@@ -233,7 +233,10 @@ def test_the_list_names_every_row_and_runs_none() -> None:
     rows = json.loads(shown.stdout)
     assert [row["id"] for row in rows] == [fault.name for fault in FAULTS]
     assert {row["status"] for row in rows} == {NOT_RUN}
-    assert "gpu-soak" in CliRunner().invoke(faults_command, ["--list"]).stdout
+    listed = CliRunner().invoke(faults_command, ["--list"]).stdout
+    assert "gpu-soak" in listed
+    # As if no record had it.
+    assert NOT_RUN not in listed
 
 
 def test_an_unknown_row_is_a_usage_error() -> None:

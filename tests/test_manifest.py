@@ -258,8 +258,8 @@ RESOURCES = "kernels/1/resources"
         (f"{W_MAP}/box", [32, 64], "tensor_map.box: expected 64 along E, launch.expert_tile (g"),
         (
             f"kernels/{PREFILL}/parameters/0/tensor_map/box",
-            [64, 128],
-            "[18].parameters[0].tensor_map.box: expected 64 along E",
+            [64, 64],
+            "[18].parameters[0].tensor_map.box: expected 128 along E",
         ),
         (f"{X_MAP}/box/1", 8, "tensor_map.box: expected 32 along N, launch.token_tile (got [64, 8"),
         (f"{LAUNCH}/wait_limit_ms", -1, "launch.wait_limit_ms: expected an int from 0 to 600000"),

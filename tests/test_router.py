@@ -10,6 +10,7 @@ import copy
 import pickle
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,8 +101,12 @@ def test_tensor_maps_describe_the_tensors(gpu, make):
     bound = make()
     x, w, ids = step(5)
     bound(x, w, ids)
-    w_map, x_map = gpu.maps
-    assert (w_map.address, w_map.dims, w_map.strides) == (bound.W_gate.data_ptr(), (K, E), (1024,))
+    *w_maps, x_map = gpu.maps
+    for w_map in w_maps:
+        assert (w_map.address, w_map.dims) == (bound.W_gate.data_ptr(), (K, E))
+        assert w_map.strides == (1024,)
+    # Decode's and prefill's.
+    assert sorted(w_map.box for w_map in w_maps) == [(64, 64), (64, 128)]
     assert (x_map.address, x_map.dims) == (x.data_ptr(), (64, 5, K // 64))
     assert (x_map.strides, x_map.box) == ((1024, 128), (64, 8, 4))
 
@@ -111,11 +116,12 @@ def test_weights_map_is_encoded_once_and_activations_maps_are_remembered(gpu, ma
     x, w, ids = step(8)
     for _ in range(3):
         bound(x, w, ids)
-    assert len(gpu.maps) == 2
-    bound(x[:7], w, ids)
-    assert [m.dims[1] for m in gpu.maps[2:]] == [7]
-    bound(x, w, ids)
+    # Decode's and prefill's of W_gate, and one of x.
     assert len(gpu.maps) == 3
+    bound(x[:7], w, ids)
+    assert [m.dims[1] for m in gpu.maps[3:]] == [7]
+    bound(x, w, ids)
+    assert len(gpu.maps) == 4
 
 
 def test_layers_share_the_maps_of_activations(gpu, make):
@@ -123,7 +129,7 @@ def test_layers_share_the_maps_of_activations(gpu, make):
     x, w, ids = step(8)
     first(x, w, ids)
     second(x, w, ids)
-    assert [m.dims for m in gpu.maps] == [(K, E), (K, E), (64, 8, K // 64)]
+    assert [m.dims for m in gpu.maps] == [*[(K, E)] * 4, (64, 8, K // 64)]
     assert gpu.launches[0]["x_map"] == gpu.launches[1]["x_map"]
     assert gpu.launches[0]["w_map"] != gpu.launches[1]["w_map"]
 
@@ -165,8 +171,35 @@ def test_map_cache_drops_the_oldest(gpu, make, monkeypatch):
     x, w, ids = step(8)
     for num_tokens in (1, 2, 3, 3, 2, 1):
         bound(x[:num_tokens], w, ids)
-    encoded = [m.dims[1] for m in gpu.maps[1:]]
+    encoded = [m.dims[1] for m in gpu.maps if len(m.dims) == 3]
     assert encoded == [1, 2, 3, 1]
+
+
+def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, make, monkeypatch):
+    """A call with the arguments of the one before writes nothing, and launches by that address."""
+    monkeypatch.setattr(tensor_map, "MAX_CACHED_MAPS", 2)
+    made = []
+
+    class Watched(tensor_map.TensorMap):
+        """One that a weak reference may point to."""
+
+    def encode(arguments):
+        encoded = Watched()
+        made.append(weakref.ref(encoded))
+        return encoded
+
+    for module in (tensor_map, binding):
+        monkeypatch.setattr(module, "encode_tensor_map", encode)
+    bound = make()
+    x, w, ids = step(8)
+    bound(x, w, ids)
+    of_the_first = made[-1]
+    gpu.stream = 5
+    for num_tokens in range(1, 8):
+        bound(x[:num_tokens], w, ids)
+    gpu.stream = 0
+    bound(x, w, ids)
+    assert gpu.last["x_map"] == of_the_first().address
 
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
@@ -189,8 +222,9 @@ def test_prefill_is_one_launch_with_decodes_parameters(
     assert (last["out_weights"], last["out_ids"]) == (w.data_ptr(), ids.data_ptr())
     assert (last["out_weights_stride"], last["out_ids_stride"]) == (9, 9)
     assert set(last) == set(decode)
-    assert last["w_map"] == decode["w_map"]
-    assert (gpu.maps[-1].dims, gpu.maps[-1].box) == ((64, num_tokens, 8), (64, tile, 1))
+    # Of W_gate a K-contiguous box is as wide as the tile: a map of the kernel's own.
+    assert (last["w_map"] == decode["w_map"]) == (layout == "emajor")
+    assert (gpu.maps[-1].dims, gpu.maps[-1].box) == ((64, num_tokens, 8), (64, tile, 128 // tile))
 
 
 @pytest.mark.parametrize("num_tokens", [897, 2000])

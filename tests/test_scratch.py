@@ -21,6 +21,7 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import decode_kernel, sample_kernel, sample_manifest, topk_kernel
+from fake_driver import GLOBAL
 from gpu_recorder import (
     replace_gpu,
     site_table_of,
@@ -40,6 +41,7 @@ from dsv4_router_runtime.device import workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.errors import DriverError, RouterError
 from dsv4_router_runtime.explain import Question, as_text, explain
+from dsv4_router_runtime.parameters import workspace_bytes
 
 K, E, TOP_K = 512, 384, 6
 MIB = 2**20
@@ -178,6 +180,7 @@ def test_a_bind_and_a_first_call_leave_a_capture_in_another_thread_alone(gpu, ma
     del bound
     gc.collect()
     assert gpu.driver.broken_captures == 0
+    assert gpu.driver.cuThreadExchangeStreamCaptureMode(GLOBAL) == (0, GLOBAL)
 
 
 FOUR = step(4)
@@ -399,6 +402,29 @@ def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
     assert status().scratch_bytes == held.scratch_bytes
 
 
+def test_scratch_of_graphs_that_are_gone_is_taken_before_new(gpu, make):
+    bound = make()
+    most = workspace.CHUNK_BYTES // workspace_bytes("decode", 64, E, expert_tile=64)
+    assert 1 < most < workspace.KEPT_CAPTURES
+    for gpu.capture in range(1, 4 * most):
+        bound(*step(64))
+        gpu.driver.destroy_graph(gpu.capture)
+    assert len(gpu.driver.memory) == 1
+
+
+@pytest.mark.parametrize("num_tokens", [64, 65])
+def test_graphs_that_are_gone_do_not_pile_up(gpu, make, num_tokens):
+    """With more than 64 tokens none is found gone for want of scratch."""
+    bound = make()
+    bound(*step(64))
+    most = 0
+    for gpu.capture in range(1, 2001):
+        bound(*step(num_tokens))
+        gpu.driver.destroy_graph(gpu.capture)
+        most = max(most, len(workspace_of(bound).captures))
+    assert most <= workspace.KEPT_CAPTURES
+
+
 def test_no_memory_under_capture_is_an_error_in_words(gpu, make):
     bound = make()
     gpu.capture = 1
@@ -569,8 +595,8 @@ def test_after_reset_every_launch_has_the_new_addresses(gpu, make):
         for name in BOUND[1:]:
             assert gpu.last[name] == getattr(bound, name).data_ptr()
     assert [m.address for m in gpu.maps if m.dims == (K, E)][-1] == bound.W_gate.data_ptr()
-    decode, prefill, _ = gpu.launches[3:]
-    assert decode["w_map"] == prefill["w_map"] != gpu.launches[0]["w_map"]
+    for before, after in zip(gpu.launches[:2], gpu.launches[3:], strict=False):
+        assert before["w_map"] != after["w_map"]
     assert gpu.driver.waits == 1
 
 
@@ -679,6 +705,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     bound(*step(4))
     gpu.capture = 0
     check()
+    assert gpu.driver.waits == 1, "launches under way hold words"
     at = ["stream 0x0", "foreign stream with id 77", "capture 5"].index
     launch = gpu.launches[-1 if where == "of no" else at(where)]
     past = MIB if where == "of no" else 0
@@ -689,6 +716,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     ):
         check()
     reset()
+    assert gpu.driver.waits == 3
     check()
     gpu.stream = 0
     bound(*step(4))
@@ -730,6 +758,18 @@ def test_a_device_that_is_no_gpu_is_refused(device, error, message):
             act(device)
 
 
-def test_a_device_is_given_as_torch_takes_it():
+@pytest.mark.parametrize(
+    ("device", "got"), [(2, 2), (-1, -1), (256, 256), ("cuda:2", 2), (torch.device("cuda:7"), 7)]
+)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, device, got):
+    """An int is asked before torch, which takes 256 for 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for act in (status, check, reset):
+        with pytest.raises(ValueError, match=rf"one of the 2 GPUs .* \(got {got}\)"):
+            act(device)
+
+
+def test_a_device_is_given_as_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for given in (1, "cuda:1", torch.device("cuda:1")):
         assert scratch.gpu_index(given) == 1

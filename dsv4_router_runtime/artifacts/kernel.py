@@ -212,6 +212,10 @@ def cubin_name(name: str, arch: str) -> str:
     return f"{name}.{arch}.cubin"
 
 
+# The name of an architecture, as `compute_capability` reads it.
+ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
+
+
 def compute_capability(arch: str) -> int:
     """Return 10 * major + minor of an architecture: 90 for sm_90a, 103 for sm_103a."""
     return int(arch.removeprefix("sm_").rstrip("af"))

@@ -23,6 +23,7 @@ from dsv4_router_runtime.parameters import DTYPES, TILE_EXPERTS
 
 from .json_reader import JsonNode, read_json
 from .kernel import (
+    ARCHITECTURE,
     GRID_TERMS,
     LAYOUTS,
     POINTER_ELEMENT_BYTES,
@@ -68,7 +69,6 @@ SCHEMA_VERSION = 5
 # Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
 MAX_COUNT = 2**31 - 1
 _DTYPE_NAMES = tuple(sorted({name for dtypes in DTYPES.values() for name in dtypes}))
-_ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
 _DISTRIBUTION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[A-Za-z0-9][A-Za-z0-9.+!_ -]{0,127}"
 _OPCODE = r"[A-Z][A-Z0-9_.]{0,31}"
@@ -151,7 +151,7 @@ def _manifest(node: JsonNode) -> Manifest:
         lambda item: item.string(_VERSION, "a version"), keys=_DISTRIBUTION
     )
     driver = at["driver"].mapping(
-        lambda item: item.integer(low=MIN_DRIVER, high=MAX_DRIVER), keys=_ARCHITECTURE
+        lambda item: item.integer(low=MIN_DRIVER, high=MAX_DRIVER), keys=ARCHITECTURE
     )
     for arch in {kernel.arch for kernel in kernels} - driver.keys():
         raise at["driver"].error(f"{arch} is missing, which kernels are listed for")
@@ -190,7 +190,7 @@ def _kernel(node: JsonNode) -> Kernel:
 
 def _architecture(node: JsonNode) -> str:
     what = f"an architecture such as sm_90a, from sm_{MIN_COMPUTE_CAPABILITY} on"
-    arch = node.string(_ARCHITECTURE, what)
+    arch = node.string(ARCHITECTURE, what)
     if not MIN_COMPUTE_CAPABILITY <= compute_capability(arch) <= MAX_COMPUTE_CAPABILITY:
         raise node.expected(what)
     return arch

@@ -44,6 +44,8 @@ ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
 CHUNK_BYTES = 2 * 2**20
 KEPT_FOREIGN_SLOTS = 32
+# So many captures are kept before it is asked which graphs are gone; then twice those alive.
+KEPT_CAPTURES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,7 @@ class Workspace:
         # Streams of torch's by handle, foreign ones by ~id, the oldest first.
         self.slots: dict[int, Slot] = {}
         self.captures: dict[int, Capture] = {}
+        self._most_captures = KEPT_CAPTURES
         self._lock = threading.RLock()
 
     def stream_slot(self, stream: int) -> Slot:
@@ -253,6 +256,10 @@ class Workspace:
         with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
+                # Captures that take no scratch would pile up, and what they keep alive with them.
+                if len(self.captures) >= self._most_captures:
+                    self.release_ended()
+                    self._most_captures = max(KEPT_CAPTURES, 2 * len(self.captures))
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
             zeroed = self._captured_piece(capture, True, stream, layout.zeroed_bytes)

@@ -27,7 +27,7 @@ def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
     A missing package is an error that names the requirement that brings it. Output that cannot be
     written (a closed stdout, a full disk) is an error with exit status 1.
     """
-    if sys.stderr is None:  # closed by the caller, who then reads no messages
+    if sys.stderr is None:  # closed by the caller, so no message is read
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
         sys.exit(f"error: {name}: the standard output is closed")

@@ -38,9 +38,9 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_prefill: (experts, tokens) of a CTA -> stages of the ring, one K block each. An H200 holds 7
-# of its clusters, and a launch of more takes twice as long. us on one H200, PDL, weights cold; in
-# brackets launches of more than 7 clusters, and the matrix product with router_topk:
+# router_prefill: (experts, tokens) of a CTA -> (K blocks per chunk, stages of the ring). An H200
+# holds 7 of its clusters, and a launch of more takes up to twice as long. us on one H200, PDL,
+# weights cold; in brackets launches of more than 7 clusters, and the product with router_topk:
 #                 7168x384                          4096x256
 #     N           65     128    192     256         128    256     384     512
 #     128 x 64    6.79   7.12   (11.6)  (13.5)      5.20   (9.40)  (11.0)  (15.1)
@@ -49,7 +49,7 @@ DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 #     (product)   10.1   10.9           11.3
 # Two CTAs per SM, with 3 to 6 stages and the partial sums in the ring's place, took 0.5 to 1.2 us
 # longer up to 7 clusters, and up to 22 % less beyond.
-PREFILL_TILES = {(128, 64): 7, (128, 128): 4}
+PREFILL_TILES = {(128, 64): (2, 4), (128, 128): (1, 4)}
 MAX_PREFILL_CLUSTERS = 7
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
@@ -225,8 +225,9 @@ def _decode(layout: str, token_tile: int) -> KernelSpec:
 def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
     experts, tokens = tiles
     name = f"router_prefill_{layout}_n{tokens}"
-    m_tiles = experts // EXPERT_TILE
+    chunk, stages = PREFILL_TILES[tiles]
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
+    w_box = (K_BLOCK, experts) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
     return KernelSpec(
         name=name,
         role="prefill",
@@ -236,9 +237,9 @@ def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
             module="build_kernels.kernels.compile",
             layout=layout,
             token_tile=tokens,
-            chunk=1,
-            stages=PREFILL_TILES[tiles],
-            m_tiles=m_tiles,
+            chunk=chunk,
+            stages=stages,
+            m_tiles=experts // EXPERT_TILE,
         ),
         problem=ProblemRange(
             layout=layout,
@@ -251,8 +252,8 @@ def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
         parameters=_parameters(
             "prefill",
             {
-                "w_map": _bfloat16_map("W_gate", w_dims, (K_BLOCK, EXPERT_TILE), "256B"),
-                "x_map": _x_map(tokens, 1),
+                "w_map": _bfloat16_map("W_gate", w_dims, w_box, "256B"),
+                "x_map": _x_map(tokens, chunk),
             },
             workspace_bytes(MAX_PREFILL_TOKENS),
         ),

@@ -6,9 +6,11 @@ Neither command needs torch or a GPU to start.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +26,17 @@ from .version import package_version
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    # A path that the terminal's encoding lacks would stop the whole output.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _doctor(options) if options.command == "doctor" else _explain(options)
-    except (RouterError, ValueError) as error:
+    except (RouterError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    # Python's own exit code, 1, says that this machine can route.
+    except Exception:
+        traceback.print_exc()
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +98,8 @@ def _explain(options: argparse.Namespace) -> int:
         logits=options.logits,
     )
     artifacts = open_artifacts(options.artifacts)
-    explained = explain.explain(artifacts, question, options.arch or _arch(options.device or 0))
+    arch = _arch(options.device or 0) if options.arch is None else options.arch
+    explained = explain.explain(artifacts, question, arch)
     document = explain.as_json(explained)
     print(json.dumps(document, indent=1) if options.json else explain.as_text(explained))
     return 0

@@ -1,8 +1,8 @@
 """A layer's plan made launchable: kernels loaded, W_gate's tensor maps encoded, tables copied.
 
-A binding holds addresses. It keeps alive what it made itself (private copies of a hash table and,
-if one is needed, of W_gate, in memory of the driver's), not the caller's tensors: `Router` does
-that. A captured graph keeps alive what is pinned when it is captured.
+A binding holds addresses. It keeps its own copies alive (of a hash table and, if one is needed, of
+W_gate, in memory of the driver's), not the caller's tensors: `Router` does that. A captured graph
+keeps alive the tensors that are pinned when it is captured.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Binding:
             with driver.context_kept(), torch.cuda.device(self._index), relaxed():
                 driver.refuse_foreign_context(self._index)
                 yield
-        # torch's own driver calls meet what an earlier kernel did too.
+        # torch's own driver calls report an earlier kernel's failure too.
         except torch.AcceleratorError as error:
             raise driver.torch_error(error) from error
 
@@ -125,7 +125,7 @@ class Binding:
 
         The tensors are those of `layer`, checked. No call may run meanwhile.
         """
-        # Frees what only graphs that are gone have kept, before a new model takes its memory.
+        # Frees the memory of graphs that are gone, before a new model takes its own.
         self._workspace.release_ended()
         self.copy(W_gate, options)
         W_bound = W_gate if self.w_copy is None else self.w_copy
@@ -183,7 +183,7 @@ class Binding:
         Only a step with a matrix product takes the three tensors; other kernels have the addresses.
         """
         if driver.forked:
-            driver.bindings()  # which says so
+            driver.refuse_forked_child()
         if self._many_devices and torch.cuda.current_device() != self._index:
             with driver.context_kept(), torch.cuda.device(self._index):
                 self.run(call, options, hidden_states, W_gate, pdl, out_logits)

@@ -230,7 +230,7 @@ def _span(name: str, at: int, num_rows: int, stride: int, columns: int, size: in
 
 
 def _span_of_rows(layer: Layer, call: Call) -> _Span:
-    """Return the memory of hidden_states, as one row: what lies between its rows is not free."""
+    """Return the memory of hidden_states, as one row: the gaps between its rows are not free."""
     extent = (call.num_tokens - 1) * call.hidden_states_stride + layer.k
     return _span("hidden_states", call.hidden_states, 1, 0, extent, BF16_BYTES)
 
@@ -315,8 +315,8 @@ def _checked_rare(
     """Check the rare options of a call that reads hidden_states and the vectors of `read`.
 
     forced_ids int32 or int64 [N, top_k], forced_mask bool [N]; out_logical_ids int32 of at least
-    [N, top_k], out_logits FP32 of at least [N, num_experts]. Rows may be strided. What is written
-    lies apart from the rest.
+    [N, top_k], out_logits FP32 of at least [N, num_experts]. Rows may be strided. Outputs
+    lie apart from the rest.
     """
     for name in unknown:
         allowed = ", ".join(RareKeywords.__annotations__)

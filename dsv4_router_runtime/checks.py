@@ -1,7 +1,7 @@
-"""What the checks of single arguments share, and how their errors read.
+"""The parts that checks of single arguments share, and the form of their errors.
 
 TypeError for a wrong kind of object or dtype, ValueError for the rest; each message names the
-argument, what was expected and what was got.
+argument, the expected value and the one that was got.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ FP32_LEAST_NORMAL = torch.finfo(torch.float32).tiny
 def check_tensor(
     name: str, tensor: Any, *dtypes: torch.dtype, rank: int | None, device: Any = None
 ) -> None:
-    """A dense tensor of one of `dtypes`, with `rank` dimensions, on `device` where one is given."""
+    """Refuse all but a dense tensor of one of `dtypes`, with `rank` dimensions, on `device`.
+
+    None for a rank or a device takes any.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor (got {type(tensor).__name__})")
     if tensor.dtype not in dtypes:
@@ -48,16 +51,16 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
         fake = True
     kind = f"a {type(tensor).__name__} that torch traces with" if fake else "address 0"
     raise TypeError(
-        f"{name}: expected a tensor with memory (got {kind}); a Router launches on addresses and "
-        "is no operator of torch yet: torch.export, and torch.compile with fullgraph=True, cannot "
-        "trace it. Call it outside of them, or through torch.compiler.disable"
+        f"{name}: expected a tensor with memory (got {kind}); a Router launches on addresses, so "
+        "torch.export, and torch.compile with fullgraph=True, cannot trace it. Trace the operators "
+        "of dsv4_router_runtime.integrations.torch_op, or call it through torch.compiler.disable"
     )
 
 
 def check_vector(
     name: str, vector: Any, *dtypes: torch.dtype, length: int, each: str, device: Any
 ) -> None:
-    """As `check_tensor`, of shape [length], one element for each `each`, with unit stride."""
+    """Refuse all but a `check_tensor` of shape [length] with unit stride, an element per `each`."""
     check_tensor(name, vector, *dtypes, rank=1, device=device)
     if vector.shape[0] != length:
         raise wrong(name, f"shape [{length}], one for each {each}", shape_of(vector))
@@ -97,7 +100,7 @@ def wrong(argument: str, expected: str, got: str) -> ValueError:
 
 
 def number(value: int | float) -> str:
-    # Python refuses to print an int of more than 4300 digits, and nobody would read it.
+    # Python refuses to print an int of more than 4300 digits.
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an int of {value.bit_length()} bits"
     return str(value)

@@ -43,7 +43,7 @@ def repair_command(file: str) -> str:
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Escape what is not printable, and cut the middle out of a text of more than `most`."""
+    """Escape unprintable characters, and cut the middle out of a text of more than `most`."""
     if not text.isprintable():
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
@@ -77,7 +77,7 @@ def _new_error(kind: type[RouterError], args: tuple[Any, ...]) -> RouterError:
 
 
 class ManifestError(RouterError):
-    """The manifest is not what the schema says.
+    """The manifest does not fit the schema.
 
     `path` is where in the JSON (`kernels[1].launch.block`), `source` the file it came from.
     """
@@ -92,9 +92,9 @@ class ManifestError(RouterError):
 
 
 class ArtifactError(RouterError):
-    """A file of the artifacts is missing, surplus, altered, or not what the manifest says.
+    """A file of the artifacts is missing, surplus, altered, or another than the manifest's.
 
-    `next_step` says what to do where building or installing again is no repair.
+    `next_step`: the repair, if it is not to build or install again.
     """
 
     def __init__(self, *, file: str, problem: str, next_step: str | None = None) -> None:

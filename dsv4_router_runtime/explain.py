@@ -5,6 +5,7 @@ Built on `plan_layer`, which a Router's binding uses as well.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -23,7 +24,7 @@ from .artifacts.dispatch import (
 )
 from .artifacts.evidence import KernelEvidence, read_summary
 from .artifacts.folder import ArtifactSet
-from .artifacts.kernel import LAYOUTS, POINTER_ELEMENT_BYTES, Kernel
+from .artifacts.kernel import ARCHITECTURE, LAYOUTS, POINTER_ELEMENT_BYTES, Kernel
 from .artifacts.limits import (
     K_MULTIPLE,
     MAP_ALIGNMENT_BYTES,
@@ -130,7 +131,7 @@ class Explanation:
 
     @property
     def capture_bytes(self) -> int:
-        """Scratch that a captured launch of the call takes, of which each capture has one."""
+        """Scratch of one captured launch of the call; each capture has its own."""
         asked = self.question
         sizes = self._scratch_sizes()
         if WORKSPACE.name in sizes:
@@ -162,6 +163,8 @@ class Explanation:
 
 def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanation:
     """Plan the layer on `arch` and find the step of the call; NoKernelError if there is none."""
+    if re.fullmatch(ARCHITECTURE, arch) is None:
+        raise ValueError(f"arch: expected an architecture such as sm_90a (got {arch!r})")
     plan = plan_layer(artifacts.manifest, question.layer, arch)
     step = _step_of(plan, question)
     clusters = {
@@ -268,7 +271,8 @@ def _path(explained: Explanation) -> str:
     ctas, cluster = prod(grid), prod(kernel.launch.cluster)
     launch = f"{kernel.key}, {ctas} CTA{'s' if ctas > 1 else ''}"
     if cluster > 1:
-        launch += f" in {ctas // cluster} clusters of {cluster}"
+        clusters = ctas // cluster
+        launch += f" in {clusters} cluster{'s' if clusters > 1 else ''} of {cluster}"
     if explained.step.is_product_and_select:
         return f"torch.mm (cuBLAS), then one launch of {launch}"
     return f"one launch of {launch}"
@@ -281,8 +285,9 @@ def _verdicts(explained: Explanation) -> Iterator[tuple[Accepted | Rejected, str
         elif each.kernel is explained.kernel:
             yield each, "accepted", "chosen, made for the fewest tokens of those accepted"
         else:
-            tokens = each.kernel.problem.num_tokens
-            yield each, "accepted", f"not chosen, made for {tokens} tokens"
+            low = each.kernel.problem.num_tokens.low
+            most = each.kernel.most_tokens(explained.question.num_experts) or ""
+            yield each, "accepted", f"not chosen, made for {low}..{most} tokens"
 
 
 def _memory(explained: Explanation) -> Iterator[str]:

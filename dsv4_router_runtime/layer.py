@@ -32,6 +32,9 @@ from .checks import (
 )
 
 BF16_BYTES = 2
+# router_decode multiplies by the reciprocal, which rcp.approx.ftz flushes to 0 beyond.
+MAX_GATE_TEMP = 2.0**126
+MAX_MAP_BYTES = 8 * 2**30
 
 
 class LayerOptions(TypedDict, total=False):
@@ -113,7 +116,9 @@ def check_layer(
     routed_scaling_factor: Any,
     options: LayerOptions = OPTIONS_OFF,
 ) -> Layer:
-    """Check what a layer binds: W_gate [K, E] BF16, e_bias [E] FP32, top_k, the scale, options.
+    """Check the tensors and numbers of a layer.
+
+    W_gate [K, E] BF16, e_bias [E] FP32, top_k, the scale, options.
 
     A layer with a hash table has no e_bias.
     """
@@ -204,7 +209,7 @@ def _check_bias(e_bias: Any, num_experts: int, device: torch.device) -> None:
 
 
 def _check_row_reads(W_gate: torch.Tensor, e_bias: Any, layout: str) -> None:
-    """Check what only a hash layer requires: no bias, and rows that an int32 can step by."""
+    """Check the rules of hash layers alone: no bias, and rows that an int32 can step by."""
     if e_bias is not None:
         raise wrong("e_bias", "None beside tid2eid, whose ids need no bias", "a bias")
     if layout == "kmajor" and W_gate.shape[1] > 1 and W_gate.stride(1) >= 2**31:
@@ -219,7 +224,7 @@ def _check_options(
         check_vector(
             "bias_vl", bias_vl, torch.float32, length=num_experts, each="expert", device=device
         )
-    check_float("gate_temp", options["gate_temp"], FP32_LEAST_NORMAL, FP32_MAX)
+    check_float("gate_temp", options["gate_temp"], FP32_LEAST_NORMAL, MAX_GATE_TEMP)
     if tid2eid is not None:
         _check_hash_table(tid2eid, top_k, device)
     _check_physical_map(options["to_physical"], options["logical_count"], num_experts, device)
@@ -265,8 +270,12 @@ def _check_physical_map(
             )
     check_tensor("to_physical", to_physical, torch.int32, torch.int64, rank=2, device=device)
     rows, replicas = to_physical.shape
-    if rows != num_experts or not 1 <= replicas < 2**31:
-        allowed = f"shape [{num_experts}, max_replicas], at least 1 replica for each expert"
+    # router_decode counts the 32-bit words of the whole map in an int32.
+    if rows != num_experts or replicas == 0 or to_physical.nbytes >= MAX_MAP_BYTES:
+        allowed = (
+            f"shape [{num_experts}, max_replicas], at least 1 replica for each expert and below "
+            f"{MAX_MAP_BYTES >> 30} GiB"
+        )
         raise wrong("to_physical", allowed, shape_of(to_physical))
     if not to_physical.is_contiguous():
         raise wrong("to_physical", "a contiguous tensor, read in place", strides_of(to_physical))

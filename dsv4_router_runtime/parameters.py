@@ -93,9 +93,10 @@ LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_w
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
-# A ticket comes first for each token that the kernel takes, for 64 at least, then the candidates of
-# each token, those of the last CTA's whole tile among them.
-TICKET_BYTES, MIN_TICKETS, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 64, 8
+# Tickets come first, one per token that some kernel of the role takes, then the candidates of each
+# token, those of the last CTA's whole tile among them.
+TICKETS = {"decode": 64, "prefill": 896}
+TICKET_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 8
 BIASES = (
     # Null in a hash layer.
     _pointer("e_bias", "float32", _FLOAT32, "E", given=BOUND),
@@ -204,16 +205,14 @@ ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
 }
 
 
-def workspace_bytes(
-    num_tokens: int, num_experts: int, *, expert_tile: int, max_tokens: int
-) -> int:
-    """Return the bytes of WORKSPACE that a launch accesses: none if 64 experts are all.
+def workspace_bytes(role: str, num_tokens: int, num_experts: int, *, expert_tile: int) -> int:
+    """Return the bytes of WORKSPACE that a launch accesses: none if a tile of 64 experts is all.
 
-    expert_tile: the experts of a CTA. max_tokens: those that the kernel takes.
+    expert_tile: the experts of a CTA.
     """
     experts = -(-num_experts // expert_tile) * expert_tile
-    tickets = TICKET_BYTES * max(max_tokens, MIN_TICKETS)
-    return tickets + num_tokens * experts * CANDIDATE_BYTES if experts > TILE_EXPERTS else 0
+    candidates = num_tokens * experts * CANDIDATE_BYTES
+    return TICKET_BYTES * TICKETS[role] + candidates if experts > TILE_EXPERTS else 0
 
 
 def tensor_dtypes(role: str) -> dict[str, tuple[str, ...]]:

@@ -165,7 +165,7 @@ def _chosen(
 
 
 def _not_a_choice(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """bool [N]: the rows of ids [N, top_k] with one outside 0..num_experts - 1, or one twice."""
+    """Mark the rows of ids [N, top_k] with one outside 0..num_experts - 1, or one twice: [N]."""
     outside = (ids < 0) | (ids >= num_experts)
     twice = ids.sort(1)[0].diff(dim=1) == 0
     return outside.any(1) | twice.any(1)
@@ -191,7 +191,7 @@ def image_rows(
     first_image_id: int = 0,
     num_image_ids: int = 0,
 ) -> torch.Tensor:
-    """bool [num_rows]: the rows of image_mask, and those whose token id is one of an image's.
+    """Mark the rows of image_mask and those whose token id is an image's: bool [num_rows].
 
     These are first_image_id and those after it, num_image_ids of them.
     """
@@ -205,9 +205,9 @@ def image_rows(
 
 
 def tempered(logits: torch.Tensor, gate_temp: float) -> torch.Tensor:
-    """logits / gate_temp, both and the quotient rounded to FP32, in the logits' dtype.
+    """Return logits / gate_temp, both and the quotient rounded to FP32, in the logits' dtype.
 
-    The rounding is part of what is asked for, since the router's logits are FP32: far below zero it
+    The rounding is part of the definition, since the router's logits are FP32: far below zero it
     shows in a score (3e-6 of it at -100). A temperature of 1 leaves the logits as they are.
     """
     if gate_temp == 1.0:
@@ -220,7 +220,7 @@ def tempered(logits: torch.Tensor, gate_temp: float) -> torch.Tensor:
 def selection_bias(
     e_bias: torch.Tensor, bias_vl: torch.Tensor | None, image_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """What is added to each row's scores: e_bias [E] or, with an image_mask, [N, E]."""
+    """Return the bias of each row's scores: e_bias [E] or, with an image_mask, [N, E]."""
     if bias_vl is None or image_mask is None:
         return e_bias
     return torch.where(image_mask[:, None], bias_vl, e_bias)
@@ -232,7 +232,7 @@ def padded_rows(
     padding_mask: torch.Tensor | None,
     num_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """bool [num_rows]: the rows of padding_mask, and those from num_tokens on."""
+    """Mark the rows of padding_mask and those from num_tokens on: bool [num_rows]."""
     padded = torch.zeros(num_rows, dtype=torch.bool, device=device)
     if padding_mask is not None:
         padded = padded | padding_mask
@@ -242,7 +242,7 @@ def padded_rows(
 
 
 def router_scores(logits: torch.Tensor) -> torch.Tensor:
-    """sqrt(softplus(logits)), in the logits' dtype; NaN gives 0, +inf what FLT_MAX gives."""
+    """Return sqrt(softplus(logits)) in their dtype; NaN gives 0, +inf the score of FLT_MAX."""
     finite = logits.nan_to_num(nan=-torch.inf, posinf=FP32_MAX, neginf=-torch.inf)
     finite = finite.clamp(max=FP32_MAX)
     return (finite.clamp(min=0) + (-finite.abs()).exp().log1p()).sqrt()
@@ -258,13 +258,13 @@ PLAIN = Arithmetic(scores=router_scores, weights=_plain_weights)
 
 
 def selection_keys(logits: torch.Tensor, e_bias: torch.Tensor) -> torch.Tensor:
-    """score + bias, and NaN where the logit (or the bias) is NaN; e_bias [E], or [N, E] by row."""
+    """Return score + bias, NaN if the logit or the bias is; e_bias [E], or [N, E] by row."""
     keys = router_scores(logits) + e_bias.to(logits.dtype)
     return keys.masked_fill(logits.isnan(), torch.nan)
 
 
 def ranking(keys: torch.Tensor) -> torch.Tensor:
-    """Expert indices [N, E] by descending key, the lower index first where equal, NaN last."""
+    """Sort experts by descending key, the lower index first if equal, NaN last: [N, E]."""
     is_nan = keys.isnan()
     order = keys.masked_fill(is_nan, -torch.inf).sort(dim=1, descending=True, stable=True)[1]
     # A second stable sort puts NaN behind -inf, which the first could not tell apart.
@@ -273,7 +273,7 @@ def ranking(keys: torch.Tensor) -> torch.Tensor:
 
 
 def selection_margin(logits: torch.Tensor, e_bias: torch.Tensor, top_k: int) -> torch.Tensor:
-    """How clear the choice is: [N], the gap between the k-th and the (k+1)-th key; inf if k = E.
+    """Return the gap between the k-th and the (k+1)-th key: [N]; inf if k = E.
 
     A row whose margin is below the accumulation error of its logits may rightly get other experts.
     """
@@ -285,7 +285,7 @@ def selection_margin(logits: torch.Tensor, e_bias: torch.Tensor, top_k: int) -> 
 
 
 def ranking_margin(logits: torch.Tensor, e_bias: torch.Tensor, top_k: int) -> torch.Tensor:
-    """How clear the order is: [N], the least gap above 0 between neighbours of the first top_k + 1.
+    """Return the least gap above 0 between neighbours of the first top_k + 1 keys: [N].
 
     Gaps of exactly 0 are equal keys, which the index orders; they are not counted. inf if none.
     """

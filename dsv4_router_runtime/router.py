@@ -39,8 +39,8 @@ class Router:
 
     Two cases with unit stride along E are bound as a K-contiguous copy: rows that are no multiple
     of 16 bytes (E = 132, say), which TMA cannot read, and W_gate of a hash layer. Then
-    `weights_copied` is True, and a call after W_gate was modified in place is refused. (What torch
-    does not count, through `.data` or to an inference tensor, is not seen.)
+    `weights_copied` is True, and a call after W_gate was modified in place is refused. (A change
+    that torch does not count, through `.data` or to an inference tensor, is not seen.)
 
     Options, of which none is compile-time: every one is a number, or a pointer that is null when
     the option is off, passed to the same kernels. Only a hash layer has a kernel of its own.
@@ -69,7 +69,7 @@ class Router:
     pdl: launch as a programmatic dependent of the kernel before, unless a call says otherwise. The
     kernel then reads W_gate, e_bias, bias_vl, tid2eid, to_physical, logical_count and a call's
     input_ids while that one may still run, and those before it that it may overlap, so none of them
-    may be what writes any of these; only the caller knows, so it is off unless asked for.
+    may write any of these; the caller alone can tell, so it is off by default.
     hidden_states, the masks, num_tokens and forced_ids may be the work of the kernel before, and it
     may still use the outputs. On one H200 it takes 1.7 us or more off a decode call in a graph.
 
@@ -90,18 +90,18 @@ class Router:
     out_logical_ids int32, at least [N, top_k]: gets the ids before a physical map, and -1 in
         rows that are treated like padding.
     out_logits FP32, at least [N, E]: gets hidden_states @ W_gate, before gate_temp, of every
-        row, padding too. For more than 64 tokens it is the matrix product's own output. A hash
-        layer has it only if it has bias_vl.
+        row, padding too. If the call takes a matrix product, it is that product's own output. A
+        hash layer has it only if it has bias_vl.
 
     torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
-    torch.export refuse it, since a launch on addresses is no operator of torch. Dynamo looks into
-    this package's own code around the break; `torch.compiler.disable(router)` keeps it out.
+    torch.export refuse it; they trace the operators of `integrations.torch_op`. Dynamo traces this
+    package's own code around the break; `torch.compiler.disable(router)` keeps it out.
 
     copy.copy gives the same layer once more. deepcopy and pickle are a TypeError, since a Router is
-    bound to memory: leave it out of what is copied or sent (in the module's `__deepcopy__` or
+    bound to memory: leave it out of copies and pickles (in the module's `__deepcopy__` or
     `__getstate__`), and bind a new one from the copy's tensors.
 
-    A CUDA graph that holds a call keeps what the call reads of this layer alive, and its scratch,
+    A CUDA graph that holds a call keeps the layer's tensors and the scratch of the call alive
     until the graph is gone: a Router may be dropped before.
 
     Making a Router loads kernels; it must not happen under stream capture, unless a Router with the
@@ -161,9 +161,9 @@ class Router:
         # A view (weight.t()) stays with the old memory if `.data` of its base is set.
         bases, base_of_table = _bases(bound), _bases(table)
         self._bases_at = tuple((base, base.data_ptr()) for base in (*bases, *base_of_table))
-        # Bound methods: every call asks each of them, for 0.05 us.
+        # Bound methods: every call runs each of them, for 0.05 us.
         self._bound_at = _where(*bound, *bases)
-        # A call reads the copy; only `refresh` asks for these.
+        # A call reads the copy; only `refresh` compares these.
         self._table_at = _where(*table, *base_of_table)
         # Aliases: `.data` takes the memory from the caller's tensor, not from these.
         self._binding.pin(*(tensor.detach() for tensor in bound))
@@ -173,7 +173,7 @@ class Router:
         self._version = version_of(self.W_gate) if self.weights_copied else None
 
     def reset(self) -> None:
-        """Bind the layer's tensors anew: where they lie now, and with what they hold now.
+        """Bind the layer's tensors anew, with their present addresses and contents.
 
         For weights that were swapped or moved (`.data`), and tables that changed. The tensors must
         be as they were in shape, strides, dtype and device. Private copies (`weights_copied`, a
@@ -242,19 +242,20 @@ class Router:
 
         Writes out_weights (FP32, or BF16 rounded from it to nearest even) and out_ids (int32 or
         int64) in [0:N, 0:top_k + num_shared_slots] and nowhere else; both may be larger. N = 0
-        returns at once. Up to 64 tokens take one launch, more take cuBLAS and one. A refused call
-        has launched nothing and touched no output.
+        returns at once. Up to 256 tokens of 384 experts (384 of 256) take one launch, more take
+        cuBLAS and one; `explain` prints the steps of a layer. A refused call has launched nothing
+        and touched no output.
 
         The class describes the keywords. pdl: for this call, instead of the Router's.
 
         All tensors lie on the device and the host never reads them, so that a captured graph may be
-        replayed with other contents. Outputs lie apart from each other and from what is read.
+        replayed with other contents. Outputs lie apart from each other and from the inputs.
         """
         layer = self._layer
         for address_of, address in self._bound_at:
             if address_of() != address:
                 raise self._moved()
-        # check_call asks the same first; a call of it costs 0.1 us.
+        # check_call begins with the same; a call of it costs 0.1 us.
         call = plainly_right(layer, hidden_states, out_weights, out_ids) or check_call(
             layer, hidden_states, out_weights, out_ids
         )
@@ -312,7 +313,7 @@ class Router:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The artifacts bound: decode kernels by ascending number of tokens, then prefill's.
+        """The artifacts bound, by ascending number of tokens.
 
         Those that only a hash layer's calls with image rows or out_logits take come last.
         """
@@ -366,14 +367,14 @@ def dense_router_dispatch(
 ) -> None:
     """Route one batch with weights given anew each call; see `Router` for shapes, rules and errors.
 
-    What a layer's first call prepares is remembered for the next one with the same weights: same
+    The binding of a layer's first call is remembered for the next one with the same weights: same
     memory, shape, strides, bias, top_k and scale. The tensors themselves are not kept alive, except
     if W_gate has to be copied (`Router.weights_copied`). The next call after it was modified in
     place copies it again, to the memory that captured graphs read, as `Router.refresh` does; that
     call cannot be captured. The last 512 layers are remembered: a graph of another keeps its copy.
     """
-    if driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
+    if driver.forked:  # a function's call costs 0.04 us
+        driver.refuse_forked_child()
     binding = _remembered_binding(W_gate, e_bias, routed_scaling_factor, top_k)
     call = check_call(binding.layer, hidden_states, out_weights, out_ids)
     if call[0]:
@@ -411,7 +412,7 @@ def _remembered_binding(
 
 
 def _layer_key(W_gate: Any, e_bias: Any, routed_scaling_factor: Any, top_k: Any) -> Any:
-    """What tells layers apart. Types are in it: 6.0 or True must not pass for a checked 6."""
+    """Return the key of a layer. It has types: 6.0 or True must not pass for a checked 6."""
     tensors = [
         (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
@@ -426,5 +427,5 @@ def _layer_key(W_gate: Any, e_bias: Any, routed_scaling_factor: Any, top_k: Any)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """torch's count of in-place changes; None for an inference tensor, which has none."""
+    """Return torch's count of in-place changes; None for an inference tensor, which has none."""
     return None if tensor.is_inference() else tensor._version

@@ -1,6 +1,6 @@
 """The memory that this package holds on a GPU: its sizes, its check and its reset.
 
-A server calls these after sleep and wake, after a fault, or to see what the routers cost.
+A server calls these after sleep and wake, after a fault, or to see the routers' memory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from .errors import RouterError
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What this package holds on one GPU; `dataclasses.asdict` of it is JSON.
+    """Memory of this package on one GPU; `dataclasses.asdict` of it is JSON.
 
     streams             streams that have a slot of scratch
     bytes_per_stream    bytes of one such slot
     captures            graphs that are alive, or may be, and hold scratch or a layer's tensors
     capture_slots       slots of scratch that these hold
     capture_bytes       bytes of these slots
-    scratch_bytes       bytes of all scratch, with what is free for the next capture
-    prefill_bytes       bytes of logits for more than 64 tokens, outside graphs
+    scratch_bytes       bytes of all scratch, also of that free for the next capture
+    prefill_bytes       bytes of the logits of matrix products, outside graphs
     driver_bytes        bytes taken from the driver: scratch, and private copies of layers
     fallbacks           kernels whose cluster did not fit a context, and those taken instead
 
-    For N <= 64 a graph holds launches alone; beyond, it holds what torch.mm records too.
+    A graph holds launches alone; of calls that take a matrix product, and after a fallback, it
+    holds the nodes of torch.mm too.
     """
 
     device: str
@@ -47,7 +48,7 @@ class Status:
 
 
 def status(device: torch.device | int | str | None = None) -> Status:
-    """Return what this package holds on a GPU (torch's current one if None)."""
+    """Return the memory of this package on a GPU (torch's current one if None)."""
     index = _usable_gpu(device)
     spaces = workspaces_on(index)
     for space in spaces:
@@ -130,9 +131,7 @@ def _owner(space: Workspace, address: int) -> str:
 
 
 def _usable_gpu(device: torch.device | int | str | None) -> int:
-    """Return `gpu_index`, but refuse a forked child: another thread may have held a lock then."""
-    if driver.forked:
-        driver.bindings()  # which says so
+    driver.refuse_forked_child()
     return gpu_index(device)
 
 
@@ -144,7 +143,16 @@ def gpu_index(device: torch.device | int | str | None) -> int:
         raise TypeError(
             f"device: expected a torch.device, an int, a str or None (got {type(device).__name__})"
         )
-    given = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if given.type != "cuda":
-        raise ValueError(f"device: expected a CUDA device (got {given})")
-    return torch.cuda.current_device() if given.index is None else given.index
+    if isinstance(device, int):
+        index = device
+    else:
+        given = torch.device(device)
+        if given.type != "cuda":
+            raise ValueError(f"device: expected a CUDA device (got {given})")
+        index = torch.cuda.current_device() if given.index is None else given.index
+    # torch takes any number; nothing lies on a GPU that is not there, so that a check would pass.
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        allowed = f"one of the {count} GPUs that this process sees, counted from 0"
+        raise ValueError(f"device: expected {allowed} (got {index})")
+    return index

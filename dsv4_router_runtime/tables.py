@@ -1,7 +1,7 @@
 """The values of the tables that a layer binds, checked once; this waits for the current stream.
 
-A hash table is copied, so that what was checked stays true. A physical map is read in place, since
-servers rebalance in place: later changes are theirs, and the kernels hold what they read in bounds.
+A hash table is copied, so that its check stays true. A physical map is read in place, since servers
+rebalance in place: later changes are theirs, and the kernels hold the values in bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def copied_hash_table(tid2eid: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def check_physical_map(to_physical: torch.Tensor, logical_count: torch.Tensor) -> None:
-    """Counts within the map's replicas, and the ids that they use in 0..2**31 - 1."""
+    """Refuse counts beyond the map's replicas, and ids in use outside 0..2**31 - 1."""
     max_replicas = to_physical.shape[1]
     with torch.no_grad():
         unfit = (logical_count < 1) | (logical_count > max_replicas)

@@ -1,4 +1,7 @@
-"""Sets of kernels for the tests; a build of router_topk takes a fraction of a second."""
+"""Sets of kernels for the tests; a build of router_topk takes a fraction of a second.
+
+A module that imports this one is skipped where the compilers are not installed.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 CHECKOUT = Path(__file__).parents[1] / "artifacts"
+try:
+    compilers.toolchain_versions()
+except compilers.CompileError as error:
+    pytest.skip(f"not run: {error}", allow_module_level=True)
 COMPILE_ALL, NVRTC_COMPILE = build._compile_all, compilers.nvrtc_compile
 ARCHS = tuple(arch.name for arch in ARCHITECTURES)
 TOPK = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))

@@ -210,10 +210,11 @@ def sample_kernel(name: str, arch: str = "sm_90a") -> Kernel:
             k_splits=spec.k_splits,
             expert_tile=spec.expert_tile,
             token_tile=spec.token_tile,
-            dynamic_shared_bytes=100_000 if spec.role == "decode" else 0,
+            dynamic_shared_bytes=100_000 if spec.role in ("decode", "prefill") else 0,
             pdl=spec.pdl,
             nonportable_cluster=prod(spec.cluster) > MAX_PORTABLE_CLUSTER_CTAS,
             wait_limit_ms=spec.wait_limit_ms,
+            max_clusters=spec.max_clusters,
         ),
         parameters=_parameters(spec.parameters),
         resources=RESOURCES,
@@ -256,7 +257,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 @pytest.fixture
 def manifest() -> Manifest:
-    """Eight kernels for each of sm_90a and sm_100a, shaped like the real ones."""
+    """Every kernel for each of sm_90a and sm_100a, shaped like the real ones."""
     return sample_manifest()
 
 

@@ -170,6 +170,8 @@ class FakeDriver:
         return ()
 
     def _cuOccupancyMaxActiveClusters(self, function, config):
+        if not self.stack:
+            return real.CUresult.CUDA_ERROR_INVALID_CONTEXT, None
         return (self.room,)
 
     def _cuGetProcAddress(self, name, version, flags):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 from fake_driver import FakeDriver
 
 from dsv4_router_runtime import Router, binding, log, router, scratch
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import (
     driver,
     launch_site,
@@ -139,5 +141,30 @@ def table_of(bound: Router) -> torch.Tensor | None:
     return bound._binding.table_copy
 
 
+def site_table_of(bound: Router) -> dict:
+    return bound._binding._sites
+
+
 def sites_of(bound: Router) -> list[launch_site.LayerLaunchSite]:
-    return list(bound._binding._sites.values())
+    return list(site_table_of(bound).values())
+
+
+def steps_of(bound: Router) -> tuple:
+    return bound._binding._steps
+
+
+def keep_first_step(monkeypatch, bound: Router) -> None:
+    """Let the first step of a layer serve any number of tokens, with no step behind it."""
+    first = replace(steps_of(bound)[0], max_tokens=MAX_TOKENS)
+    monkeypatch.setattr(bound._binding, "_steps", (first,))
+
+
+def pretend_many_devices(monkeypatch, bound: Router) -> None:
+    monkeypatch.setattr(bound._binding, "_many_devices", True)
+
+
+@contextlib.contextmanager
+def held_locks(bound: Router):
+    """Hold the locks that a call may wait for, as another thread did at a fork."""
+    with router._remembered_lock, bound._binding._lock:
+        yield

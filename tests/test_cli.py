@@ -236,8 +236,30 @@ def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts, "--kernel", TOPK, "--check").exit_code == 0
     result = call("list", "--artifacts", artifacts, "--check")
     assert result.exit_code == 1
-    assert "21 not built: the manifest does not list it" in result.stderr
+    assert "33 not built: the manifest does not list it" in result.stderr
     assert call("list", "--artifacts", artifacts).exit_code == 0
+
+
+def test_modules_that_compile_are_skipped_without_compilers() -> None:
+    """As on a GPU machine that has the runtime's packages alone, where `-m gpu` is to run."""
+    code = """
+import importlib.metadata, sys
+import pytest
+
+found = importlib.metadata.version
+def version(name):
+    if name == "nvidia-cuda-nvrtc-cu12":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.version = version
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+    modules = [Path(__file__), Path(__file__).with_name("test_staging.py")]
+    command = [sys.executable, "-c", code, "--collect-only", *map(str, modules)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+    assert "SKIPPED [2] " in done.stdout
+    assert "not run: nvidia-cuda-nvrtc-cu12 is not installed; run `pip install " in done.stdout
 
 
 @pytest.mark.quick(1)

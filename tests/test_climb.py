@@ -297,7 +297,7 @@ def test_a_rung_that_breaks_off_is_a_failure_without_paths(
     def refused(artifact: Artifact, *, quick: bool) -> Result:
         raise LookupError("no such figure")
 
-    monkeypatch.setitem(RUNGS, "structure", replace(structure.RUNG, climb=refused))
+    monkeypatch.setitem(RUNGS, "structure", replace(structure.RUNG, climbs=(refused,)))
     kernel = load_artifact(artifacts, "router_topk.sm_100a").kernel
     expected = (kernel.cubin_sha256, kernel.ptx_sha256)
     result = climb_one(artifacts, kernel.key, expected, "structure", True)

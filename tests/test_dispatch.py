@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conftest import decode_kernel, topk_kernel
+from conftest import decode_kernel, sample_kernel, topk_kernel
 from watchdog import ends_within
 
 from dsv4_router_runtime.artifacts.dispatch import (
@@ -14,6 +14,7 @@ from dsv4_router_runtime.artifacts.dispatch import (
     Problem,
     Rejected,
     device_arch,
+    judge,
     plan_layer,
     resolve,
     runs_on,
@@ -51,6 +52,10 @@ PROBLEM = Problem(role="decode", layout="kmajor", num_tokens=1, num_experts=384,
         (64, "decode", "emajor", "router_decode_emajor_n64"),
         (1, "hash", "kmajor", "router_hash"),
         (56, "hash", "kmajor", "router_hash"),
+        (1, "prefill", "kmajor", "router_prefill_kmajor_n64"),
+        (128, "prefill", "emajor", "router_prefill_emajor_n64"),
+        (129, "prefill", "kmajor", "router_prefill_kmajor_n128"),
+        (256, "prefill", "emajor", "router_prefill_emajor_n128"),
         (65, "select", None, "router_topk"),
         (1, "select", None, "router_topk"),
     ],
@@ -86,6 +91,46 @@ def test_reasons(manifest, difference, reason):
     answers = resolve(manifest, replace(PROBLEM, **difference), "sm_90a")
     by_key = {answer.kernel.key: answer for answer in answers}
     assert by_key["router_decode_kmajor_n8.sm_90a"].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "reason"),
+    [
+        (129, 384, "takes at most 7 clusters, which are 128 tokens of 384 experts, got 129"),
+        (65, 385, "takes at most 7 clusters, which are 64 tokens of 385 experts, got 65"),
+        # The range of tokens comes first: no number of experts takes more.
+        (449, 128, "takes num_tokens 1..448, got 449"),
+    ],
+)
+def test_a_kernel_takes_no_more_tokens_than_its_clusters(manifest, num_tokens, num_experts, reason):
+    problem = replace(PROBLEM, role="prefill", num_tokens=num_tokens, num_experts=num_experts)
+    kernel = sample_kernel("router_prefill_kmajor_n64")
+    assert judge(kernel, problem, "sm_90a") == Rejected(kernel=kernel, reason=reason)
+    fewer = replace(problem, num_tokens=num_tokens - 1)
+    assert judge(kernel, fewer, "sm_90a") == Accepted(kernel=kernel)
+    without_larger = tuple(item for item in manifest.kernels if "n128" not in item.name)
+    with pytest.raises(NoKernelError, match=f"router_prefill_kmajor_n64.sm_90a: {reason}"):
+        select_kernel(replace(manifest, kernels=without_larger), problem, "sm_90a")
+
+
+def test_the_most_tokens_of_a_kernel():
+    """By its range, and by whole tiles of experts in its clusters; the smaller counts."""
+    prefill, decode = sample_kernel("router_prefill_kmajor_n128"), decode_kernel()
+    experts = (1, 128, 129, 256, 257, 384, 385, 512)
+    most = [prefill.most_tokens(number) for number in experts]
+    assert most == [896, 896, 384, 384, 256, 256, 128, 128]
+    assert [decode.most_tokens(number) for number in experts] == [8] * 8
+    assert topk_kernel().most_tokens(384) is None
+    endless = replace(prefill.problem, num_tokens=IntRange(low=1, high=None))
+    assert replace(prefill, problem=endless).most_tokens(384) == 256
+    unbounded = replace(prefill.launch, max_clusters=None)
+    assert replace(prefill, launch=unbounded).most_tokens(384) == 896
+    assert replace(prefill, launch=unbounded, problem=endless).most_tokens(384) is None
+    short = replace(prefill, problem=replace(prefill.problem, num_tokens=IntRange(low=1, high=500)))
+    assert [short.most_tokens(number) for number in (128, 256)] == [500, 384]
+    few = replace(prefill, launch=replace(prefill.launch, max_clusters=3))
+    # Not even one token tile of four tiles of experts.
+    assert (few.most_tokens(384), few.most_tokens(385)) == (128, 0)
 
 
 def test_dtypes_a_kernel_does_not_mention_are_not_compared(manifest):
@@ -150,19 +195,73 @@ def test_a_plain_layers_steps(manifest):
         (8, "router_decode_kmajor_n8"),
         (32, "router_decode_kmajor_n32"),
         (64, "router_decode_kmajor_n64"),
+        (128, "router_prefill_kmajor_n64"),
+        (256, "router_prefill_kmajor_n128"),
         (None, "router_topk"),
     ]
     plan = plan_layer(manifest, LAYER, "sm_90a")
-    assert [step.is_product_and_select for step in plan.steps] == [False, False, False, True]
-    assert plan.steps[1].reason == "9..32 tokens: computes the whole gate in one launch"
-    assert plan.steps[-1].reason == "65.. tokens: selects from the logits of a matrix product"
+    assert [step.is_product_and_select for step in plan.steps] == [*[False] * 5, True]
+    assert [step.reason for step in plan.steps[2:]] == [
+        "33..64 tokens: computes the whole gate in one launch",
+        "65..128 tokens: computes the whole gate in one launch, by larger tiles",
+        "129..256 tokens: computes the whole gate in one launch, by larger tiles",
+        "257.. tokens: selects from the logits of a matrix product",
+    ]
     assert plan.copy_reason is None
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize(
+    ("num_experts", "ends"),
+    [
+        (60, {"n64": 448, "n128": 896}),
+        (128, {"n64": 448, "n128": 896}),
+        (129, {"n64": 192, "n128": 384}),
+        (130, {"n64": 192, "n128": 384}),
+        (256, {"n64": 192, "n128": 384}),
+        (257, {"n64": 128, "n128": 256}),
+        (384, {"n64": 128, "n128": 256}),
+        # One token tile of 64 is decode's.
+        (385, {"n128": 128}),
+        (512, {"n128": 128}),
+    ],
+)
+def test_prefill_serves_what_fits_in_its_clusters(manifest, layout, num_experts, ends):
+    # K-contiguous, or with rows that TMA can step by: W_gate is read in place.
+    layer = replace(LAYER, layout=layout, num_experts=num_experts)
+    assert steps(manifest, layer)[3:] == [
+        *((end, f"router_prefill_{layout}_{tile}") for tile, end in ends.items()),
+        (None, "router_topk"),
+    ]
+
+
+def test_a_set_without_prefill_kernels_multiplies_beyond_decode(manifest):
+    few = tuple(kernel for kernel in manifest.kernels if kernel.role != "prefill")
+    manifest = replace(manifest, kernels=few)
+    assert steps(manifest)[2:] == [(64, "router_decode_kmajor_n64"), (None, "router_topk")]
+    assert steps(manifest, replace(LAYER, hashed=True)) == [
+        (56, "router_hash"),
+        (64, "router_decode_kmajor_n64"),
+        (None, "router_topk"),
+    ]
+
+
+@pytest.mark.parametrize(("tile", "end"), [(64, 128), (128, 256)])
+def test_a_set_with_one_prefill_tile_serves_what_that_takes(manifest, tile, end):
+    other = 192 - tile
+    few = [item for item in manifest.kernels if f"prefill_kmajor_n{other}" not in item.name]
+    assert steps(replace(manifest, kernels=tuple(few)))[3:] == [
+        (end, f"router_prefill_kmajor_n{tile}"),
+        (None, "router_topk"),
+    ]
 
 
 def test_a_hash_layer_goes_on_with_the_whole_gate(manifest):
     assert steps(manifest, replace(LAYER, hashed=True)) == [
         (56, "router_hash"),
         (64, "router_decode_kmajor_n64"),
+        (128, "router_prefill_kmajor_n64"),
+        (256, "router_prefill_kmajor_n128"),
         (None, "router_topk"),
     ]
 
@@ -179,6 +278,8 @@ def test_a_hash_layers_calls_with_images_take_the_whole_gate(manifest):
     assert [kernel.name for kernel in mixed.kernels] == [
         "router_hash",
         "router_decode_kmajor_n64",
+        "router_prefill_kmajor_n64",
+        "router_prefill_kmajor_n128",
         "router_topk",
         "router_decode_kmajor_n8",
         "router_decode_kmajor_n32",
@@ -215,7 +316,7 @@ def test_a_copy_of_w_gate_has_a_reason(manifest, layer, reason):
         assert layouts == {"kmajor", None}
 
 
-def test_a_step_before_a_gap_hands_over_to_the_product(manifest, change):
+def test_a_step_before_a_gap_hands_over_to_the_next_role(manifest, change):
     for at, kernel in enumerate(manifest.kernels):
         if kernel.name == "router_decode_kmajor_n32":
             late = replace(kernel.problem, num_tokens=IntRange(low=10, high=32))
@@ -223,14 +324,27 @@ def test_a_step_before_a_gap_hands_over_to_the_product(manifest, change):
         if kernel.name == "router_decode_kmajor_n64":
             late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
             manifest = change(manifest, at, problem=late)
-    assert steps(manifest) == [(8, "router_decode_kmajor_n8"), (None, "router_topk")]
+    prefill = [(128, "router_prefill_kmajor_n64"), (256, "router_prefill_kmajor_n128")]
+    assert steps(manifest) == [
+        (8, "router_decode_kmajor_n8"),
+        *prefill,
+        (None, "router_topk"),
+    ]
+    few = tuple(kernel for kernel in manifest.kernels if kernel.role != "prefill")
+    assert steps(replace(manifest, kernels=few)) == [
+        (8, "router_decode_kmajor_n8"),
+        (None, "router_topk"),
+    ]
 
 
-def test_a_hash_layer_hands_over_a_gap_to_the_product_too(manifest):
-    few = tuple(kernel for kernel in manifest.kernels if "n64" not in kernel.name)
-    layer = replace(LAYER, hashed=True)
-    assert steps(replace(manifest, kernels=few), layer) == [
+@pytest.mark.parametrize("is_prefill_there", [True, False])
+def test_a_hash_layer_hands_over_a_gap_to_the_next_role_too(manifest, is_prefill_there):
+    few = [kernel for kernel in manifest.kernels if "decode_kmajor_n64" not in kernel.name]
+    few = [kernel for kernel in few if is_prefill_there or kernel.role != "prefill"]
+    prefill = [(128, "router_prefill_kmajor_n64"), (256, "router_prefill_kmajor_n128")]
+    assert steps(replace(manifest, kernels=tuple(few)), replace(LAYER, hashed=True)) == [
         (56, "router_hash"),
+        *(prefill if is_prefill_there else []),
         (None, "router_topk"),
     ]
 
@@ -239,7 +353,7 @@ def test_a_hash_layer_hands_over_a_gap_to_the_product_too(manifest):
     ("missing", "message"),
     [
         ("decode", "no kernel for role=decode, num_tokens=1"),
-        ("select", "no kernel for role=select, num_tokens=65"),
+        ("select", "no kernel for role=select, num_tokens=257"),
     ],
 )
 def test_a_layer_that_no_kernels_serve_is_refused(manifest, missing, message):

@@ -16,6 +16,9 @@ import pytest
 
 from dsv4_router_runtime import doctor
 from dsv4_router_runtime.__main__ import main
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.artifacts.manifest import parse_manifest
 from dsv4_router_runtime.doctor import finding, installation
 from dsv4_router_runtime.errors import DriverError
 
@@ -67,7 +70,7 @@ def test_a_machine_in_good_order_exits_0(examine):
         "loads; 7 clusters of 16 CTAs fit with an SM for each CTA; "
         "1..8 tokens: computes the whole gate in one launch"
     )
-    assert found[SELF_TEST]["found"] == "20 calls right, and 20 replayed"
+    assert found[SELF_TEST]["found"] == "28 calls right, and 28 replayed"
     assert found["workspace gpu 0"]["status"] == "OK"
 
 
@@ -200,6 +203,22 @@ def test_a_version_outside_its_bounds_is_a_warning(world, examine):
     assert found["package torch"]["repair"] == "pip install 'torch>=99'"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug")])
+def test_an_error_of_doctor_itself_is_no_warning(monkeypatch, capsys, error):
+    """Python's own exit code of an exception is 1, which says that the machine can route."""
+    monkeypatch.setattr(doctor, "examine", raises(error))
+    assert main(["doctor"]) == 2
+    assert str(error) in capsys.readouterr().err
+
+
+def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    command = [sys.executable, "-m", "dsv4_router_runtime", "doctor", "--quick", "--artifacts"]
+    command.append(str(tmp_path / "\u00fc"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "\\xfc/manifest.json: cannot be read" in ran.stdout, ran.stderr
+
+
 def test_lines_start_with_the_status_and_end_with_the_repair(world, capsys):
     flip_a_byte(world)
     assert main(["doctor", "--artifacts", str(world.folder)]) == 2
@@ -266,6 +285,27 @@ print(code, "torch" in sys.modules, time.process_time())
         assert (exit_code, torch_is_there) == ("2", "False")
         best = min(best, float(seconds))
     assert best < 0.5
+
+
+def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
+    manifest = parse_manifest(
+        (Path(__file__).parents[1] / "artifacts" / "manifest.json").read_bytes()
+    )
+    ends = {1}
+    for arch in manifest.driver:
+        for layout in LAYOUTS:
+            layer = LayerProblem(
+                layout=layout,
+                tma_loadable=True,
+                hashed=False,
+                num_experts=selftest.EXPERTS,
+                top_k=selftest.TOP_K,
+                k=selftest.K,
+            )
+            steps = plan_layer(manifest, layer, arch).steps
+            assert steps[-1].is_product_and_select
+            ends |= {step.max_tokens for step in steps[:-1]} | {steps[-2].max_tokens + 1}
+    assert sorted(ends) == list(selftest.TOKENS)
 
 
 def test_the_keys_of_the_self_test_are_equal_or_far_apart():

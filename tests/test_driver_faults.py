@@ -18,7 +18,13 @@ import torch
 from conftest import decode_kernel, sample_manifest, topk_kernel
 from cuda.bindings.driver import CUresult
 from failing_driver import FOREIGN, GREEN, PRIMARY, plug_in, replace_driver
-from gpu_recorder import sites_of, workspace_of
+from gpu_recorder import (
+    held_locks,
+    keep_first_step,
+    pretend_many_devices,
+    sites_of,
+    workspace_of,
+)
 from watchdog import ends_within
 
 from dsv4_router_runtime import (
@@ -27,13 +33,11 @@ from dsv4_router_runtime import (
     check,
     dense_router_dispatch,
     reset,
-    router,
     status,
 )
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
-from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import driver, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.errors import (
     DriverError,
@@ -172,7 +176,7 @@ def test_a_change_of_torchs_device_ends_in_the_callers_context(monkeypatch, fake
     fake.stack = [GREEN]
     bound = bind()
     assert fake.stack == [GREEN]
-    monkeypatch.setattr(bound._binding, "_many_devices", True)
+    pretend_many_devices(monkeypatch, bound)
     fake.launch_code = 700 * fails
     monkeypatch.setattr(torch.cuda, "current_device", iter([1, None]).__next__)
     with pytest.raises(DriverError) if fails else contextlib.nullcontext():
@@ -188,8 +192,12 @@ def test_a_bind_that_fails_leaves_the_callers_context(monkeypatch, fake, bind):
     assert fake.stack == [FOREIGN, GREEN]
 
 
-def test_a_foreign_context_is_refused_before_anything_is_launched(fake, bind):
+@pytest.mark.parametrize("stream", [0, 5])
+def test_a_foreign_context_is_refused_before_anything_is_launched(monkeypatch, fake, bind, stream):
+    """On another stream of torch's too, whose site is found without a look at the context."""
+    monkeypatch.setattr(binding, "is_lasting", lambda index, stream: True)
     bound = bind()
+    fake.gpu.stream = stream
     for n in (3, 70):
         call(bound, n)
     fake.gpu.products.clear()
@@ -277,6 +285,13 @@ class TestWithoutRoomForACluster:
         assert (fallback.instead, fallback.times) == ("router_topk.sm_90a", 1)
         assert status().fallbacks == (fallback,)
 
+    def test_in_a_thread_without_a_context_the_primary_one_is_asked(self, fake, bind):
+        bound = bind()
+        fake.stack = []
+        call(bound)
+        names = [fake.handles[handle].name for handle in fake.launched]
+        assert (names, fake.stack) == (["router_decode_kmajor_n8"], [])
+
     def test_a_refused_launch_takes_the_next_step_too(self, fake, bind, caplog):
         """The current context may have changed since its room was asked for."""
         bound = bind()
@@ -328,8 +343,7 @@ class TestWithoutRoomForACluster:
 
     def test_no_step_is_left(self, monkeypatch, fake, bind):
         bound = bind()
-        (first, _) = bound._binding._steps
-        monkeypatch.setattr(bound._binding, "_steps", (replace(first, max_tokens=MAX_TOKENS),))
+        keep_first_step(monkeypatch, bound)
         fake.room = 0
         with pytest.raises(NoKernelError, match="the last step of this layer: no room for a clu"):
             call(bound)
@@ -373,7 +387,7 @@ class TestFork:
         monkeypatch.setattr(driver, "forked", True)
         driver.bindings.cache_clear()
         W, bias = torch.zeros(E, K, dtype=torch.bfloat16).t(), torch.zeros(E)
-        with ends_within(5), router._remembered_lock, bound._binding._lock:
+        with ends_within(5), held_locks(bound):
             with pytest.raises(RouterError, match='start it with the method "spawn"'):
                 call(bound)
             with pytest.raises(RouterError, match='start it with the method "spawn"'):

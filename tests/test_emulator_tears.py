@@ -11,7 +11,7 @@ from test_emulator import SCHEDULES, kinds, module
 
 from build_kernels.campaign.fault import Torn
 from build_kernels.campaign.moments import CHILD_DIED, Tearing, tear_at_moments
-from build_kernels.emulator import DeviceArray, Launch, LaunchError, Result, Schedule, Tear, emulate
+from build_kernels.emulator import DeviceArray, Launch, LaunchError, Result, Schedule, emulate
 
 # Each CTA stores the flag that it reads.
 READ_FLAG = """
@@ -39,31 +39,37 @@ AGAIN:
 PARAMETERS = ".param .u64 out, .param .u64 flags"
 
 
-def run(
-    body: str, *tears: Tear, schedule: Schedule | None = None, ctas: int = 4, on_load=None
-) -> Result:
+def run(body: str, *, schedule: Schedule | None = None, ctas: int = 4, on_load=None) -> Result:
     out = DeviceArray(name="out", data=np.full(ctas, 99, np.int32))
     flags = DeviceArray(name="flags", data=np.zeros(2, np.int32))
     ptx = module(body, parameters=PARAMETERS)
     launch = Launch(grid=(ctas, 1, 1), block=(1, 1, 1), arch="sm_90a")
-    return emulate(
-        ptx, launch, [out, flags], schedule or Schedule(seed=1), tears=tears, on_load=on_load
-    )
+    return emulate(ptx, launch, [out, flags], schedule or Schedule(seed=1), on_load=on_load)
+
+
+def run_torn(tears: dict[int, dict[str, dict[int, int]]], schedule: Schedule | None = None):
+    """Run READ_FLAG with these tears, each before the load of its number, from 0."""
+    loads = []
+
+    def on_load(array, offsets):
+        loads.append((array, offsets.tolist()))
+        return tears.get(len(loads) - 1, {})
+
+    result = run(READ_FLAG, schedule=schedule, on_load=on_load)
+    assert loads == [("flags", [4, 5, 6, 7])] * 4
+    return result
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("load", range(5))
 def test_an_array_has_other_contents_from_a_load_on(load: int, schedule: Schedule) -> None:
-    result = run(READ_FLAG, Tear(array="flags", load=load, changes={1: 7}), schedule=schedule)
+    result = run_torn({load: {"flags": {1: 7}}}, schedule)
     assert result.findings == ()
-    assert result.loads == {"out": 0, "flags": 4}
     assert sorted(result.memory["out"]) == [0] * load + [7] * (4 - load)
 
 
 def test_tears_follow_one_another_and_leave_other_elements() -> None:
-    back = Tear(array="flags", load=3, changes={1: 1})
-    there = Tear(array="flags", load=1, changes={1: -(2**31), 0: 5})
-    result = run(READ_FLAG, back, there)
+    result = run_torn({1: {"flags": {1: -(2**31), 0: 5}}, 3: {"flags": {1: 1}}})
     assert sorted(result.memory["out"]) == [-(2**31), -(2**31), 0, 1]
     assert result.memory["flags"].tolist() == [5, 1]
 
@@ -84,7 +90,7 @@ def at_moments(judge, *moments: int, element: int = 1) -> Tearing:
 @pytest.mark.parametrize("moment", [1, 2, 3])
 def test_a_launch_that_is_forked_at_a_load_is_the_one_that_is_torn_there(moment: int) -> None:
     tearing = at_moments(seen, moment)
-    (whole,) = seen(tearing.torn, run(READ_FLAG, Tear(array="flags", load=moment, changes={1: 7})))
+    (whole,) = seen(tearing.torn, run_torn({moment: {"flags": {1: 7}}}))
     assert tearing.problems == [f"torn at moment {moment}, before a load of flags: {whole}"]
     assert (tearing.moments, tearing.runs) == (3, 1)
 
@@ -108,15 +114,15 @@ def test_a_child_that_raises_or_dies_is_a_problem() -> None:
 @pytest.mark.parametrize(
     ("tear", "problem"),
     [
-        (Tear(array="mask", load=0, changes={0: 1}), "'mask': the arrays are out, flags"),
-        (Tear(array="flags", load=-1, changes={0: 1}), "load must be >= 0"),
-        (Tear(array="flags", load=0, changes={2: 1}), r"an element of 0..1 \(got 2\)"),
-        (Tear(array="flags", load=0, changes={0: 2**31}), "2147483648 does not fit int32"),
+        ({"mask": {0: 1}}, "'mask': the arrays are out, flags"),
+        ({"flags": {2: 1}}, r"an element of 0..1 \(got 2\)"),
+        ({"flags": {-1: 1}}, r"an element of 0..1 \(got -1\)"),
+        ({"flags": {0: 2**31}}, "2147483648 does not fit int32"),
     ],
 )
-def test_a_tear_that_does_not_fit_is_refused(tear: Tear, problem: str) -> None:
+def test_a_tear_that_does_not_fit_is_refused(tear: dict[str, dict[int, int]], problem: str) -> None:
     with pytest.raises(LaunchError, match=problem):
-        run(READ_FLAG, tear)
+        run_torn({0: tear})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

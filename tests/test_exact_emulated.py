@@ -27,6 +27,7 @@ from build_kernels.specs import KERNELS
 from dsv4_router_runtime.exact import exact_logits, exact_selection, fused_sum
 
 DECODE = [spec.name for spec in KERNELS if spec.role == "decode"]
+PREFILL = [spec.name for spec in KERNELS if spec.role == "prefill"]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,19 @@ def test_decode_has_the_bits_of_the_contract(artifacts, random, name, arch):
     case = Case(num_tokens=tile - 1, num_experts=40, top_k=6, k=33 * 64, options=("logits",))
     inputs = make_inputs(artifact.kernel, case)
     x, w = binades(random, 4, tile - 1, case.k), binades(random, 4, case.k, 40) / 64
+    check(artifact, with_exact(inputs, x, w, {}))
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_has_the_bits_of_the_contract(artifacts, random, name, arch):
+    """Two tiles of tokens and two of experts, K of 17 blocks; logits out, over 4 binades."""
+    artifact = load_artifact(artifacts, f"{name}.{arch}")
+    num_tokens = artifact.kernel.launch.token_tile + 1
+    case = Case(num_tokens=num_tokens, num_experts=100, top_k=6, k=17 * 64, options=("logits",))
+    inputs = make_inputs(artifact.kernel, case)
+    x, w = binades(random, 4, num_tokens, case.k), binades(random, 4, case.k, 100) / 64
     check(artifact, with_exact(inputs, x, w, {}))
 
 

@@ -15,8 +15,9 @@ from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.explain import Question, as_json, as_text, explain
 
-# The first and the last number of tokens of each step.
-ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65)
+# The first and the last number of tokens of each step, for any number of experts.
+PREFILL_ENDS = (128, 129, 192, 193, 256, 257, 384, 385, 448, 449, 896, 897)
+ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65, *PREFILL_ENDS)
 QUESTION = Question(num_tokens=48, k=7168, num_experts=384, top_k=6)
 
 
@@ -25,15 +26,60 @@ def artifacts(write_artifacts, manifest):
     return ArtifactSet(folder=write_artifacts(manifest), manifest=manifest)
 
 
+def bind_and_route(question, artifacts):
+    """Make the call of a question; return its Router."""
+    import torch
+
+    from dsv4_router_runtime import Router
+
+    n, k, top_k = question.num_tokens, question.k, question.top_k
+    num_experts = question.num_experts
+    kmajor = question.layout == "kmajor"
+    W = torch.zeros((num_experts, k) if kmajor else (k, num_experts), dtype=torch.bfloat16)
+    bound = Router(
+        W.t() if kmajor else W,
+        None if question.hashed else torch.zeros(num_experts),
+        top_k=top_k,
+        routed_scaling_factor=1.0,
+        artifacts=artifacts,
+        tid2eid=torch.arange(top_k, dtype=torch.int32)[None] if question.hashed else None,
+        bias_vl=torch.zeros(num_experts) if question.images or question.logits else None,
+    )
+    bound(
+        torch.zeros(n, k, dtype=torch.bfloat16),
+        torch.zeros(n, top_k),
+        torch.zeros(n, top_k, dtype=torch.int32),
+        input_ids=torch.zeros(n, dtype=torch.int32) if question.hashed else None,
+        image_mask=torch.zeros(n, dtype=torch.bool) if question.images else None,
+        **({"out_logits": torch.zeros(n, num_experts)} if question.logits else {}),
+    )
+    return bound
+
+
+def compare(document, question, bound, gpu) -> None:
+    from gpu_recorder import workspace_of
+
+    (launch,) = gpu.launches
+    assert document["kernel"] == launch["kernel"]
+    assert document["grid"] == list(launch["grid"])
+    assert document["launches"] == 1 + len(gpu.products)
+    whole_gate = question.images or question.logits
+    steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
+    assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
+    assert bool(document["weights_copy_bytes"]) == bound.weights_copied
+    assert (document["copy_reason"] is None) == (not bound.weights_copied)
+    scratch = workspace_of(bound).layout
+    assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+    products = [] if question.logits else [out for _, _, out in gpu.products]
+    assert document["logits_bytes"] == sum(out.numel() * out.element_size() for out in products)
+
+
 def test_explain_is_what_a_binding_does(tmp_path):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     pytest.importorskip("hypothesis", reason="draws the questions")
-    import torch
-    from gpu_recorder import replace_gpu, workspace_of
+    from gpu_recorder import replace_gpu
     from hypothesis import given, settings
     from hypothesis import strategies as st
-
-    from dsv4_router_runtime import Router
 
     artifacts = ArtifactSet(folder=tmp_path, manifest=sample_manifest())
     kernels = artifacts.manifest.kernels
@@ -41,77 +87,30 @@ def test_explain_is_what_a_binding_does(tmp_path):
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
-        num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 300)),
-        blocks=st.integers(1, 6),
-        num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
-        top_k=st.integers(1, 8),
-        layout=st.sampled_from(["kmajor", "emajor"]),
-        hashed=st.booleans(),
-        images=st.booleans(),
-        logits=st.booleans(),
+        question=st.builds(
+            lambda num_experts, top_k, **given: Question(
+                num_experts=num_experts, top_k=min(top_k, num_experts), **given
+            ),
+            num_tokens=st.one_of(st.sampled_from(ENDS), st.integers(1, 1000)),
+            k=st.integers(1, 6).map(lambda blocks: 64 * blocks),
+            num_experts=st.one_of(st.integers(1, 70), st.integers(1, 512)),
+            top_k=st.integers(1, 8),
+            layout=st.sampled_from(["kmajor", "emajor"]),
+            hashed=st.booleans(),
+            images=st.booleans(),
+            logits=st.booleans(),
+        ),
         arch=st.sampled_from(["sm_90a", "sm_100a"]),
     )
-    def agree(num_tokens, blocks, num_experts, top_k, layout, hashed, images, logits, arch):
-        k, top_k = 64 * blocks, min(top_k, num_experts)
-        question = Question(
-            num_tokens=num_tokens,
-            k=k,
-            num_experts=num_experts,
-            top_k=top_k,
-            layout=layout,
-            hashed=hashed,
-            images=images,
-            logits=logits,
-        )
-        explained = explain(artifacts, question, arch)
-        shape = (num_experts, k) if layout == "kmajor" else (k, num_experts)
-        W = torch.zeros(shape, dtype=torch.bfloat16)
-        table = torch.arange(top_k, dtype=torch.int32)[None] if hashed else None
-
-        def bind_and_route() -> Router:
-            bound = Router(
-                W.t() if layout == "kmajor" else W,
-                None if hashed else torch.zeros(num_experts),
-                top_k=top_k,
-                routed_scaling_factor=1.0,
-                artifacts=artifacts,
-                tid2eid=table,
-                bias_vl=torch.zeros(num_experts) if images or logits else None,
-            )
-            more = {"out_logits": torch.zeros(num_tokens, num_experts)} if logits else {}
-            bound(
-                torch.zeros(num_tokens, k, dtype=torch.bfloat16),
-                torch.zeros(num_tokens, top_k),
-                torch.zeros(num_tokens, top_k, dtype=torch.int32),
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32) if hashed else None,
-                image_mask=torch.zeros(num_tokens, dtype=torch.bool) if images else None,
-                **more,
-            )
-            return bound
-
+    def agree(question, arch):
+        document = as_json(explain(artifacts, question, arch))
         with pytest.MonkeyPatch.context() as monkeypatch:
             gpu = replace_gpu(monkeypatch)
             gpu.arch = arch
-            bound = bind_and_route()
-            compare(as_json(explained), bound, gpu, images or logits)
-            products = [] if logits else [out for _, _, out in gpu.products]
-            sizes = [out.numel() * out.element_size() for out in products]
-            assert as_json(explained)["logits_bytes"] == sum(sizes)
+            compare(document, question, bind_and_route(question, artifacts), gpu)
             gpu.unfit = dict.fromkeys(clustered, "no room")
-            bind_and_route()
-            assert gpu.last["kernel"] == as_json(explained)["kernel_without_clusters"]
-
-    def compare(document, bound, gpu, whole_gate) -> None:
-        (launch,) = gpu.launches
-        assert document["kernel"] == launch["kernel"]
-        assert document["grid"] == list(launch["grid"])
-        assert document["launches"] == 1 + len(gpu.products)
-        steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
-        assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
-        assert bool(document["weights_copy_bytes"]) == bound.weights_copied
-        assert (document["copy_reason"] is None) == (not bound.weights_copied)
-        scratch = workspace_of(bound).layout
-        assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+            bind_and_route(question, artifacts)
+            assert gpu.last["kernel"] == document["kernel_without_clusters"]
 
     agree()
 
@@ -133,15 +132,31 @@ def test_every_candidate_has_a_verdict_and_a_reason(artifacts):
     assert reasons["router_decode_kmajor_n64.sm_90a"] == "not chosen, made for 1..64 tokens"
 
 
-def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
-    question = replace(QUESTION, num_tokens=100, num_experts=132, layout="emajor", hashed=True)
+def test_prefill_names_its_clusters_scratch_and_bound(artifacts):
+    question = replace(QUESTION, num_tokens=100)
     text = as_text(explain(artifacts, question, "sm_90a"))
-    assert "N=100, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
+    assert "one launch of router_prefill_kmajor_n64.sm_90a, 96 CTAs in 6 clusters of 16" in text
+    assert "-> 65..128 tokens: computes the whole gate in one launch, by larger tiles" in text
+    document = as_json(explain(artifacts, question, "sm_90a"))
+    assert (document["launches"], document["logits_bytes"]) == (1, 0)
+    assert document["kernel_without_clusters"] == "router_topk.sm_90a"
+    more = as_json(explain(artifacts, replace(question, num_tokens=129), "sm_90a"))
+    reasons = {each["kernel"]: each["reason"] for each in more["candidates"]}
+    assert reasons["router_prefill_kmajor_n64.sm_90a"] == (
+        "takes at most 7 clusters, which are 128 tokens of 384 experts, got 129"
+    )
+    assert reasons["router_prefill_kmajor_n128.sm_90a"].startswith("chosen")
+
+
+def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
+    question = replace(QUESTION, num_tokens=400, num_experts=132, layout="emajor", hashed=True)
+    text = as_text(explain(artifacts, question, "sm_90a"))
+    assert "N=400, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
     assert "path: torch.mm (cuBLAS), then one launch of router_topk.sm_90a, " in text
-    assert "-> 65.. tokens: selects from the logits of a matrix product: router_topk" in text
+    assert "-> 385.. tokens: selects from the logits of a matrix product: router_topk" in text
     assert "copies: W_gate, 1892352 bytes per layer, since TMA cannot step" in text
     assert "copies: tid2eid as int32" in text
-    assert f"scratch: {100 * 132 * 4} bytes of logits per stream" in text
+    assert f"scratch: {400 * 132 * 4} bytes of logits per stream" in text
     assert "pdl: allowed" in text
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
 
@@ -197,6 +212,16 @@ def test_an_architecture_without_kernels_is_an_error_with_every_reason(artifacts
     assert "router_topk.sm_90a: built for sm_90a, this GPU is sm_80" in captured.err
 
 
+# "" is what `--arch "$ARCH"` gives if nothing is set: no question about this machine's GPU.
+@pytest.mark.parametrize("arch", ["", "foo", "SM_90A", "sm_90aa"])
+def test_what_is_no_architecture_is_refused(artifacts, capsys, arch):
+    arguments = "explain --n 1 --k 64 --experts 8 --top-k 2".split()
+    given = ["--arch", arch, "--artifacts", str(artifacts.folder)]
+    assert main([*arguments, *given]) == 2
+    expected = f"error: arch: expected an architecture such as sm_90a (got {arch!r})\n"
+    assert capsys.readouterr() == ("", expected)
+
+
 def test_the_command_prints_the_document_and_needs_neither_torch_nor_a_gpu(artifacts):
     arguments = "explain --n 48 --k 7168 --experts 384 --top-k 6 --arch sm_100a --json".split()
     code = f"""
@@ -225,3 +250,15 @@ def test_without_a_gpu_the_architecture_has_to_be_named(artifacts, monkeypatch, 
     monkeypatch.setattr(driver, "arch_of_device", lambda index: {3: "sm_90a"}[index])
     assert main([*arguments, "--device", "3", "--artifacts", str(artifacts.folder)]) == 0
     assert "on sm_90a\n" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_not_chosen_is_made_for_what_its_clusters_hold(artifacts):
+    kernels = tuple(
+        replace(kernel, launch=replace(kernel.launch, max_clusters=7))
+        if kernel.role == "prefill"
+        else kernel
+        for kernel in artifacts.manifest.kernels
+    )
+    held = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
+    text = as_text(explain(held, replace(QUESTION, num_tokens=100), "sm_90a"))
+    assert "router_prefill_kmajor_n128.sm_90a: not chosen, made for 1..256 tokens" in text

@@ -40,7 +40,6 @@ from dsv4_router_runtime.errors import NoKernelError, RouterError
 
 # A case takes a millisecond; the largest file that is read at all, a second.
 SECONDS_PER_CASE = 10
-ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 
 
 def manifest_text() -> str:

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from gpu_calls import captured, integers, outputs  # noqa: E402
-from gpu_recorder import workspace_of  # noqa: E402
+from gpu_recorder import steps_of, workspace_of  # noqa: E402
 
 from dsv4_router_runtime import Router, RouterError  # noqa: E402
 from dsv4_router_runtime.device import driver, occupancy, streams  # noqa: E402
@@ -169,8 +169,7 @@ def green(sms: str, flags: str) -> dict:
         if not same(out, expected[n]):
             wrong.append(f"N={n} in a graph")
     rooms = {
-        step.loaded.kernel.key: occupancy.ask_room(step.loaded, handle)
-        for step in router._binding._steps
+        step.loaded.kernel.key: occupancy.ask_room(step.loaded, handle) for step in steps_of(router)
     }
     fallbacks = [vars(item) for item in occupancy.fallbacks()]
     # The null stream, which so far was the primary context's.

@@ -9,6 +9,8 @@ import pytest
 from conftest import manifest_text
 from watchdog import ends_within
 
+from build_kernels.specs import KERNELS
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES
 from dsv4_router_runtime.artifacts.kernel import KIND_LAYOUT
 from dsv4_router_runtime.artifacts.limits import MAX_DYNAMIC_SHARED_BYTES
 from dsv4_router_runtime.artifacts.manifest import (
@@ -46,7 +48,7 @@ def test_text_is_sorted_and_ends_in_a_newline(manifest):
     assert text == json.dumps(document, indent=1, sort_keys=True) + "\n"
     keys = [(kernel["name"], kernel["arch"]) for kernel in document["kernels"]]
     assert keys == sorted(keys)
-    assert len(keys) == 16
+    assert len(keys) == len(manifest.kernels) == 2 * len(KERNELS)
 
 
 def test_order_of_kernels_does_not_change_the_text(manifest):
@@ -63,6 +65,19 @@ def test_what_is_absent_is_left_out(manifest):
     assert topk["problem"]["num_tokens"] == [1, None]
 
 
+def test_a_launch_may_be_of_any_number_of_clusters(manifest):
+    """The text leaves max_clusters out where it is no bound, and a reader takes that for none."""
+    text = serialise_manifest(manifest)
+    launches = [kernel["launch"] for kernel in json.loads(text)["kernels"]]
+    bounds = [launch.get("max_clusters") for launch in launches]
+    assert bounds == [kernel.launch.max_clusters for kernel in manifest.kernels]
+    assert bounds == [7 if kernel.role == "prefill" else None for kernel in manifest.kernels]
+    assert all("max_clusters" not in launches[at] for at in (0, HASH, TOPK))
+    kernel = parse_manifest(altered(manifest, MAX_CLUSTERS, ...)).kernels[PREFILL]
+    assert kernel.launch.max_clusters is None
+    assert kernel.most_tokens(384) == kernel.problem.num_tokens.high == 896
+
+
 def test_for_arch(manifest):
     assert {kernel.arch for kernel in manifest.for_arch("sm_100a")} == {"sm_100a"}
     assert manifest.for_arch("sm_120a") == ()
@@ -73,6 +88,9 @@ DTYPES = "kernels/1/problem/dtypes"
 PARAMETER = "kernels/0/parameters"
 W_MAP = f"{PARAMETER}/0/tensor_map"
 X_MAP = f"{PARAMETER}/1/tensor_map"
+# router_hash, router_prefill_kmajor_n128 and router_topk for sm_100a.
+HASH, PREFILL, TOPK = 12, 18, 22
+MAX_CLUSTERS = f"kernels/{PREFILL}/launch/max_clusters"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +150,13 @@ X_MAP = f"{PARAMETER}/1/tensor_map"
         ("kernels/1/problem/layout", "kmajor", 'does not fit layout "kmajor"'),
         ("kernels/1/problem/layout", ..., "kernels[1].problem.layout: missing"),
         ("kernels/1/role", "select", 'problem: unknown key "layout"'),
-        ("kernels/1/role", "prefill", "kernels[1].role: expected one of decode, hash, select"),
+        ("kernels/1/role", "dense", "role: expected one of decode, prefill, hash, select"),
+        (MAX_CLUSTERS, 0, "kernels[18].launch.max_clusters: expected an int from 1 to 1024"),
+        (MAX_CLUSTERS, "7", 'launch.max_clusters: expected an int from 1 to 1024 (got "7")'),
+        (MAX_CLUSTERS, 7.0, "launch.max_clusters: expected an int from 1 to 1024 (got 7.0)"),
+        (MAX_CLUSTERS, True, "launch.max_clusters: expected an int from 1 to 1024"),
+        (MAX_CLUSTERS, None, "launch.max_clusters: expected an int from 1 to 1024"),
+        (MAX_CLUSTERS, 1025, "launch.max_clusters: expected an int from 1 to 1024"),
         (
             f"{W_MAP}/dims",
             ["K", "E"],
@@ -202,6 +226,8 @@ def test_errors_name_the_place(manifest, path, value, message):
         (f"{LAUNCH}/dynamic_shared_bytes", MAX_DYNAMIC_SHARED_BYTES),
         (f"{W_MAP}/box", [64, 256]),
         (f"{LAUNCH}/wait_limit_ms", 600_000),
+        (f"{LAUNCH}/max_clusters", 1024),
+        (MAX_CLUSTERS, 1),
         ("driver/sm_103a", 12090),
         ("kernels/1/resources/spill_bytes", 8),
     ],
@@ -213,7 +239,6 @@ def test_what_is_just_within_the_limits(manifest, path, value):
 HUGE = 10**30
 PROBLEM = "kernels/1/problem"
 RESOURCES = "kernels/1/resources"
-TOPK = "kernels/15"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +256,11 @@ TOPK = "kernels/15"
             'kernels[0].parameters[4]: "e_bias" is passed as a pointer of the call or the layer',
         ),
         (f"{W_MAP}/box", [32, 64], "tensor_map.box: expected 64 along E, launch.expert_tile (g"),
+        (
+            f"kernels/{PREFILL}/parameters/0/tensor_map/box",
+            [64, 64],
+            "[18].parameters[0].tensor_map.box: expected 128 along E",
+        ),
         (f"{X_MAP}/box/1", 8, "tensor_map.box: expected 32 along N, launch.token_tile (got [64, 8"),
         (f"{LAUNCH}/wait_limit_ms", -1, "launch.wait_limit_ms: expected an int from 0 to 600000"),
         (f"{LAUNCH}/wait_limit_ms", HUGE, "launch.wait_limit_ms: expected an int from 0 to 600000"),
@@ -249,7 +279,7 @@ TOPK = "kernels/15"
             "launch.expert_tile: expected at least the 512 experts accepted, since the grid has no",
         ),
         (
-            f"{TOPK}/launch/grid",
+            f"kernels/{TOPK}/launch/grid",
             [1, "token_tiles", 1],
             "launch.grid[1]: expected at most 65535 CTAs, not 2147483647 tokens in tiles of 4",
         ),
@@ -334,8 +364,8 @@ def test_a_kernel_has_the_maps_that_this_runtime_fills(manifest):
         with pytest.raises(ManifestError, match=f"role decode takes one tensor map of {tensor}"):
             parse_manifest(json.dumps(document))
     document["kernels"][0]["parameters"] = decode
-    topk = document["kernels"][15]["parameters"]
-    document["kernels"][15]["parameters"] = packed([*topk, x_map])
+    topk = document["kernels"][TOPK]["parameters"]
+    document["kernels"][TOPK]["parameters"] = packed([*topk, x_map])
     with pytest.raises(ManifestError, match="role select takes no tensor map of hidden_states"):
         parse_manifest(json.dumps(document))
 
@@ -354,7 +384,7 @@ def packed(parameters):
 @pytest.mark.slow
 def test_every_kind_of_a_passed_parameter_is_checked(manifest):
     """A pointer written as an int32 would lose its upper half, and be an address all the same."""
-    for at in (0, 12, 15):
+    for at in (0, HASH, PREFILL, TOPK):
         document = json.loads(serialise_manifest(manifest))
         parameters = document["kernels"][at]["parameters"]
         for index, parameter in enumerate(parameters):
@@ -380,7 +410,7 @@ def test_one_dimensional_map(manifest):
 @pytest.mark.parametrize(
     ("line", "place"),
     [
-        ('"schema_version": 4', "$"),
+        (f'"schema_version": {SCHEMA_VERSION}', "$"),
         ('"nvrtc": "13.0"', "toolchain"),
         ('"token_tile": 32', "kernels[0].launch"),
         ('"zeroed": true', "kernels[0].parameters[3].scratch"),
@@ -456,17 +486,17 @@ def test_bytes_are_utf_8_with_or_without_a_mark(manifest):
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_a_text_beyond_all_manifests_is_not_parsed(kind):
     text = "[" + "{}," * 25_000_000 + "{}]"
-    with ends_within(5), pytest.raises(ManifestError, match=r"75000004 .*; at most 2097152"):
+    with (
+        ends_within(5),
+        pytest.raises(ManifestError, match=f"75000004 .*; at most {MAX_JSON_BYTES}"),
+    ):
         parse_manifest(text if kind is str else text.encode())
 
 
 @pytest.mark.slow
 def test_the_largest_text_that_is_parsed_is_parsed_soon():
-    text = (
-        '{"schema_version": 4, "toolchain": {}, "driver": {}, "kernels": ['
-        + "{}," * 690_000
-        + "{}]}"
-    )
+    start = f'{{"schema_version": {SCHEMA_VERSION}, "toolchain": {{}}, "driver": {{}}, "kernels": ['
+    text = start + "{}," * ((MAX_JSON_BYTES - 100) // 3) + "{}]}"
     with ends_within(20), pytest.raises(ManifestError, match=r"kernels\[0\]\.name: missing"):
         parse_manifest(text)
 

@@ -63,7 +63,7 @@ def test_what_a_layers_options_settle_for_its_calls():
     [
         {"gate_temp": 2},
         {"gate_temp": 1e-37},
-        {"gate_temp": 3.4e38},
+        {"gate_temp": 2.0**126},
         {"num_shared_slots": 8},
         {"norm_topk_prob": False},
         {"tid2eid": table(dtype=torch.int64)},
@@ -108,7 +108,9 @@ def test_right_layers(right):
             ValueError,
             "gate_temp: expected a finite number in FP32's range, 1.1",
         ),
-        ({"gate_temp": -1}, ValueError, "range, 1.17549435e-38..3.40282347e+38 (got -1)"),
+        ({"gate_temp": -1}, ValueError, "range, 1.17549435e-38..8.50705917e+37 (got -1)"),
+        # Its reciprocal in FP32 is 0, by which router_decode multiplies.
+        ({"gate_temp": 2.0**127}, ValueError, "range, 1.17549435e-38..8.50705917e+37 (got 1.7014"),
         ({"gate_temp": 1e-46}, ValueError, "gate_temp: expected a finite number in FP32's range"),
         ({"gate_temp": float("nan")}, ValueError, "gate_temp: expected a finite number in FP32's"),
         ({"gate_temp": float("inf")}, ValueError, "gate_temp: expected a finite number in FP32's"),
@@ -245,6 +247,23 @@ def test_rows_of_a_hash_layer_are_stepped_by_an_int32():
     options = complete_options({"tid2eid": table().to("meta")})
     with pytest.raises(ValueError, match=r"W_gate: expected a stride along E below 2\*\*31"):
         check_layer(W, None, top_k=TOP_K, routed_scaling_factor=1, options=options)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int32, 2**31), (torch.int64, 2**30)])
+def test_a_physical_map_is_indexed_by_an_int32(dtype, most):
+    """router_decode counts 32-bit words: a map beyond would be read at a negative index."""
+    W = torch.zeros(E, K, dtype=torch.bfloat16, device="meta").t()
+    bias = torch.zeros(E, device="meta")
+
+    def check(replicas: int) -> None:
+        maps = {"to_physical": (E, replicas), "logical_count": (E,)}
+        given = {name: torch.empty(of, dtype=dtype, device="meta") for name, of in maps.items()}
+        options = complete_options(given)
+        check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1, options=options)
+
+    check(most // E - 1)
+    with pytest.raises(ValueError, match=r"to_physical: .* and below 8 GiB"):
+        check(most // E)
 
 
 def test_options_that_are_on_are_named():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from conftest import sample_kernel
 
 from build_kernels.kernels import shapes
+from build_kernels.specs import KERNELS, KernelSpec
 from dsv4_router_runtime.artifacts.kernel import PARAMETER_KINDS, POINTER_ELEMENT_BYTES
 from dsv4_router_runtime.parameters import (
     ABI,
@@ -17,11 +19,12 @@ from dsv4_router_runtime.parameters import (
     OUT_LOGITS_STRIDE,
     PARAMETERS_OFF,
     TENSORS,
+    WORKSPACE,
     tensor_dtypes,
-    workspace_bytes,
 )
 
 ALL = {item.name: item for abi in ABI.values() for item in abi}
+WITH_WORKSPACE = [spec for spec in KERNELS if spec.role in ("decode", "prefill")]
 
 
 @pytest.mark.parametrize("role", ABI)
@@ -46,7 +49,7 @@ def test_every_kernel_takes_every_option(role: str) -> None:
     reads them from out_logits.
     """
     options = {item.name for item in ALL.values() if item.off is not None}
-    if role != "decode":
+    if role not in ("decode", "prefill"):
         options -= {OUT_LOGITS.name, OUT_LOGITS_STRIDE.name}
     if role == "hash":
         options -= {item.name for item in (*BIASES, *IMAGE_IDS)}
@@ -89,12 +92,23 @@ def test_a_tensor_of_either_dtype_has_a_flag_that_is_off_for_the_first(name: str
     assert flag is None or PARAMETERS_OFF[flag] == 0
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, shapes.MAX_DECODE_TOKENS])
-@pytest.mark.parametrize("num_tiles", range(1, shapes.MAX_EXPERTS // shapes.EXPERT_TILE + 1))
-def test_a_workspace_is_laid_out_as_the_kernels_do(num_tokens: int, num_tiles: int) -> None:
-    """Tickets, then per token a pitch of whole tiles: see `candidates_of`. One tile merges none."""
-    low, high = (num_tiles - 1) * shapes.EXPERT_TILE + 1, num_tiles * shapes.EXPERT_TILE
-    candidates = num_tokens * num_tiles * shapes.EXPERT_TILE * shapes.CANDIDATE_BYTES
-    size = 0 if num_tiles == 1 else shapes.TICKET_BYTES + candidates
-    assert workspace_bytes(num_tokens, low) == workspace_bytes(num_tokens, high) == size
-    assert size <= shapes.WORKSPACE_BYTES
+@pytest.mark.parametrize("num_experts", range(1, shapes.MAX_EXPERTS + 1, 21))
+@pytest.mark.parametrize("spec", WITH_WORKSPACE, ids=lambda spec: spec.name)
+def test_a_workspace_is_laid_out_as_the_kernels_do(spec: KernelSpec, num_experts: int) -> None:
+    """Tickets, then per token a pitch of whole tiles: see `candidates_of`.
+
+    The tickets are those of the role, whatever the kernel's own tile. Of one tile of 64 nothing is
+    merged; a prefill CTA merges its 128.
+    """
+    kernel = sample_kernel(spec.name)
+    most = kernel.most_tokens(num_experts)
+    tickets = {"decode": shapes.MAX_DECODE_TOKENS, "prefill": shapes.MAX_PREFILL_TOKENS}
+    pitch = -(-num_experts // spec.expert_tile) * spec.expert_tile * shapes.CANDIDATE_BYTES
+    for num_tokens in (1, 7, most):
+        size = kernel.workspace_bytes(num_tokens, num_experts)
+        if spec.role == "decode" and num_experts <= shapes.EXPERT_TILE:
+            assert size == 0
+        else:
+            assert size == 4 * tickets[spec.role] + num_tokens * pitch
+    [built] = [item.scratch for item in spec.parameters if item.name == WORKSPACE.name]
+    assert size <= 4 * built.elements

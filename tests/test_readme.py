@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from build_kernels.kernels.shapes import MAX_PREFILL_TOKENS, workspace_bytes
 from build_kernels.specs import ARCHITECTURES
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
+from dsv4_router_runtime.artifacts.kernel import LAYOUTS
+from dsv4_router_runtime.artifacts.limits import MAX_EXPERTS
+from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, parse_manifest
+from dsv4_router_runtime.integrations.vllm.eligibility import MOST_INVARIANT_TOKENS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +26,7 @@ PEERS = (ROOT / "build_kernels" / "bench" / "PEERS.md").read_text(encoding="utf-
 PRODUCTION = (ROOT / "dsv4_router_runtime" / "PRODUCTION.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+MANIFEST = parse_manifest((ROOT / "artifacts" / "manifest.json").read_bytes())
 PROJECT, BUILDER = (
     tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))
     for folder in (".", "build_kernels")
@@ -88,6 +95,89 @@ def test_the_floors_of_the_drivers_are_the_specs():
     for arch in ARCHITECTURES:
         floor = f"{arch.driver // 1000}.{arch.driver % 1000 // 10}"
         assert f"({arch.name}), driver of CUDA {floor} or later" in PRODUCTION
+
+
+@lru_cache
+def one_launch(num_experts: int) -> int:
+    """Return the most tokens that one launch takes, of any layer on any architecture."""
+    layers = [
+        LayerProblem(
+            layout=layout, tma_loadable=True, hashed=hashed, num_experts=num_experts, top_k=1, k=64
+        )
+        for layout in LAYOUTS
+        for hashed in (False, True)
+    ]
+    plans = [plan_layer(MANIFEST, layer, arch) for layer in layers for arch in MANIFEST.driver]
+    ends = {plan.steps[-2].max_tokens for plan in plans if plan.steps[-1].is_product_and_select}
+    (most,) = ends
+    return most
+
+
+def claims(text: str) -> list[tuple[int, ...]]:
+    """Return (tokens, fewest experts, most experts) of "256 tokens of 384 experts (384 of 256)"."""
+    found = []
+    for phrase in re.findall(
+        r"\d+ tokens of (?:[\d.,() ]|of|and|experts)+", " ".join(text.split())
+    ):
+        for tokens, low, high in re.findall(r"(\d+)(?: tokens)? of (\d+)(?:\.\.(\d+))?", phrase):
+            found.append((int(tokens), int(low), int(high or low)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("README.md", 4),
+        ("CHANGELOG.md", 4),
+        ("dsv4_router_runtime/PRODUCTION.md", 4),
+        ("dsv4_router_runtime/router.py", 2),
+        ("dsv4_router_runtime/integrations/SGLANG.md", 2),
+        ("dsv4_router_runtime/integrations/TRANSFORMERS.md", 2),
+        ("dsv4_router_runtime/integrations/VLLM.md", 2),
+    ],
+)
+def test_one_launch_ends_where_the_texts_say(file: str, count: int):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    said = claims(text)
+    if file == "README.md":
+        ranges = re.findall(r"(\d+)\.\.(\d+)", text.split("| experts E |")[1].split("\n")[0])
+        ends = re.findall(r"\d+", text.split("| one launch (CuTeDSL) up to N |")[1].split("\n")[0])
+        said = [(int(n), int(a), int(b)) for n, (a, b) in zip(ends, ranges, strict=True)]
+    assert len(said) == count
+    for tokens, low, high in said:
+        assert one_launch(low) == one_launch((low + high) // 2) == one_launch(high) == tokens
+    if count == 4:
+        covered = [num_experts for _, low, high in said for num_experts in range(low, high + 1)]
+        assert sorted(covered) == list(range(1, MAX_EXPERTS + 1))
+
+
+def test_the_fewest_and_the_most_that_one_launch_takes_are_as_said():
+    ends = [one_launch(num_experts) for num_experts in range(1, MAX_EXPERTS + 1, 7)]
+    assert f"to N = {min(ends)}..{max(ends)}, by E" in PEERS
+    assert min(ends) == MOST_INVARIANT_TOKENS
+    page = (ROOT / "dsv4_router_runtime/integrations/VLLM.md").read_text(encoding="utf-8")
+    assert f"`--max-num-batched-tokens` is at most {MOST_INVARIANT_TOKENS}," in page
+
+
+def test_the_sizes_in_the_texts_are_the_builds():
+    assert f"# the kernels, {len(MANIFEST.kernels)} artifacts" in README
+    scratch = f"{workspace_bytes(MAX_PREFILL_TOKENS) / 1e6:.1f} MB"
+    limits = (ROOT / "dsv4_router_runtime/artifacts/limits.py").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"the kernels here take {scratch} at most" in limits
+    assert f"Scratch is {scratch} per stream" in changelog
+    assert f"- The manifest has schema {SCHEMA_VERSION}." in changelog
+    assert f"\n| {SCHEMA_VERSION} | " in changelog
+
+
+def test_the_readmes_table_is_the_stored_reports():
+    """To renew it, print `readme_table(read_report(Path(...)))`."""
+    pytest.importorskip("rich", reason="needs the extra `bench`")
+    from build_kernels.bench.report import read_report
+    from build_kernels.bench.table import readme_table
+
+    table = readme_table(read_report(ROOT / "build_kernels" / "bench" / "h200.json"))
+    assert f"\n\n{table}\n\n" in README
 
 
 def test_every_option_of_a_router_is_a_feature():

@@ -426,6 +426,16 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
     assert problems() == ["something was written beside the outputs"]
 
 
+def test_scratch_that_a_launch_leaves_is_a_problem() -> None:
+    np = pytest.importorskip("numpy")
+    kernel = decode_kernel()
+    memory = {name: np.zeros(2, np.uint32) for name in ("counters", "partials")}
+    memory["partials"][1] = 1  # need not be zero
+    assert outputs.scratch_not_zero(kernel, memory) == []
+    memory["counters"][1] = 1
+    assert outputs.scratch_not_zero(kernel, memory) == ["the scratch counters is not left zero"]
+
+
 def _named(topk: Artifact, name: str) -> str:
     """A parameter of router_topk as the PTX's loads write it."""
     (index,) = (i for i, item in enumerate(topk.kernel.parameters) if item.name == name)

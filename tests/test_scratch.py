@@ -20,11 +20,19 @@ import pytest
 pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
 
 import torch
-from conftest import decode_kernel, sample_manifest, topk_kernel
-from gpu_recorder import replace_gpu, sites_of, table_of, w_copy_of, workspace_of
+from conftest import decode_kernel, sample_kernel, sample_manifest, topk_kernel
+from fake_driver import GLOBAL
+from gpu_recorder import (
+    replace_gpu,
+    site_table_of,
+    sites_of,
+    table_of,
+    w_copy_of,
+    workspace_of,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from build_kernels.kernels.shapes import WORKSPACE_BYTES
+from build_kernels.kernels import shapes
 from build_kernels.specs import KERNELS
 from dsv4_router_runtime import Router, binding, check, reset, scratch, status
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
@@ -37,6 +45,9 @@ from dsv4_router_runtime.parameters import workspace_bytes
 
 K, E, TOP_K = 512, 384, 6
 MIB = 2**20
+# The workspaces of the built kernels; a layer's has room for the larger.
+DECODE_BYTES = shapes.workspace_bytes(shapes.MAX_DECODE_TOKENS)
+STREAM_BYTES = shapes.workspace_bytes(shapes.MAX_PREFILL_TOKENS)
 
 
 @pytest.fixture
@@ -119,11 +130,22 @@ def test_each_scratch_starts_on_256_bytes():
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "size"),
-    [(64, 64, 0), (1, 65, 256 + 1024), (8, 384, 256 + 24576), (64, 512, WORKSPACE_BYTES)],
+    ("num_tokens", "num_experts", "size", "of_kernel"),
+    [
+        (64, 64, 0, DECODE_BYTES),
+        (1, 65, 256 + 1024, DECODE_BYTES),
+        (8, 384, 256 + 24576, DECODE_BYTES),
+        (64, 512, DECODE_BYTES, DECODE_BYTES),
+        # Prefill: 896 tickets, then candidates of whole tiles of 128 experts.
+        (65, 60, 3584 + 65 * 1024, STREAM_BYTES),
+        (65, 384, 3584 + 65 * 3072, STREAM_BYTES),
+        (256, 384, 3584 + 256 * 3072, STREAM_BYTES),
+        (896, 128, 3584 + 896 * 1024, STREAM_BYTES),
+        (128, 512, 3584 + 128 * 4096, STREAM_BYTES),
+    ],
 )
 def test_a_captures_scratch_is_what_explain_says(
-    gpu, make, artifacts, num_tokens, num_experts, size
+    gpu, make, artifacts, num_tokens, num_experts, size, of_kernel
 ):
     question = Question(num_tokens=num_tokens, k=K, num_experts=num_experts, top_k=TOP_K)
     explained = explain(artifacts, question, "sm_90a")
@@ -131,7 +153,8 @@ def test_a_captures_scratch_is_what_explain_says(
     gpu.capture = 1
     bound(*step(num_tokens))
     assert explained.capture_bytes == status().capture_bytes == size
-    assert explained.scratch_bytes == status().bytes_per_stream == WORKSPACE_BYTES
+    assert explained.scratch_bytes == of_kernel
+    assert status().bytes_per_stream == STREAM_BYTES
     assert f"scratch: {size} bytes per captured graph" in as_text(explained)
 
 
@@ -142,7 +165,7 @@ def test_scratch_is_the_drivers_and_zeroed(gpu, make):
     """Fresh memory of the fake driver holds 0x7F, and torch's is not in its list."""
     make()(*step(4))
     address = gpu.last["workspace"]
-    assert ctypes.string_at(address, WORKSPACE_BYTES) == bytes(WORKSPACE_BYTES)
+    assert ctypes.string_at(address, STREAM_BYTES) == bytes(STREAM_BYTES)
     [start] = gpu.driver.memory
     assert start <= address < start + len(gpu.driver.memory[start])
 
@@ -157,6 +180,7 @@ def test_a_bind_and_a_first_call_leave_a_capture_in_another_thread_alone(gpu, ma
     del bound
     gc.collect()
     assert gpu.driver.broken_captures == 0
+    assert gpu.driver.cuThreadExchangeStreamCaptureMode(GLOBAL) == (0, GLOBAL)
 
 
 FOUR = step(4)
@@ -192,14 +216,14 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
     assert status().scratch_bytes < 16 * MIB
     assert len(gpu.driver.events) == 1
-    assert len(bound._binding._sites) < 300
+    assert len(sites_of(bound)) < 300
 
 
 def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monkeypatch):
     monkeypatch.setattr(binding, "MAX_SITES", 1)
     bound = make()
     call_on(gpu, bound, 0x900)
-    sites = bound._binding._sites
+    sites = site_table_of(bound)
     ((key, site),) = sites.items()
 
     class Slot:
@@ -212,17 +236,17 @@ def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monke
 
     sites[-1, 0, False] = SimpleNamespace(slot=Slot())
     call_on(gpu, bound, 0xA00)
-    assert bound._binding._sites[key] is site
-    assert (-1, 0, False) not in bound._binding._sites
+    assert site_table_of(bound)[key] is site
+    assert (-1, 0, False) not in site_table_of(bound)
 
 
 def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):
-    bound, given = make(), step(100)
+    bound, given = make(), step(300)
     for gpu.stream in range(0x1000, 0x1000 + 200):
         gpu.foreign.add(gpu.stream)
         bound(*given)
     held = {id(site.slot): site.slot.logits for site in sites_of(bound)}.values()
-    most = (workspace.KEPT_FOREIGN_SLOTS + 1) * 100 * E * 4
+    most = (workspace.KEPT_FOREIGN_SLOTS + 1) * 300 * E * 4
     assert sum(each.nbytes for each in held if each is not None) == most
     assert status().prefill_bytes == most
 
@@ -311,6 +335,11 @@ def test_a_slot_that_was_taken_over_just_before_it_was_locked_is_not_used(gpu, m
 # ------------------------------------------------------------------ captures
 
 
+def used(gpu, num_tokens, e=E) -> int:
+    """Return the bytes of the workspace that the last launch accesses."""
+    return sample_kernel(*gpu.last["kernel"].split(".")).workspace_bytes(num_tokens, e)
+
+
 def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
     """61 layers and 83 sizes of batches, each a graph: as vLLM captures them."""
     bound = make()
@@ -320,20 +349,22 @@ def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
         gpu.capture = capture
         num_tokens = sizes[capture % len(sizes)]
         bound(*steps[num_tokens])
-        if num_tokens <= 64:
-            slots.append((gpu.last["workspace"], workspace_bytes(num_tokens, E)))
+        if num_tokens <= 256:
+            slots.append((gpu.last["workspace"], used(gpu, num_tokens)))
     assert capture == 5063
     slots.sort()
     assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(slots))
     assert all(ctypes.string_at(address, size) == bytes(size) for address, size in slots)
     assert (gpu.driver.memsets, gpu.driver.broken_captures) == (0, 0)
     held = status()
-    assert (held.captures, held.capture_slots) == (5063, 61 * 11)
+    assert (held.captures, held.capture_slots) == (5063, 61 * 23)
     assert held.capture_bytes == sum(size for _, size in slots)
-    assert held.driver_bytes == held.scratch_bytes <= 64 * MIB
+    # Most of it for prefill, which keeps 3 KB per token where a product keeps no scratch.
+    assert sum(size for _, size in slots if size <= 64 * 3072 + 256) <= 64 * MIB
+    assert held.driver_bytes == held.scratch_bytes <= 440 * MIB
 
 
-@pytest.mark.parametrize(("e", "num_tokens"), [(64, 4), (384, 65)])
+@pytest.mark.parametrize(("e", "num_tokens"), [(64, 4), (384, 257)])
 def test_captures_that_use_no_zeroed_scratch_take_none(gpu, make, e, num_tokens):
     bound = make(e)
     gpu.capture = 1
@@ -345,11 +376,15 @@ def test_captures_that_use_no_zeroed_scratch_take_none(gpu, make, e, num_tokens)
 def test_launches_of_a_capture_share_the_largest_slot_so_far(gpu, make):
     bound = make()
     gpu.capture = 1
-    for num_tokens in (8, 4, 16, 8):
+    sizes = []
+    for num_tokens in (8, 4, 16, 8, 65, 129, 64):
         bound(*step(num_tokens))
-    first, smaller, larger, again = (item["workspace"] for item in gpu.launches)
+        sizes.append(used(gpu, num_tokens))
+    first, smaller, larger, again, *prefill, decode = (item["workspace"] for item in gpu.launches)
     assert first == smaller != larger == again
-    assert status().capture_bytes == workspace_bytes(8, E) + workspace_bytes(16, E)
+    assert len({first, larger, *prefill}) == 4
+    assert decode == prefill[1]
+    assert status().capture_bytes == sizes[0] + sizes[2] + sizes[4] + sizes[5]
 
 
 def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
@@ -365,6 +400,29 @@ def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
         bound(*step(64))
     assert {item["workspace"] for item in gpu.launches[300:]} == used
     assert status().scratch_bytes == held.scratch_bytes
+
+
+def test_scratch_of_graphs_that_are_gone_is_taken_before_new(gpu, make):
+    bound = make()
+    most = workspace.CHUNK_BYTES // workspace_bytes("decode", 64, E, expert_tile=64)
+    assert 1 < most < workspace.KEPT_CAPTURES
+    for gpu.capture in range(1, 4 * most):
+        bound(*step(64))
+        gpu.driver.destroy_graph(gpu.capture)
+    assert len(gpu.driver.memory) == 1
+
+
+@pytest.mark.parametrize("num_tokens", [64, 65])
+def test_graphs_that_are_gone_do_not_pile_up(gpu, make, num_tokens):
+    """With more than 64 tokens none is found gone for want of scratch."""
+    bound = make()
+    bound(*step(64))
+    most = 0
+    for gpu.capture in range(1, 2001):
+        bound(*step(num_tokens))
+        gpu.driver.destroy_graph(gpu.capture)
+        most = max(most, len(workspace_of(bound).captures))
+    assert most <= workspace.KEPT_CAPTURES
 
 
 def test_no_memory_under_capture_is_an_error_in_words(gpu, make):
@@ -419,12 +477,13 @@ def test_a_graph_that_takes_no_user_object_leaves_none_behind(gpu, make, monkeyp
     assert status().captures == 1
 
 
+@pytest.mark.parametrize("num_tokens", [4, 100, 300])
 @pytest.mark.parametrize("act", ["status", "check", "reset", "a new Router"])
-def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make, act):
+def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make, act, num_tokens):
     bound = make()
     storage = StorageWeakRef(bound.W_gate.untyped_storage())
     gpu.capture = 7
-    bound(*step(100))
+    bound(*step(num_tokens))
     gpu.capture = 0
     del bound
     gpu.products.clear()
@@ -495,7 +554,7 @@ def test_a_weight_that_moved_is_refused_through_its_view(gpu, make):
 
 
 @pytest.mark.parametrize("name", BOUND)
-@pytest.mark.parametrize("num_tokens", [4, 100])
+@pytest.mark.parametrize("num_tokens", [4, 100, 300])
 def test_a_bound_tensor_that_moved_is_refused(gpu, make, name, num_tokens):
     bound = with_options(make)
     bound(*step(num_tokens))
@@ -525,18 +584,19 @@ def test_the_memory_that_was_bound_is_kept(gpu, make):
 
 def test_after_reset_every_launch_has_the_new_addresses(gpu, make):
     bound = with_options(make)
-    for num_tokens in (4, 100):
+    for num_tokens in (4, 100, 300):
         bound(*step(num_tokens))
     for name in BOUND:
         tensor = getattr(bound, name)
         tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
     bound.reset()
-    for num_tokens in (4, 100):
+    for num_tokens in (4, 100, 300):
         bound(*step(num_tokens))
         for name in BOUND[1:]:
             assert gpu.last[name] == getattr(bound, name).data_ptr()
     assert [m.address for m in gpu.maps if m.dims == (K, E)][-1] == bound.W_gate.data_ptr()
-    assert gpu.launches[-2]["w_map"] != gpu.launches[0]["w_map"]
+    for before, after in zip(gpu.launches[:2], gpu.launches[3:], strict=False):
+        assert before["w_map"] != after["w_map"]
     assert gpu.driver.waits == 1
 
 
@@ -621,17 +681,18 @@ def test_reset_refuses_what_is_another_layer(gpu, make):
 def test_status_counts_and_is_json(gpu, make):
     bound = make(132, emajor=True)
     for gpu.stream in (0, 0x70):
-        bound(*step(100))
+        bound(*step(400))
     gpu.capture = 1
     bound(*step(8))
     held = status()
     assert json.loads(json.dumps(asdict(held))) == {**asdict(held), "fallbacks": []}
-    assert (held.streams, held.bytes_per_stream) == (2, WORKSPACE_BYTES)
+    assert (held.streams, held.bytes_per_stream) == (2, STREAM_BYTES)
     assert (held.captures, held.capture_slots) == (1, 1)
-    assert held.capture_bytes == workspace_bytes(8, 132)
-    assert held.scratch_bytes == 2 * MIB
-    assert held.prefill_bytes == 2 * 100 * 132 * 4
-    assert held.driver_bytes == 2 * MIB + 132 * K * 2
+    assert held.capture_bytes == used(gpu, 8, 132)
+    # Pieces that no chunk has room for get one of their own size.
+    assert held.scratch_bytes == 2 * STREAM_BYTES + 2 * MIB
+    assert held.prefill_bytes == 2 * 400 * 132 * 4
+    assert held.driver_bytes == held.scratch_bytes + 132 * K * 2
 
 
 @pytest.mark.parametrize("where", ["stream 0x0", "foreign stream with id 77", "capture 5", "of no"])
@@ -644,6 +705,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     bound(*step(4))
     gpu.capture = 0
     check()
+    assert gpu.driver.waits == 1, "launches under way hold words"
     at = ["stream 0x0", "foreign stream with id 77", "capture 5"].index
     launch = gpu.launches[-1 if where == "of no" else at(where)]
     past = MIB if where == "of no" else 0
@@ -654,6 +716,7 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     ):
         check()
     reset()
+    assert gpu.driver.waits == 3
     check()
     gpu.stream = 0
     bound(*step(4))
@@ -666,8 +729,8 @@ def test_reset_frees_the_logits_of_prefill_outside_graphs(gpu, make):
     assert status().prefill_bytes == 1000 * E * 4
     reset()
     assert status().prefill_bytes == 0
-    bound(*step(100))
-    assert status().prefill_bytes == 100 * E * 4
+    bound(*step(300))
+    assert status().prefill_bytes == 300 * E * 4
 
 
 @pytest.mark.parametrize("what", [check, reset])
@@ -695,6 +758,18 @@ def test_a_device_that_is_no_gpu_is_refused(device, error, message):
             act(device)
 
 
-def test_a_device_is_given_as_torch_takes_it():
+@pytest.mark.parametrize(
+    ("device", "got"), [(2, 2), (-1, -1), (256, 256), ("cuda:2", 2), (torch.device("cuda:7"), 7)]
+)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, device, got):
+    """An int is asked before torch, which takes 256 for 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for act in (status, check, reset):
+        with pytest.raises(ValueError, match=rf"one of the 2 GPUs .* \(got {got}\)"):
+            act(device)
+
+
+def test_a_device_is_given_as_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for given in (1, "cuda:1", torch.device("cuda:1")):
         assert scratch.gpu_index(given) == 1

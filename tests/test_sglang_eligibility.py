@@ -92,27 +92,31 @@ def test_a_layer_is_declined_in_words(facts, reason) -> None:
     assert re.search(reason, reason_against(facts) or "")
 
 
-@pytest.mark.parametrize("switches", [{}, {"DSV4_ROUTER": "1", "DSV4_ROUTER_DISABLE": "1"}])
-def test_a_plugin_that_is_off_imports_nothing(monkeypatch, caplog, switches) -> None:
-    caplog.set_level(logging.INFO, "dsv4_router_runtime")
-    monkeypatch.setitem(sys.modules, "sglang", None)
+@pytest.fixture
+def without_sglang(monkeypatch) -> None:
+    """Let no import of SGLang succeed, of modules that another test imported either."""
+    for name in ["sglang", *sys.modules]:
+        if name.partition(".")[0] == "sglang":
+            monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(plugin, "_registered", False)
     for name in ("DSV4_ROUTER", "DSV4_ROUTER_DISABLE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("without_sglang")
+@pytest.mark.parametrize("switches", [{}, {"DSV4_ROUTER": "1", "DSV4_ROUTER_DISABLE": "1"}])
+def test_a_plugin_that_is_off_imports_nothing(monkeypatch, caplog, switches) -> None:
+    caplog.set_level(logging.INFO, "dsv4_router_runtime")
     for name, value in switches.items():
         monkeypatch.setenv(name, value)
     plugin.register()
     assert "sglang: dsv4_router is off: " in caplog.text
 
 
+@pytest.mark.usefixtures("without_sglang")
 def test_a_release_without_the_names_is_declined(monkeypatch, caplog) -> None:
-    for name in ["sglang", *sys.modules]:
-        if name.partition(".")[0] == "sglang":
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "version", lambda _: plugin.VERSION)
     monkeypatch.setenv("DSV4_ROUTER", "1")
-    monkeypatch.delenv("DSV4_ROUTER_DISABLE", raising=False)
     plugin.register()
     assert "dsv4_router serves no layer" in caplog.text
     assert "sglang.srt.layers.moe.topk:TopK.forward: not found" in caplog.text

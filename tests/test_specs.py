@@ -11,11 +11,13 @@ import pytest
 from conftest import sample_manifest
 
 from build_kernels import specs
+from build_kernels.kernels import shapes
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
 from dsv4_router_runtime.artifacts.kernel import (
     GRID_TERMS,
     KIND_LAYOUT,
     LAYOUTS,
+    IntRange,
     TensorMapRecipe,
 )
 
@@ -41,9 +43,21 @@ def test_a_new_architecture_of_a_generation_is_one_line() -> None:
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
 def test_decode_covers_1_to_64_tokens_in_both_layouts(layout: str) -> None:
-    ranges = [spec.problem.num_tokens for spec in KERNELS if spec.problem.layout == layout]
+    decode = [spec for spec in KERNELS if spec.role == "decode" and spec.problem.layout == layout]
+    ranges = [spec.problem.num_tokens for spec in decode]
     assert all(any(n in tokens for tokens in ranges) for n in range(1, 65))
     assert not any(65 in tokens for tokens in ranges)
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+def test_prefill_takes_the_tokens_of_seven_clusters_in_both_layouts(layout: str) -> None:
+    """As many clusters of 16 CTAs as an H200 holds at once."""
+    prefill = [spec for spec in KERNELS if spec.role == "prefill" and spec.problem.layout == layout]
+    assert [(spec.expert_tile, spec.token_tile) for spec in prefill] == [(128, 64), (128, 128)]
+    for spec in prefill:
+        assert spec.max_clusters == 7
+        assert spec.problem.num_tokens == IntRange(low=1, high=7 * spec.token_tile)
+        assert spec.problem.num_tokens.high <= shapes.MAX_PREFILL_TOKENS
 
 
 def test_the_hash_kernel_covers_the_tokens_of_seven_clusters() -> None:
@@ -83,9 +97,11 @@ def test_tensor_maps_cover_one_tile(spec: specs.KernelSpec) -> None:
     x_box = {"K_in_block": 64, "N": spec.token_tile, "K_block": spec.source.chunk}
     assert boxes(maps["x_map"]) == x_box
     assert spec.problem.layout == spec.source.layout
-    if spec.role == "decode":
+    if spec.role in ("decode", "prefill"):
         w_map = maps["w_map"]
-        assert boxes(w_map) == {"K": 64, "E": spec.expert_tile}
+        # A larger tile of experts takes several boxes.
+        assert boxes(w_map) == {"K": 64, "E": 64}
+        assert spec.expert_tile == 64 * spec.source.m_tiles
         assert w_map.dims[0] == {"kmajor": "K", "emajor": "E"}[spec.problem.layout]
     for recipe in maps.values():
         # The swizzle spans the box's rows exactly.
@@ -128,7 +144,8 @@ def test_the_samples_of_the_runtimes_tests_are_shaped_like_the_kernels():
             for p in kernel.parameters
             if p.scratch is None
         ]
-        named = ("cluster", "grid", "k_splits", "expert_tile", "token_tile", "pdl")
+        tiles = ("k_splits", "expert_tile", "token_tile")
+        named = ("cluster", "grid", *tiles, "pdl", "max_clusters")
         return parameters, kernel.problem, [getattr(launch, name) for name in named]
 
     samples = {kernel.name: kernel for kernel in sample_manifest(archs=("sm_90a",)).kernels}

@@ -137,7 +137,7 @@ def row_behind(
     stopwatch: Stopwatch,
 ) -> list[Figure]:
     """Time the norm, then every contender behind it; without a norm, each cell gives the reason."""
-    order = call_order(inputs.problem, mode)
+    order = call_order(inputs, mode)
     norm_figure = Figure(
         shape=inputs.problem.name,
         mode=mode,
@@ -168,7 +168,7 @@ def row_behind(
 
 
 def references_behind(norm: NormCall, stream: Stream, inputs: Inputs) -> Mapping[int, Reference]:
-    """Check the norm of every layer, then evaluate the router in FP64 from what it wrote.
+    """Check the norm of every layer, then evaluate the router in FP64 from its output.
 
     From the norm's own bits: another rounding of hidden_states would be another answer.
     """
@@ -198,7 +198,7 @@ def chained(norm: NormCall, call: Call, hidden_states: torch.Tensor) -> Call:
 
 
 def read_call(call: Call, inputs: Inputs) -> Call:
-    """Return the call, then a reader of its ids: the answer is what the reader read."""
+    """Return the call, then a reader of its ids: the answer is the ids that it read."""
     from .triton_kernels import take_ids_kernel
 
     taken = [inputs.new_outputs()[1] for _ in inputs.gates]

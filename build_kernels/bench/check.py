@@ -69,7 +69,7 @@ def complaint(result: Result, reference: Reference, top_k: int) -> str | None:
 
 
 def exact_complaint(result: Result, expected: Result) -> str | None:
-    """Describe the error of an answer of which every id is known; None if it is right."""
+    """Describe the error of an answer if every id is determined; None if it is right."""
     weights, ids = result
     wrong = (ids != expected[1]).any(1)
     if wrong.any():

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ALL = "all"
 BEHIND_SHAPES = ((7168, 384), (4096, 256))
 BEHIND_NUM_TOKENS = (1, 8, 64)
+PREFILL_NUM_TOKENS = (65, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 
 
 class Distinct(click.ParamType):
@@ -91,6 +92,7 @@ class Settings:
     num_tokens: tuple[int, ...]
     top_k: int
     mode: str
+    prefill: bool
     options: bool
     behind: bool
     reader: bool
@@ -141,6 +143,11 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
     help="Weights from HBM, weights in L2, or no CUDA graph. Host time is always measured.",
 )
 @click.option(
+    "--prefill",
+    is_flag=True,
+    help="More tokens per call. Default: N = 65 to 8192.",
+)
+@click.option(
     "--options",
     is_flag=True,
     help="Time this project's kernels alone: with a server's options on, and for a hash layer.",
@@ -184,11 +191,13 @@ def bench_command(context: click.Context, **values: Any) -> None:
 
     Fails if a figure of this project's own is missing; a missing peer is only reported.
     """
+    defaults: dict[str, Any] = {}
+    if values["prefill"]:
+        defaults = {"num_tokens": PREFILL_NUM_TOKENS}
     if values["behind"]:
-        for name, value in (("shapes", BEHIND_SHAPES), ("num_tokens", BEHIND_NUM_TOKENS)):
-            if not _is_given(context, name):
-                values[name] = value
-    settings = Settings(**values)
+        defaults = {"shapes": BEHIND_SHAPES, "num_tokens": BEHIND_NUM_TOKENS}
+    given = {name: value for name, value in values.items() if _is_given(context, name)}
+    settings = Settings(**{**values, **defaults, **given})
     _check_usage(context, settings)
     stop_like_interrupt()
     try:
@@ -240,6 +249,8 @@ def _check_usage(context: click.Context, settings: Settings) -> None:
         raise click.UsageError("--options times no peers: it goes without --peers and --dsl")
     if settings.behind and (settings.options or _is_given(context, "mode")):
         raise click.UsageError("--behind has modes of its own: it goes without --mode, --options")
+    if settings.behind and settings.prefill:
+        raise click.UsageError("--prefill and --behind choose N: give --behind and --n")
     if settings.reader and not settings.behind:
         raise click.UsageError("--reader reads the ids of a chain: add --behind")
     for k, num_experts in settings.shapes:

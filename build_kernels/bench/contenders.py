@@ -34,7 +34,7 @@ class Entrant:
 
     contender: Contender
     make: Callable[[Inputs], Call]
-    # A layer's answer if each id is known; else any answer that `complaint` accepts.
+    # A layer's answer if each id is determined; else any answer that `complaint` accepts.
     expected: Callable[[Any, int], Result] | None = None
 
 
@@ -54,19 +54,19 @@ def own_entrants(artifacts: ArtifactSet, *, pdl: bool) -> tuple[Entrant, ...]:
     """Return this project's contenders; the ratios are of the first."""
     plain = entrant(
         *(("ours, no PDL", OWN) if pdl else ("ours", OURS)),
-        "Router: one launch up to 64 tokens",
+        "Router without programmatic dependent launch",
         lambda inputs: router_call(inputs, artifacts, pdl=False),
     )
     composed = entrant(
         *("cuBLAS + router_topk", OWN),
-        "torch.mm(out_dtype=float32), then this project's prefill selection",
+        "torch.mm(out_dtype=float32), then this project's router_topk",
         lambda inputs: composed_call(inputs, artifacts, pdl=pdl),
     )
     if not pdl:
         return plain, composed
     dependent = entrant(
         *("ours", OURS),
-        "Router with programmatic dependent launch: one launch up to 64 tokens",
+        "Router with programmatic dependent launch",
         lambda inputs: router_call(inputs, artifacts, pdl=True),
     )
     return dependent, plain, composed
@@ -127,7 +127,7 @@ def composed_call(inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> Call:
 
 
 class TopkLauncher:
-    """Launch router_topk alone, also for the few tokens that `Router` gives to decode kernels."""
+    """Launch router_topk alone, also for the tokens that `Router` gives to fused kernels."""
 
     def __init__(self, inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> None:
         device = inputs.bias.device.index or 0

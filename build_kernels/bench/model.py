@@ -1,6 +1,7 @@
 """Predict sm_100a figures on a B200 from those measured on sm_90a: a model, not measured.
 
-A call is taken as the sum of four terms, each from the same cold run on an H200:
+It covers N <= 64: of more tokens, the read does not hide the matrix product. A call is taken as the
+sum of four terms, each from the same cold run on an H200:
 
     launch      an empty kernel, unchanged
     read        bytes of W_gate over B200's bandwidth, at the fraction of the datasheet's bandwidth
@@ -17,6 +18,8 @@ which has to be read back, and nothing is gained from the 16 SMs that a B200 has
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from build_kernels.kernels.shapes import MAX_DECODE_TOKENS
 
 from .report import COLD, EMPTY, OURS, READ, Report
 
@@ -68,10 +71,14 @@ def predict(report: Report, shape: str) -> tuple[Prediction, ...]:
     times = {
         num_tokens: time
         for num_tokens in sorted(report.method.num_tokens)
-        if (time := report.microseconds(shape, COLD, num_tokens, ours)) is not None
+        if num_tokens <= MAX_DECODE_TOKENS
+        and (time := report.microseconds(shape, COLD, num_tokens, ours)) is not None
     }
     if not times or empty is None or read is None or read <= empty:
-        raise NoModelError(f"{shape}: needs cold figures of ours, an empty kernel and read W")
+        raise NoModelError(
+            f"{shape}: needs cold figures of ours, an empty kernel and read W at N <= "
+            f"{MAX_DECODE_TOKENS}"
+        )
     fraction = attained_fraction(problem.weight_bytes, read, empty)
     at_least = times[min(times)]
     return tuple(

@@ -17,6 +17,7 @@ from .report import (
     BEHIND_TORCH,
     COLD,
     EMPTY,
+    MMA,
     OURS,
     OWN,
     READ,
@@ -35,6 +36,9 @@ LABEL_INCHES = 1.7
 DOTS_PER_INCH = 150
 # Least distance between two labels, as a fraction of the axis height.
 LABEL_STEP = 0.052
+# Ns that an axis names: all, or, of more than these, fewer.
+MAX_TICKS = 7
+FEWER_TICKS = 5
 
 
 def plot_report(path: Path, report: Report, mode: str | None = None) -> None:
@@ -146,9 +150,10 @@ def draw_panel(
                 fontsize=8,
                 color="#707070",
             )
+    draw_mma_floor(axes, report, problem, mode)
     axes.set_title(f"K {problem.k}, E {problem.num_experts}", fontsize=10, loc="left")
     axes.set_xlabel("tokens N")
-    axes.xaxis.set_major_locator(FixedLocator(sorted(report.method.num_tokens)))
+    axes.xaxis.set_major_locator(FixedLocator(ticks(report.method.num_tokens)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
@@ -156,6 +161,43 @@ def draw_panel(
     axes.tick_params(labelsize=9)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_mma_floor(axes: Any, report: Report, problem: Problem, mode: str) -> None:
+    """Draw the time of the products alone, if the report goes beyond the decode kernels' N."""
+    lowest, _ = limits(report, mode)
+    times = (
+        (count, report.mma_floor(problem, count)) for count in sorted(report.method.num_tokens)
+    )
+    points = [(count, time) for count, time in times if time is not None and time >= lowest]
+    if not points or not report.has_prefill:
+        return
+    axes.plot(*zip(*points, strict=True), color=FLOOR_COLOUR, linewidth=1.3, zorder=2)
+    # Between the floors that do not rise, where no figure is.
+    count, time = points[-1]
+    height = 2.5 * lowest
+    axes.annotate(
+        MMA,
+        (count * height / time, height),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#707070",
+    )
+
+
+def ticks(num_tokens: Sequence[int]) -> list[int]:
+    """Return the Ns that the axis names: all, or those far enough apart for their labels."""
+    ordered = sorted(num_tokens)
+    if len(ordered) <= MAX_TICKS:
+        return ordered
+    step = math.log2(ordered[-1] / ordered[0]) / FEWER_TICKS
+    named = ordered[:1]
+    for count in ordered:
+        if math.log2(count / named[-1]) >= step:
+            named.append(count)
+    return named
 
 
 def points_of(

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from build_kernels.evidence.document import Document
 from build_kernels.files import replace_file
+from build_kernels.kernels.shapes import MAX_DECODE_TOKENS
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES
 from dsv4_router_runtime.artifacts.json_reader import MAX_INTEGER, JsonNode
 
@@ -36,7 +37,9 @@ MODE_WORDS = {
     "PDL; less the norm and the reader",
 }
 OURS, OWN, PEER, VARIANT = "ours", "own", "peer", "variant"
-EMPTY, READ = "empty", "read W"
+EMPTY, READ, MMA = "empty", "read W", "MMA floor"
+# The fastest BF16 matrix product measured on one, in FLOP/s. The datasheet's 989e12 is not reached.
+MMA_CEILINGS = {"NVIDIA H200": 790e12}
 
 MAX_REASON = 300
 
@@ -148,6 +151,17 @@ class Report:
     def floor(self, shape: str, mode: str, name: str) -> float | None:
         found = (f for f in self.floors if (f.shape, f.mode, f.name) == (shape, mode, name))
         return next((floor.microseconds for floor in found), None)
+
+    def mma_floor(self, problem: Problem, num_tokens: int) -> float | None:
+        """Compute the time of the products at the GPU's ceiling; None if that is not known."""
+        ceiling = MMA_CEILINGS.get(self.machine.gpu)
+        operations = 2 * num_tokens * problem.k * problem.num_experts
+        return None if ceiling is None else operations / ceiling * 1e6
+
+    @property
+    def has_prefill(self) -> bool:
+        """Return whether an N is beyond the decode kernels'."""
+        return any(count > MAX_DECODE_TOKENS for count in self.method.num_tokens)
 
     def of_role(self, role: str) -> tuple[str, ...]:
         return tuple(contender.name for contender in self.contenders if contender.role == role)

@@ -9,16 +9,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from build_kernels.kernels.shapes import MAX_DECODE_TOKENS
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
+
 from .model import ASSUMPTIONS, H200_NAME, NoModelError, attained_fraction, predict
 from .report import (
     COLD,
     EMPTY,
     HOST,
+    MMA,
+    MMA_CEILINGS,
     MODE_WORDS,
     OURS,
     PEER,
     READ,
     Problem,
+    Ratio,
     Report,
     geometric_mean,
     ratio_at,
@@ -27,6 +33,19 @@ from .report import (
 )
 
 NOTHING = "-"
+README_NUM_TOKENS = (1, 6, 16, 32, 64, 65, 128, 256)
+PEER_NAMES = {
+    "vllm": "vLLM",
+    "cuBLAS + dsv4_topk": "cuBLAS",
+    "sglang": "SGLang",
+    "torch": "PyTorch",
+}
+# The decode kernels', the prefill kernels' of most shapes, and beyond.
+BANDS = (
+    (1, MAX_DECODE_TOKENS, f"N <= {MAX_DECODE_TOKENS}"),
+    (MAX_DECODE_TOKENS + 1, 512, f"N = {MAX_DECODE_TOKENS + 1}..512"),
+    (513, MAX_TOKENS, "N > 512"),
+)
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -64,9 +83,10 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
     names = [contender.name for contender in report.contenders]
     has_peer = mode != HOST and bool(report.of_role(PEER))
     has_read = report.floor(problem.name, mode, READ) is not None
+    has_mma = mode != HOST and report.has_prefill and report.mma_floor(problem, 1) is not None
     variants = () if mode == HOST else report.variants
     columns = ["N", *names, *(" / ".join(pair) for pair in variants)]
-    columns += ["ours / best peer"] * has_peer + ["ours / read W"] * has_read
+    columns += [MMA] * has_mma + ["ours / best peer"] * has_peer + ["ours / read W"] * has_read
     rows = []
     for num_tokens in report.method.num_tokens:
         ratio = ratio_at(report, problem.name, mode, num_tokens)
@@ -74,6 +94,8 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
         row = [str(num_tokens), *(microseconds(time) for time in times)]
         for pair in variants:
             row.append(ratio_text(variant_ratio(report, problem.name, mode, num_tokens, pair)))
+        if has_mma:
+            row.append(microseconds(report.mma_floor(problem, num_tokens)))
         if has_peer:
             shown = ratio_text(ratio.to_peer)
             row.append(shown if ratio.to_peer is None else f"{shown} ({ratio.best_peer})")
@@ -84,26 +106,31 @@ def print_figures(console: Console, report: Report, problem: Problem, mode: str)
 
 
 def summary(report: Report) -> Iterator[str]:
-    """Yield the worst value and the geometric mean of each ratio in each mode."""
-    for mode in report.modes:
-        if mode == HOST:
-            continue
-        found = ratios(report, mode)
-        kinds = {"ours / best peer": [(r.to_peer, r, f", {r.best_peer}") for r in found]}
-        for pair in report.variants:
-            kinds[" / ".join(pair)] = [
-                (variant_ratio(report, r.shape, mode, r.num_tokens, pair), r, "") for r in found
-            ]
-        kinds["ours / read W"] = [(r.to_read, r, "") for r in found]
-        for kind, values in kinds.items():
-            known = [(ratio, at, peer) for ratio, at, peer in values if ratio is not None]
-            if known:
-                worst, at, peer = max(known, key=lambda value: value[0])
-                yield (
-                    f"{mode}: {kind}: worst {worst:.3f} ({at.shape}, N={at.num_tokens}{peer}), "
-                    f"geometric mean {geometric_mean(ratio for ratio, _, _ in known):.3f} of "
-                    f"{len(known)} points"
-                )
+    """Yield the worst value and the geometric mean of each ratio, in each mode and band of N."""
+    for mode in (mode for mode in report.modes if mode != HOST):
+        everywhere = ratios(report, mode)
+        for low, high, words in BANDS:
+            found = [ratio for ratio in everywhere if low <= ratio.num_tokens <= high]
+            name = mode if len(found) == len(everywhere) else f"{mode}, {words}"
+            yield from _summary(report, mode, found, name)
+
+
+def _summary(report: Report, mode: str, found: Sequence[Ratio], name: str) -> Iterator[str]:
+    kinds = {"ours / best peer": [(r.to_peer, r, f", {r.best_peer}") for r in found]}
+    for pair in report.variants:
+        kinds[" / ".join(pair)] = [
+            (variant_ratio(report, r.shape, mode, r.num_tokens, pair), r, "") for r in found
+        ]
+    kinds["ours / read W"] = [(r.to_read, r, "") for r in found]
+    for kind, values in kinds.items():
+        known = [(ratio, at, peer) for ratio, at, peer in values if ratio is not None]
+        if known:
+            worst, at, peer = max(known, key=lambda value: value[0])
+            yield (
+                f"{name}: {kind}: worst {worst:.3f} ({at.shape}, N={at.num_tokens}{peer}), "
+                f"geometric mean {geometric_mean(ratio for ratio, _, _ in known):.3f} of "
+                f"{len(known)} points"
+            )
 
 
 def contender_lines(report: Report) -> Iterator[str]:
@@ -114,6 +141,12 @@ def contender_lines(report: Report) -> Iterator[str]:
         ways = sorted({floor.how for floor in report.floors if floor.name == name and floor.how})
         if ways:
             yield f"{name}: {' | '.join(ways)}"
+    ceiling = MMA_CEILINGS.get(report.machine.gpu)
+    if ceiling is not None and report.has_prefill:
+        yield (
+            f"{MMA}: computed, 2 N K E operations at {ceiling / 1e12:.0f} TFLOP/s, the fastest "
+            f"BF16 matrix product measured on an {report.machine.gpu}"
+        )
 
 
 def missing_lines(report: Report) -> Iterator[str]:
@@ -165,6 +198,25 @@ def print_model(console: Console, report: Report) -> None:
         print_grid(console, columns, rows)
     _line(console, "")
     _line(console, f"The model assumes: {'; '.join(ASSUMPTIONS)}.")
+
+
+def readme_table(report: Report) -> str:
+    """Return the README's table: ours at each N, in bold, beside the fastest peer; cold."""
+    shapes = [problem.name for problem in report.problems]
+    lines = [f"| N | {' | '.join(shape.replace('x', ' x ') for shape in shapes)} |"]
+    lines.append(f"| -: |{' --- |' * len(shapes)}")
+    (ours,) = report.of_role(OURS)
+    for num_tokens in (count for count in README_NUM_TOKENS if count in report.method.num_tokens):
+        cells = [str(num_tokens)]
+        for shape in shapes:
+            time = report.microseconds(shape, COLD, num_tokens, ours)
+            peer = ratio_at(report, shape, COLD, num_tokens).best_peer or NOTHING
+            best = report.microseconds(shape, COLD, num_tokens, peer)
+            known = PEER_NAMES.get(peer, peer)
+            cells.append(f"**{microseconds(time)}** ({known} {microseconds(best)})")
+        lines.append(f"| {' | '.join(cells)} |")
+    reads = [microseconds(report.floor(shape, COLD, READ)) for shape in shapes]
+    return "\n".join([*lines, f"| read W_gate only | {' | '.join(reads)} |"])
 
 
 def print_grid(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

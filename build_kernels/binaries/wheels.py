@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class ToolError(Exception):
-    """A program or library is missing or cannot be run; the message names what to install."""
+    """A program or library is missing or cannot be run; the message names the package."""
 
 
 def how_to_repair(*, damaged: bool = False) -> str:
@@ -19,7 +19,7 @@ def how_to_repair(*, damaged: bool = False) -> str:
 
 
 def wheel_file(distribution: str, name: str) -> Path:
-    """Return the file `name` of an installed wheel; ToolError names what to install."""
+    """Return the file `name` of an installed wheel; ToolError names the package."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:

@@ -2,8 +2,8 @@
 
 A build replaces and removes files of the set only: manifest.json, evidence.json, the cubins and the
 PTX that this version's specs name, and those that the manifest in the folder vouches for, name and
-hash. Where no manifest vouches for any, one that differs from what the build makes is not replaced.
-Names that start with a dot belong to editors, notebooks and desktops: they are not looked at.
+hash. If no manifest vouches for any, one that differs from the build's is not replaced.
+Names that start with a dot belong to editors, notebooks and desktops: they are ignored.
 Everything else is a stranger, and a folder with a stranger in it is refused as a whole.
 """
 
@@ -23,11 +23,11 @@ from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 from .entry import sha256
 
 _SHOWN_STRANGERS = 5
-# Far above what a build makes (0.14 MB of manifest, 0.13 MB of PTX): a larger file is not read.
+# Far above a build's files (0.14 MB of manifest, 0.13 MB of PTX): a larger file is not read.
 _MAX_FILE_BYTES = 16 * 2**20
 # The names that a build has given to cubins and PTX, whatever the manifest's schema was.
 _KERNEL_FILE = re.compile(r"[a-z][a-z0-9_]*\.sm_[0-9]+[af]?\.(cubin|ptx)")
-# How `serialise_manifest` begins every text: what is left of one that was cut off or conflicts.
+# How `serialise_manifest` begins every text, also one that was cut off or conflicts.
 _OUR_BEGINNING = b'{\n "kernels": ['
 
 
@@ -173,7 +173,7 @@ def file_sha256(path: Path) -> str | None:
 
 
 def is_plain(path: Path) -> bool:
-    """Is it a file, and neither a link to one nor anything else?"""
+    """Return whether it is a file, and neither a link to one nor anything else."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -191,7 +191,7 @@ def read_plain(path: Path) -> bytes | None:
 
 
 def _is_ours(manifest: bytes) -> bool:
-    """Return whether it is a manifest of artifacts, of any schema, or what is left of one."""
+    """Return whether it is a manifest of artifacts, of any schema, or the rest of one."""
     try:
         document = json.loads(manifest)
     except (ValueError, RecursionError):

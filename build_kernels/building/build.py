@@ -37,7 +37,7 @@ _PROBE_BYTES = 2**20
 
 
 class BuildError(Exception):
-    """A build failed; nothing was published unless the message says so."""
+    """A build failed; nothing was published unless the message has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def default_artifacts() -> Path:
 def open_folder(artifacts: Path) -> Path:
     """Return the folder to build in, links followed; PlaceError if a build may not touch it.
 
-    Deletes what a killed build left there.
+    Deletes the files that a killed build left there.
     """
     folder = resolve_folder(artifacts)
     sweep(folder)
@@ -139,7 +139,7 @@ def _check_plan(folder: Path, plan: Plan, locked: bool) -> None:
 
 
 def _is_as_planned(folder: Path, plan: Plan) -> bool:
-    """Is the folder the plan's result already? Then a build writes nothing, not even a lock."""
+    """Return whether the folder is the plan's result; a build then writes nothing, nor a lock."""
     text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
     contents = _look_at(folder)
     return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)
@@ -188,7 +188,7 @@ def _report(plan: Plan, built: Sequence[Built] = (), removed: tuple[str, ...] = 
 
 def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manifest:
     untouched = (*plan.current, *plan.kept)
-    # The assemblers inside the DSL and NVRTC. Read from the whole set and not only from what was
+    # The assemblers inside the DSL and NVRTC. Read from the whole set and not only from the kernels
     # built now, so that the manifest does not depend on the order in which its parts were built.
     cubins = [item.cubin for item in built]
     cubins += [(artifacts / entry.file).read_bytes() for entry in untouched]

@@ -199,6 +199,6 @@ def file_names(entry: Kernel) -> tuple[str, str]:
 
 
 def files_are_whole(artifacts: Path, entry: Kernel) -> bool:
-    """Are cubin and PTX in the folder those of the manifest's entry?"""
+    """Return whether cubin and PTX in the folder are those of the manifest's entry."""
     wanted = (entry.cubin_sha256, entry.ptx_sha256)
     return wanted == tuple(file_sha256(artifacts / name) for name in file_names(entry))

@@ -54,7 +54,7 @@ class NewSet:
 def publish(artifacts: Path, private: Path, new: NewSet, contents: Contents) -> tuple[Path, ...]:
     """Make `artifacts` hold the new set, beside evidence.json and names that start with a dot.
 
-    `private` is the build's own folder, `contents` what the artifacts hold just now, no strangers.
+    private: the build's own folder. contents: the present files, with no strangers.
     Returns the paths of files that came into the artifacts in the meantime.
     """
     if contents.identity is None:
@@ -184,7 +184,7 @@ def _hold_evidence(artifacts: Path, stack: contextlib.ExitStack) -> bool:
 def _uninterrupted() -> Iterator[None]:
     """Ignore SIGINT and SIGTERM: in these milliseconds it is too late to stop.
 
-    Blocking them would not do: what this thread blocks, the kernel delivers to another thread, and
+    Blocking them would not do: the kernel delivers a blocked signal to another thread, and
     Python then interrupts the main one. In any other thread there is nothing to interrupt.
     """
     if threading.current_thread() is not threading.main_thread():

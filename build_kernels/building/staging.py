@@ -6,7 +6,7 @@ A mark in the folder shows that a build made it: an unmarked folder is the user'
 
     .<name>.lock        held while a build runs; never written to
     .<name>.build/      made-by-build-kernels.json   the mark
-                        work/                        what compilers write
+                        work/                        output of the compilers
                         set/                         the new set, then the one that it replaced
     .<name>.publish/    the same, inside the artifacts: new files that replace old ones one by one
 
@@ -71,7 +71,7 @@ def build_folder(artifacts: Path) -> Iterator[Path]:
 
 
 def sweep(artifacts: Path) -> None:
-    """Clear what a killed build left, if this user can: a build with nothing to do writes nothing.
+    """Clear the rest of a killed build, if possible: a build with nothing to do writes nothing.
 
     LockedError if that build is running, PlaceError if it left files that no build made.
     """

@@ -1,4 +1,4 @@
-"""The fault campaign: what happens around a kernel or the runtime, and what must come of it.
+"""The fault campaign: faults around a kernel or the runtime, each with its expected outcome.
 
     build-kernels faults [--list] [--only ID] [--json]
 
@@ -8,6 +8,6 @@ expected outcome. A row of `tears` or `residue` runs in the emulator on the PTX 
 proved by the tests that it names. `guards` lists the parts of the kernels that rows depend on, each
 with the edit that removes it.
 
-`mutants/` is another thing: it damages the kernels, to show that the rungs of evidence find that.
-Here the kernels are whole, and inputs, memory, driver or neighbours misbehave.
+`mutants/` damages the kernels instead, to show that the rungs of evidence find it. Here the kernels
+are whole, and inputs, memory, driver or neighbours misbehave.
 """

@@ -43,7 +43,7 @@ def faults_command(
     jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Make every fault happen that this machine can, and show what comes of it.
+    """Make every fault happen that this machine can, and print the outcomes.
 
     A row that needs a GPU is not run here; its command is printed. Fails if the outcome of a row
     is not the expected one.
@@ -101,13 +101,18 @@ def row(fault: Fault, outcome: Outcome | None) -> dict[str, Any]:
 
 
 def table(faults: Sequence[Fault], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Return a line per row, a count, and the details of the rows that are not as expected."""
+    """Return a line per row, a count, and the details of the rows that are not as expected.
+
+    Without outcomes no status is shown: the records of `build-kernels verify` may have one.
+    """
     rows: list[tuple[str, ...]] = [("id", "hazard", "needs", "expected", "status", "fault")]
     for fault in faults:
         outcome = outcomes.get(fault.name)
         status = outcome.status if outcome else NOT_RUN
         cells = (fault.name, fault.hazard, fault.place.value, fault.expected.name, status)
         rows.append((*cells, fault.what))
+    if not outcomes:
+        rows = [(*cells[:4], cells[5]) for cells in rows]
     widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

@@ -42,7 +42,7 @@ Changes = Mapping[int, int | float]
 
 @dataclass(frozen=True, kw_only=True)
 class Torn:
-    """What another stream rewrites at one moment: by array; and the rows that may differ then."""
+    """Arrays that another stream rewrites at one moment. rows: those that may differ then."""
 
     rows: tuple[int, ...]
     arrays: Mapping[str, Changes]
@@ -52,14 +52,13 @@ class Torn:
 class Scenario:
     """A fault that the emulator can make, and the launches that it is made in.
 
-    roles: of the kernels that it is about. num_tokens, options, kind: of the cases; the number of
+    roles: kernels that it concerns. num_tokens, options, kind: fields of the cases; the number of
     tokens may depend on the kernel's token tile, and a hash kernel takes no images. experts, quick:
-    the numbers of experts of a full and of a quick run, for CTAs of one expert tile. tears: makes
-    the tear from the inputs. every_moment: tear at each load of a torn element; else, and in a quick
-    run, at the moments 1, 4, 16, ... between: further numbers of experts, with one moment for each,
-    in turn.
-    contents: from zeros, the initial contents of the workspace, a few launches each. edits: of the
-    PTX, for a peer that misbehaves.
+    the numbers of experts in a full and in a quick run, for CTAs of one expert tile. tears: makes
+    the tear from the inputs. every_moment: tear at each load of a torn element; else, and in a
+    quick run, at the moments 1, 4, 16, ... between: further numbers of experts, with one moment per
+    number, in turn. contents: functions from zeros to initial contents of the workspace, a few
+    launches each. edits: changes to the PTX, for a peer that misbehaves.
     """
 
     roles: tuple[str, ...] = ("decode",)
@@ -77,7 +76,7 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A row: one fault, and how it is shown that its outcome is the expected one.
+    """A row: one fault, its expected outcome and the proof of it.
 
     hazard: H1 .. H11 of the production contract, or "" for a fault beside that list. scenario: for
     the emulator, or else tests: the ids of the pytest nodes that show it.

@@ -12,16 +12,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .fault import Torn
+from .fault import Changes, Torn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from build_kernels.emulator import Result, Tear
+    from build_kernels.emulator import Result
 
 NOTHING = Torn(rows=(), arrays={})
 CHILD_DIED = "its process died: see the lines above"
@@ -29,7 +29,7 @@ CHILD_DIED = "its process died: see the lines above"
 
 @dataclass(kw_only=True)
 class Tearing:
-    """One tear of a launch. wanted: of the moments, from 1. moments, runs, problems: so far."""
+    """One tear of a launch. wanted: takes a moment, from 1. loads, runs, problems: so far."""
 
     torn: Torn
     wanted: Callable[[int], bool]
@@ -50,7 +50,7 @@ def tear_at_moments(
     """Run a launch, and each tear of it at each wanted moment until it has a problem.
 
     The launch without a tear is judged too: one that ends early is torn nowhere. run: takes
-    `emulate`'s on_load. sizes: of an element of each array, in bytes.
+    `emulate`'s on_load. sizes: bytes per element, by array.
     """
     forks = _Forks(tearings, sizes)
     try:
@@ -83,12 +83,10 @@ class _Forks:
                 touched = _bytes_of(changes, sizes[array])
                 self._watched.setdefault(array, []).append((tearing, touched))
 
-    def on_load(self, array: str, offsets: NDArray[Any]) -> Sequence[Tear]:
-        """Fork if a torn element is about to be loaded; return the tears to a child."""
-        from build_kernels.emulator import Tear
-
+    def on_load(self, array: str, offsets: NDArray[Any]) -> Mapping[str, Changes]:
+        """Fork if a torn element is about to be loaded; return the tear to a child."""
         if self.child is not None:
-            return ()
+            return {}
         for tearing, touched in self._watched.get(array, ()):
             if not touched[offsets[offsets < len(touched)]].any():
                 continue
@@ -96,9 +94,8 @@ class _Forks:
             wanted = moment > 0 and not tearing.problems and tearing.wanted(moment)
             where = f"torn at moment {moment}, before a load of {array}"
             if wanted and self._fork(tearing, where):
-                torn = tearing.torn.arrays.items()
-                return [Tear(array=name, load=0, changes=values) for name, values in torn]
-        return ()
+                return tearing.torn.arrays
+        return {}
 
     def _fork(self, tearing: Tearing, where: str) -> bool:
         """Return True in a child; in the parent, wait for it, note its problems, return False."""
@@ -120,7 +117,7 @@ class _Forks:
         return False
 
     def end(self, problems: list[str]) -> NoReturn:
-        """Send a child's problems and end it, without what its parent would do at its own end."""
+        """Send a child's problems and end it, without its parent's exit handlers."""
         status = 1
         try:
             with os.fdopen(self._pipe, "w") as pipe:
@@ -130,7 +127,7 @@ class _Forks:
             os._exit(status)
 
 
-def _bytes_of(changes: Mapping[int, Any], size: int) -> NDArray[Any]:
+def _bytes_of(changes: Changes, size: int) -> NDArray[Any]:
     """Return whether each byte of an array, up to the last torn one, is of a torn element."""
     import numpy as np
 

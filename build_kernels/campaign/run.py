@@ -27,7 +27,7 @@ TESTS_TAKE = 600  # seconds at most, for the tests of one row
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a fault ended. detail: why it was not run or not as expected, or what was run."""
+    """The outcome of a fault. detail: the runs, or the reason for another status."""
 
     fault: str
     status: str

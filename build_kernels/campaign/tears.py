@@ -1,7 +1,7 @@
 """Inputs that another stream rewrites while a launch reads them: torn at every load.
 
-Each CTA that owns a token reads the row flags for itself, so a write on another stream shows one of
-them the old value and another the new one.
+Each CTA that owns a token reads the row flags for itself. A write on another stream may come
+between two of these reads, which then differ.
 """
 
 from __future__ import annotations

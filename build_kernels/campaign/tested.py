@@ -35,6 +35,9 @@ CPU = """
         scratch: captures_that_use_no_zeroed_scratch_take_none
     graph-destroyed | H5 | RIGHT | a graph that is destroyed gives its slot back
         scratch: a_slot_returns_when_its_graph_is_gone
+        scratch: scratch_of_graphs_that_are_gone_is_taken_before_new
+    graphs-without-end | H5 | RIGHT | graphs captured and destroyed without end
+        scratch: graphs_that_are_gone_do_not_pile_up
     no-memory-captured | H5 | REFUSED | no memory left under capture
         scratch: no_memory_under_capture_is_an_error_in_words
     capture-invalidated | H11 | REFUSED | a capture that was invalidated

@@ -1,4 +1,4 @@
-"""Let a fault happen to a kernel in the emulator, and judge what comes of it."""
+"""Let a fault happen to a kernel in the emulator, and judge the outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.cases import Case
 from build_kernels.evidence.inputs import Inputs, make_inputs
-from build_kernels.evidence.outputs import CANARY_INT, against_reference
+from build_kernels.evidence.outputs import CANARY_INT, against_reference, scratch_not_zero
 from build_kernels.evidence.rungs.emulated import emulate_case
 from dsv4_router_runtime.artifacts.kernel import Kernel
 
@@ -191,7 +191,7 @@ def _wanted(
 ) -> Callable[[int], bool] | None:
     """Return which moments of a launch, from 1, are wanted; None if the launch is not.
 
-    moments: as many were in the last launch, whose number of expert tiles may be another.
+    moments: those of the last launch, whose number of expert tiles may differ.
     """
     between = _between(scenario, kernel, quick=quick)
     if num_experts not in (*_experts(scenario, kernel, quick=quick), *between):
@@ -222,10 +222,7 @@ def judge(
     wrong, _ = against_reference(inputs, result.memory, torn)
     problems += wrong + _torn_rows(torn, inputs, result.memory)
     if expected is not Expected.ENDS:
-        for parameter in artifact.kernel.parameters:
-            scratch = parameter.scratch
-            if scratch is not None and scratch.zeroed and result.memory[parameter.name].any():
-                problems.append(f"the scratch {parameter.name} is not left zero")
+        problems += scratch_not_zero(artifact.kernel, result.memory)
     return problems
 
 

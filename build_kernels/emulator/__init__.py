@@ -29,7 +29,7 @@ Findings by kind
 
 A trap ends the launch (`Result.trapped`). Time passes with the steps of the warps. If all that is
 left to run are warps that spin and look at %globaltimer, it leaps ahead, so that a bounded wait
-ends. Tear changes an array between two loads of one launch.
+ends. `emulate`'s on_load changes arrays between two loads of one launch.
 
 Not modelled
     the last bits of approximate functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless
@@ -53,7 +53,6 @@ from build_kernels.emulator.findings import (
 from build_kernels.emulator.instructions.table import supported_instructions
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.launch import Launch, Schedule
-from build_kernels.emulator.launch.tear import Tear
 from build_kernels.emulator.launch.tensor_map import TensorMap
 
 __all__ = [
@@ -66,7 +65,6 @@ __all__ = [
     "PtxError",
     "Result",
     "Schedule",
-    "Tear",
     "TensorMap",
     "Thread",
     "emulate",

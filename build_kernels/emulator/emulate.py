@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,9 @@ from build_kernels.emulator.launch.arguments import Argument, PackedArguments, p
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
 from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
-from build_kernels.emulator.launch.tear import Tear
+from build_kernels.emulator.launch.tear import OnLoad, tear_arrays
 from build_kernels.emulator.launch.variables import place_variables
 from build_kernels.emulator.memory.memory import Memory
-
-# Called before each load of an array with its name and the offsets of the bytes; returns tears,
-# made at once whatever number of a load they state.
-OnLoad = Callable[[str, Ints], Sequence[Tear]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +33,12 @@ class Result:
     memory: array name -> contents after the run (dtype and shape of its DeviceArray); bytes of an
     array that was not initialised and never written are 0xFF.
     findings: by PTX line; empty for a clean run. steps: instructions of all warps, about.
-    loads: array name -> its loads; see Tear. trapped: a thread executed trap, which ended the
-    launch there; the finding `trap` says which.
+    trapped: a thread executed trap, which ended the launch there; the finding `trap` says which.
     """
 
     memory: dict[str, NDArray[Any]]
     findings: tuple[Finding, ...]
     steps: int
-    loads: dict[str, int]
     trapped: bool
 
 
@@ -55,7 +49,6 @@ def emulate(
     schedule: Schedule | None = None,
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
-    tears: Sequence[Tear] = (),
     on_load: OnLoad | None = None,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
@@ -64,9 +57,9 @@ def emulate(
     kernel parameter, in order: an int, float, bytes or NumPy scalar; a DeviceArray for a pointer;
     a TensorMap; or a tuple of these for a struct. schedule: Schedule() if None.
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
-    use a GPU's own results where the emulator would round correctly. tears: changes of arrays in
-    the middle of the launch. on_load: chooses further tears as the launch goes; it may fork the
-    process, and the child finishes the launch with other tears than the parent.
+    use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
+    launch goes; it may fork the process, and the child finishes the launch with other contents
+    than the parent.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -82,7 +75,6 @@ def emulate(
         program = make_program(kernel, layout, launch.arch, approximate or {})
         machine = Machine(program, launch, packed, schedule or Schedule())
         arrays = _place_arrays(machine.grid, packed)
-        _place_tears(arrays, tears)
         if on_load is not None:
             for array, placed in arrays.items():
                 placed.on_load = partial(_before_load, arrays, on_load, array.name)
@@ -97,7 +89,6 @@ def emulate(
         memory=memory,
         findings=machine.grid.log.findings(),
         steps=machine.grid.steps,
-        loads={array.name: placed.loads for array, placed in arrays.items()},
         trapped=machine.trapped,
     )
 
@@ -127,19 +118,7 @@ def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memo
     return arrays
 
 
-def _place_tears(arrays: Mapping[DeviceArray, Memory], tears: Sequence[Tear]) -> None:
-    """Hand the tears to the memories of their arrays, in the order of their loads."""
-    named = {array.name: array for array in arrays}
-    for tear in tears:
-        patches = [(tear.load, *patch) for patch in tear.patches(named)]
-        memory = arrays[named[tear.array]]
-        memory.patches += patches
-        memory.patches.sort(key=lambda patch: patch[0])
-
-
 def _before_load(
     arrays: Mapping[DeviceArray, Memory], on_load: OnLoad, name: str, offsets: Ints
 ) -> None:
-    """Make the tears that `on_load` asks for before this load of an array."""
-    if tears := on_load(name, offsets):
-        _place_tears(arrays, [replace(tear, load=0) for tear in tears])
+    tear_arrays(arrays, on_load(name, offsets))

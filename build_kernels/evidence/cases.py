@@ -34,7 +34,7 @@ TABLE_OPTIONS = (
 )
 # For a kernel that takes both a table and biases. Image rows use no token id.
 MIXED_OPTIONS = ("table", "images", *TABLE_OPTIONS)
-# What engines add: to a gate, and to a hash layer.
+# Options of engines: for a gate, and for a hash layer.
 ENGINE_OPTIONS = ("forced", "physical", "mapped64", "logical", "bfloat16", "shared")
 
 

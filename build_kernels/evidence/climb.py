@@ -78,7 +78,7 @@ def verify(
     calls = {
         (task, part): (artifacts_dir, first.key, _bytes_of(first), task[0], quick, part)
         for task, (first, *_) in tasks.items()
-        for part in range(RUNGS[task[0]].parts)
+        for part in range(len(RUNGS[task[0]].climbs))
     }
     found: dict[tuple[str, str], Result] = {}
     for task, result in _joined(calls, jobs):
@@ -109,7 +109,7 @@ def _joined(
     with run_tasks(climb_one, calls, jobs=jobs) as climbed:
         for (task, _), part in climbed:
             parts.setdefault(task, []).append(part)
-            if len(parts[task]) == RUNGS[task[0]].parts:
+            if len(parts[task]) == len(RUNGS[task[0]].climbs):
                 yield task, join_parts(task[0], parts[task])
 
 
@@ -145,7 +145,7 @@ def _with_records(
 def _with_others(
     evidence: Evidence, listed: Sequence[Kernel], others: Iterable[Evidence]
 ) -> Evidence:
-    """Merge what evidence found elsewhere adds; that of GPUs comes by records alone."""
+    """Merge evidence found elsewhere, except that of GPUs, which comes by records alone."""
     known = {_bytes_of(kernel): kernel for kernel in listed}
     for entry in (entry for other in others for entry in other.entries.values()):
         kernel = known.get((entry.cubin_sha256, entry.ptx_sha256))
@@ -259,8 +259,7 @@ def climb_one(
             return not_run("the artifact was built anew while it was being verified")
         if climbed.reads is Reads.TEXT_AND_LAUNCH and not artifact.has_ptx:
             return not_run(NO_PTX)
-        of_parts = {"part": part} if climbed.parts > 1 else {}
-        result = climbed.climb(artifact, quick=quick, **of_parts)
+        result = climbed.climbs[part](artifact, quick=quick)
     except Exception as error:
         traceback.print_exc()
         return Result(status=FAILED, reason=f"the rung broke off: {type(error).__name__}: {error}")

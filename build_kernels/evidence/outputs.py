@@ -11,6 +11,8 @@ from .inputs import Inputs
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dsv4_router_runtime.artifacts.kernel import Kernel
+
     Array = NDArray[Any]
 
 WEIGHT_TOLERANCE = 1e-6
@@ -37,7 +39,7 @@ def output_strides(case: Case) -> dict[str, int]:
 
 
 def new_outputs(case: Case) -> dict[str, Array]:
-    """Return the outputs that a case asks for, full of canaries, by parameter."""
+    """Return the outputs of a case, full of canaries, by parameter."""
     import numpy as np
 
     def full(name: str, canary: float, dtype: Any) -> Array:
@@ -87,6 +89,17 @@ def against_reference(
     if (weights[:, columns:] != canary).any() or (ids[:, columns:] != CANARY_INT).any():
         problems.append("something was written beside the outputs")
     return problems + _wrong_copies(inputs, memory, compared), error
+
+
+def scratch_not_zero(kernel: Kernel, memory: Mapping[str, Array]) -> list[str]:
+    """Return the problems of scratch that a launch has to leave zero."""
+    return [
+        f"the scratch {parameter.name} is not left zero"
+        for parameter in kernel.parameters
+        if parameter.scratch is not None
+        and parameter.scratch.zeroed
+        and memory[parameter.name].any()
+    ]
 
 
 def _nearest_bfloat16(expected: Array, weights: Array) -> Array:

@@ -1,7 +1,7 @@
 """Group artifacts into the tasks of the process pool, one climb per task.
 
-A rung that reads the PTX and the launch alone climbs once for kernels whose PTX differs in its
-`.target` line only and which are launched alike.
+A rung that reads the PTX and the launch alone climbs once for kernels that are launched alike and
+differ in the `.target` line of their PTX only.
 """
 
 from __future__ import annotations

@@ -109,13 +109,13 @@ class RouterDecode:
 
     def shared_storage(self) -> type:
         """Return the members of shared memory; see TileGemm for the ones that it uses."""
-        gemm = self.gemm
+        gemm, num_sums = self.gemm, self.exchange.sums_bytes // 4
 
         class SharedStorage:
             w: gemm.w_ring
             x: gemm.x_ring
             # (expert, column, source, pair): see PairExchange.sums
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, self.exchange.sums_bytes // 4], 1024]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, num_sums], 1024]
             # (expert, epilogue warp)
             physical_ids: cute.struct.MemRange[Int32, MAX_EXPERTS * self.max_owned]
             # (epilogue warp,)
@@ -248,23 +248,24 @@ class RouterDecode:
         mW: cute.Tensor,
         tma_atom_x: cute.CopyAtom,
         mX: cute.Tensor,
-        tile: Int32,
+        first_box: Int32,
         token_tile,
         first_block: Int32,
         num_blocks: Int32,
     ):
         """Fill the ring with W_gate, wait for the grid before, then load the rest.
 
-        tile: the first of the CTA's expert tiles.
+        first_box: the first of the CTA's boxes of W_gate, w_box_rows experts each.
         """
-        w_layout = self.gemm.w_smem_layout()
-        # (EXPERT_TILE, K_BLOCK, m_tiles * ring_blocks)
+        rows = self.gemm.w_box_rows
+        w_layout = self.gemm.w_smem_layout(rows)
+        # (rows, K_BLOCK, w_boxes * ring_blocks)
         sW = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
-        # Of each M tile: ((TMA box), m_tiles * ring_blocks), ((TMA box), K blocks)
+        # Of each box: ((TMA box), w_boxes * ring_blocks), ((TMA box), K blocks)
         tWsW, tWgW = [], []
-        for i in cutlass.range_constexpr(self.gemm.m_tiles):
-            # (EXPERT_TILE, K_BLOCK, K blocks)
-            gW = cute.local_tile(mW, (EXPERT_TILE, K_BLOCK), (tile + i, None))
+        for i in cutlass.range_constexpr(self.gemm.w_boxes):
+            # (rows, K_BLOCK, K blocks)
+            gW = cute.local_tile(mW, (rows, K_BLOCK), (first_box + i, None))
             shared, loaded = cpasync.tma_partition(
                 tma_atom_w,
                 0,
@@ -315,11 +316,11 @@ class RouterDecode:
                 full, blocks * self.gemm.w_block_bytes + self.gemm.x_chunk_bytes
             )
         for block in cutlass.range(blocks, unroll=1):
-            for i in cutlass.range_constexpr(self.gemm.m_tiles):
+            for i in cutlass.range_constexpr(self.gemm.w_boxes):
                 cute.copy(
                     tma_atom_w,
                     tWgW[i][(None, first_block + chunk * self.gemm.chunk + block)],
-                    tWsW[i][(None, self.gemm.w_block(stage, block, i))],
+                    tWsW[i][(None, self.gemm.w_boxes * (stage * self.gemm.chunk + block) + i)],
                     tma_bar_ptr=full,
                 )
 

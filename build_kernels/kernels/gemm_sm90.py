@@ -146,7 +146,5 @@ class TileGemmSm90(TileGemm):
             warpgroup.wait_group(1)
             if block > 0:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(
-                        storage.empty.data_ptr() + (block - 1) % self.stages
-                    )
+                    cute.arch.mbarrier_arrive(storage.empty.data_ptr() + (block - 1) % self.stages)
         warpgroup.wait_group(0)

@@ -12,8 +12,9 @@ from build_kernels.kernels.shapes import EXPERT_TILE, NUM_SPLITS
 def add_splits(partial_sums: cute.Tensor) -> Float32:
     """Add the NUM_SPLITS partial sums of one logit in split order: ((p0 + p1) + p2) + ...
 
-    The only statement of that order. Each partial sum is taken in K order (see TileGemm), so the
-    order of a logit's whole sum depends on K alone: its bits depend neither on N nor on the row.
+    The kernels' statement of that order; exact.py gives it as a contract. Each partial sum is taken
+    in K order (see TileGemm), so the order of a logit's whole sum depends on K alone: its bits
+    depend neither on N nor on the row.
     """
     total = partial_sums[0]
     for split in range(1, NUM_SPLITS):

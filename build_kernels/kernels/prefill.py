@@ -59,7 +59,7 @@ class RouterPrefill(RouterDecode):
         row_flags_warp        draws the tickets, reads the masks and the forced ids
 
     Pipelines (producer -> consumer: arrivals to fill / to empty)
-        full, empty           producer -> MMA: 1 and the bytes of a chunk, m_tiles TMAs per block of
+        full, empty           producer -> MMA: 1 and the bytes of a chunk, w_boxes TMAs per block of
                               W_gate and one for hidden_states / mma_arrivals
         sums_full             cluster's epilogue -> owner's: 1 + 512 B per source, token pair and M
                               tile; used once
@@ -68,7 +68,7 @@ class RouterPrefill(RouterDecode):
 
     Shared memory, of which the partial sums take 8 KB per owned token pair and M tile:
         experts x tokens   ring           partial sums   CTA
-        128 x 64           7 x 24 KB      32 KB          200 KB
+        128 x 64           4 x 48 KB      32 KB          225 KB
         128 x 128          4 x 32 KB      64 KB          192 KB
 
     Timeline: router_decode's.
@@ -164,7 +164,7 @@ class RouterPrefill(RouterDecode):
         if warp == self.gemm.producer_warp:
             self.load(
                 *(storage, tma_atom_w, mW, tma_atom_x, mX),
-                *(tile, token_tile, first_block, num_blocks),
+                *(cta_tile * self.gemm.w_boxes, token_tile, first_block, num_blocks),
             )
         if warp == self.row_flags_warp:
             publish_row_flags(

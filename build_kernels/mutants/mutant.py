@@ -19,7 +19,7 @@ class MutantError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """A change of the text: of every match of `pattern`, or of match `nth` (from 0)."""
+    """A change of the text at every match of `pattern`, or at match `nth` (from 0)."""
 
     pattern: str
     replacement: str | Callable[[re.Match], str]
@@ -43,7 +43,7 @@ class Edit:
 class Mutant:
     """One fault, or a change that does no harm.
 
-    kind: its class. edits: of the PTX. maps: fields of tensor maps to change, by parameter.
+    kind: its class. edits: changes of the PTX. maps: fields of tensor maps to change, by parameter.
     case: the inputs of its runs, under `schedules`. rejected_by: the rungs that must reject it, as
     measured; any other rung accepts it or cannot run it. complaint: text that the emulated rung's
     complaint must contain, if another complaint would be about something else. harmless: the

@@ -179,7 +179,7 @@ def _check_closed(artifacts: ArtifactSet) -> None:
 
 
 def check_cubin(kernel: Kernel, cubin: bytes, *, file: str) -> None:
-    """ArtifactError unless `cubin` is what `kernel` says: its sha256, then its architecture."""
+    """Raise ArtifactError unless `cubin` has the sha256 and the architecture of `kernel`."""
     digest = hashlib.sha256(cubin).hexdigest()
     if digest != kernel.cubin_sha256:
         raise ArtifactError(
@@ -197,7 +197,7 @@ def check_cubin(kernel: Kernel, cubin: bytes, *, file: str) -> None:
 
 
 def elf_compute_capability(cubin: bytes, *, file: str) -> int:
-    """10 * major + minor that a cubin's ELF header was written for.
+    """Return 10 * major + minor from a cubin's ELF header.
 
     Seen: toolkit 12.9 writes ABI 7 for sm_90a (e_flags 0x5a0d5a: the number in the low byte) and
     ABI 8 for sm_100a (0x600640a) and sm_103a (0x600670a): the number from bit 8 on. Toolkit 13

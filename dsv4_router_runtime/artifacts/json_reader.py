@@ -2,7 +2,7 @@
 
     artifacts/manifest.json: kernels[1].launch.block: expected 3 ints >= 1 (got [256]); repair ...
 
-Uses nothing but the standard library. What keys and values a document has is its schema's matter:
+Uses nothing but the standard library. Keys and values are the matter of a document's schema:
 `manifest` here, the evidence and the GPU tests' records in the builder. Accepted is the JSON of
 RFC 8259 in UTF-8, and of it only what every reader sees alike: no key twice, no NaN or Infinity,
 no number that a 64-bit int or a double cannot hold, no half of a surrogate pair.
@@ -93,7 +93,7 @@ def _constant(name: str) -> Any:
 
 
 def read_json(text: str | bytes, read: Callable[[JsonNode], T], *, source: str) -> T:
-    """Parse `text` and return what `read` makes of it; ManifestError if it is not such JSON."""
+    """Parse `text` and return the result of `read`; ManifestError if it is not such JSON."""
     try:
         try:
             if len(text) > MAX_JSON_BYTES:
@@ -125,7 +125,7 @@ def shown(value: Any) -> str:
 
 
 class JsonNode:
-    """A JSON value and its path, with one method per shape a schema asks for."""
+    """A JSON value and its path, with one method per shape of a schema."""
 
     __slots__ = ("path", "source", "value")
 

@@ -1,4 +1,4 @@
-"""One artifact as the manifest lists it: what it accepts, how it is launched, what it is passed.
+"""One artifact in the manifest: the problems that it accepts, its launch, its parameters.
 
 The values of the schema and their words; `manifest` reads and writes them, `limits` bounds them.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
 # The step of a layer that a kernel takes: see `dispatch.plan_layer`. decode: the whole gate for few
-# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen experts only. select: from
-# FP32 logits [N, E], already multiplied out.
+# tokens. prefill: the same for more. hash: a hash layer's gate, which reads the rows of the chosen
+# experts only. select: from FP32 logits [N, E], already multiplied out.
 ROLES = tuple(ABI)
 # W_gate with unit stride along K, or along E.
 LAYOUTS = ("kmajor", "emajor")
@@ -46,7 +46,7 @@ SWIZZLE_SPAN_BYTES = {"none": None, "32B": 32, "64B": 64, "128B": 128}
 INTERLEAVES = ("none",)
 L2_PROMOTIONS = ("none", "64B", "128B", "256B")
 OOB_FILLS = ("zeros", "nan_request_zero_fma")
-# What an axis of the grid may be, besides an int: see `Launch.grid`.
+# Values of an axis of the grid, besides an int: see `Launch.grid`.
 GRID_TERMS = ("k_splits", "expert_tiles", "token_tiles")
 
 
@@ -88,11 +88,11 @@ class Launch:
         k_splits      the field `k_splits`: CTAs that share one expert tile's K range
         expert_tiles  ceil(num_experts / expert_tile)
         token_tiles   ceil(num_tokens / token_tile)
-    `pdl` says that the kernel waits with griddepcontrol, so that a programmatic dependent launch is
-    legal; whether a call uses one is the caller's choice. `nonportable_cluster` asks for the
-    function attribute that clusters of more than 8 CTAs need. `max_clusters`: the kernel is not
-    made for a launch of more clusters; None is no bound. `wait_limit_ms`: a warp that has waited
-    this long for another CTA's word in global memory traps; 0 for a kernel that never waits so.
+    `pdl`: the kernel waits with griddepcontrol, so that a programmatic dependent launch is legal;
+    whether a call uses one is the caller's choice. `nonportable_cluster`: it needs the function
+    attribute that clusters of more than 8 CTAs need. `max_clusters`: the kernel is not made for a
+    launch of more clusters; None is no bound. `wait_limit_ms`: a warp that has waited this long for
+    another CTA's word in global memory traps; 0 for a kernel that never waits so.
     """
 
     block: tuple[int, int, int]
@@ -157,7 +157,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What the compiled kernel uses; dynamic shared memory is in `Launch`, stated once.
+    """Resources of the compiled kernel; dynamic shared memory is in `Launch`, stated once.
 
     `spill_bytes` is stores plus loads. `opcodes` counts the SASS instructions that matter, among
     them LDL and STL (local memory), which are 0 in every kernel that is shipped.
@@ -203,10 +203,7 @@ class Kernel:
     def workspace_bytes(self, num_tokens: int, num_experts: int) -> int:
         """Return the bytes of its workspace that a launch accesses."""
         return workspace_bytes(
-            num_tokens,
-            num_experts,
-            expert_tile=self.launch.expert_tile,
-            max_tokens=self.problem.num_tokens.high or 0,
+            self.role, num_tokens, num_experts, expert_tile=self.launch.expert_tile
         )
 
 
@@ -215,8 +212,12 @@ def cubin_name(name: str, arch: str) -> str:
     return f"{name}.{arch}.cubin"
 
 
+# The name of an architecture, as `compute_capability` reads it.
+ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
+
+
 def compute_capability(arch: str) -> int:
-    """10 * major + minor of an architecture's name: 90 for sm_90a, 103 for sm_103a."""
+    """Return 10 * major + minor of an architecture: 90 for sm_90a, 103 for sm_103a."""
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 

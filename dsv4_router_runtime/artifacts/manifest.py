@@ -23,6 +23,7 @@ from dsv4_router_runtime.parameters import DTYPES, TILE_EXPERTS
 
 from .json_reader import JsonNode, read_json
 from .kernel import (
+    ARCHITECTURE,
     GRID_TERMS,
     LAYOUTS,
     POINTER_ELEMENT_BYTES,
@@ -68,7 +69,6 @@ SCHEMA_VERSION = 5
 # Counts of instructions and of bytes spilled: bounded only so that they stay numbers.
 MAX_COUNT = 2**31 - 1
 _DTYPE_NAMES = tuple(sorted({name for dtypes in DTYPES.values() for name in dtypes}))
-_ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
 _DISTRIBUTION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[A-Za-z0-9][A-Za-z0-9.+!_ -]{0,127}"
 _OPCODE = r"[A-Z][A-Z0-9_.]{0,31}"
@@ -90,7 +90,7 @@ class Manifest:
         return tuple(kernel for kernel in self.kernels if kernel.arch == arch)
 
     def __repr__(self) -> str:
-        """In a line: with every field of every kernel it would be 120,000 characters."""
+        """Return one line: every field of every kernel would be 120,000 characters."""
         archs = ", ".join(sorted({kernel.arch for kernel in self.kernels}))
         return f"Manifest({len(self.kernels)} kernels{f' for {archs}' if archs else ''})"
 
@@ -98,7 +98,7 @@ class Manifest:
 def serialise_manifest(manifest: Manifest) -> str:
     """Return the manifest's text: keys and kernels sorted, one newline at the end, no timestamps.
 
-    The text is parsed first: what does not fit the schema is a ManifestError in the builder.
+    The text is parsed first: a manifest beyond the schema is a ManifestError in the builder.
     """
     kernels = sorted(manifest.kernels, key=lambda kernel: (kernel.name, kernel.arch))
     document = {
@@ -151,7 +151,7 @@ def _manifest(node: JsonNode) -> Manifest:
         lambda item: item.string(_VERSION, "a version"), keys=_DISTRIBUTION
     )
     driver = at["driver"].mapping(
-        lambda item: item.integer(low=MIN_DRIVER, high=MAX_DRIVER), keys=_ARCHITECTURE
+        lambda item: item.integer(low=MIN_DRIVER, high=MAX_DRIVER), keys=ARCHITECTURE
     )
     for arch in {kernel.arch for kernel in kernels} - driver.keys():
         raise at["driver"].error(f"{arch} is missing, which kernels are listed for")
@@ -190,7 +190,7 @@ def _kernel(node: JsonNode) -> Kernel:
 
 def _architecture(node: JsonNode) -> str:
     what = f"an architecture such as sm_90a, from sm_{MIN_COMPUTE_CAPABILITY} on"
-    arch = node.string(_ARCHITECTURE, what)
+    arch = node.string(ARCHITECTURE, what)
     if not MIN_COMPUTE_CAPABILITY <= compute_capability(arch) <= MAX_COMPUTE_CAPABILITY:
         raise node.expected(what)
     return arch
@@ -274,8 +274,12 @@ def _check_maps(node: JsonNode, kernel: Kernel) -> None:
             raise JsonNode(None, f"{path}.box", node.source).error(
                 f"K blocks of {recipe.box[0]} do not divide k_multiple {problem.k_multiple}"
             )
-        # W_gate comes in boxes of 64 experts, several to a larger tile.
-        boxes = {"E": min(launch.expert_tile, TILE_EXPERTS), "N": launch.token_tile}
+        # A box of W_gate that is contiguous along E is 64 experts wide, by its swizzle.
+        experts = launch.expert_tile
+        boxes = {
+            "E": min(experts, TILE_EXPERTS) if fastest == "E" else experts,
+            "N": launch.token_tile,
+        }
         for dim, name in (("E", "expert_tile"), ("N", "token_tile")):
             tile = boxes[dim]
             if dim in recipe.dims and recipe.box[recipe.dims.index(dim)] != tile:
@@ -350,7 +354,7 @@ def _launch(node: JsonNode) -> Launch:
 
 
 def _grid_axis(node: JsonNode, k_splits: int, cluster: int, limit: int) -> int | str:
-    """An axis of the grid, whole clusters of `cluster` CTAs whatever the problem's size is."""
+    """Read an axis of the grid: whole clusters of `cluster` CTAs for any size of the problem."""
     axis = node.value
     if not (isinstance(axis, str) and axis in GRID_TERMS) and not (node.is_int() and axis >= 1):
         raise node.expected("an int >= 1 or one of " + ", ".join(GRID_TERMS))

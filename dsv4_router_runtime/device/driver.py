@@ -30,7 +30,7 @@ _LOST = (
     *("ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE", "CONTAINED", "TENSOR_MEMORY_LEAK"),
     "MPS_CLIENT_TERMINATED",
 )
-# What a kernel's trap gives, by the architecture and the driver.
+# The error after a kernel's trap, by the architecture and the driver.
 _TRAPS = ("LAUNCH_FAILED", "ILLEGAL_INSTRUCTION")
 _TRAP_ADVICE = (
     "; a kernel of this router traps so at once if its scratch was not zero (memory that was "
@@ -41,12 +41,12 @@ _LOST_ADVICE = (
     "; an earlier kernel, of any library, may be to blame: the driver reports it at a later call; "
     "the GPU's context is lost: restart the process"
 )
-# What the driver answers if the context of a kernel or a stream is gone.
+# The driver's errors if the context of a kernel or a stream is gone.
 _RESET = ("CONTEXT_IS_DESTROYED", "DEINITIALIZED", "INVALID_CONTEXT", "INVALID_HANDLE")
 
 
 class _MissingFunctionError(DriverTooOldError, AttributeError):
-    """The bindings lack a name; hasattr and getattr take it for what it is."""
+    """The bindings lack a name; hasattr and getattr treat it as an AttributeError."""
 
 
 class _Bindings:
@@ -74,7 +74,7 @@ class _Bindings:
         def call(*given: Any) -> Any:
             try:
                 results = function(*given)
-            # What the bindings raise for a function that the driver does not export.
+            # The bindings' error for a function that the driver does not export.
             except RuntimeError as error:
                 raise DriverTooOldError(
                     f"the CUDA driver has no {name} ({error}); update the NVIDIA driver"
@@ -86,17 +86,25 @@ class _Bindings:
         return call
 
 
-@cache
-def bindings() -> Any:
-    """Return `cuda.bindings.driver`, initialised.
+def refuse_forked_child() -> None:
+    """Raise RouterError in a forked child; call it before a lock that may be held for ever there.
 
-    DriverMissingError if there is no driver, RouterError in a forked child.
+    Another thread may have held it at the fork.
     """
     if forked:
         raise RouterError(
             "this process was forked from one that had used CUDA, which CUDA does not support; "
             'start it with the method "spawn" (multiprocessing.set_start_method("spawn"))'
         )
+
+
+@cache
+def bindings() -> Any:
+    """Return `cuda.bindings.driver`, initialised.
+
+    DriverMissingError if there is no driver, RouterError in a forked child.
+    """
+    refuse_forked_child()
     try:
         from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:
@@ -131,7 +139,7 @@ def _refuse_from_now_on() -> None:
 
 
 def checked(doing: str, results: tuple[Any, ...]) -> Any:
-    """Return the value (or tuple of values) of a successful call; DriverError names what failed."""
+    """Return the value (or tuple of values) of a successful call; DriverError if it failed."""
     code, *values = results
     if int(code) != 0:
         name = getattr(code, "name", str(code))
@@ -146,7 +154,7 @@ def _meaning(code: Any) -> str:
 
 
 def _advice(name: str) -> str:
-    """Say what an error means for the process, if it means more than that one call failed."""
+    """Return advice for an error that concerns the process, and more than the call that failed."""
     name = name.removeprefix("CUDA_ERROR_")
     if name in _RESET:
         return (

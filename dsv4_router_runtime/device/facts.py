@@ -13,7 +13,7 @@ _NAME_BYTES = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU as the driver describes it. mps is None if the driver or its bindings cannot say."""
+    """One GPU as the driver describes it. mps is None if the driver or its bindings lack it."""
 
     index: int
     name: str
@@ -25,12 +25,12 @@ class Gpu:
 
     @property
     def mig(self) -> bool:
-        """Whether it is a slice of a GPU; the driver says so in the name alone."""
+        """Whether it is a slice of a GPU; the name alone has it."""
         return " MIG " in self.name
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What decides which kernels load and fit: GPUs of one kind need one check."""
+        """The properties that decide which kernels load and fit: one check per kind of GPU."""
         return (self.name, self.arch, self.num_sms, self.shared_bytes_per_cta, self.mps)
 
 

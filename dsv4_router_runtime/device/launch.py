@@ -1,6 +1,6 @@
 """One launch as cuLaunchKernelEx takes it: grid, configuration, and parameters by address.
 
-The driver takes an array of pointers, one per parameter, and copies what they point to during the
+The driver takes an array of pointers, one per parameter, and copies the parameters during the
 call. The grid and the parameters are computed without it.
 """
 
@@ -46,7 +46,7 @@ def grid_of(launch: Launch, *, num_tokens: int, num_experts: int) -> tuple[int, 
 
 
 def grid_depends_on_tokens(launch: Launch) -> bool:
-    """Whether `grid_of` changes with the number of tokens, so that it is set for each call."""
+    """Return whether `grid_of` changes with the number of tokens, and is set for each call."""
     return "token_tiles" in launch.grid
 
 
@@ -119,8 +119,8 @@ def _attributes(kernel: Kernel, *, pdl: bool) -> list[Any]:
 
 
 def launcher(config: Any, function: Any, parameters: int) -> Callable[[], tuple[Any]]:
-    """Return what launches and returns the driver's result: the only use of cuLaunchKernelEx.
+    """Return a function that launches and returns the driver's result, by cuLaunchKernelEx.
 
-    A partial, since a function of Python around the driver's costs 0.2 us of each call.
+    A partial, since a function of Python around the driver's costs 0.2 us per call.
     """
     return partial(driver.bindings().cuLaunchKernelEx, config, function, parameters, 0)

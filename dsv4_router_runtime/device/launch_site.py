@@ -36,8 +36,8 @@ _CALL_PARAMETERS = tuple(
 class LaunchSite:
     """The launch configuration and the parameters of one kernel on one stream, made once.
 
-    A launch writes only what changed: cells of `block`, and the grid if it depends on the number of
-    tokens. exclusive_clusters: as in `Room`, of the stream's context. One caller at a time.
+    A launch writes only changed values: cells of `block`, and the grid if it depends on the number
+    of tokens. exclusive_clusters: as in `Room`, of the stream's context. One caller at a time.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LaunchSite:
             self._handle_refusal(code, self._launch)
 
     def _handle_refusal(self, code: Any, again: Callable[[], tuple[Any]]) -> None:
-        """Launch again in a thread that had no context, or raise what a failed launch means."""
+        """Launch again in a thread that had no context, or raise the error of a failed launch."""
         refused = driver.bindings().CUresult
         (code,) = driver.in_a_context(self.loaded.device, (code,), again)
         if code == refused.CUDA_ERROR_INVALID_CLUSTER_SIZE:

@@ -124,7 +124,7 @@ def _loaded_kernel(kernel: Kernel, library: Any, device: int, *, file: str) -> L
 
 
 def _exclusive_shared_bytes(kernel: Kernel, device: int) -> int:
-    """Shared memory for a CTA of a kernel with clusters such that no two share an SM."""
+    """Return the shared memory of a CTA; with clusters, so much that no two CTAs share an SM."""
     if not has_clusters(kernel.launch):
         return kernel.launch.dynamic_shared_bytes
     of_an_sm = driver.device_attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
@@ -143,7 +143,7 @@ def _check_runs_here(kernel: Kernel, device: int) -> None:
 
 
 def _check_parameters(kernel: Kernel, handle: Any, *, file: str) -> None:
-    """ArtifactError unless the driver sees the parameters that the manifest lists.
+    """Raise ArtifactError unless the driver sees the parameters that the manifest lists.
 
     The driver counts offsets inside its constant bank, the manifest from the first parameter, so
     sizes and differences are compared. One past the last parameter must not exist.

@@ -1,6 +1,6 @@
 """Device memory from the driver: allocated, zeroed, read and freed without breaking any capture.
 
-A server may unmap what torch's allocator holds (vLLM's sleep mode, SGLang's memory saver), and map
+A server may unmap memory of torch's allocator (vLLM's sleep mode, SGLang's memory saver), and map
 other pages in its place later. Memory whose content has to last is therefore the driver's own.
 """
 

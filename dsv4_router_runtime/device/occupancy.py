@@ -57,8 +57,8 @@ def _clusters_at_once(loaded: LoadedKernel, stream: int, shared_bytes: int) -> i
     config = launch_config(
         kernel, grid=kernel.launch.cluster, shared_bytes=shared_bytes, stream=stream, pdl=False
     )
-    # Of the kernel, not of its function: that is bound to the primary context, and the driver then
-    # does not look at the context of config's stream.
+    # The kernel's handle, not its function's: that is bound to the primary context, and the driver
+    # then ignores the context of config's stream.
     handle = cuda.CUfunction(int(loaded.handle))
 
     def ask() -> tuple[Any, ...]:

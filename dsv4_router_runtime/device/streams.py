@@ -36,7 +36,7 @@ BIND_BEFORE = (
 
 
 def refuse_under_capture(what: str, next_step: str = BIND_BEFORE) -> None:
-    """Raise RouterError if the current stream is being captured; `what` is what would be done."""
+    """Raise RouterError if the current stream is being captured; `what`: why that matters."""
     if is_capturing():
         raise RouterError(f"the current stream is being captured and {what}; {next_step}")
 

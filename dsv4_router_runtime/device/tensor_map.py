@@ -30,7 +30,7 @@ MAX_CACHED_MAPS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments:
-    """What the driver is asked for; sizes in elements, strides in bytes, fastest dimension first.
+    """Arguments of the encoder; sizes in elements, strides in bytes, fastest dimension first.
 
     `strides` leaves out the fastest dimension, as the driver does.
     """

@@ -4,8 +4,8 @@ Launches on one stream run one after another, so they share one slot of scratch;
 CUDA graphs, may run at once and never share. One workspace serves every layer of a device. Slots
 are memory of the driver's, zeroed before their first use; a kernel leaves zeroed scratch zero.
 
-Streams: the first call on a stream takes a slot for it. torch destroys none of its streams, 32 for
-each priority, so those keep their slots. Of foreign streams the first KEPT_FOREIGN_SLOTS do too;
+Streams: the first call on a stream takes a slot for it. torch destroys none of its streams, 32 per
+priority, so those keep their slots. Of foreign streams the first KEPT_FOREIGN_SLOTS do too;
 each launch on a further one records an event, and a new stream takes over a slot whose event is
 complete. So 10,000 streams, one after another, take KEPT_FOREIGN_SLOTS + 1 slots. A foreign stream
 goes by its id: its handle is given out again once it is destroyed.
@@ -15,7 +15,7 @@ and is shared by the launches there that need no more. It returns when the graph
 allocated and zeroed under capture as well, on a stream that no capture joins: no graph holds a
 memset of scratch. The layer's tensors are kept alive as long as the graph.
 
-Logits of more than 64 tokens are torch's: they need no zeroing, so a server that unmaps torch's
+Logits of a matrix product are torch's: they need no zeroing, so a server that unmaps torch's
 memory while it sleeps does no harm. Under capture they lie in the graph's own memory pool.
 
 Two limits: capture with torch (torch.cuda.graph, torch.cuda.CUDAGraph), whose allocator supports
@@ -44,6 +44,8 @@ ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
 CHUNK_BYTES = 2 * 2**20
 KEPT_FOREIGN_SLOTS = 32
+# So many captures are kept before it is asked which graphs are gone; then twice those alive.
+KEPT_CAPTURES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def scratch_layout(
 ) -> ScratchLayout:
     """Lay out every scratch parameter of `kernels` by name, each at its largest size.
 
-    `problem` (num_tokens, num_experts) reduces the sizes to what one launch of it accesses.
+    `problem` (num_tokens, num_experts) reduces the sizes to those that one launch accesses.
     """
     sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for kernel in kernels:
@@ -130,7 +132,7 @@ class Pool:
 class Slot:
     """Scratch for the launches of one stream: the address of each scratch parameter.
 
-    `lock` is held from writing `logits` to launching what reads them, so that two threads on one
+    `lock` is held from writing `logits` to launching their reader, so that two threads on one
     stream do not come between.
     """
 
@@ -146,7 +148,7 @@ class Slot:
 
 @dataclass(kw_only=True, eq=False)
 class Capture:
-    """What a captured graph uses until it is gone: pieces (zeroed, address, size), and objects."""
+    """Memory of a captured graph until it is gone: pieces (zeroed, address, size), and objects."""
 
     life: GraphLife
     pieces: list[tuple[bool, int, int]] = field(default_factory=list)
@@ -162,11 +164,12 @@ class Workspace:
     def __init__(self, device: torch.device, layout: ScratchLayout) -> None:
         self.device = device
         self.layout = layout
-        # By what needs the zeroing: pieces of plain scratch come back as they are.
+        # By the need of zeroing: pieces of plain scratch come back as they are.
         self.pools = {zeroed: Pool(device.index) for zeroed in (True, False)}
         # Streams of torch's by handle, foreign ones by ~id, the oldest first.
         self.slots: dict[int, Slot] = {}
         self.captures: dict[int, Capture] = {}
+        self._most_captures = KEPT_CAPTURES
         self._lock = threading.RLock()
 
     def stream_slot(self, stream: int) -> Slot:
@@ -253,6 +256,10 @@ class Workspace:
         with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
+                # Captures that take no scratch would pile up, and what they keep alive with them.
+                if len(self.captures) >= self._most_captures:
+                    self.release_ended()
+                    self._most_captures = max(KEPT_CAPTURES, 2 * len(self.captures))
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
             zeroed = self._captured_piece(capture, True, stream, layout.zeroed_bytes)
@@ -268,7 +275,7 @@ class Workspace:
         return address
 
     def release_ended(self) -> None:
-        """Take back what the captures of graphs that are gone have used."""
+        """Take back the memory of graphs that are gone."""
         with self._lock:
             ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
             for key in ended:

@@ -1,4 +1,4 @@
-"""`python -m dsv4_router_runtime doctor`: can this machine route, and if not, what repairs it."""
+"""`python -m dsv4_router_runtime doctor`: whether this machine can route, and the repair."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _test(
     repair = out_of_service(index)
 
     def route() -> Finding:
-        # Raises what the import raised, with --quick too.
+        # Raises the import's error, with --quick too.
         torch.result()
         if quick:
             return skip(check, "left out by --quick")

@@ -1,4 +1,4 @@
-"""A check's verdict: its status, what was found, what is needed, and the command that repairs."""
+"""A check's verdict: its status, the state found, the state needed, and the repair."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND = "python -m dsv4_router_runtime"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of doctor. A WARN or FAIL names what is needed and one next step."""
+    """One line of doctor. A WARN or FAIL names the need and one next step."""
 
     check: str
     status: str

@@ -1,4 +1,4 @@
-"""Checks of what is installed: the packages, the artifacts, their evidence. No GPU is asked."""
+"""Checks of the installation: the packages, the artifacts, their evidence. They use no GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WHY = {
     WHEEL_FOLDER: "the installed package's own",
     CHECKOUT_FOLDER: "beside the package of a checkout",
 }
-_GPU_TESTS = "python -m pytest -m gpu --record records.json"
+_GPU_TESTS = "in a checkout with these artifacts: python -m pytest -m gpu --record records.json"
 
 
 def check_packages() -> list[Finding]:
@@ -80,7 +80,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, Finding]:
-    """Open the set, read every cubin, and say where the set lies and why there."""
+    """Open the set and read every cubin; the finding has the folder and the reason for it."""
     try:
         place = find_artifacts() if folder is None else folder
         artifacts = open_artifacts(place)

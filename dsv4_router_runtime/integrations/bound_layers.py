@@ -112,11 +112,11 @@ def bind_router(
 
 
 class BoundLayer:
-    """A bound layer, and what `route` compares a call with.
+    """A bound layer, and the fields that `route` compares with a call.
 
     `router` holds the weight's memory, but not the tensor itself, so that an nn.Parameter can die
-    and take its layer along. `versions` count the in-place changes of what was copied; they are
-    None if nothing was.
+    and take its layer along. `versions` count the in-place changes of copied tensors; they are
+    None if there are none.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class BoundLayer:
 
 # A layer's key -> the layer, the oldest first.
 layers: dict[Hashable, BoundLayer] = {}
-# id(weight) -> its last layer without options or copies, which `route` looks at first.
+# id(weight) -> its last layer without options or copies, which `route` tries first.
 plain_layers: dict[int, BoundLayer] = {}
 _lock = threading.Lock()
 
@@ -167,8 +167,8 @@ def refresh(weight: torch.Tensor) -> None:
 
     Captured graphs read them from the next replay on. Layers without copies need none of this.
     """
-    if weight.is_cuda and driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
+    if weight.is_cuda:
+        driver.refuse_forked_child()
     address = weight.data_ptr()
     with _lock:
         for bound in list(layers.values()):
@@ -189,7 +189,7 @@ def forget(weight: torch.Tensor | None = None) -> None:
 
 
 def _forget_dead(weight: weakref.ref[torch.Tensor]) -> None:
-    """Drop what only a tensor that died could find, and with an nn.Parameter its layers."""
+    """Drop the plain layer of a tensor that died, and with an nn.Parameter its layers."""
     _drop(plain_layers, lambda bound: bound.weight is weight)
     _drop(layers, lambda bound: bound.weight is weight and bound.kept_by_parameter)
 
@@ -217,8 +217,8 @@ def find(
     bound = layers.get(key)
     if bound is not None and _fresh(bound, weight, tid2eid):
         return bound
-    if weight.is_cuda and driver.forked:
-        driver.bindings()  # says so, before a lock that another thread held at the fork
+    if weight.is_cuda:
+        driver.refuse_forked_child()
     with _lock:
         bound = layers.get(key)
         if bound is not None:
@@ -251,7 +251,7 @@ def _layer_key(
     top_k: int,
     options: LayerOptions,
 ) -> Hashable:
-    """Return what tells layers apart: the form and memory of each tensor, and the numbers."""
+    """Return the key of a layer: the form and memory of each tensor, and the numbers."""
     of_options = [(name, _form(value)) for name, value in options.items()]
     return (_form(weight), _form(e_bias), scale, top_k, *of_options)
 

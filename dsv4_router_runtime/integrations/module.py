@@ -132,7 +132,7 @@ class Gate(nn.Module):
     SGLang, which have other names for the biases, load as they are; state_dict() has these names.
 
     The first call binds the layer, and so does the first one after a move, or after a load with
-    `assign=True`: make it before capturing a CUDA graph. Graphs read what any other load brings,
+    `assign=True`: make it before capturing a CUDA graph. Graphs read the tensors of any other load,
     from the next replay on: call load_state_dict between replays (see `Router.refresh`). Biases
     stay FP32 when the module is converted to another dtype. There is no gradient: see `torch_op`.
     """
@@ -236,5 +236,5 @@ def _rename(gate: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 
 def _refresh_layer(gate: Any, _: Any) -> None:
-    """Let the copies of the bound layer follow what was loaded."""
+    """Take the copies of the bound layer again from the loaded tensors."""
     torch_op.refresh(gate.weight)

@@ -48,8 +48,8 @@ class Memory:
 
     name: for findings. initial: contents, valid from the start; else `size` bytes of poison.
     tracked: keep access records; read-only memory needs none. dependent: the grid before this
-    one may still write it. loads: the reads so far. patches: (read, offset, bytes) of writes by
-    no one on the machine, each made just before a read of that number.
+    one may still write it. on_load: called before each read, with the offsets of the bytes; it may
+    change `data`.
     """
 
     def __init__(
@@ -69,8 +69,6 @@ class Memory:
         self.read_only = read_only
         self.dependent = dependent
         self.tracked = tracked and not read_only
-        self.loads = 0
-        self.patches: list[tuple[int, int, bytes]] = []
         self.on_load: Callable[[Ints], None] | None = None
         if initial is None:
             self.data = np.full(size, POISON_BYTE, dtype=np.uint8)
@@ -93,10 +91,6 @@ class Memory:
         """Check and record a read of the bytes at `offsets` (flat), before the bytes are read."""
         if self.on_load is not None:
             self.on_load(offsets)
-        while self.patches and self.patches[0][0] <= self.loads:
-            _, start, new = self.patches.pop(0)
-            self.data[start : start + len(new)] = np.frombuffer(new, dtype=np.uint8)
-        self.loads += 1
         if not self.tracked:
             return
         if self._writes is not None:

@@ -76,7 +76,7 @@ class WarpClocks(Reporter):
     def publish(self, bits: int, release: bool = True) -> Clock:
         """Return the clock that a release by these lanes hands over, and start a new tick.
 
-        A relaxed operation hands over only what an earlier fence of the lane released, and
+        A relaxed operation hands over only the release of an earlier fence of the lane, and the
         mbarrier initialisations that a fence.mbarrier_init covered."""
         joined = self.joined(bits)
         if release:

@@ -25,6 +25,7 @@ from build_kernels.evidence.outputs import (
     as_float32,
     new_outputs,
     output_strides,
+    scratch_not_zero,
 )
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from build_kernels.specs import KERNELS, CudaSource
@@ -134,11 +135,7 @@ def run(
     case = inputs.case
     problems = [str(finding) for finding in result.findings]
     wrong, error = against_reference(inputs, result.memory)
-    problems += wrong
-    for parameter in kernel.parameters:
-        scratch = parameter.scratch
-        if scratch is not None and scratch.zeroed and result.memory[parameter.name].any():
-            problems.append(f"the scratch {parameter.name} is not left zero")
+    problems += wrong + scratch_not_zero(kernel, result.memory)
     return Emulation(
         problems=tuple(problems),
         weight_error=error,
@@ -353,7 +350,7 @@ def _arguments(
 
 RUNG = Rung(
     name="emulated",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=6),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=3,

@@ -184,7 +184,7 @@ _DOCUMENT = Document(
 )
 RUNG = Rung(
     name="hardware",
-    climb=climb,
+    climbs=(climb,),
     checker=None,
     reads=Reads.RECORDS,
     cost=0,

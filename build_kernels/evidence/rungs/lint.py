@@ -45,7 +45,7 @@ class Diagnostic:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """The reason to accept a diagnostic: of one code in one function, not of a code anywhere."""
+    """The reason to accept one code of diagnostic in one function, and nowhere else."""
 
     code: str
     function: str
@@ -166,7 +166,7 @@ def compile_here(name: str, arch: str, folder: str, report: str) -> None:
 
 RUNG = Rung(
     name="lint",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=1, tool="nvidia-cutlass-dsl"),
     reads=Reads.SOURCES,
     cost=2,

@@ -399,7 +399,7 @@ def _version() -> str:
 
 RUNG = Rung(
     name="protocol",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=2, tool="sentryward"),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=4,

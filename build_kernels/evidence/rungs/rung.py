@@ -32,7 +32,7 @@ class Checker:
     doubt raise it: the price is one run of the rung (the emulated one takes the longest). A stored
     pass that the present rung would not give is false.
 
-    A digest of the sources would ask for that run after every comment.
+    A digest of the sources would require that run after every comment.
     """
 
     number: int
@@ -43,16 +43,16 @@ class Checker:
 class Rung:
     """One kind of check.
 
-    climb: the check, `(artifact, *, quick) -> Result`; quick requests fewer cases. checker: None if
-    stored results never become stale, such as a GPU's. cost: rungs of the greatest cost
-    start first. figures: the figures that `describe` reads, each with its check; all of them if the
-    first is stored. required: the figure that every passed or failed result must have. packages:
-    imported by the processes that climb. parts: the climbs, side by side, that make one result. If
-    there are several, `climb` takes its `part`, from 0, and `join` makes the figures from theirs.
+    climbs: the check, in one part or several side by side, each `(artifact, *, quick) -> Result`;
+    quick requests fewer cases. join: makes the figures from those of the parts. checker: None if
+    stored results never become stale, such as a GPU's. cost: rungs of the greatest cost start
+    first. figures: the figures that `describe` reads, each with its check; all of them if the first
+    is stored. required: the figure that every passed or failed result must have. packages: imported
+    by the processes that climb.
     """
 
     name: str
-    climb: Callable[..., Result]
+    climbs: tuple[Callable[..., Result], ...]
     checker: Checker | None
     reads: Reads
     cost: int
@@ -60,7 +60,6 @@ class Rung:
     describe: Callable[[Mapping[str, Any]], Iterable[str]]
     required: str = ""
     packages: tuple[str, ...] = ()
-    parts: int = 1
     join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda figures: figures[0]
 
     def present_checker(self) -> str:
@@ -83,7 +82,7 @@ class Rung:
         return number == present_number and (not present_tool or tool == present_tool)
 
     def check_figures(self, node: JsonNode, result: Result) -> None:
-        """Raise the node's error if a stored result's figures are not what `describe` reads."""
+        """Raise the node's error unless a stored result has the figures that `describe` reads."""
         stored = result.figures
         if self.required and result.status != NOT_RUN and not stored.get(self.required):
             raise node.error(f"{self.name} {result.status} without its {self.required}")

@@ -189,7 +189,7 @@ def _describe(figures: Mapping[str, Any]) -> Iterator[str]:
 
 RUNG = Rung(
     name="structure",
-    climb=climb,
+    climbs=(climb,),
     checker=Checker(number=1, tool="nvidia-cuda-nvdisasm"),
     reads=Reads.FILES,
     cost=1,

@@ -66,7 +66,7 @@ _UNKNOWN_OF_TOPK = Edit(
     pattern=r"vote\.sync\.any\.pred( \t%p\d+), %p\d+, %r\d+;", replacement=r"mov.pred\1, 0;"
 )
 # Option ignored -> the edit's parameter and its constant, or None for a pointer; the case's
-# options; the complaint. Of every role that has the parameter.
+# options; the complaint. Made for every role that has the parameter.
 _ENGINE = (
     ("shared_weight", _ONE, ("shared",), WRONG_WEIGHT),
     ("weights_are_bfloat16", "0", ("bfloat16",), "out-of-bounds"),
@@ -83,7 +83,7 @@ _ENGINE = (
 def _of_engines(
     make: Callable[..., Mutant], role: str, prefix: str, unknown: Edit, case: Case = ONE_BLOCK
 ) -> tuple[Mutant, ...]:
-    """Return the mutants of a role's kernel that ignore an option, or what a forced row names."""
+    """Return the mutants of a role's kernel that ignore an option, or forced ids."""
     names = {item.name for item in ABI[role]}
     rows = [
         (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsv4_router_runtime.artifacts.limits import MAX_SHARED_SLOTS
 from dsv4_router_runtime.integrations.engine import limits_against
 
-# Algorithms of --ep-dispatch-algorithm whose ids SGLang derives from ours, or that are ours.
+# Algorithms of --ep-dispatch-algorithm with logical ids, or ids that a kernel or SGLang maps.
 DISPATCH_ALGORITHMS = (None, "static", "dynamic")
 
 
@@ -96,7 +96,7 @@ def _reasons_of_server(facts: LayerFacts) -> Iterator[str]:
     if facts.output_format not in (None, "STANDARD"):
         yield f"its experts take the format {facts.output_format}; STANDARD is served"
     if facts.deterministic:
-        yield "inference is deterministic, and bits depend on the number of tokens beyond 64"
+        yield "inference is deterministic, and bits of large batches depend on the number of tokens"
     if facts.waterfill:
         yield "waterfill balances its shared expert"
     if facts.simulated:

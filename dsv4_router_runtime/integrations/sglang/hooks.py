@@ -3,7 +3,7 @@
 The gate of a served layer launches nothing: its logits are memory that is not written, which
 carries the layer and the hidden states to the top-k. That makes the one launch. If it cannot serve
 a call, it has SGLang's gate make the logits. Nothing reads the logits of a served call but their
-shape. What torch compiles takes SGLang's own path.
+shape. Code that torch compiles takes SGLang's own path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MARK = "dsv4_router"
 
 
 class Pending(NamedTuple):
-    """What logits that were not made stand for. gate_forward: SGLang's own."""
+    """The gate's call that logits without values stand for. gate_forward: SGLang's own."""
 
     layer: ServedLayer
     hidden_states: torch.Tensor
@@ -53,7 +53,7 @@ def after_moe_init(_: None, moe: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _another_hook() -> str | None:
-    """Return what may read logits that are not made, past the hooks here; None if nothing may."""
+    """Return why logits that are not made may be read, past the hooks here; None if they cannot."""
     for target, (kind, hook) in HOOKS.items():
         if kind != "AROUND":
             continue
@@ -142,8 +142,8 @@ def around_vision_topk(
 ) -> Any:
     """Serve the top-k of a layer with a second bias, for the rows of image tokens.
 
-    SGLang's own fails in a hash layer; vLLM's defines what is served there: the table, but for the
-    rows of images.
+    SGLang's own fails in a hash layer. vLLM's is the definition there: the table, but for the rows
+    of images.
     """
     pending = pending_of(logits)
     if pending is None:
@@ -180,7 +180,7 @@ def _finish(
     num_tokens: torch.Tensor | None,
     info: Any,
 ) -> Any:
-    """Do what SGLang does after the choice: capture, map, place shared columns, record."""
+    """Take SGLang's steps after the choice: capture, map, place shared columns, record."""
     config, layer_id = layer.config, layer.moe.layer_id
     if _is_complete(layer, routed, info):
         out = build_precomputed_topk_output(routed.weights, routed.ids, config, layer_id)

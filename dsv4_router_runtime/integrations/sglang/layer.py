@@ -21,8 +21,8 @@ from dsv4_router_runtime.log import warn_once
 
 from .eligibility import DISPATCH_ALGORITHMS, LayerFacts, reason_against
 
-# Tensors move once when weights are loaded into new memory. An offloaded layer's move each call.
-MAX_MOVES = 4
+# The gate gets another weight when a model is loaded anew; an offloaded layer's gate each call.
+MAX_REPLACEMENTS = 4
 
 
 class Routed(NamedTuple):
@@ -38,7 +38,7 @@ class ServedLayer:
 
     Decides at the first call that is not captured, since SGLang sets attributes of the layer after
     it was made, and binds then. Its routers differ in their ids, which are logical, or physical by
-    SGLang's maps, read in place; and in whether they know image rows by their token id.
+    SGLang's maps, read in place; and in whether image rows are told by their token id.
 
     another_hook: why logits that are not made might be read, which decides against the layer.
     reason: why SGLang's own router serves the layer; None if this one does, or before the decision.
@@ -51,12 +51,12 @@ class ServedLayer:
         self.config: Any = None
         self.reason: str | None = None
         self._serves: bool | None = None
-        # (image rows are known, address of the map or 0) -> the router.
+        # (image rows are told, address of the map or 0) -> the router.
         self._routers: dict[tuple[bool, int], Any] = {}
         self._top_k = self._num_shared = 0
         self._tensors: list[torch.Tensor] = []
         self._bound_at: list[int] = []
-        self._moves = 0
+        self._replacements = 0
 
     def serves(self, hidden_states: torch.Tensor) -> bool:
         """Return whether this layer's call with these hidden states is served; bind it if so."""
@@ -64,7 +64,7 @@ class ServedLayer:
             self._decide(hidden_states)
         if not self._serves:
             return False
-        if self.moe.gate.weight is not self._tensors[0] or self._moved():
+        if self.moe.gate.weight is not self._tensors[0]:
             return self._follow(hidden_states)
         if self.moe.gate._forward_hooks:
             self._warn("hook", "a hook on its gate may read the logits")
@@ -99,18 +99,15 @@ class ServedLayer:
             return str(error)
         return None
 
-    def _moved(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._tensors] != self._bound_at
-
     def _follow(self, hidden_states: torch.Tensor) -> bool:
-        """Bind a layer whose tensors moved again; return whether it is served still."""
+        """Bind a layer whose gate has another weight; return whether it is served still."""
         if _is_capturing(hidden_states):
             self._warn("moved", "its weights moved, and this call is captured")
             return False
-        self._moves += 1
+        self._replacements += 1
         self._routers.clear()
         reason = self._bind_now()
-        if self._moves > MAX_MOVES:
+        if self._replacements > MAX_REPLACEMENTS:
             reason = "its weights keep moving; is it offloaded?"
         if reason is not None:
             self._routers.clear()
@@ -223,8 +220,9 @@ class ServedLayer:
         """Take the weights as they are now, after SGLang has loaded others."""
         if not self._routers:
             return
-        if self._moved() or not self._tensors[0].is_cuda:
-            self._moves = 0
+        moved = [tensor.data_ptr() for tensor in self._tensors] != self._bound_at
+        if moved or not self._tensors[0].is_cuda:
+            self._replacements = 0
             self._routers.clear()
             return
         for router in self._routers.values():
@@ -264,7 +262,7 @@ def config_of(moe: Any) -> Any:
 
 
 def facts_of(moe: Any) -> LayerFacts:
-    """Read off a DeepseekV2MoE and the server's configuration what `reason_against` asks."""
+    """Read the inputs of `reason_against` off a DeepseekV2MoE and the server's configuration."""
     gate, topk, config = moe.gate, moe.topk, config_of(moe)
     weight, e_bias = gate.weight, gate.e_score_correction_bias
     num_slots = config.num_shared_topk_slots

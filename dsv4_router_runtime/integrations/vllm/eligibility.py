@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A token's bits do not depend on its batch in calls of up to this many tokens.
-MOST_INVARIANT_TOKENS = 64
+# A token's bits do not depend on its batch in calls of up to this many tokens, of any number of
+# experts: one launch takes them.
+MOST_INVARIANT_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""vLLM's gate, whose logits are left out where a router makes its own."""
+"""vLLM's gate, without its logits if a router makes its own."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ServedGateLinear(GateLinear):
 
 
 class ServedGateMethod(UnquantizedLinearMethod):
-    """The gate's weights in BF16, and the one call of vLLM that says that they were loaded."""
+    """The gate's weights in BF16. vLLM calls it once they are loaded."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)

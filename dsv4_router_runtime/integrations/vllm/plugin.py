@@ -1,4 +1,4 @@
-"""The entry point that vLLM loads in each of its processes, and what became of each layer."""
+"""The entry point that vLLM loads in each of its processes, and the verdict of each layer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _why_not_register() -> str | None:
 
 
 def summary(model: Any) -> dict[str, str]:
-    """Return who routes in each MoE layer of a model: "dsv4_router", or why vLLM does.
+    """Return the router of each MoE layer of a model: "dsv4_router", or why it is vLLM's.
 
     It can be passed to `LLM.apply_model`. A layer has its verdict after the first forward.
     """

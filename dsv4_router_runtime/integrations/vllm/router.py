@@ -24,7 +24,7 @@ class ServedRouter(BaseRouter):
     """The router of one layer: logits, scores and top-k in one call.
 
     It keeps vLLM's router, `stock`, which routes whenever the logits have values: then the gate did
-    not leave them out. What follows the choice of experts (recording, EPLB) is BaseRouter's.
+    not leave them out. The steps after the choice of experts (recording, EPLB) are BaseRouter's.
     """
 
     # V4.1's specialized decode reads it, and runs its own top-k on the gate's logits if there is
@@ -80,7 +80,7 @@ class ServedRouter(BaseRouter):
         *,
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights FP32 and ids [N, top_k + shared], int32 unless int64 is asked for."""
+        """Return weights FP32 and ids [N, top_k + shared], int32 unless indices_type is int64."""
         if not router_logits.is_meta:
             return self.stock._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
@@ -103,8 +103,8 @@ class ServedRouter(BaseRouter):
     def take_weights(self) -> None:
         """Route by the weights that the gate has now; so do graphs that were captured before.
 
-        vLLM calls this when new weights have been loaded, but before it copies them to where the
-        old ones lie, which is where captured graphs read them. So the copy is made here.
+        vLLM calls this when new weights are loaded, but before it copies them over the old ones,
+        which captured graphs read. So the copy is made here.
         """
         with torch.inference_mode():
             for name, old in self._bound_tensors.items():

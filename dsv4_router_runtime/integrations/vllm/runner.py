@@ -1,4 +1,4 @@
-"""vLLM's runner of a MoE layer, which decides once who routes."""
+"""vLLM's runner of a MoE layer, which chooses the router once."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ServedMoERunner(MoERunner):
 
 
 def facts_of(runner: MoERunner) -> LayerFacts:
-    """Read what decides about a layer from its runner."""
+    """Read the facts that decide about a layer from its runner."""
     router, gate, config = runner.router, runner.gate, runner.moe_config
     if type(router) is not FusedTopKBiasRouter:
         return LayerFacts(router=type(router).__name__)

@@ -6,7 +6,7 @@ kernels, then the harmless changes.
 
 from __future__ import annotations
 
-from . import barriers, harmless, layouts, options, ordering, selection
+from . import barriers, harmless, layouts, options, ordering, prefill, selection
 
 MUTANTS = (
     *barriers.DECODE,
@@ -28,7 +28,14 @@ MUTANTS = (
     selection.TOPK_STORE,
     ordering.TOPK_GRID,
     *options.TOPK_OPTIONS,
+    *prefill.M_TILES,
+    *prefill.ROUNDS,
+    *prefill.TOKEN_TILES,
+    *prefill.PIPELINES,
+    *prefill.OPTIONS,
+    *prefill.SM100,
     *harmless.DECODE,
+    *prefill.HARMLESS,
 )
 
 __all__ = ["MUTANTS"]

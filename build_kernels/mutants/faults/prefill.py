@@ -174,7 +174,6 @@ ROUNDS = (
 
 # Where the first token of the tile is added.
 _FLAGS_TOKEN = r"add\.s32( \t%r\d+), %r7, (%r\d+);(\s+add\.s32 \t%r\d+, %r\d+, %r\d+;\s+shl)"
-_WORDS_TOKEN = r"add\.s32( \t%r\d+), %r7, (%r\d+);(\s+shl\.b32 \t%r\d+, %r\d+, 7;\s+mad)"
 _EPILOGUE_TOKEN = r"add\.s32( \t%r\d+), %r7, (%r\d+);(\s+add\.s32 [^;]*;\s+add\.s32 [^;]*;\s+setp)"
 _FORCED_TOKEN = r"add\.s32( \t%r\d+), (%r\d+), %r7;(\s+add\.s32)"
 _FIRST_TILE = Edit(pattern=r"(tensor\.3d[^{]*\{)(%r\d+), %r\d+,", replacement=r"\1\2, \2,")
@@ -187,11 +186,7 @@ _FEWER_TICKETS = _as(r"(, )448(;)", "32")
 TOKEN_TILES = (
     *of_kind(
         *(n64, "first token left out"),
-        (
-            "the first token's tile is multiplied for each",
-            _FIRST_TILE,
-            WRONG_IDS,
-        ),
+        ("the first token's tile is multiplied for each", _FIRST_TILE, WRONG_IDS),
         ("owned tokens are the first tile's", Edit(pattern=_EPILOGUE_TOKEN, replacement=_NO_FIRST)),
         (
             "padding is that of the first tile's rows",
@@ -271,8 +266,8 @@ PIPELINES = (
         *(n64, "dropped wait"),
         ("producer does not wait for empty", no_wait(0)),
         ("warpgroups do not wait for full", no_wait(1)),
-        ("epilogue does not wait for the row flags", no_wait(2)),
-        ("owner does not wait for the sums", no_wait(3)),
+        ("epilogue does not wait for the row flags", no_wait(2), ONE),
+        ("owner does not wait for the sums", no_wait(3), ONE),
         case=WRAPS,
         complaint="race",
     ),
@@ -306,7 +301,7 @@ PIPELINES = (
     *of_kind(
         *(n64, "wrong arrive count"),
         ("empty needs the arrivals of one M tile", arrivals(4, 1)),
-        ("row_flags_full needs 33 arrivals", arrivals(33, 16), "deadlock"),
+        ("row_flags_full needs 33 arrivals", arrivals(33, 16), "deadlock", ONE),
         case=WRAPS,
     ),
     *of_kind(
@@ -381,13 +376,13 @@ SM100 = (
         *(sm100, "dropped wait"),
         ("producer does not wait for empty", no_wait(0), "race"),
         ("MMA does not wait for full", no_wait(1), "race", BOTH),
-        ("epilogue does not wait for the accumulator", no_wait(2), "race"),
+        ("epilogue does not wait for the accumulator", no_wait(2), "race", ONE),
         case=WRAPS,
     ),
     *of_kind(
         *(sm100, "dropped commit"),
         ("no commit to empty", deleted(_COMMIT, 0), "deadlock"),
-        ("no commit to accumulator_full", deleted(_COMMIT, 1), "deadlock"),
+        ("no commit to accumulator_full", deleted(_COMMIT, 1), "deadlock", ONE),
         case=WRAPS,
     ),
     *of_kind(

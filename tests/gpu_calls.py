@@ -36,6 +36,11 @@ def gaussian(random, num_tokens: int, k: int, num_experts: int, layout: str = "k
     return x, laid_out(W.to(BF16), layout), bias
 
 
+def most_in_one_launch(num_experts: int) -> int:
+    """Return the largest N of one launch: 7 clusters of 128 experts by 128 tokens."""
+    return 7 // -(-num_experts // 128) * 128
+
+
 def logits_of(x, W):
     return x.double() @ W.double()
 

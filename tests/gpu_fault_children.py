@@ -89,9 +89,9 @@ def torn(kind: str, num_tokens: int, launches: int) -> dict[str, Any]:
     return {"launches": done, "seconds": round(time.monotonic() - started, 1)}
 
 
-def spinner(most: int) -> dict[str, Any]:
+def spinner(most: int, num_tokens: int) -> dict[str, Any]:
     """Call beside a kernel that holds k SMs, for every k, and again after it has ended."""
-    layer, waited = Layer(64), []
+    layer, waited = Layer(num_tokens), []
     layer()
     layer.check()
     for num_sms in range(most + 1):
@@ -113,7 +113,7 @@ def spinner(most: int) -> dict[str, Any]:
 
 def load(seconds: float) -> dict[str, Any]:
     """Call from 8 threads on 4 streams each, eagerly and by graphs; memory stays as it is."""
-    layers = [[Layer(n, seed=n + 10 * thread) for n in (1, 7, 33, 64)] for thread in range(8)]
+    layers = [[Layer(n, seed=n + 10 * thread) for n in (1, 7, 33, 64, 100)] for thread in range(8)]
     errors: list[BaseException] = []
     rounds = [0] * len(layers)
 
@@ -166,7 +166,7 @@ def _resident_bytes() -> int:
 def graphs_destroyed() -> dict[str, Any]:
     """Make 200 graphs and destroy them in a random order, with calls and replays between."""
     choice = random.Random(0)
-    layers = [Layer(n, seed=n) for n in (1, 8, 64)]
+    layers = [Layer(n, seed=n) for n in (1, 8, 64, 100)]
     alive: list[tuple[Layer, Any]] = []
     for _ in range(200):
         layer = choice.choice(layers)
@@ -210,7 +210,7 @@ def one_graph_in_two_parents() -> dict[str, Any]:
 
 def nan_everywhere() -> dict[str, Any]:
     """Route NaN by NaN; then a clean call."""
-    for n in (1, 8, 64, 300):
+    for n in (1, 8, 64, 100, 300):
         layer = Layer(n)
         clean = [tensor.clone() for tensor in (layer.x, layer.W, layer.bias)]
         for tensor in (layer.x, layer.W, layer.bias):
@@ -299,9 +299,9 @@ def empty_cache_between() -> dict[str, Any]:
     return {}
 
 
-def poisoned_launch(byte: int) -> dict[str, Any]:
+def poisoned_launch(byte: int, num_tokens: int) -> dict[str, Any]:
     """Launch on scratch that is not zero: a trap, or the right rows; never others in silence."""
-    layer = Layer(64)
+    layer = Layer(num_tokens)
     layer()
     layer.check()
     poison(byte)

@@ -22,7 +22,10 @@ from dsv4_router_runtime.device import driver, occupancy, streams  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = (1, 8, 16, 32, 64, 128)
+# One for each step of the layer's plan at least: prefill takes 65 to 256, a product the last.
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 300)
+# Of prefill at N = 128 and 256: 3 tiles of experts by 2 of tokens.
+PREFILL_CLUSTERS = 6
 SECONDS = 60
 # CU_DEV_SM_RESOURCE_SPLIT_MAX_POTENTIAL_CLUSTER_SIZE: groups of SMs that may hold large clusters.
 MAX_CLUSTERS = 2
@@ -66,6 +69,10 @@ def test_green_contexts_are_right_and_say_what_did_not_fit(sms, flags):
     # A step is left exactly if its kernel had no room.
     assert {item["kernel"] for item in seen["fallbacks"]} == set(seen["unfit"])
     assert len(seen["warnings"]) == len(seen["fallbacks"])
+    rooms = {key: room for key, room in seen["exclusive_clusters"].items() if "prefill" in key}
+    assert len(rooms) == 2
+    # Right all the same, with clusters that wait for others to end.
+    assert seen["sms"] >= 16 * PREFILL_CLUSTERS or max(rooms.values()) < PREFILL_CLUSTERS
 
 
 def test_a_thread_without_a_context_gets_no_other_than_torchs():
@@ -79,7 +86,7 @@ def test_a_context_of_the_caller_is_refused_and_kept():
     assert seen["kept"]
     for message in seen["refused"]:
         assert "allowed: the primary context, or a green context of the GPU" in message
-    assert len(seen["refused"]) == 3
+    assert len(seen["refused"]) == 4
 
 
 @pytest.mark.parametrize("body", [STORE_TO_NOWHERE, TRAP])
@@ -229,7 +236,7 @@ def bare_thread() -> dict:
 
 def foreign() -> dict:
     x, router = layer()
-    out = {n: route(router, x, n) for n in (8, 128)}
+    out = {n: route(router, x, n) for n in (8, 128, 300)}
     torch.cuda.synchronize()
     weights, bias = router.W_gate, router.e_bias
     cuda = driver.bindings()
@@ -241,6 +248,7 @@ def foreign() -> dict:
     for call in (
         lambda: router(x[:8], *out[8]),
         lambda: router(x[:128], *out[128]),
+        lambda: router(x[:300], *out[300]),
         lambda: Router(weights, bias, top_k=6, routed_scaling_factor=1.0),
     ):
         try:

@@ -23,8 +23,8 @@ from build_kernels.evidence.cases import Case  # noqa: E402
 from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs  # noqa: E402
 from build_kernels.evidence.rungs import emulated  # noqa: E402
 from build_kernels.specs import DECODE_TILES  # noqa: E402
-from dsv4_router_runtime import dense_router_dispatch  # noqa: E402
-from dsv4_router_runtime.artifacts.folder import find_artifacts  # noqa: E402
+from dsv4_router_runtime import Router  # noqa: E402
+from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts  # noqa: E402
 from dsv4_router_runtime.device.driver import arch_of_device  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -67,11 +67,18 @@ DECODE_CASES = [
     decode_case(31, 256, 4096, "biased"),
     decode_case(3, 96, 1024, "extreme"),
 ]
+# Of each tile of tokens, by layout: two token tiles of few experts, and two expert tiles.
+PREFILL_CASES = [
+    (64, "kmajor", decode_case(65, 60, 1024, "biased")),
+    (64, "emajor", decode_case(65, 136, 1024, "integers")),
+    (128, "emajor", decode_case(129, 56, 1024, "biased")),
+    (128, "kmajor", decode_case(65, 132, 1024, "integers")),
+]
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
 
-def on_gpu(inputs: Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and ids that the GPU gives for a case."""
+def on_gpu(inputs: Inputs, layout: str, *prefill: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and ids that the GPU gives for a case; of the prefill kernels only those named."""
     case = inputs.case
 
     def bfloat16(name: str) -> torch.Tensor:
@@ -84,7 +91,14 @@ def on_gpu(inputs: Inputs, layout: str) -> tuple[np.ndarray, np.ndarray]:
     bias = torch.from_numpy(inputs.tensors["e_bias"]).cuda()
     weights = torch.empty(case.num_tokens, case.top_k, dtype=torch.float32, device="cuda")
     ids = torch.empty(case.num_tokens, case.top_k, dtype=torch.int32, device="cuda")
-    dense_router_dispatch(hidden, weight, bias, SCALE, case.top_k, weights, ids)
+    found = open_artifacts(find_artifacts())
+    kernels = [
+        item for item in found.manifest.kernels if item.role != "prefill" or item.name in prefill
+    ]
+    kept = replace(found, manifest=replace(found.manifest, kernels=tuple(kernels)))
+    router = Router(weight, bias, top_k=case.top_k, routed_scaling_factor=SCALE, artifacts=kept)
+    assert set(prefill) <= {key.split(".")[0] for key in router.kernels}
+    router(hidden, weights, ids)
     torch.cuda.synchronize()
     return weights.cpu().numpy(), ids.cpu().numpy()
 
@@ -114,9 +128,22 @@ def test_decode_gives_the_bits_that_the_emulator_gives(
     assert_same_bits(emulation, *on_gpu(inputs, layout))
 
 
+@pytest.mark.parametrize(("tile", "layout", "case"), PREFILL_CASES, ids=str)
+def test_prefill_gives_the_bits_that_the_emulator_gives(
+    tile: int, layout: str, case: Case, approximate: dict
+) -> None:
+    name = f"router_prefill_{layout}_n{tile}"
+    artifact = load_artifact(find_artifacts(), f"{name}.{arch_of_device(0)}")
+    inputs = make_inputs(artifact.kernel, case)
+    emulation = emulated.run(
+        artifact.kernel, artifact.ptx, inputs, SCHEDULE, approximate=approximate
+    )
+    assert_same_bits(emulation, *on_gpu(inputs, layout, name))
+
+
 @pytest.mark.parametrize("case", TOPK_CASES, ids=str)
 def test_topk_gives_the_bits_that_the_emulator_gives(case: Case, approximate: dict) -> None:
-    """Above 64 tokens: torch multiplies, exactly for integers, and router_topk selects."""
+    """Without prefill kernels: torch multiplies, exactly for integers, and router_topk selects."""
     arch = arch_of_device(0)
     decode = load_artifact(find_artifacts(), f"router_decode_kmajor_n64.{arch}")
     topk = load_artifact(find_artifacts(), f"router_topk.{arch}")

@@ -12,17 +12,17 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from gpu_calls import BF16, approximation, laid_out  # noqa: E402
+from gpu_calls import BF16, approximation, laid_out, most_in_one_launch  # noqa: E402
 
 from dsv4_router_runtime import Router  # noqa: E402
 from dsv4_router_runtime.exact import exact_logits, exact_selection, fused  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-# Every N whose logits a fused kernel sums; the rest multiply by torch.mm.
-TOKENS = (1, 8, 9, 32, 33, 64)
-# More, whose weights and ids are compared with those of their own logits.
-SELECT_TOKENS = (65, 300)
+# N whose logits a kernel sums, as far as that is one launch; the rest multiply by torch.mm.
+TOKENS = (1, 8, 9, 32, 33, 64, 65, 100, 128, 129, 256)
+# More of 256 experts, whose weights and ids are compared with those of their own logits.
+SELECT_TOKENS = (385, 600)
 LAYOUTS = ("kmajor", "emajor")
 SCALE, TOP_K = 2.5, 6
 MILLION, MASK = 10**6, 0xFFFFFFFF
@@ -156,7 +156,8 @@ def same_weights(got, expected, tempered_logits, ids, about: str) -> None:
 def agrees(x, w, bias, layout: str, tokens, logits) -> None:
     router = Router(laid_out(w, layout), bias, top_k=TOP_K, routed_scaling_factor=SCALE)
     weights, ids = exact_selection(logits, bias, SCALE, TOP_K)
-    for num_tokens in tokens:
+    most = most_in_one_launch(w.shape[1])
+    for num_tokens in (number for number in tokens if number <= most):
         about = f"{layout}, N = {num_tokens}"
         got = routed(router, x, num_tokens)
         same_bits(got[0], logits, f"{about}: logits")
@@ -180,10 +181,23 @@ def test_a_million_logits_of_each_kernel(random, draw):
     [(64, 8), (960, 60), (1088, 132), (4096, 256), (5120, 128), (5184, 512), (8256, 72)],
 )
 def test_shapes_with_ragged_slices_and_tiles(random, k, num_experts, draw):
-    x, w, bias = drawn(random, draw, 130, k, num_experts)
+    x, w, bias = drawn(random, draw, 260, k, num_experts)
     logits = exact_logits(x, w)
     for layout in LAYOUTS:
         agrees(x, w, bias, layout, TOKENS, logits)
+
+
+@pytest.mark.parametrize("draw", PLAIN, ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize(
+    ("num_experts", "tokens"),
+    [(60, (448, 449, 896)), (128, (769, 896)), (256, (192, 193, 384)), (512, (65, 128))],
+)
+def test_the_bounds_of_prefills_tiles(random, num_experts, tokens, draw):
+    """N at which n64 ends, n128 begins and ends."""
+    x, w, bias = drawn(random, draw, max(tokens), 1088, num_experts)
+    logits = exact_logits(x, w)
+    for layout in LAYOUTS:
+        agrees(x, w, bias, layout, tokens, logits)
 
 
 @pytest.mark.parametrize("draw", ODD, ids=lambda draw: draw.__name__)
@@ -192,9 +206,11 @@ def test_odd_numbers(random, k, draw):
     x, w, bias = drawn(random, draw, 130, k, 160)
     logits = exact_logits(x, w)
     router = Router(w, bias, top_k=TOP_K, routed_scaling_factor=SCALE)
-    got = routed(router, x, 32)
-    same_bits(got[0], logits, "logits")
-    same_bits(got[2], exact_selection(logits, bias, SCALE, TOP_K)[1], "ids")
+    ids = exact_selection(logits, bias, SCALE, TOP_K)[1]
+    for num_tokens in (32, 130):
+        got = routed(router, x, num_tokens)
+        same_bits(got[0], logits, f"N = {num_tokens}: logits")
+        same_bits(got[2], ids, f"N = {num_tokens}: ids")
 
 
 @pytest.mark.parametrize("draw", PLAIN, ids=lambda draw: draw.__name__)
@@ -209,7 +225,7 @@ def test_weights_and_ids_of_the_logits_that_torch_multiplies(random, num_tokens,
 
 
 @pytest.mark.parametrize("gate_temp", [1.0, 0.7])
-@pytest.mark.parametrize("num_tokens", [1, 9, 56, 57])
+@pytest.mark.parametrize("num_tokens", [1, 9, 56, 57, 65, 200])
 def test_weights_of_a_hash_layer(random, num_tokens, gate_temp):
     x, w, _ = drawn(random, gaussian, num_tokens, 4096, 256)
     w *= 8

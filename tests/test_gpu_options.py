@@ -8,7 +8,7 @@ may touch; see `Routed.run`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from gpu_calls import (  # noqa: E402
     integers,
     laid_out,
     logits_of,
+    most_in_one_launch,
     outputs,
 )
 
@@ -35,7 +36,8 @@ from dsv4_router_runtime.reference import padded_rows  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 K, E, TOP_K, SCALE, VOCAB, REPLICAS = 1024, 160, 6, 2.5, 50, 3
-TOKENS = [1, 8, 9, 33, 56, 57, 64, 65, 300]
+# Of 160 experts prefill takes 65 to 384.
+TOKENS = [1, 8, 9, 33, 56, 57, 64, 65, 130, 300, 400]
 LAYOUTS = ["kmajor", "emajor"]
 INT32 = torch.int32
 # Physical ids start here: apart from every logical id and every shared one.
@@ -426,7 +428,7 @@ def test_shapes_of_layers_with_options(random, options):
         (2048, 144, 4),
         (1024, 160, 5),
     ]:
-        for num_tokens in (1, 20, 64, 70):
+        for num_tokens in (1, 20, 64, 70, 130, most_in_one_launch(num_experts) + 1):
             for layout in LAYOUTS:
                 shape = {"k": k, "num_experts": num_experts, "top_k": top_k}
                 about = f"{joined(options)}, N = {num_tokens}, {shape}, {layout}"
@@ -442,7 +444,7 @@ def test_shapes_of_layers_with_options(random, options):
 )
 def test_images_in_a_hash_layer(random, options, layout):
     """Of one Router: rows mixed, of images alone, of text alone, and a call without the mask."""
-    for num_tokens in (*range(1, 66), 128, 300):
+    for num_tokens in (*range(1, 66), 128, 193, 300, 385):
         about = f"N = {num_tokens}, {layout}"
         routed = routed_with(random, options, num_tokens, layout, spoiled=False)
         router = routed.router()
@@ -461,7 +463,7 @@ def test_images_in_a_hash_layer(random, options, layout):
             routed.agrees(*routed.run(router), f"{about}, {kind}")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 56, 64, 100])
+@pytest.mark.parametrize("num_tokens", [1, 16, 56, 64, 100, 400])
 def test_token_ids_of_image_rows_are_not_looked_at(random, num_tokens):
     routed = routed_with(random, ("images", "hash64", "physical"), num_tokens, spoiled=False)
     routed.call["image_mask"].fill_(True)
@@ -477,7 +479,7 @@ def test_token_ids_of_image_rows_are_not_looked_at(random, num_tokens):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [("hash",), ("text", "hash")], ids=joined)
-@pytest.mark.parametrize("num_tokens", [1, 8, 9, 56, 100])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 56, 100, 400])
 def test_a_hash_layer_looks_at_the_chosen_experts_only(random, num_tokens, options, layout):
     """All tokens choose among 40 experts; the others' weights are NaN."""
     routed = routed_with(random, options, num_tokens, layout)
@@ -488,7 +490,7 @@ def test_a_hash_layer_looks_at_the_chosen_experts_only(random, num_tokens, optio
     routed.agrees(*routed.run(), f"N = {num_tokens}, {layout}")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 40, 100])
+@pytest.mark.parametrize("num_tokens", [1, 40, 100, 400])
 def test_a_hash_layers_nan_and_infinity(random, num_tokens):
     """A chosen expert that is NaN weighs nothing, one that is infinite counts as FLT_MAX."""
     routed = routed_with(random, ("hash",), num_tokens)
@@ -503,7 +505,7 @@ def test_a_hash_layers_nan_and_infinity(random, num_tokens):
 
 
 def test_a_hash_layer_with_rows_of_a_wider_matrix(random):
-    for num_tokens in (5, 64, 90):
+    for num_tokens in (5, 64, 90, 400):
         routed = routed_with(random, ("hash",), num_tokens)
         wide = torch.full((E, K + 64), torch.nan, dtype=BF16, device="cuda")
         wide[:, :K] = routed.W.t()
@@ -524,7 +526,7 @@ def test_a_hash_table_of_any_strides(random):
         routed.agrees(*routed.run(), f"strides {view.stride()}, {view.dtype}")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 200])
+@pytest.mark.parametrize("num_tokens", [1, 64, 200, 400])
 def test_a_hash_layers_table_does_not_change_with_the_callers(random, num_tokens):
     routed = routed_with(random, ("hash",), num_tokens)
     router, expected = routed.router(), routed.expected()
@@ -537,7 +539,7 @@ def test_a_hash_layers_table_does_not_change_with_the_callers(random, num_tokens
 @pytest.mark.parametrize("gate_temp", [1e-3, 0.5, 0.7, 3.0, 1e30])
 def test_gate_temperatures(random, gate_temp):
     """In a hash layer, where nothing is chosen by a key: all scores, from 0 to huge, in any mix."""
-    for num_tokens in (1, 33, 100):
+    for num_tokens in (1, 33, 100, 400):
         routed = routed_with(random, ("hash",), num_tokens)
         routed.layer["gate_temp"] = gate_temp
         routed.agrees(*routed.run(), f"N = {num_tokens}, gate_temp {gate_temp}")
@@ -545,11 +547,13 @@ def test_gate_temperatures(random, gate_temp):
 
 @pytest.mark.parametrize("options", [("count",), ("count", "hash")], ids=joined)
 def test_any_number_of_valid_tokens(random, options):
-    for num_tokens in (1, 16, 33, 100):
+    for num_tokens in (1, 16, 33, 100, 300, 400):
         routed = routed_with(random, options, num_tokens, spoiled=False)
         router = routed.router()
         clean = routed.x.clone()
-        for count in (-(2**31), -1, 0, 1, num_tokens - 1, num_tokens, num_tokens + 1, 2**31 - 1):
+        counts = {-(2**31), -1, 0, 1, num_tokens - 1, num_tokens, num_tokens + 1, 2**31 - 1}
+        # Prefill's token tiles of 64 and 128: whole ones are padding.
+        for count in sorted(counts | {63, 64, 65, 128, 129}):
             routed.call["num_tokens"].fill_(count)
             routed.x.copy_(clean)
             routed.spoil()
@@ -567,7 +571,7 @@ def test_any_number_of_valid_tokens(random, options):
 def test_maps_written_after_binding_read_nothing_out_of_bounds(random, options):
     """Counts that no check sees again: the replica is held within the map, as the oracle has it."""
     bad = torch.tensor([0, -1, -(2**31), REPLICAS + 1, 1000, 2**31 - 1], dtype=INT32, device="cuda")
-    for num_tokens in (1, 16, 64, 200):
+    for num_tokens in (1, 16, 64, 100, 200, 400):
         routed = routed_with(random, options, num_tokens)
         router = routed.router()
         experts = torch.arange(E, device="cuda")
@@ -618,7 +622,7 @@ class Replayed:
 
 
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 16, 40, 64, 65, 200])
+@pytest.mark.parametrize("num_tokens", [1, 16, 40, 64, 65, 200, 400])
 def test_graph_replays_with_other_masks_ids_and_maps(random, num_tokens, pdl):
     for options in (
         ("count",),
@@ -642,7 +646,7 @@ def test_graph_replays_with_other_masks_ids_and_maps(random, num_tokens, pdl):
     ],
     ids=joined,
 )
-@pytest.mark.parametrize("num_tokens", [1, 16, 64, 200])
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 100, 200, 400])
 def test_pdl_with_inputs_that_the_kernel_before_writes(random, num_tokens, options):
     """hidden_states, masks and num_tokens may be the work of the launch right before."""
     batches = [routed_with(random, options, num_tokens) for _ in range(8)]
@@ -688,7 +692,7 @@ def test_back_to_back_dependents_of_every_kind(random):
     layers = [
         routed_with(random, options, num_tokens, draw=gaussian)
         for options in kinds
-        for num_tokens in (1, 16, 40, 64)
+        for num_tokens in (1, 16, 40, 64, 100, 200)
     ]
     expected = [routed.run(rows=0, columns=0) for routed in layers]
     routers = [routed.router(pdl=True) for routed in layers]
@@ -721,7 +725,7 @@ def logical(routed: Routed, ids):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [(), *SINGLES, *ALL], ids=joined)
 def test_a_tokens_bits_do_not_depend_on_its_batch(random, options, layout):
-    """Every token alone, and then in every number of tokens up to 64, at shuffled rows.
+    """Every token alone, and then in every number of tokens up to 64 and some more, shuffled.
 
     A row past num_tokens is padding wherever it comes from, and is left out.
     """
@@ -760,9 +764,9 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(random, options, layout):
     ids = torch.cat([i for _, i in alone])
     assert (ids[padded] == -1).all()
     assert (ids[~padded] >= 0).all()
-    for num_tokens in range(2, 65):
-        rows = torch.randperm(64, generator=random, device="cuda")[:num_tokens]
-        got_weights, got_ids = route(rows)
+    for num_tokens in (*range(2, 66), 100, 128, 129, 192, 193, 300):
+        rows = torch.randperm(max(64, num_tokens), generator=random, device="cuda") % 64
+        got_weights, got_ids = route(rows[:num_tokens])
         rows = rows[: len(got_ids)]
         assert torch.equal(got_ids, ids[rows]), f"{joined(options)}: ids at N = {num_tokens}"
         assert torch.equal(got_weights, weights[rows]), (
@@ -770,7 +774,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(random, options, layout):
         )
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 64, 300])
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 100, 300, 400])
 def test_every_run_gives_the_same_bits(random, num_tokens):
     for options in ALL:
         routed = routed_with(random, options, num_tokens, draw=gaussian)
@@ -782,7 +786,7 @@ def test_every_run_gives_the_same_bits(random, num_tokens):
                 assert torch.equal(again[1], ids), joined(options)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 33, 64, 65])
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 64, 65, 300, 400])
 def test_options_that_change_nothing_change_no_bit(random, num_tokens):
     """On, but without effect: no row masked, all of them valid, replicas alike, bias_vl unused."""
     routed = routed_with(random, (), num_tokens, draw=gaussian)
@@ -798,7 +802,9 @@ def test_options_that_change_nothing_change_no_bit(random, num_tokens):
         "first_image_id": 1,
         "num_image_ids": 2**31 - 1,
     }
-    routed.asked = ("out_logical_ids", "out_logits") if num_tokens <= 64 else ("out_logical_ids",)
+    # A product into out_logits may be summed in another order than one into scratch.
+    both = num_tokens <= most_in_one_launch(E)
+    routed.asked = ("out_logical_ids", "out_logits") if both else ("out_logical_ids",)
     routed.call = {
         "image_mask": no_row,
         "padding_mask": no_row.clone(),
@@ -846,7 +852,7 @@ def promised(routed: Routed, weights, ids) -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    num_tokens=st.integers(0, 80),
+    num_tokens=st.one_of(st.integers(0, 80), st.integers(65, 400)),
     blocks=st.integers(1, 20),
     num_experts=st.integers(1, 512),
     top_k=st.integers(1, 8),
@@ -881,7 +887,7 @@ def test_any_options_on_any_shape(
 
 # ------------------------------------------------------------------ what engines record and replay
 
-DECODE_AND_MORE = [1, 8, 33, 64, 100]
+DECODE_AND_MORE = [1, 8, 33, 64, 65, 130, 300, 400]
 # A text layer and hash layers, by the kernels that they take.
 KINDS = [(), ("hash",), ("text", "hash"), ("images", "hash"), ("image_ids", "hash64"), ("images",)]
 
@@ -935,12 +941,13 @@ def test_logits_of_every_row_and_calls_without_them(random, num_tokens, kind, la
         weights, ids = routed.run(router, columns=columns)
         logits = routed.got["out_logits"]
         # cuBLAS sums in an order of its own, and another for rows of another stride.
-        order_error = 2**-14 * magnitudes if num_tokens > 64 else 0
+        is_product = num_tokens > most_in_one_launch(E)
+        order_error = 2**-14 * magnitudes if is_product else 0
         assert ((logits.double() - exact.double()).abs() <= order_error).all()
         expected = routed.selected(logits)
         assert torch.equal(weights, expected[0])
         assert torch.equal(ids, expected[1])
-        if num_tokens <= 64:
+        if not is_product:
             assert torch.equal(weights, before[0])
             assert torch.equal(ids, before[1])
     after = plain.run(router)
@@ -948,7 +955,7 @@ def test_logits_of_every_row_and_calls_without_them(random, num_tokens, kind, la
     assert torch.equal(after[1], before[1])
 
 
-@pytest.mark.parametrize("num_tokens", [8, 100])
+@pytest.mark.parametrize("num_tokens", [8, 100, 400])
 def test_logits_in_inference_mode_and_out_of_it(random, num_tokens):
     routed = routed_with(random, ("logits",), num_tokens)
     router = routed.router()
@@ -1037,7 +1044,7 @@ def test_an_e_contiguous_gate_of_a_hash_layer_is_bound_as_a_copy(random):
 
 
 def test_dense_router_dispatch_writes_int64_ids(random):
-    for num_tokens in (6, 200):
+    for num_tokens in (6, 200, 400):
         routed = routed_with(random, ("int64",), num_tokens)
         weights, ids = routed.outputs()
         dense_router_dispatch(routed.x, routed.W, routed.bias, SCALE, TOP_K, weights, ids)
@@ -1045,7 +1052,7 @@ def test_dense_router_dispatch_writes_int64_ids(random):
 
 
 def test_int64_ids_beside_weights_in_one_buffer(random):
-    for num_tokens in (1, 40, 200):
+    for num_tokens in (1, 40, 200, 400):
         routed = routed_with(random, ("int64",), num_tokens)
         buffer = torch.full((num_tokens, 12), CANARY, dtype=torch.int64, device="cuda")
         weights, ids = buffer.view(torch.float32)[:, 1:7], buffer[:, 5:11]
@@ -1058,7 +1065,7 @@ def test_no_memory_is_allocated_per_call(random):
     batches = [
         routed_with(random, options, num_tokens)
         for options in ALL
-        for num_tokens in (1, 16, 64, 200)
+        for num_tokens in (1, 16, 64, 100, 200, 400)
     ]
     calls = [(batch.router(), batch, batch.outputs()) for batch in batches]
     for router, batch, out in calls:
@@ -1071,8 +1078,8 @@ def test_no_memory_is_allocated_per_call(random):
 
 def test_layouts_agree_to_the_last_bit_on_integers(random):
     """Exact logits leave no room for the layout: both must give the same bits."""
-    for options in ALL:
-        routed = routed_with(random, options, 64)
+    for options, num_tokens in product(ALL, (64, 130, 300)):
+        routed = routed_with(random, options, num_tokens)
         weights, ids = routed.run()
         routed.W = laid_out(routed.W, "emajor")
         again = routed.run()

@@ -385,7 +385,7 @@ def test_a_gate_moves_to_a_gpu_and_back(random, config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200, 1000])
 @each_kind
 def test_a_gate_routes_compiled_captured_and_loaded_anew_on_a_gpu(random, config, num_tokens):
     gate = loaded(config, random, "cuda")

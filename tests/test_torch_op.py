@@ -698,7 +698,7 @@ def test_opcheck_passes_on_a_gpu(random, case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200, 1000])
 def test_all_operators_give_the_references_rows_on_a_gpu(random, num_tokens):
     weight, e_bias = layer(random, "cuda")
     x, options = rows(random, num_tokens, "cuda"), all_options(random, "cuda", num_tokens)
@@ -725,7 +725,7 @@ def test_all_operators_give_the_references_rows_on_a_gpu(random, num_tokens):
 @each_operator
 def test_inductor_adds_nothing_on_a_gpu(random, dynamo, functional):
     step = Step(*layer(random, "cuda"), functional)
-    check_for_copies(step, *((rows(random, num_tokens, "cuda"),) for num_tokens in (5, 200)))
+    check_for_copies(step, *((rows(random, num_tokens, "cuda"),) for num_tokens in (5, 200, 1000)))
 
 
 @pytest.mark.gpu

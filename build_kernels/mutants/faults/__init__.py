@@ -6,7 +6,7 @@ kernels, then the harmless changes.
 
 from __future__ import annotations
 
-from . import barriers, harmless, layouts, options, ordering, prefill, selection
+from . import barriers, harmless, layouts, options, ordering, prefill, prefill_pipelines, selection
 
 MUTANTS = (
     *barriers.DECODE,
@@ -31,11 +31,11 @@ MUTANTS = (
     *prefill.M_TILES,
     *prefill.ROUNDS,
     *prefill.TOKEN_TILES,
-    *prefill.PIPELINES,
-    *prefill.OPTIONS,
-    *prefill.SM100,
+    *prefill_pipelines.PIPELINES,
+    *prefill_pipelines.OPTIONS,
+    *prefill_pipelines.SM100,
     *harmless.DECODE,
-    *prefill.HARMLESS,
+    *prefill_pipelines.HARMLESS,
 )
 
 __all__ = ["MUTANTS"]

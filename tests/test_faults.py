@@ -39,21 +39,35 @@ from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 ROOT = Path(__file__).parents[1]
 KEY = "router_decode_kmajor_n8.sm_90a"
-EMULATED = tuple(fault.name for fault in FAULTS if fault.scenario is not None)
+PREFILL_KEY = "router_prefill_kmajor_n64.sm_90a"
+SCENARIOS = {fault.name: fault.scenario for fault in FAULTS if fault.scenario is not None}
+EMULATED = tuple(name for name, scenario in SCENARIOS.items() if "decode" in scenario.roles)
+PREFILL = tuple(name for name, scenario in SCENARIOS.items() if "prefill" in scenario.roles)
 # A second each: one torn input and one workspace with words left in it are quick.
 QUICK = ("padding-set", "random-left")
 
 
+def built(tmp_path_factory: pytest.TempPathFactory, key: str) -> Artifact:
+    """One kernel, built."""
+    name, _, arch = key.partition(".")
+    folder = kernel_set(tmp_path_factory.mktemp("faults") / "artifacts", [name], [arch])
+    return load_artifact(folder, key)
+
+
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """One decode kernel, built."""
-    name, _, arch = KEY.partition(".")
-    folder = kernel_set(tmp_path_factory.mktemp("faults") / "artifacts", [name], [arch])
-    return load_artifact(folder, KEY)
+    return built(tmp_path_factory, KEY)
+
+
+@pytest.fixture(scope="module")
+def prefill(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return built(tmp_path_factory, PREFILL_KEY)
 
 
 def put(fault: Fault, artifact: Artifact, *, quick: bool = True) -> Trial:
-    """Try one fault on a kernel."""
+    """Try one fault on a kernel, also one that a quick run leaves out."""
+    if quick and fault.scenario is not None and not fault.scenario.quick:
+        fault = replace(fault, scenario=replace(fault.scenario, quick=(65,)))
     return try_faults([fault], artifact, quick=quick)[fault.name]
 
 
@@ -92,27 +106,48 @@ def test_every_named_test_exists(fault: Fault) -> None:
 @pytest.mark.parametrize("name", sorted(EMULATED, key=lambda name: name not in QUICK))
 def test_a_decode_kernel_survives(decode: Artifact, name: str) -> None:
     fault = BY_NAME[name]
-    assert applies(fault, decode)
+    assert applies(fault, decode, quick=True)
     trial = put(fault, decode)
     assert trial.problems == ()
     assert trial.runs > 0
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", sorted(PREFILL, key=lambda name: name != "padding-set"))
+def test_a_prefill_kernel_survives(prefill: Artifact, name: str) -> None:
+    assert put(BY_NAME[name], prefill).problems == ()
+
+
+def test_a_quick_run_lists_no_row_that_it_leaves_out(prefill: Artifact) -> None:
+    fault = BY_NAME["second-padding-torn"]
+    assert applies(fault, prefill, quick=False)
+    assert not applies(fault, prefill, quick=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("guard", "name"),
-    [(guard, name) for guard in GUARDS for name in guard.faults],
+    ("guard", "name", "role"),
+    [
+        (guard, name, role)
+        for guard in GUARDS
+        for name in guard.faults
+        for role in ("decode", "prefill")
+        if role in SCENARIOS[name].roles
+    ],
     ids=lambda part: part if isinstance(part, str) else part.name,
 )
-def test_a_row_fails_without_its_guard(decode: Artifact, guard, name: str) -> None:
-    ptx = decode.ptx
+def test_a_row_fails_without_its_guard(
+    request: pytest.FixtureRequest, guard, name: str, role: str
+) -> None:
+    artifact = request.getfixturevalue(role)
+    ptx = artifact.ptx
     for edit in guard.edits:
         ptx = edit(ptx)
-    assert put(BY_NAME[name], replace(decode, ptx=ptx)).problems
+    assert put(BY_NAME[name], replace(artifact, ptx=ptx)).problems
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EMULATED if BY_NAME[name].scenario.tears])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if SCENARIOS[name].tears])
 def test_every_tear_has_a_guard(name: str) -> None:
     assert any(name in guard.faults for guard in GUARDS)
 

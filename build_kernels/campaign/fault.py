@@ -52,17 +52,17 @@ class Torn:
 class Scenario:
     """A fault that the emulator can make, and the launches that it is made in.
 
-    roles: kernels that it concerns. num_tokens, options, kind: fields of the cases; 0 tokens stands
-    for more than half of the kernel's tile, and a hash kernel takes no images. experts, quick:
-    the numbers of experts in a full and in a quick run. tears: makes the tear from the inputs.
-    every_moment: tear at each load of a torn element; else, and in a quick run, at the moments 1,
-    4, 16, ... between: further numbers of experts, with one moment per number, in turn.
-    contents: functions from zeros to initial contents of the workspace, a few launches each.
-    edits: changes to the PTX, for a peer that misbehaves.
+    roles: kernels that it concerns. num_tokens, options, kind: fields of the cases; the number of
+    tokens may depend on the kernel's token tile, and a hash kernel takes no images. experts, quick:
+    the numbers of experts in a full and in a quick run, for CTAs of one expert tile. tears: makes
+    the tear from the inputs. every_moment: tear at each load of a torn element; else, and in a
+    quick run, at the moments 1, 4, 16, ... between: further numbers of experts, with one moment per
+    number, in turn. contents: functions from zeros to initial contents of the workspace, a few
+    launches each. edits: changes to the PTX, for a peer that misbehaves.
     """
 
     roles: tuple[str, ...] = ("decode",)
-    num_tokens: int = 2
+    num_tokens: int | Callable[[int], int] = 2
     options: tuple[str, ...] = ()
     kind: str = "integers"
     experts: tuple[int, ...] = (65, 128, 384)

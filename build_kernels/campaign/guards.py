@@ -1,4 +1,4 @@
-"""The parts of the decode kernels that the rows depend on, each with the edit that removes it.
+"""The parts of decode and prefill kernels that the rows depend on, each with the removing edit.
 
 A row that stays as expected without its guard would show nothing: the tests put each of these
 kernels to its row, which must then fail.
@@ -33,6 +33,9 @@ GUARDS = (
             *("count-most", "token-id-leaves", "token-id-enters", "all-torn"),
             *("forced-twice", "forced-none"),
             *("filled-padding-torn", "filled-token-id-torn", "filled-count-torn"),
+            *("whole-padding-torn", "whole-token-id-torn", "whole-count-torn"),
+            *("second-padding-torn", "second-token-id-torn", "second-count-torn"),
+            "bound-count-torn",
         ),
         edits=(
             Edit(
@@ -49,6 +52,9 @@ GUARDS = (
             *("bias-torn", "image-bias-torn", "hidden-torn", "pair-torn"),
             *("forced-set", "forced-clear", "forced-moves", "image-id-enters", "image-id-leaves"),
             *("filled-image-torn", "filled-map-torn", "filled-map-counts-torn"),
+            *("whole-image-torn", "whole-map-torn", "whole-map-counts-torn"),
+            *("second-image-torn", "second-map-torn", "second-map-counts-torn"),
+            "second-forced-moves",
         ),
         edits=(
             Edit(

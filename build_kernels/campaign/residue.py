@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from build_kernels.kernels.shapes import MAX_EXPERTS, workspace_bytes
 from build_kernels.mutants.mutant import Edit
 
 from .fault import Expected, Fault, Place, Scenario
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# The 8-byte words that two tokens' candidates take: the tickets are the first 256 bytes.
-FIRST_CANDIDATE = 32
+ROLES = ("decode", "prefill")
+# Words of the first tokens' candidates.
 CANDIDATES = 2 * 128
 # The word of a padded row, and a key that would be taken, with score 1.0.
 STRANGERS = (0xFFFF_FFFF_0000_0000, 0xFFFF_0000_3F80_0000)
@@ -28,18 +29,25 @@ STRANGERS = (0xFFFF_FFFF_0000_0000, 0xFFFF_0000_3F80_0000)
 SILENT = (Edit(pattern=r"st\.relaxed\.gpu\.global\.b64 [^;]*;", replacement=""),)
 
 
-def with_words(zeros: Array, *, first: int, value: int, count: int = 1) -> Array:
-    """Return the workspace with some of its 8-byte words set."""
+def with_words(zeros: Array, *, words: slice, value: int) -> Array:
+    """Return the workspace with some 8-byte words of its candidates set."""
     import numpy as np
 
-    raw = zeros.copy().view(np.uint8)
-    raw[8 * first : 8 * (first + count)] = np.full(count, value, np.uint64).view(np.uint8)
-    return raw.view(zeros.dtype)
+    # A ticket and MAX_EXPERTS candidates per token: see kernels/shapes.py.
+    tokens = zeros.nbytes // workspace_bytes(1)
+    candidates = np.zeros(tokens * MAX_EXPERTS, np.uint64)
+    candidates[words] = value
+    tickets = np.zeros(tokens, np.uint32)
+    return np.concatenate([tickets.view(np.uint8), candidates.view(np.uint8)]).view(zeros.dtype)
 
 
 def with_ticket(zeros: Array, *, ticket: int) -> Array:
     """Return the workspace with the ticket counter of the first token set."""
-    return with_words(zeros, first=0, value=ticket)
+    import numpy as np
+
+    changed = zeros.copy()
+    changed.view(np.uint32)[0] = ticket
+    return changed
 
 
 def filled(zeros: Array, *, byte: int) -> Array:
@@ -67,7 +75,7 @@ def left(
         what=what,
         place=Place.CPU,
         expected=Expected.ENDS,
-        scenario=Scenario(contents=contents, experts=(65,), edits=edits),
+        scenario=Scenario(roles=ROLES, contents=contents, experts=(65,), edits=edits),
     )
 
 
@@ -76,17 +84,14 @@ RESIDUE = (
         "word-left",
         "one candidate word",
         *(
-            partial(with_words, first=FIRST_CANDIDATE + word, value=STRANGERS[word % 2])
+            partial(with_words, words=slice(word, word + 1), value=STRANGERS[word % 2])
             for word in range(0, CANDIDATES, 37)
         ),
     ),
     left(
         "row-left",
         "every candidate, and owners that come too late",
-        *(
-            partial(with_words, first=FIRST_CANDIDATE, count=CANDIDATES, value=value)
-            for value in STRANGERS
-        ),
+        *(partial(with_words, words=slice(None), value=value) for value in STRANGERS),
         edits=SILENT,
     ),
     left(
@@ -102,7 +107,7 @@ RESIDUE = (
         what="a CTA that never publishes its candidates",
         place=Place.CPU,
         expected=Expected.ENDS,
-        scenario=Scenario(edits=SILENT, experts=(65,)),
+        scenario=Scenario(roles=ROLES, edits=SILENT, experts=(65,)),
     ),
 )
 
@@ -112,5 +117,5 @@ NAN = Fault(
     what="an expert's weights NaN, and a row of hidden_states infinite",
     place=Place.CPU,
     expected=Expected.LEAVES_ZERO,
-    scenario=Scenario(roles=("decode", "hash", "select"), num_tokens=3, kind="nan"),
+    scenario=Scenario(roles=(*ROLES, "hash", "select"), num_tokens=3, kind="nan"),
 )

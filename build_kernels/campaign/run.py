@@ -57,7 +57,7 @@ def run_faults(
     calls: dict[tuple[tuple[str, ...], str], tuple[Path, tuple[str, ...], str, bool]] = {}
     for artifact in artifacts:
         key = artifact.kernel.key
-        for group in together([fault for fault in faults if applies(fault, artifact)]):
+        for group in together([fault for fault in faults if applies(fault, artifact, quick=quick)]):
             names = tuple(fault.name for fault in group)
             calls[names, key] = (folder, names, key, quick)
     begun = {name for names, _ in calls for name in names}
@@ -105,7 +105,9 @@ def _run_tests(fault: Fault) -> Outcome:
     missing = [test for test in fault.tests if not (ROOT / test.partition("::")[0]).is_file()]
     if missing or not fault.tests:
         why = (
-            f"the checkout has no {', '.join(missing)}" if missing else "no kernel that it is about"
+            f"the checkout has no {', '.join(missing)}"
+            if missing
+            else "no kernel that it is about, or only in a full run"
         )
         return Outcome(fault=fault.name, status=NOT_RUN, detail=why)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *fault.tests]

@@ -15,7 +15,7 @@ from build_kernels.evidence.outputs import FORCED_CANARIES
 
 from .fault import Changes, Expected, Fault, Place, Scenario, Torn
 
-EVERY_ROLE = ("decode", "hash", "select")
+EVERY_ROLE = ("decode", "prefill", "hash", "select")
 MOST = 2**31 - 1
 UNKNOWN_ID = -1
 
@@ -129,6 +129,17 @@ def last_row(name: str, value: int, *, image: bool) -> Callable[[Inputs], Torn]:
     return tears
 
 
+def last_forced_row(inputs: Inputs) -> Torn:
+    """Give the last row of valid forced ids other experts."""
+    ids = inputs.tensors["forced_ids"]
+    row = max(row for row in range(1, len(ids), 2) if row % 6 == 1)
+    first = row * (ids.shape[1] + FORCED_CANARIES)
+    experts = (ids[row] + 1) % inputs.case.num_experts
+    return Torn(
+        rows=(row,), arrays={"forced_ids": {first + i: int(e) for i, e in enumerate(experts)}}
+    )
+
+
 def last_rows_enter(inputs: Inputs) -> Torn:
     """Make the last two rows valid."""
     n = inputs.case.num_tokens
@@ -143,7 +154,7 @@ BETWEEN = tuple(number for number in range(66, 128) if number not in EXPERTS)
 GATE = Scenario(
     options=("images", "padding", "count"),
     num_tokens=6,
-    roles=("decode", "select"),
+    roles=("decode", "prefill", "select"),
     experts=EXPERTS,
 )
 TABLE = replace(GATE, options=("table", *GATE.options), roles=EVERY_ROLE)
@@ -154,14 +165,45 @@ IMAGE_IDS = replace(FORCED, options=("image_ids",), roles=GATE.roles)
 # Row 0 has a token id outside the table.
 UNKNOWN = Scenario(options=("table", "unknown"), roles=EVERY_ROLE, experts=EXPERTS)
 MAPS = Scenario(options=("physical",), roles=EVERY_ROLE, experts=EXPERTS)
-# More than half of the kernel's tile.
-FILLED = Scenario(options=TABLE.options, num_tokens=0, experts=(384, 65))
-FILLED_MAPS = Scenario(options=("physical",), num_tokens=0, experts=(65,))
+LEAST_FILLED = 7  # so that a row of each kind is valid
 
 
 def between(scenario: Scenario) -> Scenario:
     """Return the scenario for E = 66 .. 127 too."""
     return replace(scenario, between=BETWEEN)
+
+
+def last_rows(
+    prefix: str, what: str, role: str, num_tokens: Callable[[int], int]
+) -> tuple[Fault, ...]:
+    """Return the tears of the last rows of launches with this number of tokens, for one role.
+
+    A quick run leaves out those of prefill, which take the time of ten others.
+    """
+    is_decode = role == "decode"
+    gate = Scenario(
+        options=TABLE.options,
+        num_tokens=num_tokens,
+        experts=(384, 65),
+        quick=(65,) if is_decode else (),
+        roles=(role,),
+    )
+    maps = replace(gate, options=("physical",), experts=(65,), every_moment=is_decode)
+    rows = (
+        ("padding", "padding_mask of the last row", gate, last_row("padding_mask", 1, image=False)),
+        ("image", "image_mask of the last row", gate, last_row("image_mask", 0, image=True)),
+        (
+            *("token-id", "input_ids of the last row"),
+            *(gate, last_row("input_ids", UNKNOWN_ID, image=False)),
+        ),
+        ("count", "num_tokens", replace(gate, experts=(65,)), last_rows_enter),
+        ("map", "to_physical", maps, other_names),
+        ("map-counts", "logical_count", maps, other_counts),
+    )
+    return tuple(
+        torn(f"{prefix}-{name}-torn", f"{array}, {what}", replace(scenario, tears=tears))
+        for name, array, scenario, tears in rows
+    )
 
 
 TEARS = (
@@ -258,7 +300,7 @@ TEARS = (
     torn(
         "hidden-torn",
         "hidden_states of a row",
-        replace(GATE, tears=other_hidden, roles=("decode",)),
+        replace(GATE, tears=other_hidden, roles=("decode", "prefill")),
     ),
     torn(
         "pair-torn",
@@ -278,34 +320,36 @@ TEARS = (
             )
         ),
     ),
-    torn(
-        "filled-padding-torn",
-        "padding_mask of the last row, more than half a tile",
-        replace(FILLED, tears=last_row("padding_mask", 1, image=False)),
+    *last_rows(
+        *("filled", "more than half a tile", "decode"),
+        lambda tile: max(LEAST_FILLED, tile // 2 + 1),
+    ),
+    *last_rows("whole", "a whole token tile", "prefill", lambda tile: tile),
+    *last_rows(
+        *("second", "in the second token tile", "prefill"),
+        lambda tile: tile + LEAST_FILLED,
     ),
     torn(
-        "filled-image-torn",
-        "image_mask of the last row, more than half a tile",
-        replace(FILLED, tears=last_row("image_mask", 0, image=True)),
+        "second-forced-moves",
+        "forced_ids, in the second token tile",
+        replace(
+            FORCED,
+            num_tokens=lambda tile: tile + LEAST_FILLED,
+            tears=last_forced_row,
+            roles=("prefill",),
+            experts=(65,),
+            quick=(),
+        ),
     ),
     torn(
-        "filled-token-id-torn",
-        "input_ids of the last row, more than half a tile",
-        replace(FILLED, tears=last_row("input_ids", UNKNOWN_ID, image=False)),
-    ),
-    torn(
-        "filled-count-torn",
-        "num_tokens, more than half a tile",
-        replace(FILLED, tears=last_rows_enter, experts=(65,)),
-    ),
-    torn(
-        "filled-map-torn",
-        "to_physical, more than half a tile",
-        replace(FILLED_MAPS, tears=other_names),
-    ),
-    torn(
-        "filled-map-counts-torn",
-        "logical_count, more than half a tile",
-        replace(FILLED_MAPS, tears=other_counts),
+        "bound-count-torn",
+        "num_tokens, for the last row of a token tile and the first of the next",
+        replace(
+            GATE,
+            num_tokens=lambda tile: tile + 1,
+            tears=last_rows_enter,
+            roles=("prefill",),
+            experts=(65,),
+        ),
     ),
 )

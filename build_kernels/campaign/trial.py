@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 TOP_K = 6
 QUICK_CONTENTS = 2
-LEAST_FILLED = 7  # so that a row of each kind is valid
+# Of one owner and of two, where a CTA has two expert tiles; between them is no other case.
+PREFILL_EXPERTS = {65: 129, 96: 65}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,14 @@ class Trial:
     problems: tuple[str, ...]
 
 
-def applies(fault: Fault, artifact: Artifact) -> bool:
-    """Return whether the emulator can make the fault happen to this kernel."""
-    return fault.scenario is not None and artifact.kernel.role in fault.scenario.roles
+def applies(fault: Fault, artifact: Artifact, *, quick: bool) -> bool:
+    """Return whether the emulator makes the fault happen to this kernel in such a run."""
+    scenario = fault.scenario
+    return (
+        scenario is not None
+        and artifact.kernel.role in scenario.roles
+        and bool(not quick or scenario.quick)
+    )
 
 
 def together(faults: Sequence[Fault]) -> list[list[Fault]]:
@@ -74,9 +79,9 @@ def _scenario(fault: Fault) -> Scenario:
 
 
 def _case(scenario: Scenario, kernel: Kernel, num_experts: int) -> Case:
-    images = kernel.role != "hash"
+    images, tokens = kernel.role != "hash", scenario.num_tokens
     return Case(
-        num_tokens=scenario.num_tokens or max(LEAST_FILLED, kernel.launch.token_tile // 2 + 1),
+        num_tokens=tokens(kernel.launch.token_tile) if callable(tokens) else tokens,
         num_experts=num_experts,
         top_k=TOP_K,
         k=kernel.problem.k_multiple if kernel.role != "select" else 0,
@@ -104,7 +109,7 @@ def _launches(
 ) -> Iterator[tuple[Inputs, str, Result]]:
     """Run the scenario's launches one by one: their inputs, a description, and the outcome."""
     kernel, schedules = artifact.kernel, _schedules(artifact)
-    for num_experts in scenario.quick if quick else scenario.experts:
+    for num_experts in _experts(scenario, kernel, quick=quick):
         case = _case(scenario, kernel, num_experts)
         inputs = make_inputs(kernel, case)
         for number, contents in enumerate(scenario.contents[: QUICK_CONTENTS if quick else None]):
@@ -134,7 +139,7 @@ def _tear(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[s
     kernel = artifact.kernel
     trials = {fault.name: Trial(runs=0, problems=()) for fault in faults}
     moments = dict.fromkeys(trials, 0)
-    for num_experts in _numbers_of_experts(faults, quick=quick):
+    for num_experts in _numbers_of_experts(faults, kernel, quick=quick):
         case = _case(_scenario(faults[0]), kernel, num_experts)
         inputs = make_inputs(kernel, case)
         made = {}
@@ -142,7 +147,7 @@ def _tear(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[s
             scenario = _scenario(fault)
             if scenario.tears is None or trials[fault.name].problems:
                 continue
-            wanted = _wanted(scenario, num_experts, moments[fault.name], quick=quick)
+            wanted = _wanted(scenario, kernel, num_experts, moments[fault.name], quick=quick)
             if wanted is not None:
                 made[fault.name] = Tearing(
                     torn=scenario.tears(inputs),
@@ -158,28 +163,45 @@ def _tear(faults: Sequence[Fault], artifact: Artifact, *, quick: bool) -> dict[s
     return trials
 
 
-def _numbers_of_experts(faults: Sequence[Fault], *, quick: bool) -> Iterable[int]:
+def _experts(scenario: Scenario, kernel: Kernel, *, quick: bool) -> tuple[int, ...]:
+    """Return the numbers of experts of a scenario's launches, but for those between."""
+    experts = scenario.quick if quick else scenario.experts
+    if kernel.role != "prefill":
+        return experts
+    return tuple(PREFILL_EXPERTS.get(number, number) for number in experts)
+
+
+def _between(scenario: Scenario, kernel: Kernel, *, quick: bool) -> tuple[int, ...]:
+    return () if quick or kernel.role == "prefill" else scenario.between
+
+
+def _numbers_of_experts(faults: Sequence[Fault], kernel: Kernel, *, quick: bool) -> Iterable[int]:
     """Return the numbers of experts of the launches, those between last."""
     scenarios = [_scenario(fault) for fault in faults]
-    if quick:
-        return dict.fromkeys(chain(*(scenario.quick for scenario in scenarios)))
-    full = chain(*(scenario.experts for scenario in scenarios))
-    return dict.fromkeys(chain(full, *(scenario.between for scenario in scenarios)))
+    return dict.fromkeys(
+        number
+        for numbers in (_experts, _between)
+        for scenario in scenarios
+        for number in numbers(scenario, kernel, quick=quick)
+    )
 
 
 def _wanted(
-    scenario: Scenario, num_experts: int, moments: int, *, quick: bool
+    scenario: Scenario, kernel: Kernel, num_experts: int, moments: int, *, quick: bool
 ) -> Callable[[int], bool] | None:
     """Return which moments of a launch, from 1, are wanted; None if the launch is not.
 
     moments: those of the last launch, whose number of expert tiles may differ.
     """
-    if num_experts not in (scenario.quick if quick else scenario.experts + scenario.between):
+    between = _between(scenario, kernel, quick=quick)
+    if num_experts not in (*_experts(scenario, kernel, quick=quick), *between):
         return None
+    if quick and kernel.role == "prefill":
+        return lambda moment: moment == 1
     if quick or not scenario.every_moment:
         # 1, 4, 16, ...
         return lambda moment: moment.bit_count() == 1 and moment.bit_length() % 2 == 1
-    if num_experts in scenario.between:
+    if num_experts in between:
         return lambda moment: moment == 1 + num_experts % max(1, moments)
     return lambda moment: True
 

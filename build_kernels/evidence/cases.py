@@ -115,7 +115,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return N below, at and above a token tile; E that leaves M tiles ragged or empty.
 
-    With 7 K blocks each, the ring is in its second turn.
+    With 9 K blocks each, the rings of 4 and of 8 blocks are in a later turn.
     """
     tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
@@ -123,10 +123,10 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     images = ("image_ids", "logits", *ENGINE_OPTIONS)
     first = (
         Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=one, kind="biased"),
-        Case(num_tokens=7, num_experts=experts + 4, top_k=4, k=7 * block),
+        Case(num_tokens=7, num_experts=100, top_k=4, k=9 * block),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
-        Case(num_tokens=9, num_experts=68, top_k=6, k=block, options=images),
+        Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
     )
     if quick:
         return first

@@ -32,7 +32,7 @@ def climb(artifact: Artifact, *, part: int, quick: bool) -> Result:
     from build_kernels.campaign.trial import applies, together, try_faults
 
     scope = QUICK if quick else FULL
-    groups = together([fault for fault in FAULTS if applies(fault, artifact)])
+    groups = together([fault for fault in FAULTS if applies(fault, artifact, quick=quick)])
     faults = [fault for group in groups[part::PARTS] for fault in group]
     trials = try_faults(faults, artifact, quick=quick)
     for name, trial in trials.items():

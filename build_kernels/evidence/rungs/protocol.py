@@ -91,6 +91,13 @@ NO_TICKET = Rewrite(
     why="with several expert tiles every ticket is 0 and no warp merges: who merges, when, and "
     "what it reads is the emulator's to check",
 )
+# The same for a kernel in which one owner merges its own tiles too.
+NO_MERGE = Rewrite(
+    pattern=r"and\.b32( \t%r\d+), %r\d+, 7;(\s+add\.s32 \t%r\d+, %r\d+, -1;)",
+    replacement=r"mov.b32\1, 7;\2",
+    why="the candidates of a token are in the workspace, and no warp merges: who merges, when, and "
+    "what it reads and stores is the emulator's to check",
+)
 # A trap's predicate is read from memory, and a control predicate has to be static.
 NO_TRAP = Rewrite(
     pattern=r"@fault trap;",
@@ -138,8 +145,10 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     )
     if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
-    if kernel.role in ("decode", "prefill"):
+    if kernel.role == "decode":
         return (NO_COLLECTOR, NO_TRAP, *nulls)
+    if kernel.role == "prefill":
+        return (NO_COLLECTOR, NO_TRAP, NO_TICKET, NO_MERGE, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
     pointers = Rewrite(
@@ -190,9 +199,8 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
     case = partial(_case, kernel, rewrites_for(kernel))
     if quick:
         return (case(6, 60, 6, 2),)
-    no_ticket = partial(_case, kernel, (*rewrites_for(kernel), NO_TICKET))
     tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
-    return (case(6, 60, 6, 17), case(tile + 1, experts, 8, 1), no_ticket(6, experts + 4, 6, 1))
+    return (case(6, 60, 6, 17), case(tile + 1, experts, 8, 1), case(6, experts + 4, 6, 1))
 
 
 def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:

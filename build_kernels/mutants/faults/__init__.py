@@ -6,7 +6,7 @@ kernels, then the harmless changes.
 
 from __future__ import annotations
 
-from . import barriers, harmless, layouts, options, ordering, selection
+from . import barriers, harmless, layouts, options, ordering, prefill, prefill_pipelines, selection
 
 MUTANTS = (
     *barriers.DECODE,
@@ -28,7 +28,14 @@ MUTANTS = (
     selection.TOPK_STORE,
     ordering.TOPK_GRID,
     *options.TOPK_OPTIONS,
+    *prefill.M_TILES,
+    *prefill.ROUNDS,
+    *prefill.TOKEN_TILES,
+    *prefill_pipelines.PIPELINES,
+    *prefill_pipelines.OPTIONS,
+    *prefill_pipelines.SM100,
     *harmless.DECODE,
+    *prefill_pipelines.HARMLESS,
 )
 
 __all__ = ["MUTANTS"]

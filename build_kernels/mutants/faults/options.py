@@ -58,7 +58,7 @@ _HASH_GATE_TEMP = parameter_as("hash", "gate_temp", _ONE)
 _WRONG_LOGICAL_ID, _WRONG_LOGIT = "a logical id is wrong", "a logit is wrong"
 # A forced row that does not name top_k different experts is padding.
 _UNKNOWN_FORCED = "a forced row that names an expert twice is taken"
-_UNKNOWN_OF_DECODE = Edit(pattern=r"(and\.b32 \t%r\d+, %r\d+, )255;", replacement=r"\g<1>0;")
+UNKNOWN_OF_DECODE = Edit(pattern=r"(and\.b32 \t%r\d+, %r\d+, )255;", replacement=r"\g<1>0;")
 _UNKNOWN_OF_HASH = Edit(
     pattern=r"vote\.sync\.ballot\.b32( \t%r\d+), %p\d+, -1;", replacement=r"mov.b32\1, 0;"
 )
@@ -80,7 +80,7 @@ _ENGINE = (
 )
 
 
-def _of_engines(
+def of_engines(
     make: Callable[..., Mutant], role: str, prefix: str, unknown: Edit, case: Case = ONE_BLOCK
 ) -> tuple[Mutant, ...]:
     """Return the mutants of a role's kernel that ignore an option, or forced ids."""
@@ -128,7 +128,7 @@ DECODE = (
         *(sm100, "wrong rank"),
         ("a hash layer's second slot ranks as its third", _RANK, given("table"), WRONG_IDS),
     ),
-    *_of_engines(sm100, "decode", "", _UNKNOWN_OF_DECODE),
+    *of_engines(sm100, "decode", "", UNKNOWN_OF_DECODE),
 )
 
 HASH = (
@@ -143,7 +143,7 @@ HASH = (
         ("hash: padding ignored", _NO_MASKS, given("padding"), WRONG_IDS),
         ("hash: gate_temp ignored", _HASH_GATE_TEMP, given("temperature"), WRONG_WEIGHT),
     ),
-    *_of_engines(hash_layer, "hash", "hash: ", _UNKNOWN_OF_HASH),
+    *of_engines(hash_layer, "hash", "hash: ", _UNKNOWN_OF_HASH),
 )
 
-TOPK_OPTIONS = _of_engines(topk, "select", "top-k: ", _UNKNOWN_OF_TOPK, TOPK)
+TOPK_OPTIONS = of_engines(topk, "select", "top-k: ", _UNKNOWN_OF_TOPK, TOPK)

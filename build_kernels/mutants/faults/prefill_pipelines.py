@@ -50,7 +50,7 @@ PIPELINES = (
     *of_kind(
         *(n64, "missing wgmma wait"),
         ("no wgmma.wait_group", deleted(_WAIT_ALL), "race"),
-        ("ring freed while its last wgmmas run", _late(_WAIT_ALL, 1), "race"),
+        ("ring freed while its last wgmmas run", _late(_WAIT_ALL, 1)),
         case=WRAPS,
     ),
     *of_kind(
@@ -165,7 +165,7 @@ SM100 = (
     ),
     *of_kind(
         *(sm100, "early dealloc"),
-        ("dealloc before both M tiles have read", deleted(r"bar\.sync \t1, 256;"), BOTH),
+        ("dealloc before both M tiles have read", deleted(r"bar\.sync \t1, 256;")),
         ("dealloc when one M tile has read", written(r"(bar\.sync \t1, )256(;)", "128")),
     ),
     *of_kind(

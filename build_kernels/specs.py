@@ -178,61 +178,22 @@ def _x_map(token_tile: int, chunk: int) -> TensorMapRecipe:
     return _bfloat16_map("hidden_states", dims, (K_BLOCK, token_tile, chunk), "128B")
 
 
-def _decode(layout: str, token_tile: int) -> KernelSpec:
-    name = f"router_decode_{layout}_n{token_tile}"
-    chunk, stages = DECODE_TILES[token_tile]
-    w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
-    w_box = (K_BLOCK, EXPERT_TILE) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
-    return KernelSpec(
-        name=name,
-        role="decode",
-        archs=_ALL_ARCHS,
-        symbol=f"{name}_0",  # the DSL appends a counter
-        source=DslSource(
-            module="build_kernels.kernels.compile",
-            layout=layout,
-            token_tile=token_tile,
-            chunk=chunk,
-            stages=stages,
-        ),
-        problem=ProblemRange(
-            layout=layout,
-            num_tokens=IntRange(low=1, high=token_tile),
-            num_experts=IntRange(low=1, high=MAX_EXPERTS),
-            top_k=IntRange(low=1, high=MAX_TOP_K),
-            k_multiple=K_BLOCK,
-            dtypes=tensor_dtypes("decode"),
-        ),
-        parameters=_parameters(
-            "decode",
-            {
-                # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
-                "w_map": _bfloat16_map("W_gate", w_dims, w_box, "256B"),
-                "x_map": _x_map(token_tile, chunk),
-            },
-            workspace_bytes(MAX_DECODE_TOKENS),
-        ),
-        cluster=(NUM_SPLITS, 1, 1),
-        grid=("k_splits", "expert_tiles", 1),
-        k_splits=NUM_SPLITS,
-        expert_tile=EXPERT_TILE,
-        token_tile=token_tile,
-        pdl=True,
-        wait_limit_ms=MERGE_WAIT_LIMIT_MS,
-    )
+def _gate(
+    role: str, layout: str, *, experts: int, tokens: int, ring: tuple[int, int], most: int
+) -> KernelSpec:
+    """Return a kernel that computes the whole gate in tiles of experts by tokens.
 
-
-def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
-    experts, tokens = tiles
-    name = f"router_prefill_{layout}_n{tokens}"
-    chunk, stages = PREFILL_TILES[tiles]
+    ring: K blocks per chunk, stages. most: the token tiles of a launch.
+    """
+    name, (chunk, stages) = f"router_{role}_{layout}_n{tokens}", ring
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
+    # By its swizzle a box is 128 bytes wide: 64 experts if they are contiguous.
     w_box = (K_BLOCK, experts) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
     return KernelSpec(
         name=name,
-        role="prefill",
+        role=role,
         archs=_ALL_ARCHS,
-        symbol=f"{name}_0",
+        symbol=f"{name}_0",  # the DSL appends a counter
         source=DslSource(
             module="build_kernels.kernels.compile",
             layout=layout,
@@ -243,29 +204,44 @@ def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
         ),
         problem=ProblemRange(
             layout=layout,
-            num_tokens=IntRange(low=1, high=MAX_PREFILL_CLUSTERS * tokens),
+            num_tokens=IntRange(low=1, high=most * tokens),
             num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
-            dtypes=tensor_dtypes("prefill"),
+            dtypes=tensor_dtypes(role),
         ),
         parameters=_parameters(
-            "prefill",
+            role,
             {
+                # W_gate is read once, in long runs; hidden_states is small and stays in L2 anyway.
                 "w_map": _bfloat16_map("W_gate", w_dims, w_box, "256B"),
                 "x_map": _x_map(tokens, chunk),
             },
-            workspace_bytes(MAX_PREFILL_TOKENS),
+            workspace_bytes(_MOST_TOKENS[role]),
         ),
         cluster=(NUM_SPLITS, 1, 1),
-        grid=("k_splits", "expert_tiles", "token_tiles"),
+        grid=("k_splits", "expert_tiles", "token_tiles" if most > 1 else 1),
         k_splits=NUM_SPLITS,
         expert_tile=experts,
         token_tile=tokens,
         pdl=True,
         wait_limit_ms=MERGE_WAIT_LIMIT_MS,
-        max_clusters=MAX_PREFILL_CLUSTERS,
+        max_clusters=most if most > 1 else None,
     )
+
+
+_MOST_TOKENS = {"decode": MAX_DECODE_TOKENS, "prefill": MAX_PREFILL_TOKENS}
+
+
+def _decode(layout: str, tokens: int) -> KernelSpec:
+    ring = DECODE_TILES[tokens]
+    return _gate("decode", layout, experts=EXPERT_TILE, tokens=tokens, ring=ring, most=1)
+
+
+def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
+    (experts, tokens), ring = tiles, PREFILL_TILES[tiles]
+    most = MAX_PREFILL_CLUSTERS
+    return _gate("prefill", layout, experts=experts, tokens=tokens, ring=ring, most=most)
 
 
 _HASH = KernelSpec(

@@ -110,7 +110,7 @@ def of_bits(bits, dtype=BF16) -> torch.Tensor:
 FACTORS = st.one_of(bfloat16s(110, 140), bfloat16s(0, 254), bfloat16s(0, 3), st.just(0))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     factors=st.lists(st.tuples(FACTORS, FACTORS), min_size=16, max_size=16),
     accumulator=st.one_of(

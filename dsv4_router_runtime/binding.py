@@ -37,7 +37,7 @@ from .device.streams import (
 )
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
 from .device.workspace import Slot, workspace_for
-from .errors import ArtifactError, NoKernelError
+from .errors import INTERRUPTED_CALL, ArtifactError, NoKernelError, RouterError
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .log import info_once, warn_once
 from .parameters import BOUND, DTYPES, INT64_TABLES, OPTIONS, SIZES, LaunchParameter
@@ -87,7 +87,7 @@ class Binding:
     ) -> None:
         self.layer = layer
         self._index = layer.device.index
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
         self._many_devices = torch.cuda.device_count() > 1
         # The driver's memory of a private copy and the copy, by the name of the argument.
@@ -188,6 +188,8 @@ class Binding:
             with driver.context_kept(), torch.cuda.device(self._index):
                 self.run(call, options, hidden_states, W_gate, pdl, out_logits)
             return
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise RouterError(INTERRUPTED_CALL)
         num_tokens = call[0]
         index = self._first_gate_step
         # Not 0 in a hash layer with bias_vl.
@@ -235,7 +237,7 @@ class Binding:
         out_logits: torch.Tensor | None,
     ) -> None:
         # The locks in this order everywhere; a slot's is shared by every layer on the stream.
-        with site.slot.lock, self._lock:
+        with site.slot.routing(), self._lock:
             if site.reads_logits:
                 W_bound = W_gate if self.w_copy is None else self.w_copy
                 stride = num_experts = self.layer.num_experts

@@ -20,6 +20,12 @@ CHECKOUT_FOLDER = "artifacts"
 BUILD_COMMAND = "build-kernels build"
 REINSTALL_COMMAND = "pip install --force-reinstall dsv4-router"
 
+# Waiting for the interrupted call would be waiting for oneself.
+INTERRUPTED_CALL = (
+    "a Router was called from within another call on the same thread, by a finalizer (__del__) or "
+    "a signal handler; nothing was launched: note the request there and route after that call"
+)
+
 # A message quotes files that anyone may have written: it stays short and printable.
 MAX_FILE_SHOWN = 240
 MAX_PROBLEM_SHOWN = 420

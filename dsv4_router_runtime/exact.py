@@ -31,8 +31,9 @@ from .reference import EPSILON, FP32_MAX, Arithmetic, ReferenceOptions, select_w
 
 NUM_SLICES = 16
 STEP = 16
-# The bits of a step's terms below the largest exponent of the 17.
-FRACTION_BITS = 25
+# The bits of a step's terms below the largest exponent of the 17, which is LEAST_EXPONENT at least,
+# that of the least BF16. An H200's sums near 2^-149 have these bits, and with -132 or -134 not.
+FRACTION_BITS, LEAST_EXPONENT = 25, -133
 # 2^f on [-1/2, 1/2], then log1p(u) / u on [0, 1], highest power first.
 EXP2_TERMS = (
     *(1.53458121e-4, 1.33999314e-3, 9.61848896e-3, 5.55032878e-2),
@@ -86,8 +87,8 @@ def exact_selection(
 def exact_logits(hidden_states: torch.Tensor, W_gate: torch.Tensor) -> torch.Tensor:
     """Return the FP32 logits [N, E] of hidden_states [N, K] and W_gate [K, E], BF16, any strides.
 
-    It runs where its tensors are. A NaN is 0x7fffffff. The exponent of a zero, denormals and
-    overflow follow the model of MMA-Sim (arXiv 2511.10909).
+    It runs where its tensors are. A NaN is 0x7fffffff. An H200 has the same bits: of 10^6 logits
+    per kernel, draw and layout, and of zeros beside huge factors, denormals and overflow.
     """
     _check(hidden_states, W_gate)
     num_tokens, num_experts = hidden_states.shape[0], W_gate.shape[1]
@@ -117,13 +118,15 @@ def fused_sum(
 ) -> torch.Tensor:
     """Return an MMA step's FP32 accumulator [...] from the one before and its products [..., STEP].
 
-    products: exact, FP64; overwritten. exponents: int16, the sum of both factors' exponents: of a
-    product of significands in [1, 4), not normalised. Zeros and denormals have the least exponent,
-    -126. Every term is truncated toward zero at FRACTION_BITS bits below the largest exponent of
-    the 17. The terms are added exactly, and the sum is truncated toward zero to FP32.
+    products: exact, FP64. exponents: int16, the sum of both factors' exponents: of a product of
+    significands in [1, 4), not normalised. A denormal's is -126. Both are overwritten. Every term
+    is truncated toward zero at FRACTION_BITS bits below the largest exponent of the terms that are
+    not zero. The terms are added exactly, and the sum is truncated toward zero to FP32.
     """
     of_accumulator = _exponents(accumulator.view(torch.int32) >> 23)
-    largest = torch.maximum(exponents.amax(-1), of_accumulator).long()
+    of_accumulator = of_accumulator.masked_fill_(accumulator == 0, LEAST_EXPONENT)
+    exponents = exponents.masked_fill_(products == 0, LEAST_EXPONENT)
+    largest = torch.maximum(exponents.amax(-1), of_accumulator).clamp_(min=LEAST_EXPONENT).long()
     # 2^(FRACTION_BITS - largest): after it, a term's integer part is what is kept.
     scale = (1023 + FRACTION_BITS - largest << 52).view(torch.float64)
     total = products.mul_(scale[..., None]).trunc_().sum(-1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -37,8 +39,8 @@ def random(seed):
 
 
 def parts(value: float) -> tuple[Fraction, int]:
-    """A number of FP32's range as (significand, exponent), the least exponent for 0 too."""
-    exponent = max(math.frexp(value)[1] - 1, -126) if value else -126
+    """A number of FP32's range as (significand, exponent)."""
+    exponent = max(math.frexp(value)[1] - 1, -126)
     return Fraction(value) / Fraction(2) ** exponent, exponent
 
 
@@ -64,7 +66,8 @@ def step(accumulator: float, factors: list[tuple[float, float]]) -> float:
     for a, b in factors:
         (a_part, a_exponent), (b_part, b_exponent) = parts(a), parts(b)
         terms.append((a_part * b_part, a_exponent + b_exponent))
-    unit = Fraction(2) ** (max(exponent for _, exponent in terms) - 25)
+    largest = max((exponent for part, exponent in terms if part), default=-133)
+    unit = Fraction(2) ** (max(largest, -133) - 25)
     kept = (math.trunc(part * Fraction(2) ** exponent / unit) for part, exponent in terms)
     return toward_zero(sum(kept) * unit)
 
@@ -334,3 +337,18 @@ def test_nan_logits_rank_last_and_weigh_nothing():
     assert ids.tolist() == [[2, 1, 3, 0]]
     assert weights[0, 2:].tolist() == [0, 0]
     assert weights.isfinite().all()
+
+
+def test_logits_that_an_h200_gave():
+    """Of one block of K: zeros beside huge factors, sums near the least FP32 number, raw bits."""
+    recorded = json.loads((Path(__file__).parent / "h200_logits.json").read_text())
+    assert len(recorded) == 12
+    for case in recorded:
+        x, w = (of_words(case[name]) for name in ("x", "w"))
+        assert words(exact_logits(x[None], w[:, None])[0]) == [case["logit"]], case["draw"]
+
+
+def of_words(text: str) -> torch.Tensor:
+    """BF16 numbers from four hexadecimal digits each."""
+    bits = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
+    return of_bits([bit - 2**16 if bit >= 2**15 else bit for bit in bits])

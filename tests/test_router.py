@@ -1303,3 +1303,41 @@ def test_a_whole_graph_with_a_router_in_it_is_refused(gpu, make, compiled):
     ):
         torch.export.export(Step(make()), step(4), strict=False)
     assert gpu.launches == []
+
+
+@pytest.mark.parametrize("num_tokens", [8, 100, 2000])
+def test_a_call_within_a_call_of_the_same_thread_is_refused(gpu, make, monkeypatch, num_tokens):
+    """As a finalizer or a signal handler makes it: to wait for the lock would never end."""
+    bound, case = make(), step(num_tokens)
+    refused = []
+    launch = LaunchSite.launch
+
+    def interrupted(site):
+        with pytest.raises(RouterError, match="within another call") as caught:
+            bound(*step(4))
+        refused.append(caught.value)
+        launch(site)
+
+    monkeypatch.setattr(LaunchSite, "launch", interrupted)
+    with ends_within(20):
+        bound(*case)
+    assert (len(refused), len(gpu.launches)) == (1, 1)
+    monkeypatch.setattr(LaunchSite, "launch", launch)
+    bound(*case)
+    assert len(gpu.launches) == 2
+
+
+def test_another_routers_product_within_a_product_is_refused(gpu, make, monkeypatch):
+    """They share the logits of the stream."""
+    outer, inner, case = make(), make(), step(2000)
+    multiplied = binding.multiply
+
+    def interrupted(*operands):
+        multiplied(*operands)
+        with pytest.raises(RouterError, match="within another call"):
+            inner(*case)
+
+    monkeypatch.setattr(binding, "multiply", interrupted)
+    with ends_within(20):
+        outer(*case)
+    assert len(gpu.launches) == 1

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
+from dsv4_router_runtime.errors import INTERRUPTED_CALL, RouterError
 from dsv4_router_runtime.parameters import WORKSPACE
 
 from . import driver
@@ -133,7 +134,7 @@ class Slot:
     """Scratch for the launches of one stream: the address of each scratch parameter.
 
     `lock` is held from writing `logits` to launching their reader, so that two threads on one
-    stream do not come between.
+    stream do not come between; see `routing`.
     """
 
     addresses: dict[str, int]
@@ -144,6 +145,20 @@ class Slot:
     # Complete once the last launch is; None for a slot that its stream keeps.
     event: Any = None
     is_evicted: bool = False
+    is_routing: bool = False
+
+    @contextlib.contextmanager
+    def routing(self) -> Iterator[None]:
+        """Hold `lock` from writing `logits` to launching their reader; RouterError within it."""
+        with self.lock:
+            # The lock lets its own thread in again, which would overwrite the logits.
+            if self.is_routing:
+                raise RouterError(INTERRUPTED_CALL)
+            try:
+                self.is_routing = True
+                yield
+            finally:
+                self.is_routing = False
 
 
 @dataclass(kw_only=True, eq=False)

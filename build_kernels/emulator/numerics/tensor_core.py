@@ -1,7 +1,6 @@
 """The sum of one tensor-core instruction, on arrays: the products of 16-bit floats and D.
 
-As an H200's wgmma adds; MMA-Sim (arXiv 2511.10909) gives tcgen05.mma of kind::f16 the same sum. Its
-exponent of a zero, and overflow, are MMA-Sim's.
+As an H200's wgmma adds BF16. MMA-Sim (arXiv 2511.10909) gives tcgen05.mma of kind::f16 the same.
 """
 
 from __future__ import annotations
@@ -11,20 +10,24 @@ import numpy as np
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.numerics import floats
 
-# The bits of a term that are kept below the largest exponent of all terms.
-FRACTION_BITS = 25
-LEAST_EXPONENT, LEAST_EXPONENT_F16 = -126, -14
+# The bits of a term that are kept below the largest exponent of all terms, which is that of the
+# least BF16 at least; of F16 no GPU has shown it.
+FRACTION_BITS, LEAST_EXPONENT = 25, -133
+OF_DENORMALS = {True: -126, False: -14}  # by whether they are BF16 or FP32
 
 
 def multiply_add(a: Array, b: Array, d: Array, bf16: tuple[bool, bool]) -> Array:
     """Return float32 [m, n]: a [m, K] times b [n, K], and d [m, n].
 
     bf16: whether a and b are bf16; else they are f16. Each of the K products and d is truncated
-    toward zero at FRACTION_BITS bits below the largest exponent among them, that of a product being
-    the sum of its factors'. Their exact sum is truncated toward zero to float32.
+    toward zero at FRACTION_BITS bits below the largest exponent among those that are not zero, that
+    of a product being the sum of its factors'. Their exact sum is truncated toward zero to float32.
     """
     of_a, of_b = (_exponents(x, is_bf16) for x, is_bf16 in zip((a, b), bf16, strict=True))
-    largest = np.maximum((of_a[:, None] + of_b).max(axis=2), _exponents(d, True))
+    of_zero = (a == 0)[:, None] | (b == 0)
+    of_products = np.where(of_zero, LEAST_EXPONENT, of_a[:, None] + of_b).max(axis=2)
+    of_d = np.where(d == 0, LEAST_EXPONENT, _exponents(d, True))
+    largest = np.maximum(np.maximum(of_products, of_d), LEAST_EXPONENT)
     scale = np.ldexp(1.0, FRACTION_BITS - largest)
     with np.errstate(invalid="ignore"):  # infinities of both signs
         terms = np.trunc(a[:, None] * b * scale[..., None])
@@ -38,7 +41,5 @@ def multiply_add(a: Array, b: Array, d: Array, bf16: tuple[bool, bool]) -> Array
 
 
 def _exponents(values: Array, bf16: bool) -> Array:
-    """Return the exponents, of zeros and denormals the least one."""
-    least = LEAST_EXPONENT if bf16 else LEAST_EXPONENT_F16
-    exponents = np.maximum(np.frexp(values)[1] - 1, least)
-    return np.where(values == 0, LEAST_EXPONENT, exponents)
+    """Return the exponents of what is not zero."""
+    return np.maximum(np.frexp(values)[1] - 1, OF_DENORMALS[bf16])

@@ -54,7 +54,7 @@ def every_gpu() -> dict[str, Any]:
         assert status.streams == 1
         with torch.cuda.device(index):
             poison(0x5A)
-        assert [each for each in gpus if _is_poisoned(each)] == [index]
+        assert poisoned_gpus() == [index]
         runtime.reset(index)
         runtime.check(index)
         _call_all(layers)
@@ -68,6 +68,11 @@ def _call_all(layers: Sequence[Layer]) -> None:
     for layer in layers:
         with torch.cuda.device(layer.x.device):
             layer.check()
+
+
+def poisoned_gpus() -> list[int]:
+    """Return the GPUs whose scratch `check` refuses."""
+    return [index for index in range(torch.cuda.device_count()) if _is_poisoned(index)]
 
 
 def _is_poisoned(index: int) -> bool:
@@ -131,7 +136,7 @@ def _between(num_tokens: int, rank: int, world: int) -> dict[str, Any]:
         times = {
             "alone_us": _middle(_times(routers, layers)),
             "reductions_us": _middle(_times(reduced, [])),
-            "both_us": _middle(_times(in_turn, layers)),
+            "both_us": _middle(_times(in_turn, layers, inputs=[layer.x for layer in layers])),
         }
     return times
 
@@ -155,10 +160,12 @@ def _times(
     graph: torch.cuda.CUDAGraph,
     layers: Sequence[Layer],
     loop: torch.cuda.CUDAGraph | None = None,
+    inputs: Sequence[torch.Tensor] = (),
 ) -> list[float]:
     """Replay a graph and check its layers each time; return microseconds per layer.
 
     loop: replayed on another stream; a replay that outlasts it is checked, and left out.
+    inputs: tensors that the graph writes and its layers read; zeroed before each replay.
     """
     side = torch.cuda.Stream()
     begin, end, loop_end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
@@ -167,6 +174,8 @@ def _times(
     for _ in range(REPLAYS):
         for layer in layers:
             layer.spoil()
+        for tensor in inputs:
+            tensor.zero_()
         # All processes start together: an all-reduce that waits for a peer is no load.
         distributed.barrier()
         torch.cuda.synchronize()

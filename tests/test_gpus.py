@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpu_calls import captured  # noqa: E402
 from gpu_child import child, command, environment, together  # noqa: E402
 from gpu_layer import Layer  # noqa: E402
 from gpu_neighbours import poison  # noqa: E402
-from gpus_children import names_of_gpus  # noqa: E402
+from gpus_children import names_of_gpus, poisoned_gpus  # noqa: E402
 
 import dsv4_router_runtime as runtime  # noqa: E402
 
@@ -47,6 +48,7 @@ def check_all(layers) -> None:
     for index, layer in enumerate(layers):
         with torch.cuda.device(index):
             layer.check()
+        runtime.check(index)
 
 
 @EACH
@@ -98,8 +100,6 @@ def test_a_graph_of_one_gpu_while_the_others_work(layers, index):
             for layer in layers[:index] + layers[index + 1 :]:
                 layer()
     check_all(layers)
-    for each in range(COUNT):
-        runtime.check(each)
 
 
 @EACH
@@ -107,15 +107,17 @@ def test_a_reset_of_one_gpu_leaves_the_others(layers, index):
     for layer in layers:
         layer()
     before = [runtime.status(each) for each in range(COUNT)]
+    others = [each for each in range(COUNT) if each != index]
     with torch.cuda.device(index):
         poison(0x5A)
-    with pytest.raises(runtime.RouterError, match="expected zeroed scratch"):
-        runtime.check(index)
-    for each in range(COUNT):
-        if each != index:
-            runtime.check(each)
+    assert poisoned_gpus() == [index]
+    for each in others:
+        with torch.cuda.device(each):
+            poison(0x5A)
     runtime.reset(index)
-    runtime.check(index)
+    assert poisoned_gpus() == others
+    for each in others:
+        runtime.reset(each)
     assert [runtime.status(each).streams for each in range(COUNT)] == [
         status.streams for status in before
     ]
@@ -127,11 +129,14 @@ def test_a_reset_of_one_gpu_leaves_the_others(layers, index):
 
 @EACH
 def test_a_layer_dropped_on_one_gpu_leaves_the_others(layers, index):
-    for layer in layers:
-        layer()
+    # A loop's variable would keep the last layer.
+    for each in range(COUNT):
+        layers[each]()
     torch.cuda.synchronize(index)
     kept = layers[:index] + layers[index + 1 :]
+    dropped = weakref.ref(layers[index])
     layers[index] = None
+    assert dropped() is None
     with torch.cuda.device(index):
         torch.cuda.empty_cache()
     for layer in kept:

@@ -96,7 +96,7 @@ def test_prefill_has_the_bits_of_the_contract(artifacts, random, name, arch):
     check(artifact, with_exact(inputs, x, w, {}))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_hash_has_the_bits_of_the_contract(artifacts, random, arch):
     artifact = load_artifact(artifacts, f"router_hash.{arch}")
@@ -107,7 +107,7 @@ def test_hash_has_the_bits_of_the_contract(artifacts, random, arch):
     check(artifact, with_exact(inputs, x, w, table))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_topk_has_the_bits_of_its_logits(artifacts, random, arch):
     artifact = load_artifact(artifacts, f"router_topk.{arch}")

@@ -60,8 +60,9 @@ EXPLANATIONS = (
             "the epilogue warps read with tcgen05.ld, wait with tcgen05.wait::ld and then meet at "
             "named barrier 1 before warp 0 deallocates; the pass does not follow a named barrier "
             "inside a branch on the warp. Backing: the protocol and emulated rungs check that "
-            "order, and both reject the kernel without that barrier: the mutant 'dealloc before "
-            "all warps have read' of build_kernels.mutants"
+            "order, and both reject a decode kernel without that barrier, of a prefill kernel the "
+            "emulated rung alone: the mutants 'dealloc before all warps have read' and 'dealloc "
+            "before both M tiles have read' of build_kernels.mutants"
         ),
     ),
 )

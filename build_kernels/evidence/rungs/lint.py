@@ -61,8 +61,8 @@ EXPLANATIONS = (
             "named barrier 1 before warp 0 deallocates; the pass does not follow a named barrier "
             "inside a branch on the warp. Backing: the protocol and emulated rungs check that "
             "order, and both reject a decode kernel without that barrier, of a prefill kernel the "
-            "emulated rung alone: the mutants 'dealloc before all warps have read' and 'dealloc "
-            "before both M tiles have read' of build_kernels.mutants"
+            "emulated rung alone: the mutants 'dealloc before all warps have read' and 'prefill, "
+            "sm_100: dealloc before both M tiles have read' of build_kernels.mutants"
         ),
     ),
 )

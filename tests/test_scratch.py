@@ -214,7 +214,8 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
     for stream in range(0x1000, 0x1000 + 10_000):
         call_on(gpu, bound, stream)
     assert status().streams == workspace.KEPT_FOREIGN_SLOTS + 1
-    assert status().scratch_bytes < 16 * MIB
+    # 33 slots, each for the 896 tokens of a launch.
+    assert status().scratch_bytes < 128 * MIB
     assert len(gpu.driver.events) == 1
     assert len(sites_of(bound)) < 300
 

@@ -40,7 +40,8 @@ from .kernels.shapes import (
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 # router_prefill: (experts, tokens) of a CTA -> (K blocks per chunk, stages of the ring). An H200
 # holds 7 of its clusters, and a launch of more takes up to twice as long. us on one H200, PDL,
-# weights cold; in brackets launches of more than 7 clusters, and the product with router_topk:
+# weights cold, W_gate still in boxes of 64 experts; in brackets launches of more than 7 clusters,
+# and the product with router_topk. README has the figures of the boxes of 128:
 #                 7168x384                          4096x256
 #     N           65     128    192     256         128    256     384     512
 #     128 x 64    6.79   7.12   (11.6)  (13.5)      5.20   (9.40)  (11.0)  (15.1)

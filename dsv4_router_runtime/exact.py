@@ -127,7 +127,7 @@ def fused_sum(
     of_accumulator = of_accumulator.masked_fill_(accumulator == 0, LEAST_EXPONENT)
     exponents = exponents.masked_fill_(products == 0, LEAST_EXPONENT)
     largest = torch.maximum(exponents.amax(-1), of_accumulator).clamp_(min=LEAST_EXPONENT).long()
-    # 2^(FRACTION_BITS - largest): after it, a term's integer part is what is kept.
+    # 2^(FRACTION_BITS - largest): of a term scaled by it, the integer part is kept.
     scale = (1023 + FRACTION_BITS - largest << 52).view(torch.float64)
     total = products.mul_(scale[..., None]).trunc_().sum(-1)
     return _truncated((total + (accumulator.double() * scale).trunc_()) / scale)

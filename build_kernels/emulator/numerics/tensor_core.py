@@ -41,5 +41,5 @@ def multiply_add(a: Array, b: Array, d: Array, bf16: tuple[bool, bool]) -> Array
 
 
 def _exponents(values: Array, bf16: bool) -> Array:
-    """Return the exponents of what is not zero."""
+    """Return the exponents of nonzero numbers."""
     return np.maximum(np.frexp(values)[1] - 1, OF_DENORMALS[bf16])

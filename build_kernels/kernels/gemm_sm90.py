@@ -102,14 +102,9 @@ class TileGemmSm90(TileGemm):
                     warpgroup.fence()
                     for i in cutlass.range_constexpr(self.chunk):
                         if stage * self.chunk + i < blocks:
-                            for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
-                                cute.gemm(
-                                    tiled_mma,
-                                    accumulators,
-                                    tCrW[(None, None, k, self.w_block(stage, i, m_tile))],
-                                    tCrX[(None, None, k, stage * self.chunk + i)],
-                                    accumulators,
-                                )
+                            self.multiply_block(
+                                tiled_mma, accumulators, tCrW, tCrX, stage, i, m_tile
+                            )
                     warpgroup.commit_group()
             # One wait per turn: the ring usually holds the whole slice, so there is one turn.
             warpgroup.wait_group(0)
@@ -134,17 +129,31 @@ class TileGemmSm90(TileGemm):
             stage = block % self.stages
             cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (block // self.stages) & 1)
             warpgroup.fence()
-            for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
-                cute.gemm(
-                    tiled_mma,
-                    accumulators,
-                    tCrW[(None, None, k, self.w_block(stage, 0, m_tile))],
-                    tCrX[(None, None, k, stage)],
-                    accumulators,
-                )
+            self.multiply_block(tiled_mma, accumulators, tCrW, tCrX, stage, 0, m_tile)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             if block > 0:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(storage.empty.data_ptr() + (block - 1) % self.stages)
         warpgroup.wait_group(0)
+
+    @cute.jit
+    def multiply_block(
+        self,
+        tiled_mma: cute.TiledMma,
+        accumulators: cute.Tensor,
+        tCrW: cute.Tensor,
+        tCrX: cute.Tensor,
+        stage,
+        block: cutlass.Constexpr[int],
+        m_tile,
+    ):
+        """Issue the wgmmas of one K block of a stage, in K order."""
+        for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
+            cute.gemm(
+                tiled_mma,
+                accumulators,
+                tCrW[(None, None, k, self.w_block(stage, block, m_tile))],
+                tCrX[(None, None, k, stage * self.chunk + block)],
+                accumulators,
+            )

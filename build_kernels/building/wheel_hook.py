@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+if TYPE_CHECKING:
+    from dsv4_router_runtime.artifacts.folder import ArtifactSet
 
 
 class ArtifactsHook(BuildHookInterface):
@@ -44,6 +47,7 @@ class UnfitError(Exception):
 def _checked_names(folder: Path) -> list[str]:
     """Return the names of the files that an installed runtime and its tools read."""
     from build_kernels.building.plan import packaging_problem
+    from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
     from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, open_artifacts
 
     artifacts = open_artifacts(folder)
@@ -52,5 +56,24 @@ def _checked_names(folder: Path) -> list[str]:
     if problem := packaging_problem(artifacts.manifest):
         raise UnfitError(f"{folder}: {problem}; make them with `build-kernels build`")
     names = [MANIFEST_NAME, *(kernel.file for kernel in artifacts.manifest.kernels)]
-    # The evidence goes where its bytes go.
-    return [*names, EVIDENCE_NAME] if (folder / EVIDENCE_NAME).is_file() else names
+    if (folder / ENVELOPE_NAME).is_file():
+        _check_signed(artifacts)
+    # Evidence and signatures go where their bytes go.
+    beside = (EVIDENCE_NAME, ENVELOPE_NAME)
+    return [*names, *(name for name in beside if (folder / name).is_file())]
+
+
+def _check_signed(artifacts: ArtifactSet) -> None:
+    """Refuse signatures of another set: a server that asks for some would refuse the wheel."""
+    from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME, parse_envelope
+    from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, subjects
+    from dsv4_router_runtime.artifacts.statement import parse_statement
+
+    file = artifacts.folder / ENVELOPE_NAME
+    payload = parse_envelope(file.read_bytes(), source=str(file)).payload
+    signed = parse_statement(payload, source=f"{file}: payload").subjects
+    if signed != subjects(artifacts.manifest, (artifacts.folder / MANIFEST_NAME).read_bytes()):
+        raise UnfitError(
+            f"{file} is signed for another set; delete it, and sign this one with "
+            "`build-kernels sign`"
+        )

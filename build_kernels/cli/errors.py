@@ -12,13 +12,14 @@ from build_kernels.building.compilers import CompileError
 from build_kernels.building.staging import LockedError
 from build_kernels.evidence import EvidenceError
 from build_kernels.evidence.artifact import ArtifactReadError
+from build_kernels.release.errors import SigningError
 from dsv4_router_runtime.errors import RouterError
 
 from .console import say
 
 _EXPECTED = (
     *(BuildError, CompileError, LockedError, PlaceError),
-    *(ArtifactReadError, EvidenceError, RouterError, OSError),
+    *(ArtifactReadError, EvidenceError, SigningError, RouterError, OSError),
 )
 
 

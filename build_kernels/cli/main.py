@@ -9,6 +9,9 @@ from build_kernels.bench.command import bench_command
 from build_kernels.building.compilers import CompileError, toolchain_versions
 from build_kernels.campaign.command import faults_command
 from build_kernels.evidence import verify_command
+from build_kernels.release.keys import keygen_command
+from build_kernels.release.sign import sign_command
+from build_kernels.release.verify_signature import verify_signature_command
 
 from .build import build_command
 from .inspect import inspect_command
@@ -44,5 +47,6 @@ def main() -> None:
 for command in (
     *(build_command, list_command, inspect_command),
     *(verify_command, faults_command, bench_command),
+    *(keygen_command, sign_command, verify_signature_command),
 ):
     main.add_command(command)

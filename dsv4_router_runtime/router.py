@@ -73,7 +73,8 @@ class Router:
     hidden_states, the masks, num_tokens and forced_ids may be the work of the kernel before, and it
     may still use the outputs. On one H200 it takes 1.7 us or more off a decode call in a graph.
 
-    artifacts: a folder, or an ArtifactSet, instead of the installed one.
+    artifacts: a folder, or an ArtifactSet, instead of the installed one. `open_artifacts(trust=)`
+        opens a set under a trust policy; DSV4_ROUTER_TRUST names one for every set.
 
     Keywords of a call:
     image_mask [N] bool: image rows, which select with bias_vl instead of e_bias or the table.

@@ -18,15 +18,13 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 # Defined by build_kernels/release/README.md.
 BUILD_TYPE = "urn:x-dsv4-router:build-kernels:1"
 
-Release = tuple[int, ...]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
     """subjects: sha256 by file name, of the manifest and of every cubin."""
 
     subjects: Mapping[str, str]
-    release: Release
+    release: str
 
 
 def parse_statement(payload: bytes, *, source: str) -> Statement:
@@ -34,14 +32,16 @@ def parse_statement(payload: bytes, *, source: str) -> Statement:
     return read_json(payload, _statement, source=source)
 
 
-def read_release(node: JsonNode) -> Release:
-    """Return the numbers of a release without zeros at the end, so that they can be compared."""
+def read_release(node: JsonNode) -> str:
+    """Return a release of a form that `numbers_of` can compare."""
     number = r"(0|[1-9][0-9]{0,5})"
-    text = node.string(rf"{number}(\.{number}){{0,3}}", "a release of 1 to 4 numbers, as 0.1.0")
-    numbers = [int(part) for part in text.split(".")]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    return node.string(rf"{number}(\.{number}){{0,3}}", "a release of 1 to 4 numbers, as 0.1.0")
+
+
+def numbers_of(release: str) -> tuple[int, ...]:
+    """Return a release's numbers, for comparison: 1.0 is 1.0.0, and 0.10 is after 0.9."""
+    numbers = [int(part) for part in release.split(".")]
+    return (*numbers, *[0] * (4 - len(numbers)))
 
 
 def _statement(node: JsonNode) -> Statement:

@@ -24,7 +24,7 @@ from .dsse import ENVELOPE_NAME, MAX_ENVELOPE_BYTES, Envelope, parse_envelope, r
 from .ed25519 import KeyFormatError, PublicKey
 from .files import read_file, reason_of
 from .json_reader import JsonNode, read_json
-from .statement import PAYLOAD_TYPE, Release, parse_statement, read_release
+from .statement import PAYLOAD_TYPE, numbers_of, parse_statement, read_release
 
 TRUST_VARIABLE = "DSV4_ROUTER_TRUST"
 Trust = str | os.PathLike[str] | Mapping[str, object]
@@ -66,7 +66,7 @@ class SignaturePolicy:
 
     keys: Mapping[str, PublicKey]
     threshold: int
-    min_release: Release
+    min_release: str
     revoked: frozenset[str]
     source: str
 
@@ -80,28 +80,30 @@ class SignaturePolicy:
             text = read_file(file, most_bytes=MAX_ENVELOPE_BYTES)
             envelope = parse_envelope(text, source=file)
             # Nothing is read of a payload before it is known who signed it, and as what.
-            signers = self._signers(envelope)
+            signers = self.signers(envelope)
             statement = parse_statement(envelope.payload, source=f"{file}: payload")
             self._check_release(statement.release)
             _check_subjects(statement.subjects, subjects)
             if manifest_sha256 in self.revoked:
-                raise _Refused(f"the manifest {manifest_sha256} is revoked")
+                raise Refused(f"the manifest {manifest_sha256} is revoked")
         except FileNotFoundError as error:
             raise self._refusal(file, "missing, so nobody signed these artifacts") from error
         except OSError as error:
             raise self._refusal(file, f"cannot be read ({reason_of(error)})") from error
         except ManifestError as error:
             raise self._refusal(file, f"{error.path}: {error.problem}") from error
-        except _Refused as error:
+        except Refused as error:
             raise self._refusal(file, str(error)) from error
-        release = _shown_release(statement.release)
         named = ", ".join(keyid[:_SHOWN_KEYID] for keyid in signers)
-        return f"release {release}, signed by {named} ({self.threshold} asked for by {self.source})"
+        return (
+            f"release {statement.release}, signed by {named} "
+            f"({self.threshold} of {len(self.keys)} keys asked for by {self.source})"
+        )
 
-    def _signers(self, envelope: Envelope) -> list[str]:
+    def signers(self, envelope: Envelope) -> list[str]:
         """Return the keyids of enough valid signatures; each key counts once."""
         if envelope.payload_type != PAYLOAD_TYPE:
-            raise _Refused(f"payloadType: expected {PAYLOAD_TYPE} (got {envelope.payload_type})")
+            raise Refused(f"payloadType: expected {PAYLOAD_TYPE} (got {envelope.payload_type})")
         signers: list[str] = []
         reasons = []
         for keyid, signature in envelope.signatures:
@@ -117,18 +119,15 @@ class SignaturePolicy:
                 signers.append(keyid)
         if len(signers) < self.threshold:
             found = "; ".join(reasons)
-            raise _Refused(
+            raise Refused(
                 f"{len(signers)} valid signatures of trusted keys, and {self.threshold} are asked "
                 f"for{f' ({found})' if found else ''}"
             )
         return signers
 
-    def _check_release(self, release: Release) -> None:
-        if release < self.min_release:
-            raise _Refused(
-                f"release {_shown_release(release)} is rolled back: min_release is "
-                f"{_shown_release(self.min_release)}"
-            )
+    def _check_release(self, release: str) -> None:
+        if numbers_of(release) < numbers_of(self.min_release):
+            raise Refused(f"release {release} is rolled back: min_release is {self.min_release}")
 
     def _refusal(self, file: str, problem: str) -> TrustError:
         step = _install_step(self.source)
@@ -138,7 +137,7 @@ class SignaturePolicy:
 Policy = PinnedManifest | SignaturePolicy
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The policy is not satisfied; the message is the reason."""
 
 
@@ -168,6 +167,9 @@ def read_policy(trust: Trust, *, source: str) -> Policy:
             f"{source}: expected a path, a sha256 or a dict (got {type(trust).__name__})"
         )
     named = os.fsdecode(trust)
+    if not named:
+        # An unset variable of a shell looks so: it was meant to name something.
+        raise _bad_policy(source, "expected a path or a sha256 (got an empty string)")
     if isinstance(trust, str) and re.fullmatch(_SHA256, named):
         return PinnedManifest(sha256=named, source=source)
     try:
@@ -204,7 +206,7 @@ def _policy(node: JsonNode) -> Policy:
     return SignaturePolicy(
         keys=keys,
         threshold=at["threshold"].integer(1, len(keys)) if "threshold" in at else 1,
-        min_release=read_release(at["min_release"]) if "min_release" in at else (),
+        min_release=read_release(at["min_release"]) if "min_release" in at else "0",
         revoked=frozenset(item.string(_SHA256, what) for item in revoked),
         source=node.source,
     )
@@ -220,14 +222,10 @@ def _key(node: JsonNode) -> PublicKey:
 def _check_subjects(signed: Mapping[str, str], here: Mapping[str, str]) -> None:
     for name in sorted(signed.keys() | here.keys()):
         if signed.get(name) != here.get(name):
-            raise _Refused(
+            raise Refused(
                 f"{name}: sha256 is {here.get(name, 'that of no file')} here, "
                 f"{signed.get(name, 'that of no file')} in the signed statement"
             )
-
-
-def _shown_release(release: Release) -> str:
-    return ".".join(map(str, release)) or "0"
 
 
 def _install_step(source: str) -> str:

@@ -28,8 +28,8 @@ def examine(
     quick: leave the self-test out. torch is imported only if there is a GPU.
     """
     findings = check_packages()
-    opened, finding = check_artifacts(artifacts)
-    findings += [finding, *check_environment()]
+    opened, found = check_artifacts(artifacts)
+    findings += [*found, *check_environment()]
     runs, finding = check_driver()
     findings.append(finding)
     gpus: list[Gpu] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from dataclasses import dataclass
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -14,21 +15,76 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 from signed_sets import IDS, KEYS, ORDER, PUBLIC, b64, policy, signed
 
-from dsv4_router_runtime.artifacts.dsse import Envelope
+from dsv4_router_runtime.artifacts.dsse import Envelope, parse_envelope
 from dsv4_router_runtime.artifacts.statement import PAYLOAD_TYPE
-from dsv4_router_runtime.artifacts.trust import Refused, SignaturePolicy
-
-__all__ = ["PUBLIC", "policy"]
-
-# Here securesystemslib decodes base64 that has another, canonical spelling.
-STRICTER = {"trailing_bits"}
+from dsv4_router_runtime.artifacts.trust import Refused, SignaturePolicy, read_policy
+from dsv4_router_runtime.errors import ManifestError
 
 
-def enough(policy: SignaturePolicy, envelope: Envelope) -> bool:
+@dataclass(frozen=True)
+class RandomEnvelope:
+    """A document, the numbers of the trusted keys, how many must sign, and the mutation."""
+
+    document: dict[str, Any]
+    numbers: list[int]
+    threshold: int
+    mutation: str
+
+    @property
+    def text(self) -> bytes:
+        return json.dumps(self.document).encode()
+
+    @property
+    def has_our_type(self) -> bool:
+        return bool(self.document["payloadType"] == PAYLOAD_TYPE)
+
+    @property
+    def is_spelt_loosely(self) -> bool:
+        """Whether it has base64 of another spelling, which securesystemslib decodes too."""
+        return self.mutation == "trailing_bits"
+
+
+def random_envelope(rng: random.Random) -> RandomEnvelope:
+    numbers = rng.sample(range(6), rng.randint(1, 3))
+    # Mostly signed by those who are trusted, so that many are accepted before the mutation.
+    signers = {n for n in numbers if rng.random() < 0.9} | {
+        rng.choice([*numbers, rng.randrange(6)])
+    }
+    payload = rng.randbytes(rng.choice((0, 1, 55, 56, 119, 300)))
+    kind = PAYLOAD_TYPE if rng.random() < 0.9 else rng.choice(("", "text/plain", "x/\u00e9"))
+    document = signed(payload, sorted(signers), kind)
+    mutation = rng.choice(sorted(MUTATIONS))
+    MUTATIONS[mutation](rng, document)
+    return RandomEnvelope(document, numbers, rng.randint(1, len(numbers)), mutation)
+
+
+def parsed(envelope: RandomEnvelope) -> Envelope | None:
     try:
-        return len(policy.signers(envelope)) >= policy.threshold
+        return parse_envelope(envelope.text, source="e")
+    except ManifestError:
+        return None
+
+
+def policy_accepts(envelope: RandomEnvelope) -> bool:
+    """Our verdict about the signatures; these payloads are no statements."""
+    asked = read_policy(policy(*envelope.numbers, threshold=envelope.threshold), source="trust")
+    assert isinstance(asked, SignaturePolicy)
+    found = parsed(envelope)
+    try:
+        return found is not None and bool(asked.signers(found))
     except Refused:
         return False
+
+
+def cryptography_accepts(envelope: RandomEnvelope, found: Envelope) -> bool:
+    valid = {
+        keyid
+        for keyid, signature in found.signatures
+        if keyid in IDS
+        and IDS.index(keyid) in envelope.numbers
+        and cryptography_verifies(PUBLIC[IDS.index(keyid)], signature, found.signed_bytes)
+    }
+    return envelope.has_our_type and len(valid) >= envelope.threshold
 
 
 def cryptography_verifies(public: bytes, signature: bytes, message: bytes) -> bool:
@@ -39,28 +95,16 @@ def cryptography_verifies(public: bytes, signature: bytes, message: bytes) -> bo
     return True
 
 
-def securesystemslib_accepts(text: bytes, numbers: list[int], threshold: int) -> bool:
-    keys = [SSlibKey(IDS[n], "ed25519", "ed25519", {"public": PUBLIC[n].hex()}) for n in numbers]
+def securesystemslib_accepts(envelope: RandomEnvelope) -> bool:
+    keys = [
+        SSlibKey(IDS[n], "ed25519", "ed25519", {"public": PUBLIC[n].hex()})
+        for n in envelope.numbers
+    ]
     try:
-        TheirEnvelope.from_dict(json.loads(text)).verify(keys, threshold)
+        TheirEnvelope.from_dict(json.loads(envelope.text)).verify(keys, envelope.threshold)
     except (VerificationError, ValueError, KeyError):
         return False
     return True
-
-
-def envelope(rng: random.Random) -> tuple[dict[str, Any], list[int], int, str]:
-    """Return a document, the numbers of the trusted keys, the threshold, and the mutation."""
-    numbers = rng.sample(range(6), rng.randint(1, 4))
-    threshold = rng.randint(1, len(numbers))
-    # Mostly signed by those who are trusted, so that many are accepted before the mutation.
-    pool = [*numbers, rng.randrange(6)]
-    signers = sorted({n for n in pool if rng.random() < 0.85}) or [rng.randrange(6)]
-    payload = rng.randbytes(rng.choice((0, 1, 55, 56, 119, 300)))
-    kind = PAYLOAD_TYPE if rng.random() < 0.9 else rng.choice(("", "text/plain", "x/\u00e9"))
-    document = signed(payload, signers, kind)
-    mutation = rng.choice(sorted(MUTATIONS))
-    MUTATIONS[mutation](rng, document)
-    return document, numbers, threshold, mutation
 
 
 def _nothing(rng: random.Random, document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ pytest.importorskip("elftools", reason="needs the builder")
 from builds import ARCHS, TOPK, topk_set
 
 from build_kernels.building import plan
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 HOOK = Path(plan.__file__).with_name("wheel_hook.py")
 CUBINS = {f"{TOPK.name}.{arch}.cubin" for arch in ARCHS}
@@ -82,6 +84,22 @@ def test_a_wheel_carries_manifest_cubins_and_evidence(checkout, package, evidenc
         str(checkout / "artifacts" / name): f"dsv4_router_runtime/_artifacts/{name}"
         for name in names
     }
+
+
+def test_a_wheel_carries_the_signatures_of_its_set(checkout, package) -> None:
+    sets = pytest.importorskip("signed_sets", reason="needs the extra `test`")
+    manifest = open_artifacts(checkout / "artifacts").manifest
+    payload = json.dumps(sets.statement(manifest)).encode()
+    sets.write_envelope(checkout / "artifacts", sets.signed(payload))
+    carried = f"dsv4_router_runtime/_artifacts/{sets.ENVELOPE_NAME}"
+    assert carried in package("wheel").values()
+    other = json.dumps(sets.statement(sets.small_manifest(manifest))).encode()
+    sets.write_envelope(checkout / "artifacts", sets.signed(other))
+    with pytest.raises(Aborted, match="is signed for another set"):
+        package("wheel")
+    sets.write_envelope(checkout / "artifacts", {})
+    with pytest.raises(Aborted, match="payload: missing"):
+        package("wheel")
 
 
 def test_an_sdist_gets_nothing_that_it_has_not(package) -> None:

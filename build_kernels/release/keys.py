@@ -72,7 +72,6 @@ def new_key(file: Path, passphrase: bytes | None) -> Ed25519PrivateKey:
         raise SigningError(f"{file}: no key can be written there ({reason_of(error)})") from error
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(descriptor, 0o600)  # whatever the umask is
             stream.write(pem)
     except BaseException:
         file.unlink()  # half a key

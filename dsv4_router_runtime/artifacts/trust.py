@@ -118,11 +118,8 @@ class SignaturePolicy:
             else:
                 signers.append(keyid)
         if len(signers) < self.threshold:
-            found = "; ".join(reasons)
-            raise Refused(
-                f"{len(signers)} valid signatures of trusted keys, and {self.threshold} are asked "
-                f"for{f' ({found})' if found else ''}"
-            )
+            counted = f"{len(signers)} of {self.threshold} signatures by trusted keys"
+            raise Refused(f"{counted} ({'; '.join(reasons) or 'no other in the envelope'})")
         return signers
 
     def _check_release(self, release: str) -> None:

@@ -201,6 +201,11 @@ class TestSign:
         assert "is not as in commit" in message
         assert new in message
 
+    @pytest.mark.parametrize("builder_id", ["", "ci", "https://a b", "https://a\n"])
+    def test_a_builder_that_is_no_uri(self, checkout, key, builder_id):
+        message = refused("sign", "--key", key, "--builder-id", builder_id)
+        assert "--builder-id: expected a URI" in message
+
     def test_without_a_commit(self, checkout, key):
         shutil.rmtree(checkout / ".git")
         message = refused("sign", "--key", key)

@@ -31,6 +31,8 @@ def make_statement(root: Path, artifacts: ArtifactSet, builder_id: str = LOCAL_B
 
     root: the checkout, without a change since its commit, whose manifest is the set's.
     """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[!-~]+", builder_id):
+        raise SigningError(f"--builder-id: expected a URI (got {builder_id!r:.80})")
     commit = _clean_commit(root)
     tracked = root / "artifacts" / MANIFEST_NAME
     text = tracked.read_bytes()

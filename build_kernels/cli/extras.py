@@ -16,6 +16,7 @@ REQUIREMENTS = {
     "sentryward": f"{BUILDER}[verify]",
     "torch": f"{RUNTIME}[torch]",
     "matplotlib": f"{BUILDER}[bench]",
+    "hatchling": f"{BUILDER}[release]",
 }
 
 

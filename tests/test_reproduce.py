@@ -29,6 +29,7 @@ from build_kernels.release.two_builds import Selection, quick_selection
 from build_kernels.specs import KERNELS
 
 ROOT = Path(__file__).parents[1]
+NEEDS_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not run: no git checkout")
 ONE = ("--kernel=router_topk", "--arch=sm_90a")
 PROBE = """
 import glob, json, locale, os, time
@@ -101,6 +102,7 @@ def test_quick_takes_a_kernel_of_each_language() -> None:
     assert Selection().is_whole
 
 
+@NEEDS_GIT
 def test_the_source_is_the_commit_with_its_files() -> None:
     found = read_source()
     commit, epoch = subprocess.run(
@@ -115,6 +117,16 @@ def test_the_source_is_the_commit_with_its_files() -> None:
     assert not [name for name in found.files if name.endswith((".cubin", ".pyc"))]
 
 
+def test_a_wheel_takes_a_signature_and_the_kernels_that_are_not_compiled(tmp_path: Path) -> None:
+    artifacts = topk_set(tmp_path / "artifacts", ["sm_90a"])
+    for name in ("manifest.dsse.json", ".hidden"):
+        (artifacts / name).touch()
+    documents = {"artifacts/manifest.json", "artifacts/manifest.dsse.json"}
+    kernels = {f"artifacts/router_topk.sm_90a.{kind}" for kind in ("cubin", "ptx")}
+    assert set(two_builds._built_files(tmp_path, Selection())) == documents
+    assert set(two_builds._built_files(tmp_path, quick_selection())) == documents | kernels
+
+
 class TestReport:
     def test_of_no_difference(self, outputs) -> None:
         result = call(*ONE)
@@ -122,16 +134,27 @@ class TestReport:
         assert result.stdout.startswith(f"commit {'0' * 40}, SOURCE_DATE_EPOCH 1\n")
         assert "7 files are the same, 0 differ" in result.stdout
 
-    def test_of_a_difference(self, outputs) -> None:
+    def test_of_a_difference(self, outputs, monkeypatch: pytest.MonkeyPatch) -> None:
+        commands = []
+
+        def asked(command: list[str], **_: object) -> subprocess.CompletedProcess:
+            commands.append(command)
+            return subprocess.CompletedProcess(command, 1, "router_topk changed\n", "")
+
         cubin = outputs[1] / "artifacts" / "router_topk.sm_90a.cubin"
         data = cubin.read_bytes()
         cubin.write_bytes(data[:7] + b"\x55" + data[8:])
+        monkeypatch.setattr(subprocess, "run", asked)
         result = call(*ONE)
         assert result.exit_code == 1
+        (command,) = commands
+        folders = [str(output / "artifacts") for output in outputs]
+        assert command[1:] == ["-m", "build_kernels", "diff", *folders]
         size = len(data)
         assert (
             "artifacts/router_topk.sm_90a.cubin differs:\n"
             f"  byte 7, the first of 1 ({size} and {size} bytes): {data[7]:#04x} | 0x55\n"
+            "router_topk changed\n"
             "6 files are the same, 1 differ"
         ) in result.stdout
         assert "--keep FOLDER" in result.stderr
@@ -211,8 +234,9 @@ class TestRefused:
             (artifacts / "manifest.json").write_text("{")
         if spoiled == "a cubin missing":
             (artifacts / "router_topk.sm_90a.cubin").unlink()
-        with pytest.raises(BuildError, match="Run `build-kernels build` first"):
-            two_builds._built_files(tmp_path)
+        with pytest.raises(BuildError, match=r"damaged. Run `build-kernels build` first"):
+            two_builds._built_files(tmp_path, quick_selection())
+        assert two_builds._built_files(tmp_path, Selection()) is not None
 
     def test_without_hatchling(self, outputs, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "hatchling", None)
@@ -267,6 +291,7 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
+@NEEDS_GIT
 @pytest.mark.slow
 def test_two_real_builds_differ_where_something_depends_on_the_surroundings(
     repository: Path, tmp_path: Path
@@ -302,6 +327,7 @@ def test_two_real_builds_differ_where_something_depends_on_the_surroundings(
     assert not [each for each in found if each.startswith("dist/dsv4_router_builder")]
 
 
+@NEEDS_GIT
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_neither_a_process_nor_a_file(

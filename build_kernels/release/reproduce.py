@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from build_kernels.cli.options import arch_option, json_option, kernel_option
 
 from .differences import Difference, compare_folders
 from .surroundings import read_source
-from .two_builds import PACKAGES, Selection, build_twice, quick_selection
+from .two_builds import ARTIFACTS, PACKAGES, Selection, build_twice, quick_selection
 
 _SHOWN = 20  # differences of one file
 
@@ -64,6 +65,7 @@ def reproduce_command(
             first, second = build_twice(Path(scratch), source, selection, say)
             differences = compare_folders(first.output, second.output)
             files = _digests(first.output)
+            changes = _kernel_changes(first.output, second.output, differences)
             if keep is not None:
                 for place in (first, second):
                     shutil.move(place.output, keep / place.surroundings.name)
@@ -74,6 +76,7 @@ def reproduce_command(
         "surroundings": [asdict(place.surroundings) for place in (first, second)],
         "files": files,
         "differences": [asdict(difference) for difference in differences],
+        "kernel_changes": changes,
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:
@@ -108,6 +111,18 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in paths}
 
 
+def _kernel_changes(first: Path, second: Path, differences: Sequence[Difference]) -> str:
+    """Return what `build-kernels diff` prints about the kernels; nothing if they are the same."""
+    if not any(difference.file.startswith(ARTIFACTS) for difference in differences):
+        return ""
+    sides = [str(output / ARTIFACTS) for output in (first, second)]
+    command = [sys.executable, "-m", "build_kernels", "diff", *sides]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        say(f"no `build-kernels diff` of the kernels: {done.stderr.strip()}")
+    return done.stdout
+
+
 def _print_report(report: Mapping[str, Any], differences: Sequence[Difference]) -> None:
     changes = ", with uncommitted changes" if report["uncommitted_changes"] else ""
     print(f"commit {report['commit']}{changes}, SOURCE_DATE_EPOCH {report['source_date_epoch']}")
@@ -123,5 +138,6 @@ def _print_report(report: Mapping[str, Any], differences: Sequence[Difference]) 
             print(f"  {each.field}: {each.first} | {each.second}")
         if len(found) > _SHOWN:
             print(f"  and {len(found) - _SHOWN} more")
+    print(report["kernel_changes"], end="")
     same = len(report["files"].keys() - by_file.keys())
     print(f"{same} files are the same, {len(by_file)} differ ({report['seconds']} s)")

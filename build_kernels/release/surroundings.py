@@ -154,7 +154,10 @@ def make_place(base: Path, around: Surroundings, source: Source, built: Sequence
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_ROOT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A name need not be text.
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", check=False
+        )
         problem = done.stderr.strip() if done.returncode else ""
     except FileNotFoundError:
         problem = "git is not installed"

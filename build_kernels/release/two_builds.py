@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kernels.building.artifact_folder import vouched_files
+from build_kernels.building.artifact_folder import read_plain, vouched_files
 from build_kernels.building.build import BuildError
 from build_kernels.specs import KERNELS
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
@@ -54,7 +54,7 @@ def build_twice(
 
     BuildError if a build fails. Interrupted, it ends the processes that it started.
     """
-    built = [] if selection.is_whole else _built_files(source.root)
+    built = _built_files(source.root, selection)
     # Both before the first build: somebody may edit the checkout in these minutes.
     first, second = (make_place(base, each, source, built) for each in two_surroundings())
     for place in (first, second):
@@ -63,21 +63,25 @@ def build_twice(
     return first, second
 
 
-def _built_files(root: Path) -> list[str]:
-    """Return the files that the checkout's manifest lists; BuildError if one is missing."""
+def _built_files(root: Path, selection: Selection) -> list[str]:
+    """Return the files of the checkout's artifacts that a wheel takes as they are.
+
+    The kernels, unless all are compiled here, and a signature. BuildError if a kernel is missing.
+    """
     folder = root / ARTIFACTS
-    try:
-        names = vouched_files((folder / MANIFEST_NAME).read_bytes())
-    except FileNotFoundError:
-        names = {}
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
+    found = {path.name for path in folder.glob("[!.]*") if path.is_file()}
+    kernels = {name for name in found if name.endswith((".cubin", ".ptx"))}
+    if selection.is_whole:
+        return [f"{ARTIFACTS}/{name}" for name in found - kernels]
+    listed = vouched_files(read_plain(folder / MANIFEST_NAME) or b"")
+    missing = sorted(listed.keys() - kernels) if listed else [MANIFEST_NAME]
+    if missing:
         raise BuildError(
             "the wheel needs every kernel, and only a part of them is compiled twice: the others "
-            f"come from {folder}, where {missing[0] if missing else MANIFEST_NAME} is missing. "
-            "Run `build-kernels build` first, or compile all twice: no --quick, --kernel or --arch"
+            f"come from {folder}, where {missing[0]} is missing or damaged. Run "
+            "`build-kernels build` first, or compile all twice: no --quick, --kernel or --arch"
         )
-    return [f"{ARTIFACTS}/{name}" for name in names]
+    return [f"{ARTIFACTS}/{name}" for name in found]
 
 
 def _build(place: Place, selection: Selection) -> None:

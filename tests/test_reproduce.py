@@ -253,6 +253,37 @@ def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path, source: Source)
         two_builds._run(place, ".", "failing")
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_an_interrupted_build_is_ended(
+    deaf: bool, tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that does not listen to SIGTERM."""
+    place = make_place(tmp_path / "work", two_surroundings()[0], source, [])
+    deafness = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" * deaf
+    (place.checkout / "lasting.py").write_text(
+        f"import os, signal, time\n{deafness}open('partial', 'w').write(str(os.getpid()))\n"
+        "os.rename('partial', 'pid')\ntime.sleep(60)\n"
+    )
+    pid = place.checkout / "pid"
+    monkeypatch.setattr(two_builds, "_SECONDS_TO_END", 0.5 if deaf else 20)
+
+    def interrupt(*_: object) -> None:
+        if pid.exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            two_builds._run(place, ".", "lasting")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 # Each breaks one thing that the builds should agree on; none is part of a source digest.
 FAULTS = {
     "build_kernels/building/build.py": (
@@ -339,9 +370,10 @@ def test_interrupted_it_leaves_neither_a_process_nor_a_file(
     (tmp_path / "tmp").mkdir()
     with family([*command, *keep], TMPDIR=str(tmp_path / "tmp")) as members:
         members.wait_for("spawn_main")
-        members.signal(number, group=False)
+        # Ctrl-C is for the whole group of a terminal, kill for one process.
+        members.signal(number, group=number == signal.SIGINT)
         assert members.head.wait(30) == 130
-        assert members.survivors(5) == []
+        assert members.survivors(0.5) == []  # not those that will end by themselves
     assert os.listdir(tmp_path) == ["tmp"]
     assert os.listdir(tmp_path / "tmp") == []
     assert sorted(path.name for path in CHECKOUT.parent.iterdir()) == before

@@ -85,7 +85,7 @@ def test_the_workflow_gives_no_job_more_than_it_needs() -> None:
 
 def test_the_workflows_commands_are_this_projects() -> None:
     names = [command.split()[0] for command in COMMANDS]
-    assert names == ["build", "budget", "reproduce", "sign", "reproduce"]
+    assert names == ["build", "reproduce", "budget", "sign", "reproduce"]
     for command in COMMANDS:
         name, *arguments = shlex.split(command)
         if name in main.commands:

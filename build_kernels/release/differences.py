@@ -16,7 +16,7 @@ from typing import Any
 
 Facts = Mapping[str, str]
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError)
-_SHOWN = 60  # characters of a value
+_SHOWN = 80  # characters of a value
 _MISSING = "missing"
 
 

@@ -7,6 +7,8 @@ modules that it imports need the standard library alone.
 from __future__ import annotations
 
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 class ArtifactsHook(BuildHookInterface):
     """Check artifacts/ as the loader does; refuse missing kernels and those older than a source.
 
-    A wheel then gets manifest, evidence and cubins beside the runtime. An sdist has them anyway.
+    A wheel then gets manifest, evidence and cubins beside the runtime, and the SBOM. An sdist has
+    artifacts anyway.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -35,9 +38,14 @@ class ArtifactsHook(BuildHookInterface):
             # abort, not raise: pip would show forty lines of traceback before the reason.
             self.app.abort(f"error: no {self.target_name} is made: {error}")
         if self.target_name == "wheel":
+            from build_kernels.building.sbom import ARTIFACTS_IN_WHEEL
+
             for name in names:
                 source = str(Path(self.root) / "artifacts" / name)
-                build_data["force_include"][source] = f"dsv4_router_runtime/_artifacts/{name}"
+                build_data["force_include"][source] = f"{ARTIFACTS_IN_WHEEL}/{name}"
+            # It is deleted with this object, also if no wheel comes of it.
+            self.scratch = tempfile.TemporaryDirectory(prefix="dsv4-router-sbom-")
+            build_data["sbom_files"].append(str(_write_sbom(Path(self.root), self.scratch.name)))
 
 
 class UnfitError(Exception):
@@ -77,3 +85,15 @@ def _check_signed(artifacts: ArtifactSet) -> None:
             f"{file} is signed for another set; delete it, and sign this one with "
             "`build-kernels sign`"
         )
+
+
+def _write_sbom(root: Path, folder: str) -> Path:
+    from build_kernels.building.sbom import SBOM_NAME, sbom_text
+    from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
+    from dsv4_router_runtime.artifacts.manifest import parse_manifest
+
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    manifest = (root / "artifacts" / MANIFEST_NAME).read_bytes()
+    path = Path(folder, SBOM_NAME)
+    path.write_text(sbom_text(project, parse_manifest(manifest), manifest), encoding="utf-8")
+    return path

@@ -17,6 +17,7 @@ REQUIREMENTS = {
     "torch": f"{RUNTIME}[torch]",
     "matplotlib": f"{BUILDER}[bench]",
     "cryptography": f"{BUILDER}[sign]",
+    "hatchling": f"{BUILDER}[release]",
 }
 
 

@@ -44,6 +44,7 @@ class Case:
 
     integers   small integers, biases in quarters
     ties       logits all equal: ids must be 0 .. top_k - 1
+    crowded    the best experts are neighbours, in some rows with equal logits
     biased     integers, with biases near 8 as real checkpoints have
     extreme    logits beyond +-100
     low        all logits near -100: softplus would be denormal, and epsilon counts
@@ -83,6 +84,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=1, num_experts=132, top_k=4, k=one, kind="biased"),
+        Case(num_tokens=3, num_experts=132, top_k=8, k=one, kind="crowded"),
         # All experts chosen, so that every score counts.
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
@@ -106,6 +108,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        *(Case(num_tokens=3, num_experts=e, top_k=8, k=one, kind="crowded") for e in (384, 512)),
         Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
         Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
         Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
@@ -124,6 +127,7 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=one, kind="biased"),
         Case(num_tokens=7, num_experts=100, top_k=4, k=9 * block),
+        Case(num_tokens=3, num_experts=132, top_k=8, k=one, kind="crowded"),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
         Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
@@ -141,6 +145,7 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=5, num_experts=200, top_k=3, k=one, options=("int64", "forced", "logits")),
         Case(num_tokens=3, num_experts=most, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        *(Case(num_tokens=3, num_experts=e, top_k=8, k=one, kind="crowded") for e in (384, 512)),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=33, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
@@ -200,6 +205,7 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),
         Case(num_tokens=3, num_experts=130, top_k=4, kind="nan"),
         Case(num_tokens=2, num_experts=70, top_k=8, kind="ties"),
+        Case(num_tokens=3, num_experts=384, top_k=8, kind="crowded"),
         Case(num_tokens=66, num_experts=60, top_k=1),
     )
 

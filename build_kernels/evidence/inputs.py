@@ -264,7 +264,7 @@ def _crowded(n: int, e: int) -> Any:
     import torch
 
     rows = (
-        (8, 1, 9, 8, 6, 1, 7, 6, 4, 1, 5, 4),
+        (8, 1, 9, 8, 1, 1, 7, 6, 4, 1, 5, 4),
         [12 - i // 2 for i in range(12)],
         range(12, 0, -1),
     )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from build_kernels.bench.report import ReportError
 from build_kernels.binaries.cubin import CubinError
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError
@@ -13,6 +14,7 @@ from build_kernels.building.compilers import CompileError
 from build_kernels.building.staging import LockedError
 from build_kernels.evidence import EvidenceError
 from build_kernels.evidence.artifact import ArtifactReadError
+from build_kernels.review.budgets import BudgetError
 from build_kernels.review.side import SideError
 from dsv4_router_runtime.errors import RouterError
 
@@ -20,7 +22,8 @@ from .console import say
 
 _EXPECTED = (
     *(BuildError, CompileError, LockedError, PlaceError),
-    *(ArtifactReadError, EvidenceError, CubinError, SideError, RouterError, OSError),
+    *(ArtifactReadError, EvidenceError, CubinError, SideError, BudgetError),
+    *(ReportError, RouterError, OSError),
 )
 
 

@@ -9,6 +9,7 @@ from build_kernels.bench.command import bench_command
 from build_kernels.building.compilers import CompileError, toolchain_versions
 from build_kernels.campaign.command import faults_command
 from build_kernels.evidence import verify_command
+from build_kernels.review.budget import budget_command
 from build_kernels.review.diff import diff_command
 
 from .build import build_command
@@ -44,6 +45,7 @@ def main() -> None:
 
 for command in (
     *(build_command, list_command, inspect_command),
-    *(verify_command, faults_command, bench_command, diff_command),
+    *(verify_command, faults_command, bench_command),
+    *(diff_command, budget_command),
 ):
     main.add_command(command)

@@ -29,9 +29,7 @@ from .difference import (
 
 _MAX_VALUE = 120
 _ARROW = "→"
-# Of the Markdown table; changes of all other classes share a last column.
 _COLUMNS = (ABI, LAUNCH, PROBLEM, RESOURCES, OPCODES, EVIDENCE)
-# Characters that would end a cell, or start a tag, a link, a mention or a style.
 _MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "|<>&*`[]@#\\"}
 _OTHERS = "other"
 
@@ -61,12 +59,13 @@ def to_text(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return the comparison as a reviewer reads it: a row for kernels with the same changes."""
+    sides = markdown_safe(f"{comparison.before} {_ARROW} {comparison.after}")
     lines = [
         "## What this change does to every kernel",
         "",
-        f"{_safe(comparison.before)} {_ARROW} {_safe(comparison.after)}: {_counts(comparison)}.",
+        f"{sides}: {_counts(comparison)}.",
     ]
-    set_changes = [f"- {c.kind}: {_safe(_sentence(c))}" for c in comparison.set_changes]
+    set_changes = [f"- {c.kind}: {markdown_safe(_sentence(c))}" for c in comparison.set_changes]
     lines += ["", *set_changes] if set_changes else []
     if groups := list(_groups(comparison.kernels)):
         used = {change.kind for _, sample in groups for change in sample.changes}
@@ -77,9 +76,9 @@ def to_markdown(comparison: Comparison) -> str:
         lines += (_row(keys, sample, columns) for keys, sample in groups)
     untouched = [item.key for item in comparison.kernels if _is_untouched(item)]
     if untouched and groups:
-        lines += ["", f"Unchanged: {_safe(_listed(untouched))}."]
+        lines += ["", f"Unchanged: {markdown_safe(_listed(untouched))}."]
     if comparison.notes:
-        lines += ["", *(f"- note: {_safe(note)}" for note in comparison.notes)]
+        lines += ["", *(f"- note: {markdown_safe(note)}" for note in comparison.notes)]
     return "\n".join(lines)
 
 
@@ -109,10 +108,10 @@ def _groups(kernels: Sequence[KernelChange]) -> Iterator[tuple[list[str], Kernel
 
 
 def _row(keys: Sequence[str], sample: KernelChange, columns: Sequence[str]) -> str:
-    cells = [_safe(_listed(keys)), sample.cubin]
+    cells = [markdown_safe(_listed(keys)), sample.cubin]
     for column in columns:
         told = [
-            _safe(_sentence(change))
+            markdown_safe(_sentence(change))
             for change in sample.changes
             if change.kind == column
             or (column == _OTHERS and change.kind not in (*_COLUMNS, KERNELS))
@@ -154,6 +153,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _safe(text: str) -> str:
+def markdown_safe(text: str) -> str:
     """Return text that Markdown shows as it is: names here may come out of anybody's wheel."""
     return printable(text).translate(_MARKDOWN)

@@ -244,7 +244,8 @@ def test_a_slower_run_of_the_bench_fails(place, tmp_path: Path) -> None:
 
 
 def test_a_bench_of_another_manifest_is_noted(place) -> None:
-    assert "another build's manifest" in call(*place, "--bench", BENCH).stderr
+    for form in ((), ("--markdown",)):
+        assert "the kernels of another manifest" in call(*place, "--bench", BENCH, *form).stdout
 
 
 def test_bad_places_exit_2(place, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -71,8 +71,6 @@ def budget_command(
         measured = kernel_numbers(opened) | start_numbers(opened.folder)
         measured |= wheel_numbers(wheel) if wheel else {}
         measured |= gpu_numbers(report) if report else {}
-        if report and report.method.manifest_sha256 != _manifest_sha256(opened.folder):
-            say(f"note: {bench} is of another build's manifest than {opened.folder}")
         if update:
             known = {(KERNELS, spec.name, arch) for spec in SPECS for arch in spec.archs}
             old, limits = limits, renewed(measured, limits, known)
@@ -80,6 +78,9 @@ def budget_command(
             changed = sum(old.get(p) != limits.get(p) for p in old.keys() | limits.keys())
             say(f"{changed} budgets changed in {budgets}")
         verdict = judge(measured, limits)
+        if report and report.method.manifest_sha256 != _manifest_sha256(opened.folder):
+            note = f"{bench} measured the kernels of another manifest than that of {opened.folder}"
+            verdict = replace(verdict, notes=(note,))
     if as_json:
         print(json.dumps(asdict(verdict), indent=1, sort_keys=True))
     elif markdown:
@@ -117,19 +118,19 @@ def to_markdown(verdict: Verdict) -> str:
 def _summary(verdict: Verdict) -> list[str]:
     lines = [f"{verdict.held} budgets held, {len(verdict.exceeded)} not"]
     if verdict.exceeded:
-        lines.append("`build-kernels budget --update` writes those of this set, for a review")
+        lines.append("to allow what this set has, in a review: build-kernels budget --update")
     for found, words in (
-        (verdict.loose, "higher than needed; `build-kernels budget --update` lowers them"),
+        (verdict.loose, "higher than needed: build-kernels budget --update lowers them"),
         (
             verdict.not_measured,
             "not measured: --wheel FILE and --bench FILE bring what they are of",
         ),
-        (verdict.no_budget, "without a budget; `build-kernels budget --update` writes them"),
+        (verdict.no_budget, "without a budget: build-kernels budget --update writes them"),
     ):
         if found:
             more = f" and {len(found) - 1} more" if found[1:] else ""
             lines.append(f"{len(found)} {words} ({found[0]}{more})")
-    return lines
+    return [*lines, *(f"note: {note}" for note in verdict.notes)]
 
 
 def _manifest_sha256(folder: Path) -> str:

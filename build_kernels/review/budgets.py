@@ -77,6 +77,7 @@ class Verdict:
     loose: tuple[str, ...]
     not_measured: tuple[str, ...]
     no_budget: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_budgets(path: Path) -> dict[Place, float]:

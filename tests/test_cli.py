@@ -232,6 +232,18 @@ def test_list_shows_the_chosen_kernels_and_architectures(artifacts: Path) -> Non
     ]
 
 
+def test_a_familys_target_is_listed_if_it_is_asked_for_or_built(tmp_path: Path) -> None:
+    family = topk_set(tmp_path / "family", ["sm_90a", "sm_100f"])
+    assert _states(family) == {
+        **{"sm_90a": "built", "sm_100a": "not built", "sm_103a": "not built"},
+        "sm_100f": "built",
+    }
+    asked = call("list", "--artifacts", family, "--arch", "sm_103f", "--kernel", TOPK, "--json")
+    (row,) = json.loads(asked.stdout)
+    assert (row["arch"], row["state"], row["validated_on"]) == ("sm_103f", "not built", "nowhere")
+    assert row["loads_on"].startswith("B300")
+
+
 def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts, "--kernel", TOPK, "--check").exit_code == 0
     result = call("list", "--artifacts", artifacts, "--check")

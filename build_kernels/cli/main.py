@@ -13,6 +13,7 @@ from build_kernels.review.budget import budget_command
 from build_kernels.review.diff import diff_command
 
 from .build import build_command
+from .clean import clean_command
 from .inspect import inspect_command
 from .list import list_command
 
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 for command in (
-    *(build_command, list_command, inspect_command),
+    *(build_command, clean_command, list_command, inspect_command),
     *(verify_command, faults_command, bench_command),
     *(diff_command, budget_command),
 ):

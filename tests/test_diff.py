@@ -558,6 +558,23 @@ def test_a_kernel_listed_twice_is_an_error(tracked: tuple[Json, Json], tmp_path:
     assert f"a second kernel {DECODE}" in refused(*planted(tracked, tmp_path, twice))
 
 
+def test_a_parameter_listed_twice_is_an_error(tracked: tuple[Json, Json], tmp_path: Path) -> None:
+    def twice(_manifest: Json, kernel: Json, _rungs: Json) -> None:
+        kernel["parameters"].append(kernel["parameters"][0])
+
+    assert "a second parameter w_map" in refused(*planted(tracked, tmp_path, twice))
+
+
+def test_values_of_no_known_shape_are_shown_as_they_are(
+    tracked: tuple[Json, Json], tmp_path: Path
+) -> None:
+    """As another schema may have them."""
+    odd = at("problem.dtypes.out_ids", [["int32"], 7])
+    assert 'dtypes of out_ids ["int32", "int64"] → [["int32"], 7]' in (
+        call(*planted(tracked, tmp_path, odd)).stdout
+    )
+
+
 def test_corrupt_evidence_is_an_error(tracked: tuple[Json, Json], tmp_path: Path) -> None:
     folders = planted(tracked, tmp_path, rung("lint", status="perhaps"))
     assert "evidence[0].rungs.lint.status: expected one of" in refused(*folders)
@@ -583,6 +600,7 @@ def test_places_that_are_no_side_are_errors_in_words(
         archive.writestr("other/__init__.py", "")
     (tmp_path / "fifo").mkdir()
     os.mkfifo(tmp_path / "fifo" / "manifest.json")
+    os.mkfifo(tmp_path / "fifo.whl")
     for place, words in {
         "empty": "has no manifest.json",
         "text.whl": "neither a folder nor a readable wheel",
@@ -591,6 +609,7 @@ def test_places_that_are_no_side_are_errors_in_words(
         "./absent": "there is no such file or folder",
         "absent": "no commit of the git repository",
         "fifo": "a FIFO, not a regular file",
+        "fifo.whl": "a FIFO, not a regular file",
         "nul\0byte": "null byte",
     }.items():
         assert words in refused(good, place), place

@@ -256,7 +256,9 @@ def _range_word(before: Json, after: Json) -> str:
 def _set_word(before: Json, after: Json) -> str:
     if before is None or after is None:
         return "gained" if before is None else "lost"
-    old, new = set(before), set(after)
+    if not all(isinstance(each, list) for each in (before, after)):
+        return ""
+    old, new = ({str(item) for item in each} for each in (before, after))
     if new < old:
         return "narrowed"
     return "widened" if old < new else ""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from build_kernels.bench.report import BEHIND, COLD, EAGER, OURS, WARM, Report
 from build_kernels.binaries.nvdisasm import LOCAL_OPCODES
-from dsv4_router_runtime.artifacts.files import reason_of
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 
 from .budgets import GPU, KERNELS, PACKAGE, BudgetError, Measured, Place
@@ -59,10 +58,9 @@ def kernel_numbers(artifacts: ArtifactSet) -> dict[Place, Measured]:
 
 def wheel_numbers(wheel: Path) -> dict[Place, Measured]:
     """Return the bytes of a wheel."""
-    try:
-        return {(PACKAGE, "wheel_bytes"): Measured(value=wheel.stat().st_size)}
-    except OSError as error:
-        raise BudgetError(f"{wheel}: cannot be read ({reason_of(error)})") from error
+    if not wheel.is_file():
+        raise BudgetError(f"{wheel}: not a file")
+    return {(PACKAGE, "wheel_bytes"): Measured(value=wheel.stat().st_size)}
 
 
 def start_numbers(folder: Path) -> dict[Place, Measured]:

@@ -7,6 +7,7 @@ too. So its shape is checked here only as far as the comparison reads it.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import zipfile
@@ -34,6 +35,8 @@ from dsv4_router_runtime.errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ManifestEr
 _EVIDENCE_SCHEMA = 1
 _WHEEL_PLACE = f"dsv4_router_runtime/{WHEEL_FOLDER}"
 _GIT_SECONDS = 60
+# Above 40 times today's.
+_MAX_WHEEL_BYTES = 64 * 2**20
 _MAX_SHOWN = 300
 
 Json = Any
@@ -94,10 +97,9 @@ def _folder_reader(folder: Path) -> Reader:
 
 
 def _wheel(path: Path) -> Side:
-    """Read a wheel's set. All of it is read at once: 4 MB at most, and the file is closed."""
     files: dict[str, bytes] = {}
     try:
-        with zipfile.ZipFile(path) as wheel:
+        with zipfile.ZipFile(io.BytesIO(read_file(path, most_bytes=_MAX_WHEEL_BYTES))) as wheel:
             for info in wheel.infolist():
                 place, _, name = info.filename.rpartition("/")
                 if place == _WHEEL_PLACE:
@@ -194,16 +196,19 @@ def _manifest(node: JsonNode) -> tuple[dict[str, Json], dict[str, dict[str, Json
     kernels: dict[str, dict[str, Json]] = {}
     for item in node.member("kernels").items("a list of kernels"):
         _object(item)
-        name = item.member("name").string(NAME, "a kernel name (a-z, 0-9, _; at most 64)")
+        kernel = item.member("name").string(NAME, "a kernel name (a-z, 0-9, _; at most 64)")
         arch = item.member("arch").string(ARCHITECTURE, "an architecture")
         for digest in ("cubin_sha256", "ptx_sha256"):
             item.member(digest).string(*SHA256)
         for part in ("problem", "launch", "resources"):
             _object(item.member(part))
+        named = set()
         for parameter in item.member("parameters").items("a list of parameters"):
-            _object(parameter)
-            parameter.member("name").string(NAME, "a parameter's name")
-        key = f"{name}.{arch}"
+            name = _object(parameter).member("name").string(NAME, "a parameter's name")
+            if name in named:
+                raise parameter.error(f"a second parameter {name}")
+            named.add(name)
+        key = f"{kernel}.{arch}"
         if key in kernels:
             raise item.error(f"a second kernel {key}")
         kernels[key] = item.plain()

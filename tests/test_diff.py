@@ -500,6 +500,22 @@ def test_with_cubins_at_hand_the_sass_is_compared(
     assert not report["notes"] or "not compared" not in report["notes"][-1]
 
 
+def test_every_opcode_is_counted_on_demand(built: tuple[Path, Path]) -> None:
+    """The manifest counts those that matter; an IMAD more is in the cubin alone."""
+    pytest.importorskip("elftools", reason="needs the builder")
+    other = Path(f"{TOPK}.cubin").with_suffix("").with_suffix(".sm_100a.cubin")
+    before = built[0] / f"{TOPK}.cubin"
+    manifest = json.loads((built[0] / "manifest.json").read_text())
+    digest = hashlib.sha256((built[0] / other).read_bytes()).hexdigest()
+    shutil.copy(built[0] / other, built[1] / before.name)
+    next(e for e in manifest["kernels"] if e["arch"] == "sm_90a")["cubin_sha256"] = digest
+    (built[1] / "manifest.json").write_text(json.dumps(manifest))
+    assert "SASS " not in call(*built).stdout
+    report = json.loads(call(*built, "--json", "--sass").stdout)
+    found = {c["what"] for k in report["kernels"] for c in k["changes"] if c["kind"] == "opcodes"}
+    assert any(what.startswith("SASS IMAD") for what in found), "no watched opcode"
+
+
 # --- bad sides
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from build_kernels.bench.report import ReportError
 from build_kernels.binaries.cubin import CubinError
+from build_kernels.binaries.wheels import ToolError
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError
 from build_kernels.building.compilers import CompileError
@@ -23,7 +24,7 @@ from .console import say
 _EXPECTED = (
     *(BuildError, CompileError, LockedError, PlaceError),
     *(ArtifactReadError, EvidenceError, CubinError, SideError, BudgetError),
-    *(ReportError, RouterError, OSError),
+    *(ReportError, ToolError, RouterError, OSError),
 )
 
 

@@ -9,6 +9,7 @@ import click
 from build_kernels.cli.errors import reported_errors
 from build_kernels.cli.options import json_option
 
+from .code import opcodes
 from .difference import compare
 from .render import to_json, to_markdown, to_text
 from .side import read_side
@@ -19,7 +20,8 @@ from .side import read_side
 @click.argument("after")
 @json_option
 @click.option("--markdown", is_flag=True, help="Print Markdown on stdout, as for a review.")
-def diff_command(before: str, after: str, as_json: bool, markdown: bool) -> None:
+@click.option("--sass", is_flag=True, help="Count every opcode of changed cubins, with nvdisasm.")
+def diff_command(before: str, after: str, as_json: bool, markdown: bool, sass: bool) -> None:
     """Compare two sets: bytes, SASS, ABI, launch, problem range, resources, opcodes and evidence.
 
     BEFORE and AFTER are each a folder, a wheel, or a git ref, whose tracked manifest is read: that
@@ -31,7 +33,7 @@ def diff_command(before: str, after: str, as_json: bool, markdown: bool) -> None
     if as_json and markdown:
         raise click.UsageError("--json and --markdown are two forms of output: leave one out")
     with reported_errors(status=2):
-        comparison = compare(read_side(before), read_side(after))
+        comparison = compare(read_side(before), read_side(after), opcodes if sass else None)
     write = to_json if as_json else to_markdown if markdown else to_text
     print(write(comparison))
     if not comparison.is_same:

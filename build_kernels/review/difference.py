@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,15 @@ class Comparison:
         return {kind: found.count(kind) for kind in CLASSES if kind in found}
 
 
-def compare(a: Side, b: Side) -> Comparison:
-    """Compare two sides, `a` before and `b` after."""
-    kernels = tuple(_kernel(key, a, b) for key in sorted(a.kernels.keys() | b.kernels.keys()))
+# Counts every opcode of a cubin, modifiers kept.
+Disassembler = Callable[[bytes], Mapping[str, int]]
+
+
+def compare(a: Side, b: Side, disassemble: Disassembler | None = None) -> Comparison:
+    """Compare two sides, `a` before and `b` after; with `disassemble`, every opcode of new code."""
+    kernels = tuple(
+        _kernel(key, a, b, disassemble) for key in sorted(a.kernels.keys() | b.kernels.keys())
+    )
     notes = [*a.notes, *(note for note in b.notes if note not in a.notes)]
     if any(kernel.cubin == UNKNOWN_SASS for kernel in kernels):
         notes.append("not compared, as the cubins of both sides are not at hand: SASS, cubin bytes")
@@ -113,14 +119,14 @@ def _set_changes(a: Mapping[str, Json], b: Mapping[str, Json]) -> Iterator[Chang
             yield Change(kind=kind, what=what or name, before=before, after=after, word=word)
 
 
-def _kernel(key: str, a: Side, b: Side) -> KernelChange:
+def _kernel(key: str, a: Side, b: Side, disassemble: Disassembler | None) -> KernelChange:
     before, after = a.kernels.get(key), b.kernels.get(key)
     changes: list[Change] = []
     if before is None or after is None:
         cubin = ADDED if before is None else REMOVED
         changes = [Change(kind=KERNELS, what=cubin), *_whole(before, after)]
     else:
-        cubin, changes = _cubin(key, a, b)
+        cubin, changes = _cubin(key, a, b, disassemble)
         changes += _abi(before, after)
         changes += _launch(before["launch"], after["launch"])
         changes += _problem(before, after)
@@ -131,7 +137,9 @@ def _kernel(key: str, a: Side, b: Side) -> KernelChange:
     return KernelChange(key=key, cubin=cubin, changes=tuple(changes))
 
 
-def _cubin(key: str, a: Side, b: Side) -> tuple[str, list[Change]]:
+def _cubin(
+    key: str, a: Side, b: Side, disassemble: Disassembler | None
+) -> tuple[str, list[Change]]:
     """Compare code: the bytes by hash, the SASS if both cubins are at hand."""
     before, after = a.kernels[key], b.kernels[key]
     changes = []
@@ -145,7 +153,11 @@ def _cubin(key: str, a: Side, b: Side) -> tuple[str, list[Change]]:
     if len(old) != len(new):
         size = Change(kind=RESOURCES, what="bytes of cubin", before=len(old), after=len(new))
         changes.append(size)
-    return SAME_SASS if same_code(old, new) else CHANGED, changes
+    if same_code(old, new):
+        return SAME_SASS, changes
+    if disassemble is not None:
+        changes += _counts(disassemble(old), disassemble(new), "SASS ")
+    return CHANGED, changes
 
 
 def _abi(before: Mapping[str, Json], after: Mapping[str, Json]) -> Iterator[Change]:
@@ -277,14 +289,18 @@ def _resources(old: Mapping[str, Json], new: Mapping[str, Json]) -> Iterator[Cha
         if name != "opcodes" and old.get(name) != new.get(name):
             what = _RESOURCE_NAMES.get(name, name)
             yield Change(kind=RESOURCES, what=what, before=old.get(name), after=new.get(name))
-    for opcode, was, now in _leaves(old.get("opcodes"), new.get("opcodes")):
+    yield from _counts(old.get("opcodes"), new.get("opcodes"))
+
+
+def _counts(old: Json, new: Json, prefix: str = "") -> Iterator[Change]:
+    for opcode, was, now in _leaves(old, new):
         # An opcode that a manifest leaves out occurs nowhere.
         ends = was or 0, now or 0
         if ends[0] != ends[1]:
             local = opcode in LOCAL_OPCODES
             yield Change(
                 kind=RESOURCES if local else OPCODES,
-                what=f"local memory instructions {opcode}" if local else opcode,
+                what=f"local memory instructions {opcode}" if local else f"{prefix}{opcode}",
                 before=ends[0],
                 after=ends[1],
                 word="" if ends[1] else "lost",

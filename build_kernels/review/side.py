@@ -98,13 +98,15 @@ def _folder_reader(folder: Path) -> Reader:
 
 def _wheel(path: Path) -> Side:
     files: dict[str, bytes] = {}
+    room = _MAX_WHEEL_BYTES
     try:
         with zipfile.ZipFile(io.BytesIO(read_file(path, most_bytes=_MAX_WHEEL_BYTES))) as wheel:
             for info in wheel.infolist():
                 place, _, name = info.filename.rpartition("/")
                 if place == _WHEEL_PLACE:
+                    room -= info.file_size
                     most = MAX_JSON_BYTES if name.endswith(".json") else MAX_CODE_BYTES
-                    if info.file_size > most or name in files:
+                    if info.file_size > min(most, room) or name in files:
                         raise SideError(f"{path}: {info.filename} is too large or there twice")
                     files[name] = wheel.read(info)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:

@@ -322,6 +322,24 @@ def test_of_two_swapped_parameters_one_moved(tracked: tuple[Json, Json], tmp_pat
     )
 
 
+def test_a_parameter_inserted_shifts_the_others_in_one_line(
+    tracked: tuple[Json, Json], tmp_path: Path
+) -> None:
+    def inserted(_manifest: Json, kernel: Json, _rungs: Json) -> None:
+        items, index = kernel["parameters"], place(kernel, "top_k")
+        for item in items[index:]:
+            item["offset"] += 4
+        offset = items[index]["offset"] - 4
+        items.insert(index, {"name": "more", "kind": "int32", "offset": offset, "size": 4})
+
+    report = json.loads(call(*planted(tracked, tmp_path, inserted), "--json").stdout)
+    count = len(tracked[0]["kernels"][0]["parameters"])
+    told = [change["what"] for change in report["kernels"][0]["changes"]]
+    shifted = count - place(tracked[0]["kernels"][0], "top_k")
+    last = f"parameter top_k to out_logits_stride ({shifted}), offset"
+    assert told == ["parameter more", last]
+
+
 def test_delta_and_both_values_are_told(tracked: tuple[Json, Json], tmp_path: Path) -> None:
     registers = tracked[0]["kernels"][0]["resources"]["registers"]
     told = call(*planted(tracked, tmp_path, more("resources", "registers", by=1))).stdout

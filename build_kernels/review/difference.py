@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from build_kernels.binaries.nvdisasm import LOCAL_OPCODES
@@ -179,6 +180,7 @@ def _abi(before: Mapping[str, Json], after: Mapping[str, Json]) -> Iterator[Chan
             yield Change(kind=ABI, what=f"parameter {name}", after=index, word="added")
     shared = [name for name in named if name in old_by]
     yield from _moved([name for name in old_by if name in new_by], shared)
+    yield from _offsets([(name, old_by[name], new_by[name]) for name in shared])
     for name in shared:
         yield from _parameter(name, old_by[name], new_by[name])
 
@@ -210,8 +212,21 @@ def _moved(old: Sequence[str], new: Sequence[str]) -> Iterator[Change]:
             yield Change(kind=ABI, what=what, before=place[name], after=index, word="moved")
 
 
+def _offsets(shared: Sequence[tuple[str, Json, Json]]) -> Iterator[Change]:
+    """Name the parameters at other offsets; a run of them that moved by the same, at once."""
+    ends = [(old.get("offset"), new.get("offset")) for _, old, new in shared]
+    by = [now - was if _are_ints(was, now) else (was, now) for was, now in ends]
+    for _, group in groupby(zip(by, shared, strict=True), key=lambda pair: str(pair[0])):
+        parameters = [parameter for _, parameter in group]
+        (first, old, new), (last, _, _) = parameters[0], parameters[-1]
+        if old.get("offset") != new.get("offset"):
+            to = f" to {last} ({len(parameters)})" if parameters[1:] else ""
+            what = f"parameter {first}{to}, offset"
+            yield Change(kind=ABI, what=what, before=old.get("offset"), after=new.get("offset"))
+
+
 def _parameter(name: str, old: Mapping[str, Json], new: Mapping[str, Json]) -> Iterator[Change]:
-    for part in sorted((old.keys() | new.keys()) - {"name"}):
+    for part in sorted((old.keys() | new.keys()) - {"name", "offset"}):
         for leaf, was, now in _leaves(old.get(part), new.get(part)):
             # How a map is encoded and what scratch is kept are launches' matter, a type is not.
             typed = part not in ("tensor_map", "scratch") or leaf in ("tensor", "element_type")

@@ -84,8 +84,10 @@ class Binding:
         options: LayerOptions = OPTIONS_OFF,
         *,
         artifacts: ArtifactSet,
+        share_captured_scratch: bool = False,
     ) -> None:
         self.layer = layer
+        self._shares = share_captured_scratch
         self._index = layer.device.index
         self._lock = threading.RLock()
         self._sites: dict[tuple[int, int, bool], LayerLaunchSite] = {}
@@ -287,8 +289,9 @@ class Binding:
     ) -> LayerLaunchSite:
         """Return a launch site for one launch that is captured."""
         loaded, exclusive_clusters = self._step_with_room(index, stream)
-        problem = num_tokens, self.layer.num_experts
-        slot = self._workspace.captured_slot(stream, loaded.kernel, problem, self._pins)
+        slot = self._workspace.captured_slot(
+            stream, loaded.kernel, (num_tokens, self.layer.num_experts), self._pins, self._shares
+        )
         return self._make_site(loaded, exclusive_clusters, stream, pdl, slot)
 
     def _step_with_room(self, index: int, stream: int) -> tuple[LoadedKernel, int]:

@@ -111,6 +111,10 @@ class ArtifactError(RouterError):
         super().__init__(f"{place}: {shown}; {self.next_step}")
 
 
+class TrustError(ArtifactError):
+    """A trust policy refuses the artifacts, or cannot be used itself."""
+
+
 class NoKernelError(RouterError):
     """No artifact can run this problem on this GPU, or this one cannot run on it at all.
 

@@ -73,7 +73,14 @@ class Router:
     hidden_states, the masks, num_tokens and forced_ids may be the work of the kernel before, and it
     may still use the outputs. On one H200 it takes 1.7 us or more off a decode call in a graph.
 
-    artifacts: a folder, or an ArtifactSet, instead of the installed one.
+    share_captured_scratch: graphs of all layers with it share one slot of scratch per capture
+        stream, as large as their largest call needs, until the last of them is gone. Promise then
+        that no two of these graphs run at once, on any streams: torch asks the same of graphs that
+        are captured into one memory pool. Two at once route wrongly, or trap. Without it each graph
+        has scratch of its own, and graphs may run at once.
+
+    artifacts: a folder, or an ArtifactSet, instead of the installed one. `open_artifacts(trust=)`
+        opens a set under a trust policy; DSV4_ROUTER_TRUST names one for every set.
 
     Keywords of a call:
     image_mask [N] bool: image rows, which select with bias_vl instead of e_bias or the table.
@@ -121,6 +128,7 @@ class Router:
         top_k: int,
         routed_scaling_factor: float,
         pdl: bool = False,
+        share_captured_scratch: bool = False,
         artifacts: str | os.PathLike[str] | ArtifactSet | None = None,
         **given: Unpack[LayerOptions],
     ) -> None:
@@ -138,13 +146,18 @@ class Router:
                 f"(got {type(artifacts).__name__})"
             )
         check_bool("pdl", pdl)
+        check_bool("share_captured_scratch", share_captured_scratch)
         require_gpu(layer.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
         self._layer = layer
         self._options = options
         self._options_on = options_on(options)
-        self._binding = Binding(W_gate, e_bias, layer, options, artifacts=artifacts)
+        self._binding = Binding(
+            *(W_gate, e_bias, layer, options),
+            artifacts=artifacts,
+            share_captured_scratch=share_captured_scratch,
+        )
         self._pdl = pdl
         self.W_gate = W_gate
         self.e_bias = e_bias

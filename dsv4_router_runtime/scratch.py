@@ -24,7 +24,7 @@ class Status:
     streams             streams that have a slot of scratch
     bytes_per_stream    bytes of one such slot
     captures            graphs that are alive, or may be, and hold scratch or a layer's tensors
-    capture_slots       slots of scratch that these hold
+    capture_slots       slots of scratch that these hold, a shared one counted once
     capture_bytes       bytes of these slots
     scratch_bytes       bytes of all scratch, also of that free for the next capture
     prefill_bytes       bytes of the logits of matrix products, outside graphs
@@ -55,7 +55,7 @@ def status(device: torch.device | int | str | None = None) -> Status:
         space.release_ended()
     slots = [slot for space in spaces for slot in list(space.slots.values())]
     captures = [capture for space in spaces for capture in list(space.captures.values())]
-    pieces = [size for capture in captures for _, _, size in capture.pieces]
+    pieces = {piece for capture in captures for piece in capture.pieces}
     layouts = [space.layout for space in spaces]
     pools = [pool for space in spaces for pool in space.pools.values()]
     return Status(
@@ -64,7 +64,7 @@ def status(device: torch.device | int | str | None = None) -> Status:
         bytes_per_stream=max((each.zeroed_bytes + each.plain_bytes for each in layouts), default=0),
         captures=len(captures),
         capture_slots=len(pieces),
-        capture_bytes=sum(pieces),
+        capture_bytes=sum(piece.size for piece in pieces),
         scratch_bytes=sum(chunk.size for pool in pools for chunk in pool.chunks),
         prefill_bytes=sum(slot.logits.nbytes for slot in slots if slot.logits is not None),
         driver_bytes=allocated_bytes(index),
@@ -124,9 +124,11 @@ def _owner(space: Workspace, address: int) -> str:
         if slot.zeroed <= address < slot.zeroed + space.layout.zeroed_bytes:
             return f"stream {key:#x}" if key >= 0 else f"foreign stream with id {~key}"
     for identifier, capture in space.captures.items():
-        for _, start, size in capture.pieces:
-            if start <= address < start + size:
-                return f"capture {identifier}"
+        for piece in capture.pieces:
+            if piece.address <= address < piece.address + piece.size:
+                sharing = piece.num_captures
+                share = "" if sharing == 1 else f", whose scratch {sharing} captures share"
+                return f"capture {identifier}{share}"
     return "scratch of no stream and no capture"
 
 

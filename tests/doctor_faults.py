@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from dsv4_router_runtime.errors import (
 )
 
 BINDINGS = driver.bindings
+RFC_KEY = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
 
 
 def raises(error):
@@ -54,6 +56,14 @@ def flip_a_byte(world):
 def put_a_fifo(world):
     cubin(world).unlink()
     os.mkfifo(cubin(world))
+
+
+def trust_a_key(world):
+    """Some key of RFC 8032."""
+    key = base64.b64encode(bytes.fromhex(RFC_KEY)).decode()
+    path = world.folder.parent / "policy.json"
+    path.write_text(json.dumps({"keys": [key]}))
+    world.monkeypatch.setenv("DSV4_ROUTER_TRUST", str(path))
 
 
 def put_stale_schema(world):
@@ -208,6 +218,18 @@ FAULTS = {
     "a stranger among the files": (
         lambda w: (w.folder / "notes.txt").write_text("x"),
         *("artifacts", "FAIL", "notes.txt: surplus", "move it out of the folder"),
+    ),
+    "no signature where one is asked for": (
+        trust_a_key,
+        *("signature", "FAIL", "missing, so nobody signed", "install a release"),
+    ),
+    "another manifest than the pinned one": (
+        lambda w: w.monkeypatch.setenv("DSV4_ROUTER_TRUST", "0" * 64),
+        *("signature", "FAIL", "sha256 of its manifest is", "install a release"),
+    ),
+    "a trust policy that is not there": (
+        lambda w: w.monkeypatch.setenv("DSV4_ROUTER_TRUST", "/no/policy.json"),
+        *("signature", "FAIL", "no trust policy: cannot be read", "name a JSON file"),
     ),
     "no folder": (
         lambda w: setattr(w, "folder", w.folder / "elsewhere"),

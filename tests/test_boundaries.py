@@ -15,13 +15,13 @@ import dsv4_router_runtime
 
 FOREIGN = (
     *("torch", "numpy", "cutlass", "build_kernels", "cuda", "triton", "click", "rich"),
-    *("vllm", "sglang"),
+    *("vllm", "sglang", "cryptography"),
 )
 PURE = (
     *("errors", "log", "explain", "doctor", "__main__"),
     "parameters",
     *(f"artifacts.{name}" for name in ("files", "json_reader", "limits", "kernel", "manifest")),
-    *(f"artifacts.{name}" for name in ("folder", "dispatch", "evidence")),
+    *(f"artifacts.{name}" for name in ("folder", "dispatch", "evidence", "trust", "ed25519")),
     *(f"device.{name}" for name in ("launch", "tensor_map", "driver", "facts")),
     "integrations.engine",
     *(f"integrations.vllm.{name}" for name in ("plugin", "eligibility", "contract")),

@@ -19,6 +19,7 @@ from dsv4_router_runtime.__main__ import main
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 from dsv4_router_runtime.artifacts.manifest import parse_manifest
+from dsv4_router_runtime.device import facts
 from dsv4_router_runtime.doctor import finding, installation
 from dsv4_router_runtime.errors import DriverError
 
@@ -156,6 +157,34 @@ def test_kernels_are_loaded_while_torch_is_imported(world, examine):
     world.monkeypatch.setattr(doctor, "import_module", lambda name: seen.append(loaded.wait(5)))
     examine("--quick")
     assert seen == [True]
+
+
+def test_torch_is_imported_while_the_driver_starts(world, examine):
+    importing, seen = threading.Event(), []
+    world.cuda.cuDeviceGetCount = lambda: (seen.append(importing.wait(5)) or 0, 1)
+    world.monkeypatch.setattr(doctor, "may_have_gpu", lambda: True)
+    world.monkeypatch.setattr(doctor, "import_module", lambda name: importing.set())
+    examine("--quick")
+    assert seen[0]
+
+
+@pytest.mark.parametrize(
+    ("device_file", "visible", "may_have"),
+    [
+        ("nvidiactl", None, True),
+        ("nvidiactl", "1", True),
+        ("nvidiactl", "", False),
+        ("nvidiactl", "-1", False),
+        ("none", None, False),
+    ],
+)
+def test_a_gpu_that_may_be_there(monkeypatch, tmp_path, device_file, visible, may_have):
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(facts, "_DEVICE_FILE", tmp_path / device_file)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert facts.may_have_gpu() is may_have
 
 
 def test_gpus_of_one_kind_are_loaded_once_and_one_can_be_named(world, examine):

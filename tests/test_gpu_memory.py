@@ -106,13 +106,15 @@ def captures_left(wanted: int) -> int:
     return status().captures
 
 
-def test_piecewise_graphs_hold_launches_alone_and_little_scratch(random):
+@pytest.mark.parametrize("shared", [False, True])
+def test_piecewise_graphs_hold_launches_alone_and_little_scratch(random, shared):
     """61 layers and 83 sizes of batches, each a graph of its own."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 80 + 16 * 72, 16)]
     most = most_in_one_launch(E)
-    layer = Layer(random, most=most)
-    large = Layer(random, most=max(sizes))
+    layer = Layer(random, most=most, share_captured_scratch=shared)
+    large = Layer(random, most=max(sizes), share_captured_scratch=shared)
     before = captures_left(0)
+    free = status().scratch_bytes
     graphs, pool = [], torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -126,9 +128,12 @@ def test_piecewise_graphs_hold_launches_alone_and_little_scratch(random):
             graphs.append((num_tokens, graph))
     held = status()
     assert len(graphs) == 5063 == held.captures - before
-    assert held.capture_slots == 61 * 23
-    # 53 MiB of decode's 11 sizes; prefill keeps 3 KB per token of each graph.
-    assert held.scratch_bytes <= 440 * MIB
+    # 11 sizes of decode and 12 of prefill; a shared slot grows with each.
+    assert held.capture_slots == (23 if shared else 61 * 23)
+    # 53 MiB of decode's; prefill keeps 3 KB per token of each graph.
+    assert held.capture_bytes <= (8 if shared else 440) * MIB
+    # Beside them the slot of the new stream.
+    assert held.scratch_bytes <= (free + 16 * MIB if shared else 440 * MIB)
     for num_tokens, graph in graphs[:: len(graphs) // 400]:
         if num_tokens <= most:
             layer.forget()
@@ -172,7 +177,7 @@ def test_no_memory_that_lasts_is_torchs(random):
     addresses = [tensor.data_ptr() for tensor in ours]
     space = workspace_of(copied.router)
     addresses += [slot.zeroed for slot in space.slots.values()]
-    addresses += [at for held in space.captures.values() for _, at, _ in held.pieces]
+    addresses += [piece.address for held in space.captures.values() for piece in held.pieces]
     for segment in torch.cuda.memory_snapshot():
         start, end = segment["address"], segment["address"] + segment["total_size"]
         assert not [address for address in addresses if start <= address < end]
@@ -186,8 +191,8 @@ def test_scratch_that_is_not_zero_is_found_and_reset(random):
     graph = captured([lambda: layer.call(64)])
     check()
     space = workspace_of(layer.router)
-    pieces = [(at, size) for held in space.captures.values() for _, at, size in held.pieces]
-    address, size = pieces[-1]
+    *_, piece = (piece for held in space.captures.values() for piece in held.pieces)
+    address, size = piece.address, piece.size
     cuda = driver.bindings()
     driver.checked("writing", cuda.cuMemsetD8(address + 256, 0xFF, size - 256))
     with pytest.raises(RouterError, match=rf"capture \d+: .*0xff at address {address + 256:#x}"):

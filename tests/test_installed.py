@@ -40,7 +40,7 @@ def _wheel_contents(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    build_data: dict = {"force_include": {}}
+    build_data: dict = {"force_include": {}, "sbom_files": []}
     # A wheel must carry every kernel; these tests are content with one.
     monkeypatch.setattr("build_kernels.building.plan.packaging_problem", lambda manifest: None)
     hook.ArtifactsHook(root=str(root), target_name="wheel").initialize("standard", build_data)
@@ -53,6 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("installed")
     built = base / "checkout" / "artifacts"
     topk_set(built, ["sm_100a"])
+    shutil.copy(ROOT / "pyproject.toml", base / "checkout")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(climb, "run_tasks", tasks_here)
         verify(built, rungs=["structure"])

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,7 @@ from dsv4_router_runtime.device import workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.errors import DriverError, RouterError
 from dsv4_router_runtime.explain import Question, as_text, explain
+from dsv4_router_runtime.integrations.bound_layers import bind_router
 from dsv4_router_runtime.parameters import workspace_bytes
 
 K, E, TOP_K = 512, 384, 6
@@ -341,28 +343,44 @@ def used(gpu, num_tokens, e=E) -> int:
     return sample_kernel(*gpu.last["kernel"].split(".")).workspace_bytes(num_tokens, e)
 
 
-def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
-    """61 layers and 83 sizes of batches, each a graph: as vLLM captures them."""
-    bound = make()
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 80 + 16 * 72, 16)]
-    steps, slots = {num_tokens: step(num_tokens) for num_tokens in sizes}, []
-    for capture in range(1, 61 * len(sizes) + 1):
-        gpu.capture = capture
-        num_tokens = sizes[capture % len(sizes)]
+def capture_piecewise(gpu, bound, order) -> list[tuple[int, int]]:
+    """Capture calls of these sizes, each a graph, as vLLM does; return the slots of scratch."""
+    steps, slots = {num_tokens: step(num_tokens) for num_tokens in set(order)}, []
+    for gpu.capture, num_tokens in enumerate(order, start=1):
         bound(*steps[num_tokens])
         if num_tokens <= 256:
             slots.append((gpu.last["workspace"], used(gpu, num_tokens)))
-    assert capture == 5063
-    slots.sort()
-    assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(slots))
+    assert gpu.capture == status().captures == 5063
     assert all(ctypes.string_at(address, size) == bytes(size) for address, size in slots)
     assert (gpu.driver.memsets, gpu.driver.broken_captures) == (0, 0)
+    return sorted(slots)
+
+
+# 83 sizes of batches of 61 layers.
+PIECEWISE = [1, 2, 4, *range(8, 65, 8), *range(80, 80 + 16 * 72, 16)] * 61
+
+
+def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
+    slots = capture_piecewise(gpu, make(), PIECEWISE)
+    assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(slots))
     held = status()
-    assert (held.captures, held.capture_slots) == (5063, 61 * 23)
+    assert held.capture_slots == 61 * 23
     assert held.capture_bytes == sum(size for _, size in slots)
     # Most of it for prefill, which keeps 3 KB per token where a product keeps no scratch.
     assert sum(size for _, size in slots if size <= 64 * 3072 + 256) <= 64 * MIB
     assert held.driver_bytes == held.scratch_bytes <= 440 * MIB
+
+
+@pytest.mark.parametrize("largest_first", [False, True])
+def test_piecewise_graphs_that_share_hold_less_scratch(gpu, make, largest_first):
+    bound = make(share_captured_scratch=True)
+    slots = capture_piecewise(gpu, bound, sorted(PIECEWISE, reverse=largest_first))
+    held = status()
+    sizes = [max(size for _, size in slots)] if largest_first else {size for _, size in slots}
+    assert len({address for address, _ in slots}) == held.capture_slots == len(sizes)
+    assert held.capture_bytes == sum(sizes)
+    # Largest first, as engines capture, one chunk of the driver's memory is enough.
+    assert held.driver_bytes == held.scratch_bytes <= (2 if largest_first else 8) * MIB
 
 
 @pytest.mark.parametrize(("e", "num_tokens"), [(64, 4), (384, 257)])
@@ -386,6 +404,70 @@ def test_launches_of_a_capture_share_the_largest_slot_so_far(gpu, make):
     assert len({first, larger, *prefill}) == 4
     assert decode == prefill[1]
     assert status().capture_bytes == sizes[0] + sizes[2] + sizes[4] + sizes[5]
+
+
+def call_in(gpu, capture, router, num_tokens=64, stream=0) -> int:
+    """Capture a call; return the address of its scratch."""
+    gpu.capture, gpu.stream = capture, stream
+    router(*step(num_tokens))
+    return gpu.last["workspace"]
+
+
+def test_captures_share_if_their_layers_do_and_on_one_stream(gpu, make):
+    sharing = [make(share_captured_scratch=True) for _ in range(2)]
+    first = call_in(gpu, 1, sharing[0])
+    assert [call_in(gpu, at, router) for at, router in enumerate(sharing, 1)] == [first, first]
+    on_another = call_in(gpu, 1, sharing[0], stream=0x70)
+    assert call_in(gpu, 3, sharing[1], stream=0x70) == on_another != first
+    alone = [call_in(gpu, at, make()) for at in (1, 2, 4)]
+    gpu.capture = gpu.stream = 0
+    sharing[0](*step(64))
+    assert len({*alone, gpu.last["workspace"], first, on_another}) == 6
+    held = status()
+    assert (held.captures, held.capture_slots, held.streams) == (4, 5, 1)
+    assert held.capture_bytes == 5 * used(gpu, 64)
+
+
+@pytest.mark.parametrize("given", ["no", 1, None])
+def test_sharing_is_a_bool(make, given):
+    expected = rf"^share_captured_scratch: expected a bool \(got {type(given).__name__}\)"
+    layer = torch.zeros(E, K).bfloat16(), torch.zeros(E)
+    on_cpu = partial(bind_router, *layer, top_k=TOP_K, routed_scaling_factor=1.0)
+    for bind in (make, on_cpu):
+        with pytest.raises(TypeError, match=expected):
+            bind(share_captured_scratch=given)
+
+
+def test_a_shared_slot_grows_and_a_graph_keeps_the_smaller_one(gpu, make):
+    router = make(share_captured_scratch=True)
+    sizes = (8, 4, 16, 8, 65, 64)
+    slots = [call_in(gpu, at, router, num_tokens) for at, num_tokens in enumerate(sizes, 1)]
+    assert slots[0] == slots[1]
+    assert slots[2] == slots[3]
+    assert slots[4] == slots[5]
+    assert len(set(slots)) == status().capture_slots == 3
+    # The first two graphs read the smaller slot until they are gone.
+    gpu.driver.destroy_graph(1)
+    assert status().capture_slots == 3
+    gpu.driver.destroy_graph(2)
+    assert (status().captures, status().capture_slots) == (4, 2)
+    assert call_in(gpu, 7, make(), 8) == slots[0]
+    assert call_in(gpu, 8, router, 8) == slots[4]
+
+
+def test_a_shared_slot_returns_when_the_last_graph_that_uses_it_is_gone(gpu, make):
+    router, alone = make(share_captured_scratch=True), make()
+    [shared] = {call_in(gpu, capture, router) for capture in (1, 2, 3)}
+    for capture in (1, 3):
+        gpu.driver.destroy_graph(capture)
+    assert (status().captures, status().capture_slots) == (1, 1)
+    assert call_in(gpu, 4, alone) != shared
+    assert call_in(gpu, 5, router) == shared
+    for capture in (2, 5):
+        gpu.driver.destroy_graph(capture)
+    assert (status().captures, status().capture_slots) == (1, 1)
+    assert call_in(gpu, 6, alone) == shared
+    assert call_in(gpu, 7, router) != shared
 
 
 def test_a_slot_returns_when_its_graph_is_gone(gpu, make):
@@ -696,7 +778,12 @@ def test_status_counts_and_is_json(gpu, make):
     assert held.driver_bytes == held.scratch_bytes + 132 * K * 2
 
 
-@pytest.mark.parametrize("where", ["stream 0x0", "foreign stream with id 77", "capture 5", "of no"])
+SHARED = "capture 6, whose scratch 2 captures share:"
+
+
+@pytest.mark.parametrize(
+    "where", ["stream 0x0", "foreign stream with id 77", "capture 5:", SHARED, "of no"]
+)
 def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     bound = make()
     bound(*step(4))
@@ -704,10 +791,12 @@ def test_scratch_that_is_not_zero_is_found_named_and_reset(gpu, make, where):
     call_on(gpu, bound, 0x900)
     gpu.capture = 5
     bound(*step(4))
+    for capture in (6, 7):
+        call_in(gpu, capture, make(share_captured_scratch=True), 4)
     gpu.capture = 0
     check()
     assert gpu.driver.waits == 1, "launches under way hold words"
-    at = ["stream 0x0", "foreign stream with id 77", "capture 5"].index
+    at = ["stream 0x0", "foreign stream with id 77", "capture 5:", SHARED].index
     launch = gpu.launches[-1 if where == "of no" else at(where)]
     past = MIB if where == "of no" else 0
     address = launch["workspace"] + past + 300

@@ -17,6 +17,7 @@ if not importlib.util.find_spec("sglang"):
 importlib.import_module("sglang_layers")  # before SGLang, whose imports it makes possible
 
 import torch.nn.functional as F  # noqa: E402
+from gpu_recorder import replace_gpu  # noqa: E402
 from sglang.srt import plugins, runtime_context  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.moe.topk import TopK  # noqa: E402
@@ -38,6 +39,7 @@ from sglang_layers import (  # noqa: E402
     updater_of,
 )
 
+from dsv4_router_runtime import Router  # noqa: E402
 from dsv4_router_runtime.integrations import engine  # noqa: E402
 from dsv4_router_runtime.integrations.sglang import hooks, plugin  # noqa: E402
 from dsv4_router_runtime.integrations.sglang.contract import CONTRACT  # noqa: E402
@@ -196,6 +198,21 @@ def test_maps_are_read_where_sglang_has_them(seed, algorithm) -> None:
             metadata.update(maps(seed + 2), [moe.layer_id])
             check(moe, hidden_states, input_ids)
             assert routers == bound
+
+
+def test_captured_graphs_share_their_scratch(seed, monkeypatch) -> None:
+    """With a recorder in the GPU's place: what the adapter passes, a real Router launches."""
+
+    def bind(weight, e_bias, **bound):
+        return Router(weight.t(), e_bias, **bound)
+
+    monkeypatch.setattr(f"{ServedLayer.__module__}.bind_router", bind)
+    gpu = replace_gpu(monkeypatch)
+    for gpu.capture in (0, 1, 2):
+        routed(build(seed, num_experts=384), *batch(seed, 8))
+    eager, *captured = (launch["workspace"] for launch in gpu.launches)
+    assert captured == [captured[0]] * 2
+    assert eager != captured[0]
 
 
 def test_a_capture_with_other_maps_is_sglangs(seed, monkeypatch, caplog) -> None:

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vLLM is installed by .ci/serving alone")
 
-from gpu_recorder import replace_gpu  # noqa: E402
+from gpu_recorder import Gpu, replace_gpu  # noqa: E402
 from vllm import plugins  # noqa: E402
 from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.logger import configure_logging  # noqa: E402
@@ -300,16 +300,20 @@ def test_the_specialized_decode_of_v41_takes_the_routers_experts(registered) -> 
     assert torch.equal(ids.long(), layer.expected(x)[1])
 
 
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_call_is_one_launch(registered, monkeypatch, kind, ids_dtype) -> None:
-    """With a recorder in the GPU's place: what the adapter passes, a real Router launches."""
-    gpu = replace_gpu(monkeypatch)
+@pytest.fixture
+def gpu(registered, monkeypatch) -> Gpu:
+    """A recorder in the GPU's place: what the adapter passes, a real Router launches."""
 
     def bind(weight, e_bias, **bound):
         return Router(weight.t(), e_bias, **bound)
 
     monkeypatch.setattr(f"{runner.ServedRouter.__module__}.bind_router", bind)
+    return replace_gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_is_one_launch(gpu, kind, ids_dtype) -> None:
     layer = Layer(ids_dtype=ids_dtype, **KINDS[kind])
     for num_tokens in (1, 8, 64):
         gpu.launches.clear()
@@ -323,6 +327,15 @@ def test_a_call_is_one_launch(registered, monkeypatch, kind, ids_dtype) -> None:
     assert layer.runner.verdict == runner.SERVED
     load(layer, layer.new_weights("hash" in kind, "image" in kind))
     layer(*layer.batch(8))
+
+
+def test_captured_graphs_share_their_scratch(gpu) -> None:
+    for gpu.capture in (0, 1, 2):
+        layer = Layer(num_experts=384)
+        layer(*layer.batch(8))
+    eager, *captured = (launch["workspace"] for launch in gpu.launches)
+    assert captured == [captured[0]] * 2
+    assert eager != captured[0]
 
 
 @pytest.mark.parametrize(

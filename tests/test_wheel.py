@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 import types
@@ -17,8 +19,10 @@ pytest.importorskip("elftools", reason="needs the builder")
 from builds import ARCHS, TOPK, topk_set
 
 from build_kernels.building import plan
+from dsv4_router_runtime.artifacts.folder import open_artifacts
 
 HOOK = Path(plan.__file__).with_name("wheel_hook.py")
+ROOT = HOOK.parents[2]
 CUBINS = {f"{TOPK.name}.{arch}.cubin" for arch in ARCHS}
 
 
@@ -31,6 +35,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose specs name router_topk alone, built."""
     monkeypatch.setattr(plan, "KERNELS", (TOPK,))
     topk_set(tmp_path / "artifacts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
@@ -54,7 +59,7 @@ def package(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> object:
         raise Aborted(message)
 
     def run(target: str = "wheel", version: str = "standard") -> dict[str, str]:
-        data: dict = {"force_include": {}}
+        data: dict = {"force_include": {}, "sbom_files": []}
         app = SimpleNamespace(abort=abort)
         hook = module.ArtifactsHook(root=str(checkout), target_name=target, app=app)
         hook.initialize(version, data)
@@ -82,6 +87,22 @@ def test_a_wheel_carries_manifest_cubins_and_evidence(checkout, package, evidenc
         str(checkout / "artifacts" / name): f"dsv4_router_runtime/_artifacts/{name}"
         for name in names
     }
+
+
+def test_a_wheel_carries_the_signatures_of_its_set(checkout, package) -> None:
+    sets = pytest.importorskip("signed_sets", reason="needs the extra `test`")
+    manifest = open_artifacts(checkout / "artifacts").manifest
+    payload = json.dumps(sets.statement(manifest)).encode()
+    sets.write_envelope(checkout / "artifacts", sets.signed(payload))
+    carried = f"dsv4_router_runtime/_artifacts/{sets.ENVELOPE_NAME}"
+    assert carried in package("wheel").values()
+    other = json.dumps(sets.statement(sets.small_manifest(manifest))).encode()
+    sets.write_envelope(checkout / "artifacts", sets.signed(other))
+    with pytest.raises(Aborted, match="is signed for another set"):
+        package("wheel")
+    sets.write_envelope(checkout / "artifacts", {})
+    with pytest.raises(Aborted, match="payload: missing"):
+        package("wheel")
 
 
 def test_an_sdist_gets_nothing_that_it_has_not(package) -> None:
@@ -151,10 +172,9 @@ def test_each_wheel_holds_one_package_and_only_the_builders_a_script(
     folder: str, package: str, scripts: dict[str, str]
 ) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs the extra `test`")
-    root = Path(plan.__file__).parents[2]
-    builder = wheel.WheelBuilder(str(root / folder))
+    builder = wheel.WheelBuilder(str(ROOT / folder))
     names = {Path(file.distribution_path) for file in builder.recurse_included_files()}
-    sources = {path.relative_to(root) for path in (root / package).rglob("*.py")}
+    sources = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
     assert {path for path in names if path.suffix == ".py"} == sources
     assert Path(package, "py.typed") in names
     assert Path("build_kernels", "pyproject.toml") not in names
@@ -163,9 +183,8 @@ def test_each_wheel_holds_one_package_and_only_the_builders_a_script(
 
 def test_the_builder_has_the_runtimes_version_and_requires_it() -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs the extra `test`")
-    root = Path(plan.__file__).parents[2]
     runtime, builder = (
-        wheel.WheelBuilder(str(place)).metadata for place in (root, root / "build_kernels")
+        wheel.WheelBuilder(str(place)).metadata for place in (ROOT, ROOT / "build_kernels")
     )
     assert builder.version == runtime.version
     assert f"dsv4-router=={runtime.version}" in builder.core.dependencies
@@ -176,6 +195,7 @@ def test_what_the_hook_imports_is_the_standard_library() -> None:
     code = (
         "import sys\n"
         "from build_kernels.building.plan import packaging_problem\n"
+        "from build_kernels.building.sbom import sbom_text\n"
         "from dsv4_router_runtime.artifacts.folder import open_artifacts\n"
         "foreign = ('click', 'rich', 'elftools', 'cutlass', 'cuda', 'numpy', 'torch')\n"
         "print([name for name in foreign if name in sys.modules])\n"

@@ -1,8 +1,9 @@
 """Tell the files that a build made from strangers.
 
-A build replaces and removes files of the set only: manifest.json, evidence.json, the cubins and the
-PTX that this version's specs name, and those that the manifest in the folder vouches for, name and
-hash. If no manifest vouches for any, one that differs from the build's is not replaced.
+A build replaces and removes files of the set only: manifest.json with its signatures,
+evidence.json, the cubins and the PTX that this version's specs name, and those that the manifest in
+the folder vouches for, name and hash. If no manifest vouches for any, one that differs from the
+build's is not replaced.
 Names that start with a dot belong to editors, notebooks and desktops: they are ignored.
 Everything else is a stranger, and a folder with a stranger in it is refused as a whole.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 
 from .entry import sha256
@@ -51,7 +53,7 @@ class Contents:
     manifest: bytes | None = None
 
     def surplus(self, wanted: Collection[str]) -> tuple[str, ...]:
-        """Return the kernels' files that are not `wanted`, sorted."""
+        """Return the kernels' and signatures' files that are not `wanted`, sorted."""
         return tuple(sorted(self.made - {MANIFEST_NAME, EVIDENCE_NAME} - set(wanted)))
 
 
@@ -98,7 +100,7 @@ def read_contents(folder: Path, named: Collection[str]) -> Contents:
         if not entry.is_file(follow_symlinks=False):
             strangers.append(_shown(entry))
         elif (
-            name == EVIDENCE_NAME
+            name in (EVIDENCE_NAME, ENVELOPE_NAME)
             or (name == MANIFEST_NAME and ours)
             or (name in named and (ours or manifest is None))
             or (name in vouched and file_sha256(folder / name) == vouched[name])

@@ -15,6 +15,7 @@ from build_kernels.binaries.nvdisasm import sass_opcodes, watched
 from build_kernels.binaries.wheels import ToolError
 from build_kernels.specs import TARGETS
 from build_kernels.workers import WorkerDiedError, run_tasks
+from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, cubin_name, serialise_manifest
 
@@ -142,7 +143,8 @@ def _is_as_planned(folder: Path, plan: Plan) -> bool:
     """Return whether the folder is the plan's result; a build then writes nothing, nor a lock."""
     text = serialise_manifest(_new_manifest(folder, plan, ())).encode()
     contents = _look_at(folder)
-    return contents.manifest == plan.text == text and not contents.surplus(plan.kept_files)
+    wanted = {*plan.kept_files, ENVELOPE_NAME}
+    return contents.manifest == plan.text == text and not contents.surplus(wanted)
 
 
 def _publish(
@@ -158,7 +160,9 @@ def _publish(
     text = serialise_manifest(manifest).encode()
     if locked and plan.text != text:
         raise BuildError(_locked_difference(plan.manifest, manifest))
-    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept=plan.kept_files)
+    # Signatures of this very manifest stay.
+    signed = {ENVELOPE_NAME} & now.made if plan.text == text else set()
+    new = NewSet(files=_new_files(built) | {MANIFEST_NAME: text}, kept={*plan.kept_files, *signed})
     check_replaced(folder, now, new.files)
     strays = publish(folder, private, new, now)
     if strays:

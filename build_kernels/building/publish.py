@@ -27,9 +27,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 
-from .artifact_folder import Contents, PlaceError, vouched_files
+from .artifact_folder import Contents, PlaceError, file_sha256, vouched_files
 from .rename import exchange, rename_new
 from .staging import SET, Mark, marked_folder, publish_folder, put_back, write_mark
 
@@ -145,7 +146,9 @@ def _move_newer_evidence(old: Path, new: Path) -> None:
 
 def _replace_files(artifacts: Path, new: NewSet, contents: Contents) -> None:
     """Move the new files over the old ones, manifest last, and delete surplus files."""
-    vouched = vouched_files(contents.manifest or b"")
+    vouched = dict(vouched_files(contents.manifest or b""))
+    if digest := file_sha256(artifacts / ENVELOPE_NAME):
+        vouched[ENVELOPE_NAME] = digest
     surplus = {name: vouched[name] for name in contents.surplus(new.names) if name in vouched}
     mark = Mark(names=tuple(new.files), surplus=surplus)
     with marked_folder(publish_folder(artifacts), artifacts, mark) as folder:

@@ -15,6 +15,7 @@ from build_kernels.building.compilers import CompileError
 from build_kernels.building.staging import LockedError
 from build_kernels.evidence import EvidenceError
 from build_kernels.evidence.artifact import ArtifactReadError
+from build_kernels.release.errors import SigningError
 from build_kernels.review.budgets import BudgetError
 from build_kernels.review.side import SideError
 from dsv4_router_runtime.errors import RouterError
@@ -23,7 +24,7 @@ from .console import say
 
 _EXPECTED = (
     *(BuildError, CompileError, LockedError, PlaceError),
-    *(ArtifactReadError, EvidenceError, CubinError, SideError, BudgetError),
+    *(ArtifactReadError, EvidenceError, SigningError, CubinError, SideError, BudgetError),
     *(ReportError, ToolError, RouterError, OSError),
 )
 

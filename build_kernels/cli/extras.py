@@ -16,6 +16,8 @@ REQUIREMENTS = {
     "sentryward": f"{BUILDER}[verify]",
     "torch": f"{RUNTIME}[torch]",
     "matplotlib": f"{BUILDER}[bench]",
+    "cryptography": f"{BUILDER}[sign]",
+    "hatchling": f"{BUILDER}[release]",
 }
 
 

@@ -9,6 +9,10 @@ from build_kernels.bench.command import bench_command
 from build_kernels.building.compilers import CompileError, toolchain_versions
 from build_kernels.campaign.command import faults_command
 from build_kernels.evidence import verify_command
+from build_kernels.release.keys import keygen_command
+from build_kernels.release.reproduce import reproduce_command
+from build_kernels.release.sign import sign_command
+from build_kernels.release.verify_signature import verify_signature_command
 from build_kernels.review.budget import budget_command
 from build_kernels.review.diff import diff_command
 
@@ -47,6 +51,7 @@ def main() -> None:
 for command in (
     *(build_command, clean_command, list_command, inspect_command),
     *(verify_command, faults_command, bench_command),
-    *(diff_command, budget_command),
+    *(diff_command, budget_command, reproduce_command),
+    *(keygen_command, sign_command, verify_signature_command),
 ):
     main.add_command(command)

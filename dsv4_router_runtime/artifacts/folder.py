@@ -1,9 +1,10 @@
 """The built kernels on disk: where they are, that the set is whole, that the bytes are right.
 
 A folder of artifacts is closed: it holds `manifest.json`, one cubin for each kernel it lists,
-perhaps the PTX of each and `evidence.json` beside them, and nothing else (names that start with a
-dot are not looked at: a build in progress has its temporary files there). The bytes that are hashed
-are the bytes that are handed to the driver, and nothing switches the check off.
+perhaps the PTX of each, `evidence.json` and the signed `manifest.dsse.json` beside them, and
+nothing else (names that start with a dot are not looked at: a build in progress has its temporary
+files there). The bytes that are hashed are the bytes that are handed to the driver, and nothing
+switches the check off. Who made them is checked if a trust policy asks for it: see `trust`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from dsv4_router_runtime.errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ArtifactError, RouterError
 from dsv4_router_runtime.version import checkout_settings
 
+from .dsse import ENVELOPE_NAME
 from .files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from .kernel import Kernel, compute_capability
 from .manifest import Manifest, parse_manifest
+from .trust import TRUST_VARIABLE, Policy, Trust, asked_policies
 
 MANIFEST_NAME = "manifest.json"
 EVIDENCE_NAME = "evidence.json"
@@ -31,10 +34,14 @@ ELF_MACHINE_CUDA = 190
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactSet:
-    """A folder of artifacts whose manifest was read and whose file names were checked."""
+    """A folder of artifacts whose manifest was read and whose file names were checked.
+
+    trusted: the finding of each trust policy that was asked for.
+    """
 
     folder: Path
     manifest: Manifest
+    trusted: tuple[str, ...] = field(default=(), repr=False)
 
     def read(self, kernel: Kernel) -> bytes:
         """The kernel's cubin, its hash and architecture checked; ArtifactError if either is off."""
@@ -76,7 +83,9 @@ def find_artifacts() -> Path:
     raise ArtifactError(file=str(built if checkout else installed), problem=problem)
 
 
-def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
+def open_artifacts(
+    folder: str | os.PathLike[str] | None = None, *, trust: Trust | None = None
+) -> ArtifactSet:
     """Read `folder`'s manifest and check the set; None stands for `find_artifacts()`.
 
     That default set is opened once and kept for the process. A build under a running server leaves
@@ -85,12 +94,18 @@ def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
     restart the server to take up the new build. A `folder` given is read anew by every call, and
     once more if another build was published into it meanwhile.
 
+    trust: a policy that the set has to satisfy, as a path, a dict or the sha256 of a manifest. One
+    in the environment variable DSV4_ROUTER_TRUST has to be satisfied as well. See `trust`.
+
     Symbolic links to files are followed, as the hashes decide; a FIFO, a device or a file beyond
     any artifact's size is an ArtifactError. Raises TypeError, ValueError, ArtifactError and
     ManifestError.
     """
+    if folder is None and trust is None:
+        return _default_artifacts(os.environ.get(TRUST_VARIABLE))
+    policies = asked_policies(trust)
     if folder is None:
-        return _default_artifacts()
+        return open_with(find_artifacts(), policies)
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(
             f"folder: expected a str or os.PathLike, or None (got {type(folder).__name__})"
@@ -103,18 +118,20 @@ def open_artifacts(folder: str | os.PathLike[str] | None = None) -> ArtifactSet:
     if not named:
         got = f"{os.fspath(folder)!r:.80}"
         raise ValueError(f"folder: expected a path that a file system can hold (got {got})")
-    return _open(place)
+    return open_with(place, policies)
 
 
 @lru_cache(maxsize=1)
-def _default_artifacts() -> ArtifactSet:
-    return _open(find_artifacts())
+def _default_artifacts(trust_variable: str | None) -> ArtifactSet:
+    """Open the default set; under another value of the variable it is opened anew."""
+    return open_with(find_artifacts(), asked_policies(None))
 
 
-def _open(folder: Path) -> ArtifactSet:
-    """Open the set in `folder`; read it once more if a build was published meanwhile.
+def open_with(folder: Path, policies: tuple[Policy, ...]) -> ArtifactSet:
+    """Open the set in `folder` under these policies alone.
 
-    The manifest of one set and the file names of another would be an error about neither.
+    It is read once more if a build was published meanwhile: the manifest of one set and the file
+    names of another would be an error about neither.
     """
     for attempt in ("first", "last"):
         text = None
@@ -122,6 +139,7 @@ def _open(folder: Path) -> ArtifactSet:
             text, manifest = _read_manifest(folder)
             artifacts = ArtifactSet(folder=folder, manifest=manifest)
             _check_closed(artifacts)
+            artifacts = replace(artifacts, trusted=_trusted(artifacts, text, policies))
         except RouterError:
             if attempt == "last" or not _has_changed(folder, text):
                 raise
@@ -129,6 +147,21 @@ def _open(folder: Path) -> ArtifactSet:
         if attempt == "last" or not _has_changed(folder, text):
             break
     return artifacts
+
+
+def subjects(manifest: Manifest, text: bytes) -> dict[str, str]:
+    """Return the sha256 of the files that a signed statement has to name; text: the manifest's."""
+    cubins = {kernel.file: kernel.cubin_sha256 for kernel in manifest.kernels}
+    return {MANIFEST_NAME: hashlib.sha256(text).hexdigest()} | cubins
+
+
+def _trusted(artifacts: ArtifactSet, text: bytes, policies: tuple[Policy, ...]) -> tuple[str, ...]:
+    """Return the finding of each policy about the manifest that was parsed from `text`."""
+    if not policies:
+        return ()
+    named = subjects(artifacts.manifest, text)
+    digest = named[MANIFEST_NAME]
+    return tuple(policy.check(artifacts.folder, digest, named) for policy in policies)
 
 
 def _has_changed(folder: Path, text: bytes | None) -> bool:
@@ -160,7 +193,8 @@ def _path(folder: Path, name: str) -> str:
 def _check_closed(artifacts: ArtifactSet) -> None:
     kernels = artifacts.manifest.kernels
     cubins = {kernel.file for kernel in kernels}
-    known = {MANIFEST_NAME, EVIDENCE_NAME} | cubins | {f"{kernel.key}.ptx" for kernel in kernels}
+    known = {f"{kernel.key}.ptx" for kernel in kernels} | cubins
+    known |= {MANIFEST_NAME, EVIDENCE_NAME, ENVELOPE_NAME}
     try:
         present = {name for name in os.listdir(artifacts.folder) if not name.startswith(".")}
     except OSError as error:

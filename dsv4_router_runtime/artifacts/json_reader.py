@@ -161,10 +161,16 @@ class JsonNode:
             if key not in required and key not in optional:
                 allowed = ", ".join(sorted((*required, *optional)))
                 raise self.error(f"unknown key {shown(key)} (allowed: {allowed})")
+        return self.known_members(*required, optional=optional)
+
+    def known_members(self, *required: str, optional: tuple[str, ...] = ()) -> dict[str, JsonNode]:
+        """Return members as `members` does; other keys are ignored."""
+        self._check_object()
         for key in required:
             if key not in self.value:
                 raise JsonNode(None, self._path_of(key), self.source).error("missing")
-        return {key: self.member(key) for key in self.value}
+        known = (*required, *optional)
+        return {key: self.member(key) for key in self.value if key in known}
 
     def items(self, what: str, length: int | None = None) -> list[JsonNode]:
         if not isinstance(self.value, list) or (length is not None and len(self.value) != length):

@@ -13,7 +13,8 @@ goes by its id: its handle is given out again once it is destroyed.
 Captures: a slot belongs to a capture and to a stream within it, is as large as the launch needs,
 and is shared by the launches there that need no more. It returns when the graph is gone. Memory is
 allocated and zeroed under capture as well, on a stream that no capture joins: no graph holds a
-memset of scratch. The layer's tensors are kept alive as long as the graph.
+memset of scratch. The layer's tensors are kept alive as long as the graph. Captures of layers that
+share captured scratch have one slot per stream, which returns with the last of their graphs.
 
 Logits of a matrix product are torch's: they need no zeroing, so a server that unmaps torch's
 memory while it sleeps does no harm. Under capture they lie in the graph's own memory pool.
@@ -162,14 +163,30 @@ class Slot:
 
 
 @dataclass(kw_only=True, eq=False)
+class Piece:
+    """Memory of a pool for launches that captures recorded on one stream, until they are gone."""
+
+    zeroed: bool
+    # A handle will do: a stream outlives its capture, and captures that share never run at once.
+    # Under capture the driver gives no ids.
+    stream: int
+    address: int
+    size: int
+    num_captures: int = 0
+
+
+# By (zeroed, stream): the largest piece so far.
+_Largest = dict[tuple[bool, int], Piece]
+
+
+@dataclass(kw_only=True, eq=False)
 class Capture:
-    """Memory of a captured graph until it is gone: pieces (zeroed, address, size), and objects."""
+    """Memory of a captured graph until it is gone: pieces, its own or shared, and objects."""
 
     life: GraphLife
-    pieces: list[tuple[bool, int, int]] = field(default_factory=list)
-    # Address and size of the largest piece so far, by (zeroed, stream). A handle will do: a stream
-    # outlives its capture. Under capture the driver gives no ids.
-    largest: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    # Of the pieces that no other capture shares.
+    largest: _Largest = field(default_factory=dict)
     pins: dict[int, object] = field(default_factory=dict)
 
 
@@ -184,6 +201,8 @@ class Workspace:
         # Streams of torch's by handle, foreign ones by ~id, the oldest first.
         self.slots: dict[int, Slot] = {}
         self.captures: dict[int, Capture] = {}
+        # Of the pieces that captures share.
+        self._largest_shared: _Largest = {}
         self._most_captures = KEPT_CAPTURES
         self._lock = threading.RLock()
 
@@ -258,11 +277,16 @@ class Workspace:
         return pool.take(size)
 
     def captured_slot(
-        self, stream: int, kernel: Kernel, problem: tuple[int, int], pins: tuple[object, ...]
+        self,
+        stream: int,
+        kernel: Kernel,
+        problem: tuple[int, int],
+        pins: tuple[object, ...],
+        shared: bool,
     ) -> Slot:
         """Return a slot for one launch of `problem` that `stream`, the current one, records.
 
-        `pins` stay alive as long as the graph.
+        `pins` stay alive as long as the graph. shared: with the other captures that share.
         """
         layout = scratch_layout([kernel], problem)
         if not (layout.zeroed_bytes or layout.plain_bytes or pins):
@@ -277,25 +301,46 @@ class Workspace:
                     self._most_captures = max(KEPT_CAPTURES, 2 * len(self.captures))
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
-            zeroed = self._captured_piece(capture, True, stream, layout.zeroed_bytes)
-            plain = self._captured_piece(capture, False, stream, layout.plain_bytes)
+            largest = self._largest_shared if shared else capture.largest
+            zeroed = self._captured_piece(capture, largest, (True, stream), layout.zeroed_bytes)
+            plain = self._captured_piece(capture, largest, (False, stream), layout.plain_bytes)
         return _slot(layout, zeroed, plain)
 
-    def _captured_piece(self, capture: Capture, zeroed: bool, stream: int, size: int) -> int:
-        address, known = capture.largest.get((zeroed, stream), (0, 0))
-        if known < size:
+    def _captured_piece(
+        self, capture: Capture, largest: _Largest, key: tuple[bool, int], size: int
+    ) -> int:
+        """Return the address of `size` bytes of the largest piece, or of a new one, for a capture.
+
+        A graph that was recorded with a smaller piece keeps it.
+        """
+        if size == 0:
+            return 0
+        zeroed, stream = key
+        piece = largest.get(key)
+        if piece is None or piece.size < size:
             address = self._take(zeroed, size)
-            capture.pieces.append((zeroed, address, size))
-            capture.largest[zeroed, stream] = address, size
-        return address
+            piece = Piece(zeroed=zeroed, stream=stream, address=address, size=size)
+            largest[key] = piece
+        if piece not in capture.pieces:
+            capture.pieces.append(piece)
+            piece.num_captures += 1
+        return piece.address
 
     def release_ended(self) -> None:
         """Take back the memory of graphs that are gone."""
         with self._lock:
             ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
             for key in ended:
-                for zeroed, address, size in self.captures.pop(key).pieces:
-                    self.pools[zeroed].give_back(address, size)
+                for piece in self.captures.pop(key).pieces:
+                    piece.num_captures -= 1
+                    if piece.num_captures == 0:
+                        self._give_back(piece)
+
+    def _give_back(self, piece: Piece) -> None:
+        key = piece.zeroed, piece.stream
+        if self._largest_shared.get(key) is piece:
+            del self._largest_shared[key]
+        self.pools[piece.zeroed].give_back(piece.address, piece.size)
 
     def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
         """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 
 from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
-from dsv4_router_runtime.device.facts import Gpu
+from dsv4_router_runtime.device.facts import Gpu, may_have_gpu
 
 from .finding import COMMAND, RIGHT_OUTPUTS, Finding, guarded, out_of_service, skip
 from .installation import check_artifacts, check_evidence, check_packages
@@ -25,11 +26,26 @@ def examine(
     """Run every check and return the findings in the order of their causes.
 
     device: the one GPU to check; without it, all GPUs, and the kernels on one GPU of each kind.
-    quick: leave the self-test out. torch is imported only if there is a GPU.
+    quick: leave the self-test out. torch is imported only if there may be a GPU.
     """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # It takes seconds, in which this thread reads the artifacts and waits for the driver: it
+        # starts, makes a context, and loads the kernels.
+        import_torch = cache(lambda: pool.submit(import_module, "torch"))
+        if may_have_gpu():
+            import_torch()
+        return _findings(device, quick, artifacts, import_torch)
+
+
+def _findings(
+    device: int | None,
+    quick: bool,
+    artifacts: Path | None,
+    import_torch: Callable[[], Future[ModuleType]],
+) -> list[Finding]:
     findings = check_packages()
-    opened, finding = check_artifacts(artifacts)
-    findings += [finding, *check_environment()]
+    opened, found = check_artifacts(artifacts)
+    findings += [*found, *check_environment()]
     runs, finding = check_driver()
     findings.append(finding)
     gpus: list[Gpu] = []
@@ -46,24 +62,21 @@ def examine(
     elif opened is None:
         findings.append(skip("kernels", "no artifacts to load"))
     else:
-        findings += _check_on_gpus(opened, gpus, quick)
+        findings += _check_on_gpus(opened, gpus, quick, import_torch)
     return findings
 
 
-def _check_on_gpus(artifacts: ArtifactSet, gpus: list[Gpu], quick: bool) -> Iterator[Finding]:
+def _check_on_gpus(
+    artifacts: ArtifactSet,
+    gpus: list[Gpu],
+    quick: bool,
+    import_torch: Callable[[], Future[ModuleType]],
+) -> Iterator[Finding]:
     """Load the kernels and run the self-test on one GPU of each kind."""
     if find_spec("torch") is None:
         yield skip("kernels", "torch is not installed", repair="pip install 'dsv4-router[torch]'")
         return
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        # It takes seconds, in which this thread waits for the driver: a context, the kernels.
-        torch = pool.submit(import_module, "torch")
-        yield from _check_each_kind(artifacts, gpus, quick, torch)
-
-
-def _check_each_kind(
-    artifacts: ArtifactSet, gpus: list[Gpu], quick: bool, torch: Future[ModuleType]
-) -> Iterator[Finding]:
+    torch = import_torch()
     first: dict[tuple[object, ...], int] = {}
     for gpu in gpus:
         like = first.setdefault(gpu.kind, gpu.index)

@@ -11,16 +11,18 @@ from pathlib import Path
 from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.evidence import FAILED, HARDWARE, PASSED, read_summary
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
+from dsv4_router_runtime.artifacts.trust import TRUST_VARIABLE
 from dsv4_router_runtime.errors import (
     CHECKOUT_FOLDER,
     REINSTALL_COMMAND,
     WHEEL_FOLDER,
     ArtifactError,
     ManifestError,
+    TrustError,
 )
 from dsv4_router_runtime.version import DISTRIBUTION, package_version
 
-from .finding import Finding, artifact_failure, fail, guarded, ok, warn
+from .finding import Finding, artifact_failure, fail, guarded, ok, skip, warn
 
 WHOLE_SET = "a manifest of this runtime's schema and the cubins that it lists, unaltered"
 _WHY = {
@@ -79,20 +81,25 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, Finding]:
-    """Open the set and read every cubin; the finding has the folder and the reason for it."""
+def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, list[Finding]]:
+    """Open the set and read every cubin; the findings have the folder and who signed it."""
     try:
         place = find_artifacts() if folder is None else folder
         artifacts = open_artifacts(place)
         for kernel in artifacts.manifest.kernels:
             artifacts.read(kernel)
+    except TrustError as error:
+        needed = "artifacts that the trust policy accepts"
+        refused = artifact_failure("signature", error, needed=needed)
+        return None, [skip("artifacts", "not used, as the trust policy refuses them"), refused]
     except (ArtifactError, ManifestError) as error:
-        return None, artifact_failure("artifacts", error, needed=WHOLE_SET)
+        return None, [artifact_failure("artifacts", error, needed=WHOLE_SET)]
     why = "named by --artifacts" if folder else _WHY[place.name]
     kernels = artifacts.manifest.kernels
     archs = ", ".join(sorted({kernel.arch for kernel in kernels}))
     found = f"{place} ({why}): {len(kernels)} kernels for {archs}, every hash right"
-    return artifacts, ok("artifacts", found)
+    signature = "; ".join(artifacts.trusted) or f"not asked for: {TRUST_VARIABLE} is not set"
+    return artifacts, [ok("artifacts", found), ok("signature", signature)]
 
 
 def check_evidence(artifacts: ArtifactSet, archs: Collection[str]) -> list[Finding]:

@@ -13,6 +13,7 @@ from typing import Any, Unpack, cast
 import torch
 
 from dsv4_router_runtime.call import RareKeywords, check_call, check_call_options
+from dsv4_router_runtime.checks import check_bool
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.layer import LayerOptions, check_layer, complete_options
 from dsv4_router_runtime.reference import ReferenceOptions, select_reference
@@ -37,8 +38,10 @@ class CpuRouter:
         *,
         top_k: int,
         routed_scaling_factor: float,
+        share_captured_scratch: bool = False,
         **given: Any,
     ) -> None:
+        check_bool("share_captured_scratch", share_captured_scratch)
         options = complete_options(cast(LayerOptions, given))
         self._layer = check_layer(
             W_gate,

@@ -209,6 +209,8 @@ class ServedLayer:
             routed_scaling_factor=float(scale) if applied and scale is not None else 1.0,
             tid2eid=tid2eid,
             norm_topk_prob=bool(config.renormalize),
+            # SGLang captures all graphs of layers into one memory pool, and replays one at a time.
+            share_captured_scratch=True,
             **options,
         )
         tensors = (gate.weight, e_bias, bias_vl, tid2eid)

@@ -66,6 +66,8 @@ class ServedRouter(BaseRouter):
             num_image_ids=0 if bias_vl is None else IMAGE_IDS,
             num_shared_slots=stock.num_fused_shared_experts,
             shared_weight=stock.shared_expert_weight,
+            # vLLM captures all graphs of layers into one memory pool, and replays one at a time.
+            share_captured_scratch=True,
         )
 
     @property

@@ -1,0 +1,1 @@
+"""What a release is trusted by: see README.md beside this file."""

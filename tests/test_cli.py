@@ -469,16 +469,18 @@ def test_clean_removes_what_a_build_made_and_keeps_what_is_tracked(
     folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
     (folder / "evidence.json").write_text("{}")
     (folder / ".keep").write_text("an editor's")
+    (folder / "manifest.dsse.json").write_text("{}")
     (folder / f"{TOPK}.sm_90a.cubin").write_text("damaged")
     built = {path.name for path in folder.glob("router_*")}
     assert len(built) == 6
+    kept = {".keep", "manifest.json", "manifest.dsse.json", "evidence.json"}
     dry = call("clean", "--dry-run", "--artifacts", folder)
     assert dry.exit_code == 0
     assert f"would remove {TOPK}.sm_90a.cubin" in dry.stderr
     assert {path.name for path in folder.glob("router_*")} == built
     report = json.loads(call("clean", "--artifacts", folder, "--json").stdout)
     assert set(report["removed"]) == built
-    assert {path.name for path in folder.iterdir()} == {".keep", "manifest.json", "evidence.json"}
+    assert {path.name for path in folder.iterdir()} == kept
     again = call("clean", "--artifacts", folder)
     assert again.exit_code == 0
     assert again.stdout.startswith("0 files removed")

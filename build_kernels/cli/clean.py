@@ -12,6 +12,7 @@ from build_kernels.building import build as builder
 from build_kernels.building.artifact_folder import PlaceError, check_contents, read_contents
 from build_kernels.building.plan import known_files
 from build_kernels.building.staging import build_folder
+from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 
 from .console import say, stop_like_interrupt
 from .errors import reported_errors
@@ -23,7 +24,7 @@ from .options import artifacts_option, json_option
 @artifacts_option("The folder to clean. Default: artifacts/ of this checkout.")
 @json_option
 def clean_command(dry_run: bool, artifacts: Path | None, as_json: bool) -> None:
-    """Remove cubins and PTX, and what a killed build left; keep manifest.json and evidence.json.
+    """Remove cubins, PTX and what a killed build left; keep manifest, signatures and evidence.
 
     A folder that holds what no build made is refused, as by `build`, and nothing is removed.
     """
@@ -60,4 +61,4 @@ def _built(folder: Path) -> Sequence[str]:
     """Return the names of the cubins and PTX that a build made; PlaceError if there are others."""
     contents = read_contents(folder, known_files())
     check_contents(folder, contents)
-    return contents.surplus(())
+    return contents.surplus((ENVELOPE_NAME,))

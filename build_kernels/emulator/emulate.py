@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
-from build_kernels.emulator.instructions.table import make_program
+from build_kernels.emulator.instructions.table import make_blocks, make_program
 from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
 from build_kernels.emulator.launch.device_array import DeviceArray
@@ -66,16 +68,43 @@ def emulate(
     matrix descriptor of an unsupported kind is met only at its use. Faults of the kernel are
     findings of the result, not exceptions.
     """
+    with _garbage_kept():
+        return _emulate(ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Collect what a launch leaves once, after it: it has cycles, but few before its end."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+            gc.collect(0)
+
+
+def _emulate(
+    ptx: str,
+    launch: Launch,
+    arguments: Sequence[Argument],
+    schedule: Schedule,
+    approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
+    on_load: OnLoad | None,
+) -> Result:
+    """Run a kernel: see `emulate`."""
     try:
         kernel = parse(ptx, launch.kernel)
         check_launch(kernel, launch)
         check_dynamic_shared(kernel, launch)
         packed = pack(kernel, arguments)
         layout = place_variables(kernel, launch.dynamic_shared_bytes)
-        program = make_program(kernel, layout, launch.arch, approximate or {})
-        machine = Machine(program, launch, packed, schedule or Schedule())
+        program = make_program(kernel, layout, launch.arch, approximate)
+        machine = Machine(program, launch, packed, schedule)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
+            make_blocks(program)  # before a fork: not in each child
             for array, placed in arrays.items():
                 placed.on_load = partial(_before_load, arrays, on_load, array.name)
         machine.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
@@ -44,6 +44,7 @@ class Case:
 
     integers   small integers, biases in quarters
     ties       logits all equal: ids must be 0 .. top_k - 1
+    crowded    the best experts are neighbours, in some rows with equal logits
     biased     integers, with biases near 8 as real checkpoints have
     extreme    logits beyond +-100
     low        all logits near -100: softplus would be denormal, and epsilon counts
@@ -70,6 +71,12 @@ class Case:
         return self.top_k + (SHARED_SLOTS if "shared" in self.options else 0)
 
 
+def _crowded(num_experts: int, k: int, *, top_k: tuple[int, ...]) -> tuple[Case, ...]:
+    """Return cases of equal keys in one lane, and of a lane with more than four of the best."""
+    case = Case(num_tokens=3, num_experts=num_experts, top_k=1, k=k, kind="crowded")
+    return tuple(replace(case, top_k=each) for each in top_k)
+
+
 def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     """Return N from 1 to the tile, ragged E, several K, a V4-Flash and a V4-Pro layer.
 
@@ -83,6 +90,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=1, num_experts=132, top_k=4, k=one, kind="biased"),
+        *_crowded(132, one, top_k=(6, 8)),
         # All experts chosen, so that every score counts.
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
@@ -106,6 +114,8 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=96, top_k=6, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        *_crowded(384, one, top_k=(3, 8)),
+        *_crowded(512, one, top_k=(3, 8)),
         Case(num_tokens=5, num_experts=40, top_k=6, k=17 * block),
         Case(num_tokens=6, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
         Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
@@ -124,6 +134,7 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     first = (
         Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=one, kind="biased"),
         Case(num_tokens=7, num_experts=100, top_k=4, k=9 * block),
+        *_crowded(132, one, top_k=(6, 8)),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
         Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
@@ -141,6 +152,8 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=5, num_experts=200, top_k=3, k=one, options=("int64", "forced", "logits")),
         Case(num_tokens=3, num_experts=most, top_k=8, k=one, options=GATE_OPTIONS),
         Case(num_tokens=2, num_experts=70, top_k=8, k=block, kind="ties"),
+        *_crowded(384, one, top_k=(3, 8)),
+        *_crowded(512, one, top_k=(3, 8)),
         Case(num_tokens=2, num_experts=40, top_k=1, k=block, kind="extreme"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=33, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
@@ -200,6 +213,7 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=5, num_experts=256, top_k=6, kind="extreme"),
         Case(num_tokens=3, num_experts=130, top_k=4, kind="nan"),
         Case(num_tokens=2, num_experts=70, top_k=8, kind="ties"),
+        *_crowded(384, 0, top_k=(3, 8)),
         Case(num_tokens=66, num_experts=60, top_k=1),
     )
 

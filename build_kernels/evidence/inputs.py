@@ -217,7 +217,7 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
     bias = integers(-8, 8, e) / 4
     if case.kind == "biased":
         bias = 8.0 + integers(-16, 16, e) / 64
-    if case.kind == "ties":
+    if case.kind in ("ties", "crowded"):
         bias = torch.zeros(e).double()
     if kernel.role == "select":
         logits = integers(-6, 6, n, e)
@@ -225,6 +225,8 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
             logits *= 40
         if case.kind == "ties":
             logits[:] = 1.0
+        if case.kind == "crowded":
+            logits = _crowded(n, e)
         if case.kind == "low":
             logits[:] = -100.0 - torch.arange(e)
         if case.kind == "nan":
@@ -239,6 +241,9 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
         hidden *= 5 if kernel.role == "hash" else 16
     if case.kind == "ties":
         weight[:] = weight[:, :1]
+    if case.kind == "crowded":
+        hidden[:], weight[:] = 0.0, 0.0
+        hidden[:, :n], weight[:n] = torch.eye(n), _crowded(n, e)
     if case.kind == "low":
         hidden[:], weight[:] = 0.0, 0.0
         hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e)
@@ -248,6 +253,25 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
         hidden[-1, 0] = torch.inf
         weight[0] = weight[0].abs() + 1
     return hidden, weight, hidden @ weight, bias
+
+
+def _crowded(n: int, e: int) -> Any:
+    """Return FP64 [n, e]: the best twelve logits of each row are neighbours, some of them equal.
+
+    Row 0 has equal ones with a larger and a smaller one between them, row 1 in twos from an odd
+    expert on, so of two lanes, row 2 none.
+    """
+    import torch
+
+    rows = (
+        (8, 1, 9, 8, 1, 1, 7, 6, 4, 1, 5, 4),
+        [12 - i // 2 for i in range(12)],
+        range(12, 0, -1),
+    )
+    best = torch.tensor([list(row) for row in rows])
+    row, expert = torch.arange(n)[:, None], torch.arange(e)
+    place = (expert - 5 * row) % e
+    return torch.where(place < 12, best[row % 3, place.clamp(max=11)], -1).double()
 
 
 def _bf16_bits(values: Any) -> Array:

@@ -191,7 +191,7 @@ class RouterDecode:
             token = owned_token(split, warp)
             # All that needs no sum is computed before the multiply, off the path that others wait
             # for.
-            candidates = own_candidates(args.workspace, token, tile, num_tiles)
+            candidates = own_candidates(args, token, tile, num_tiles)
             experts = tuple(EXPERT_TILE * tile + lane_expert(half) for half in (0, 1))
             output = output_column(args, token)
             biases = self.read_biases(args, experts)
@@ -220,7 +220,8 @@ class RouterDecode:
                 for i in cutlass.range_constexpr(2):
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
-                    best = self.select_alone(keys, scores, args.top_k, output.shared_id)
+                    taken = choose(is_padded, Int32(0), args.top_k)
+                    best = self.select_alone(keys, scores, taken, output.shared_id)
                     self.store(storage, args, token, warp, flags, output, (*best, is_padded))
                     store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
                 else:

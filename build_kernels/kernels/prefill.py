@@ -182,6 +182,10 @@ class RouterPrefill(RouterDecode):
             owned = [first_owned + WARPS_PER_TILE * i for i in range(self.rounds)]
             tokens = [first_token + owned_token(split, own) for own in owned]
             tables = [read_ranks(args, token, experts) for token in tokens]
+            place = (tile + m_tile, num_tiles)
+            candidates = [
+                own_candidates(args, token, *place, MAX_PREFILL_TOKENS) for token in tokens
+            ]
             self.exchange.send(storage, num_blocks, num_tokens, m_tile)
             self.gemm.free_accumulator(storage, warp)
             if tokens[0] < args.num_tokens:
@@ -193,8 +197,8 @@ class RouterPrefill(RouterDecode):
                 for i in cutlass.range_constexpr(self.rounds):
                     if tokens[i] < args.num_tokens:
                         self.publish(
-                            *(storage, args, tokens[i], owned[i], tile + m_tile, num_tiles),
-                            *(m_tile, experts, biases, *tables[i], inverse_temp),
+                            *(storage, args, tokens[i], owned[i], candidates[i], m_tile),
+                            *(experts, biases, *tables[i], inverse_temp),
                         )
                 for i in cutlass.range_constexpr(self.rounds):
                     # The M tiles take turns.
@@ -210,8 +214,7 @@ class RouterPrefill(RouterDecode):
         args: Arguments,
         token: Int32,
         owned: Int32,
-        tile: Int32,
-        num_tiles: Int32,
+        candidates: tuple,
         m_tile: Int32,
         experts: tuple,
         biases: cute.Tensor,
@@ -220,7 +223,6 @@ class RouterPrefill(RouterDecode):
         inverse_temp: Float32,
     ):
         """Publish the candidates of an owned token of one expert tile, and its logits if asked."""
-        candidates = own_candidates(args.workspace, token, tile, num_tiles, MAX_PREFILL_TOKENS)
         flags = row_flags(storage, self.max_owned)[owned]
         if flags & IS_FORCED != 0:
             rank_forced(storage, self.max_owned, owned, experts, ranks)

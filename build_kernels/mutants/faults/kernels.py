@@ -28,6 +28,9 @@ WRAPS = replace(ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_A_WRAP)
 WRAPS_BOTH = replace(ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_BOTH_STAGES)
 TWO_TILES = replace(ONE_BLOCK, num_experts=100)
 TIES = replace(ONE_BLOCK, kind="ties")
+CROWDED = replace(ONE_BLOCK, kind="crowded")
+# A lane merges six candidates.
+THREE_TILES = replace(CROWDED, num_tokens=3, num_experts=132, top_k=8)
 TOPK = Case(num_tokens=7, num_experts=132, top_k=6)
 
 WRONG_IDS = "ids are wrong"

@@ -9,6 +9,8 @@ from build_kernels.mutants.mutant import Edit
 
 from .edits import deleted
 from .kernels import (
+    CROWDED,
+    THREE_TILES,
     TIES,
     TOPK,
     TWO_TILES,
@@ -45,10 +47,29 @@ _NO_TICKET = Edit(
 )
 _ZEROS = r"st\.relaxed\.gpu\.global\.v2\.b64 \[%rd\d+\], \{0, 0\};"
 # Two lanes of one store write the two candidates: another warp may see one without the other.
+# The first level of the tree of minima, which is followed by three to six more and a test.
 _ONE_WORD = Edit(
-    pattern=r"(ld\.relaxed\.gpu\.global\.v2\.b64 \{%rd\d+, (%rd\d+)\}[^;]*;(?:[^;]*;){1,2}?\s*)"
-    r"setp\.eq\.b64 \t(%p\d+), \2, 0;",
-    replacement=r"\1mov.pred \t\3, 0;",
+    pattern=r"min\.u32( \t%r\d+, %r\d+), %r\d+;(?=(?:\s+min\.u32[^;]*;){3,6}\s+setp\.eq)",
+    replacement=r"mov.b32\1;",
+)
+# What `take_top_k` leaves to `take_one_by_one`.
+_TWO_LANES = Edit(
+    pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
+    replacement=r"\1mov.b32\3, \2;",
+)
+_ONE_LANE = Edit(
+    pattern=r"setp\.ge\.u32( \t%p\d+, )%r\d+(, %r\d+;\s+(?:setp\.eq|vote))",
+    replacement=r"setp.gt.u32\g<1>0\2",
+)
+_ALL_FOUR = Edit(
+    pattern=r"(setp\.ge\.u32 \t(%p\d+)[^;]*;\s+setp\.eq[^;]*;\s+)or\.pred( \t%p\d+), \2, %p\d+;",
+    replacement=r"\1mov.pred\3, \2;",
+)
+# A later exchange of a lane's candidates, so that the reduction still finds the warp's best key.
+_EXCHANGE = Edit(
+    pattern=r"setp\.gt\.u32( \t(%p\d+), %r\d+, %r\d+;\s+selp\.f32 \t%r\d+, %r\d+, %r\d+, \2;)",
+    replacement=r"setp.lt.u32\1",
+    nth=3,
 )
 
 _PHYSICAL_ID = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)81920\];"
@@ -68,6 +89,16 @@ DECODE = (
     *of_kind(
         *(sm100, "tie rule reversed"),
         ("equal keys go to the higher register", _TIES, TIES, WRONG_IDS),
+        ("equal keys of two lanes are not noticed", _TWO_LANES, CROWDED, WRONG_IDS),
+        (
+            "equal keys of one lane are not noticed",
+            *(_ONE_LANE, replace(THREE_TILES, top_k=6), WRONG_IDS),
+        ),
+    ),
+    *of_kind(
+        *(sm100, "wrong candidate"),
+        ("a lane's fifth candidate is not looked for", _ALL_FOUR, THREE_TILES, WRONG_IDS),
+        ("the candidates of two keys are not exchanged", _EXCHANGE, TWO_TILES, WRONG_IDS),
     ),
     sm100("the weight keeps the bias", "bias in the weight", _KEEP_BIAS, complaint=WRONG_WEIGHT),
     sm100("no ticket is drawn", "election", _NO_TICKET, case=TWO_TILES),

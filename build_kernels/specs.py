@@ -79,11 +79,17 @@ class Architecture:
 # 12.9 (10.3): release notes of nvcc and ptxas. The runtime's newest driver function is
 # cuKernelGetParamInfo, of CUDA 12.4 (driver API reference, "Library Management").
 ARCHITECTURES = (
-    Architecture(name="sm_90a", loads_on="H100, H200, GH200", driver=12040),
+    Architecture(name="sm_90a", loads_on="H100, H200, H20, GH200", driver=12040),
     Architecture(name="sm_100a", loads_on="B200, GB200", driver=12080),
     Architecture(name="sm_103a", loads_on="B300, GB300", driver=12090),
 )
-DRIVER_FLOORS = {arch.name: arch.driver for arch in ARCHITECTURES}
+# Targets of a whole family, of CUDA 12.9. A set has them if they are asked for (`build --arch`).
+# They load on later GPUs of the family too; their code was seen to be that of the `a` targets.
+FAMILIES = (
+    Architecture(name="sm_100f", loads_on="B200, B300, later 10.x", driver=12090),
+    Architecture(name="sm_103f", loads_on="B300, later 10.x", driver=12090),
+)
+TARGETS = {arch.name: arch for arch in (*ARCHITECTURES, *FAMILIES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,11 @@ class KernelSpec:
     pdl: bool
     wait_limit_ms: int
     max_clusters: int | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every architecture that it can be built for; a set has those of `archs` by default."""
+        return (*self.archs, *(family.name for family in FAMILIES))
 
 
 def _parameters(

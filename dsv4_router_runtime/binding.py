@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .artifacts.dispatch import LayerPlan, LayerProblem, plan_layer
+from .artifacts.dispatch import LayerPlan, LayerProblem, kernels_on, plan_layer
 from .artifacts.folder import ArtifactSet
 from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
 from .artifacts.limits import MAX_TOKENS
@@ -106,7 +106,7 @@ class Binding:
             self._ends = tuple(step.max_tokens for step in self._steps)
             self._first_gate_step = len(self.plan.steps) if self.plan.gate_steps else 0
             _log_plan(self.plan, artifacts, arch, self._index)
-            self._workspace = workspace_for(layer.device, artifacts.manifest.for_arch(arch))
+            self._workspace = workspace_for(layer.device, kernels_on(artifacts.manifest, arch))
         self.bind(W_gate, e_bias, options)
 
     @contextlib.contextmanager

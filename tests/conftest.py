@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.specs import DRIVER_FLOORS, KERNELS, ParameterSpec
+from build_kernels.specs import KERNELS, TARGETS, ParameterSpec
 from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import (
     KIND_LAYOUT,
@@ -39,7 +39,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ELF_FLAGS = {
     "sm_90a": (0x005A0D5A, 7),
     "sm_100a": (0x0600640A, 8),
+    "sm_100f": (0x06006402, 8),
     "sm_103a": (0x0600670A, 8),
+    "sm_103f": (0x06006702, 8),
 }
 
 
@@ -239,7 +241,7 @@ def sample_manifest(archs=("sm_90a", "sm_100a")) -> Manifest:
     kernels.sort(key=lambda kernel: (kernel.name, kernel.arch))
     return Manifest(
         toolchain={"nvrtc": "13.0", "ptxas": "12.9"},
-        driver={arch: DRIVER_FLOORS[arch] for arch in archs},
+        driver={arch: TARGETS[arch].driver for arch in archs},
         kernels=tuple(kernels),
     )
 

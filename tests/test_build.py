@@ -587,3 +587,28 @@ def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
         assert kernel.source_digest == source_digest(
             TOPK, kernel.arch, compilers.toolchain_versions()
         )
+
+
+class TestAFamilysTarget:
+    def test_is_left_out_unless_it_is_named(self, tmp_path: Path) -> None:
+        made = topk_set(tmp_path / "a")
+        assert not list(made.glob("*f.cubin"))
+        assert not any(
+            task.arch.endswith("f") for task in make_plan(made, [TOPK.name], ARCHS).stale
+        )
+
+    def test_joins_a_set_and_stays_in_it(self, artifacts: Path) -> None:
+        assert make(artifacts, archs=("sm_100f",)).built == ("router_topk.sm_100f",)
+        listed = {kernel.arch for kernel in open_artifacts(artifacts).manifest.kernels}
+        assert listed == {*ARCHS, "sm_100f"}
+        again = make(artifacts, archs=("sm_90a",))
+        assert "router_topk.sm_100f" in again.kept
+        assert (artifacts / "router_topk.sm_100f.cubin").is_file()
+
+    def test_is_not_shipped(self, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan_module, "KERNELS", (TOPK,))
+        manifest = open_artifacts(artifacts).manifest
+        assert plan_module.packaging_problem(manifest) is None
+        make(artifacts, archs=("sm_100f",))
+        problem = plan_module.packaging_problem(open_artifacts(artifacts).manifest)
+        assert problem == "no spec names router_topk.sm_100f"

@@ -232,6 +232,18 @@ def test_list_shows_the_chosen_kernels_and_architectures(artifacts: Path) -> Non
     ]
 
 
+def test_a_familys_target_is_listed_if_it_is_asked_for_or_built(tmp_path: Path) -> None:
+    family = topk_set(tmp_path / "family", ["sm_90a", "sm_100f"])
+    assert _states(family) == {
+        **{"sm_90a": "built", "sm_100a": "not built", "sm_103a": "not built"},
+        "sm_100f": "built",
+    }
+    asked = call("list", "--artifacts", family, "--arch", "sm_103f", "--kernel", TOPK, "--json")
+    (row,) = json.loads(asked.stdout)
+    assert (row["arch"], row["state"], row["validated_on"]) == ("sm_103f", "not built", "nowhere")
+    assert row["loads_on"].startswith("B300")
+
+
 def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts, "--kernel", TOPK, "--check").exit_code == 0
     result = call("list", "--artifacts", artifacts, "--check")
@@ -407,7 +419,9 @@ def test_inspect_of_a_broken_manifest_names_the_repair_once(tmp_path: Path, text
     assert result.stderr.count(f"`build-kernels build --artifacts {tmp_path}`") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["list"], ["inspect"], ["verify"]])
+@pytest.mark.parametrize(
+    "command", [[], ["build"], ["clean"], ["list"], ["inspect"], ["verify"], ["diff"], ["budget"]]
+)
 def test_help(command: list[str]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0
@@ -447,3 +461,46 @@ def test_it_runs_as_a_module(module: str, name: str) -> None:
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"Usage: {name} ")
+
+
+def test_clean_removes_what_a_build_made_and_keeps_what_is_tracked(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    (folder / "evidence.json").write_text("{}")
+    (folder / ".keep").write_text("an editor's")
+    (folder / "manifest.dsse.json").write_text("{}")
+    (folder / f"{TOPK}.sm_90a.cubin").write_text("damaged")
+    built = {path.name for path in folder.glob("router_*")}
+    assert len(built) == 6
+    kept = {".keep", "manifest.json", "manifest.dsse.json", "evidence.json"}
+    dry = call("clean", "--dry-run", "--artifacts", folder)
+    assert dry.exit_code == 0
+    assert f"would remove {TOPK}.sm_90a.cubin" in dry.stderr
+    assert {path.name for path in folder.glob("router_*")} == built
+    report = json.loads(call("clean", "--artifacts", folder, "--json").stdout)
+    assert set(report["removed"]) == built
+    assert {path.name for path in folder.iterdir()} == kept
+    again = call("clean", "--artifacts", folder)
+    assert again.exit_code == 0
+    assert again.stdout.startswith("0 files removed")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".a.lock"}
+
+
+def test_clean_refuses_a_folder_that_is_not_its_own(artifacts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    (folder / "notes.txt").write_text("mine")
+    result = call("clean", "--artifacts", folder)
+    assert result.exit_code == 1
+    assert "cannot clean" in result.stderr
+    assert "notes.txt" in result.stderr
+    assert len(list(folder.glob("router_*"))) == 6
+    for wrong, words in ((tmp_path / "absent", "no such folder"), (Path(__file__), "is a file")):
+        refused = call("clean", "--artifacts", wrong)
+        assert refused.exit_code in (1, 2)
+        assert words in refused.stderr
+    (folder / "notes.txt").unlink()
+    with build_folder(folder):
+        busy = call("clean", "--artifacts", folder)
+    assert busy.exit_code == 1
+    assert "is running" in busy.stderr

@@ -175,6 +175,18 @@ def test_which_targets_run_where(built_for, device, runs):
 
 
 @pytest.mark.parametrize(
+    ("device", "built_for"),
+    [("sm_100a", "sm_100a"), ("sm_103a", "sm_103a"), ("sm_101a", "sm_100f")],
+)
+def test_a_familys_kernel_serves_where_no_other_does(device, built_for):
+    kernels = tuple(topk_kernel(arch) for arch in ("sm_100f", "sm_103a", "sm_100a", "sm_90a"))
+    wanted = replace(PROBLEM, role="select", layout=None)
+    for ordered in (kernels, kernels[::-1]):
+        found = Manifest(toolchain={}, driver={}, kernels=ordered)
+        assert select_kernel(found, wanted, device).arch == built_for
+
+
+@pytest.mark.parametrize(
     ("capability", "arch"), [((9, 0), "sm_90a"), ((10, 3), "sm_103a"), ((8, 9), "sm_89")]
 )
 def test_device_arch(capability, arch):

@@ -866,6 +866,16 @@ def test_options_come_and_go_as_calls_say(gpu, make):
         assert gpu.last["num_tokens"] == 4
 
 
+def test_a_set_for_a_family_of_gpus_serves_a_later_one(gpu, artifacts, make):
+    """Its kernels' scratch too: a workspace without it would leave the parameter null."""
+    gpu.arch = "sm_103a"
+    family = replace(artifacts, manifest=sample_manifest(("sm_100f",)))
+    make(artifacts=family)(*step(8))
+    assert gpu.last["kernel"] == "router_decode_kmajor_n8.sm_100f"
+    assert gpu.last["partials"]
+    assert gpu.last["counters"]
+
+
 def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
     """Artifacts of before an option: its parameter is missing, so it would do nothing."""
     for kernel in artifacts.manifest.for_arch("sm_90a"):

@@ -12,7 +12,7 @@ from conftest import sample_manifest
 
 from build_kernels import specs
 from build_kernels.kernels import shapes
-from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource, DslSource
+from build_kernels.specs import ARCHITECTURES, FAMILIES, KERNELS, CudaSource, DslSource
 from dsv4_router_runtime.artifacts.kernel import (
     GRID_TERMS,
     KIND_LAYOUT,
@@ -39,6 +39,14 @@ def test_a_new_architecture_of_a_generation_is_one_line() -> None:
     lines = Path(specs.__file__).read_text().splitlines()
     for arch in ARCHITECTURES:
         assert sum(arch.name in line for line in lines) == 1
+
+
+def test_a_family_is_built_if_it_is_asked_for() -> None:
+    families = {family.name for family in FAMILIES}
+    assert families == {"sm_100f", "sm_103f"}
+    for spec in KERNELS:
+        assert families.isdisjoint(spec.archs)
+        assert families < set(spec.targets) == set(specs.TARGETS)
 
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.device.launch import grid_of
@@ -132,7 +133,7 @@ class TopkLauncher:
     def __init__(self, inputs: Inputs, artifacts: ArtifactSet, *, pdl: bool) -> None:
         device = inputs.bias.device.index or 0
         arch = driver.arch_of_device(device)
-        kernels = [k for k in artifacts.manifest.for_arch(arch) if k.role == "select"]
+        kernels = [k for k in kernels_on(artifacts.manifest, arch) if k.role == "select"]
         if not kernels:
             raise Unavailable(f"the artifacts hold no router_topk for {arch}")
         self._device = device

@@ -13,7 +13,7 @@ from pathlib import Path
 from build_kernels.binaries.cubin import CubinError, read_cubin, stated_ptxas
 from build_kernels.binaries.nvdisasm import sass_opcodes, watched
 from build_kernels.binaries.wheels import ToolError
-from build_kernels.specs import DRIVER_FLOORS
+from build_kernels.specs import TARGETS
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
@@ -199,7 +199,7 @@ def _new_manifest(artifacts: Path, plan: Plan, built: Sequence[Built]) -> Manife
     stated = {version for data in cubins if (version := stated_ptxas(data))}
     toolchain = plan.toolchain | ({PTXAS: " ".join(sorted(stated))} if stated else {})
     kernels = (*(item.entry for item in built), *untouched)
-    driver = {kernel.arch: DRIVER_FLOORS[kernel.arch] for kernel in kernels}
+    driver = {kernel.arch: TARGETS[kernel.arch].driver for kernel in kernels}
     return Manifest(toolchain=toolchain, driver=driver, kernels=kernels)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from build_kernels.specs import DRIVER_FLOORS, KERNELS, KernelSpec
+from build_kernels.specs import KERNELS, TARGETS, KernelSpec
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, Kernel, Manifest, parse_manifest
 from dsv4_router_runtime.errors import ManifestError
@@ -80,7 +80,7 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
     current: list[Kernel] = []
     asked: set[str] = set()
     for spec in KERNELS:
-        for arch in (arch for arch in spec.archs if spec.name in names and arch in archs):
+        for arch in (arch for arch in spec.targets if spec.name in names and arch in archs):
             task = Task(spec=spec, arch=arch, digest=source_digest(spec, arch, toolchain))
             asked.add(task.key)
             entry = entries.get(task.key)
@@ -93,6 +93,7 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
     if text and manifest is None:
         lost["all that the manifest lists"] = f"{problem}"
     kept = known - asked - lost.keys()
+    whole_set = {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.archs}
     return Plan(
         toolchain=toolchain,
         manifest=manifest,
@@ -101,13 +102,13 @@ def make_plan(artifacts: Path, names: Sequence[str], archs: Sequence[str]) -> Pl
         stale=tuple(stale),
         current=tuple(current),
         kept=tuple(entry for key, entry in entries.items() if key in kept),
-        lost=() if asked == known else tuple(f"{key} ({lost[key]})" for key in sorted(lost)),
+        lost=() if asked >= whole_set else tuple(f"{key} ({lost[key]})" for key in sorted(lost)),
     )
 
 
 def known_keys() -> set[str]:
     """Return the key of every kernel that this version builds."""
-    return {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.archs}
+    return {f"{spec.name}.{arch}" for spec in KERNELS for arch in spec.targets}
 
 
 def known_files() -> set[str]:
@@ -148,7 +149,7 @@ def source_digest(spec: KernelSpec, arch: str, toolchain: dict[str, str]) -> str
     """Return the sha256 of all inputs that decide a kernel's bytes and its manifest entry."""
     inputs = {
         "arch": arch,
-        "driver": DRIVER_FLOORS[arch],
+        "driver": TARGETS[arch].driver,
         "spec": asdict(spec),
         "tools": toolchain,
         "schema": SCHEMA_VERSION,

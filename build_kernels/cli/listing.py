@@ -14,7 +14,7 @@ from build_kernels.building import compilers, plan
 from build_kernels.building.entry import sha256
 from build_kernels.evidence import RUNGS, read_evidence, standing, validated_on
 from build_kernels.evidence.artifact import carries_ptx
-from build_kernels.specs import ARCHITECTURES, KERNELS, KernelSpec
+from build_kernels.specs import KERNELS, TARGETS, KernelSpec
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet
 from dsv4_router_runtime.artifacts.manifest import Kernel, Manifest, parse_manifest
@@ -52,20 +52,21 @@ def list_rows(folder: Path, names: Collection[str] = (), archs: Collection[str] 
     evidence = read_evidence(folder / EVIDENCE_NAME)
     listed = {entry.key: entry for entry in manifest.kernels}
     state_of = _state_reader(folder, manifest)
-    loads_on = {arch.name: arch.loads_on for arch in ARCHITECTURES}
     rows = []
     for spec in KERNELS:
-        for arch in spec.archs:
-            if (names and spec.name not in names) or (archs and arch not in archs):
-                continue
+        for arch in spec.targets:
             entry = listed.get(f"{spec.name}.{arch}")
+            # A family's target is shown if it was built or is asked for.
+            asked = arch in archs if archs else arch in spec.archs or entry is not None
+            if not asked or (names and spec.name not in names):
+                continue
             rungs = standing(evidence, entry) if entry else dict.fromkeys(RUNGS, "not run")
             rows.append(
                 {
                     "kernel": spec.name,
                     "arch": arch,
                     "state": state_of(spec, entry) if entry else NOT_BUILT,
-                    "loads_on": loads_on[arch],
+                    "loads_on": TARGETS[arch].loads_on,
                     "validated_on": validated_on(evidence, entry) if entry else "nowhere",
                     "num_tokens": str(spec.problem.num_tokens),
                     "num_experts": str(spec.problem.num_experts),
@@ -147,7 +148,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     for (name, num_tokens), group in groupby(rows, key=lambda r: (r["kernel"], r["num_tokens"])):
         console.print(f"{name}, N {num_tokens}", markup=False)
         console.print(_narrow_table(group))
-    for arch in ARCHITECTURES:
+    for arch in TARGETS.values():
         if any(row["arch"] == arch.name for row in rows):
             console.print(f"{arch.name} can load on {arch.loads_on}", markup=False)
 

@@ -13,8 +13,11 @@ from build_kernels.release.keys import keygen_command
 from build_kernels.release.reproduce import reproduce_command
 from build_kernels.release.sign import sign_command
 from build_kernels.release.verify_signature import verify_signature_command
+from build_kernels.review.budget import budget_command
+from build_kernels.review.diff import diff_command
 
 from .build import build_command
+from .clean import clean_command
 from .inspect import inspect_command
 from .list import list_command
 
@@ -46,8 +49,9 @@ def main() -> None:
 
 
 for command in (
-    *(build_command, list_command, inspect_command),
-    *(verify_command, faults_command, bench_command, reproduce_command),
+    *(build_command, clean_command, list_command, inspect_command),
+    *(verify_command, faults_command, bench_command),
+    *(diff_command, budget_command, reproduce_command),
     *(keygen_command, sign_command, verify_signature_command),
 ):
     main.add_command(command)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from build_kernels.specs import ARCHITECTURES, KERNELS
+from build_kernels.specs import ARCHITECTURES, KERNELS, TARGETS
 
 KERNEL_NAMES = tuple(spec.name for spec in KERNELS)
 ARCH_NAMES = tuple(arch.name for arch in ARCHITECTURES)
@@ -41,8 +41,8 @@ arch_option = click.option(
     "--arch",
     "archs",
     multiple=True,
-    type=click.Choice(ARCH_NAMES),
-    help="Only this architecture; repeatable. Default: all.",
+    type=click.Choice(tuple(TARGETS)),
+    help="Only this architecture; repeatable. Default: all but the families' (f).",
 )
 kernel_option = click.option(
     "--kernel",

@@ -308,13 +308,14 @@ def _accepted(candidates: tuple[Accepted | Rejected, ...]) -> list[Kernel]:
 
 
 def _least(kernels: list[Kernel], problem: Problem) -> Kernel:
-    """Return the kernel that is made for the fewest tokens."""
+    """Return the kernel that is made for the fewest tokens, and not for a whole family of GPUs."""
 
-    def tokens(kernel: Kernel) -> int:
+    def rank(kernel: Kernel) -> tuple[int, bool]:
         most = kernel.most_tokens(problem.num_experts)
-        return MAX_TOKENS if most is None else min(most, MAX_TOKENS)
+        tokens = MAX_TOKENS if most is None else min(most, MAX_TOKENS)
+        return tokens, not kernel.arch.endswith("a")
 
-    return min(kernels, key=tokens)
+    return min(kernels, key=rank)
 
 
 def _no_kernel_message(

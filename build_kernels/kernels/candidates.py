@@ -157,8 +157,9 @@ def merge(
             )
     # Some lane's first candidate is of each tile, and all candidates of a tile say the same.
     is_padding = cute.arch.vote_ballot_sync(keys[0] == PADDING_KEY) != 0
-    taken = choose(is_padding, Int32(0), top_k)
-    return *take_top_k(keys, scores, 2 * num_tiles * lane, taken, otherwise), is_padding
+    first_expert = 2 * num_tiles * lane
+    best = take_top_k(keys, scores, first_expert, top_k, otherwise, is_padding)
+    return *best, is_padding
 
 
 @cute.jit

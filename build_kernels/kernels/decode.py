@@ -220,8 +220,7 @@ class RouterDecode:
                 for i in cutlass.range_constexpr(2):
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
-                    taken = choose(is_padded, Int32(0), args.top_k)
-                    best = self.select_alone(keys, scores, taken, output.shared_id)
+                    best = self.select_alone(keys, scores, args.top_k, output.shared_id, is_padded)
                     self.store(storage, args, token, warp, flags, output, (*best, is_padded))
                     store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
                 else:
@@ -405,7 +404,9 @@ class RouterDecode:
         return keys, scores, logits
 
     @cute.jit
-    def select_alone(self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32):
+    def select_alone(
+        self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32, is_padding
+    ):
         """Take the top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take.
 
         take_top_k needs runs of consecutive experts, while `lane_expert` leaves 8 between two.
@@ -427,7 +428,7 @@ class RouterDecode:
                 cute.arch.shuffle_sync(scores[1], source + i),
                 cute.arch.shuffle_sync(scores[0], source + i),
             )
-        return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise)
+        return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise, is_padding)
 
     @cute.jit
     def store(

@@ -100,7 +100,12 @@ def in_order(a: tuple, b: tuple) -> tuple:
 
 @cute.jit
 def take_top_k(
-    keys: cute.Tensor, scores: cute.Tensor, first_expert: Int32, top_k: Int32, otherwise: Int32
+    keys: cute.Tensor,
+    scores: cute.Tensor,
+    first_expert: Int32,
+    top_k: Int32,
+    otherwise: Int32,
+    is_padding,
 ):
     """Take the warp's top_k best candidates: return (expert, score, total) of rank r to lane r.
 
@@ -110,7 +115,8 @@ def take_top_k(
     the taken scores is summed in rank order, so its bits do not depend on the lanes.
 
     Each lane sorts its four best first, so that a round waits for one reduction and no tree. What
-    that cannot decide is left to `take_one_by_one`: equal keys, and a lane that gave all four.
+    that cannot decide is left to `take_one_by_one`: equal keys, and a lane that gave all four. Of a
+    padding row, whose keys are all equal, the values have no meaning.
     """
     lane = cute.arch.lane_idx()
     my_expert = otherwise
@@ -153,7 +159,7 @@ def take_top_k(
     if cutlass.const_expr(cute.size(keys) > 4):
         is_undecided = is_undecided or best_keys[0] == TAKEN
     ties = ties | Uint32(cute.arch.vote_ballot_sync(is_undecided))
-    if ties != 0:
+    if ties != 0 and not is_padding:
         my_expert, my_score, total = take_one_by_one(keys, scores, first_expert, top_k, otherwise)
     return my_expert, my_score, total
 

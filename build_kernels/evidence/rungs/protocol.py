@@ -93,7 +93,7 @@ NO_TICKET = Rewrite(
 )
 # The same for a kernel in which one owner merges its own tiles too.
 NO_MERGE = Rewrite(
-    pattern=r"and\.b32( \t%r\d+), %r\d+, 7;(\s+add\.s32 \t%r\d+, %r\d+, -1;)",
+    pattern=r"and\.b32( \t%r\d+), %r\d+, 7;(\s+(?:mov[^;]*%nctaid\.y;\s+)?add\.s32[^;]*, -1;)",
     replacement=r"mov.b32\1, 7;\2",
     why="the candidates of a token are in the workspace, and no warp merges: who merges, when, and "
     "what it reads and stores is the emulator's to check",
@@ -103,6 +103,12 @@ NO_TRAP = Rewrite(
     pattern=r"@fault trap;",
     replacement="",
     why="no trap is taken: it would end the launch with an error",
+)
+# The branch to the loop for equal keys depends on the keys.
+NO_TIES = Rewrite(
+    pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
+    replacement=r"\1mov.b32\3, 0;",
+    why="no key stands twice: the loop that decides ties accesses no memory and no barrier",
 )
 ALWAYS_ASSUMED = (
     "fences and memory scopes are not modelled: a missing proxy fence is the emulator's to find",
@@ -146,9 +152,9 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
     if kernel.role == "decode":
-        return (NO_COLLECTOR, NO_TRAP, *nulls)
+        return (NO_COLLECTOR, NO_TRAP, NO_TIES, *nulls)
     if kernel.role == "prefill":
-        return (NO_COLLECTOR, NO_TRAP, NO_TICKET, NO_MERGE, *nulls)
+        return (NO_COLLECTOR, NO_TRAP, NO_TIES, NO_TICKET, NO_MERGE, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
     pointers = Rewrite(

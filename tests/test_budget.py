@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,13 +217,19 @@ def test_a_budget_that_is_exceeded_fails_in_each_form(place) -> None:
     assert place[-1].read_text() == text
 
 
+def write_wheel(path: Path, size: int) -> Path:
+    """Write what counts of a wheel of dsv4-router."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dsv4_router_runtime/_artifacts/manifest.json", "0" * size)
+    return path
+
+
 def test_without_a_wheel_and_a_bench_it_says_what_was_not_measured(place, tmp_path: Path) -> None:
-    wheel = tmp_path / "x.whl"
-    wheel.write_bytes(b"0" * 1000)
+    wheel = write_wheel(tmp_path / "x.whl", 1000)
     assert call(*place, "--update", "--wheel", wheel, "--bench", BENCH).exit_code == 0
     assert "not measured: --wheel FILE and --bench FILE" in call(*place).stdout
     assert "not measured" not in call(*place, "--wheel", wheel, "--bench", BENCH).stdout
-    wheel.write_bytes(b"0" * 1100)
+    write_wheel(wheel, 1200)
     grown = call(*place, "--wheel", wheel)
     assert grown.exit_code == 1
     assert "wheel_bytes" in grown.stdout
@@ -255,6 +262,7 @@ def test_bad_places_exit_2(place, tmp_path: Path) -> None:
         ("--budgets", tmp_path / "absent.toml"),
         ("--bench", tmp_path / "bench.json"),
         ("--wheel", tmp_path / "absent.whl"),
+        ("--wheel", tmp_path / "bench.json"),
         ("--json", "--markdown"),
     ):
         result = call(*place, *arguments)

@@ -637,7 +637,7 @@ def test_places_that_are_no_side_are_errors_in_words(
     os.mkfifo(tmp_path / "fifo.whl")
     for place, words in {
         "empty": "has no manifest.json",
-        "text.whl": "neither a folder nor a readable wheel",
+        "text.whl": "cannot be read as a wheel",
         "other.whl": "name a wheel of dsv4-router",
         "absent.whl": "there is no such file or folder",
         "./absent": "there is no such file or folder",

@@ -340,7 +340,9 @@ class TestVerifySignature:
         with zipfile.ZipFile(again, "w") as archive:
             for name, data in files.items():
                 archive.writestr(name, data)
-        assert words in refused("verify-signature", again, "--trust", trust)
+        message = refused("verify-signature", again, "--trust", trust)
+        assert words in message
+        assert message.startswith(f"error: {again}: "), "not a folder that is gone by now"
 
     @pytest.mark.parametrize("what", ["text", "another wheel", "twice", "a path", "cut", "bomb"])
     def test_a_file_that_is_no_wheel_of_ours(self, wheel, trust, tmp_path, monkeypatch, what):
@@ -353,20 +355,39 @@ class TestVerifySignature:
         elif what == "cut":
             path.write_bytes(path.read_bytes()[:-40])
         elif what == "bomb":
-            monkeypatch.setattr("build_kernels.release.verify_signature._MAX_BYTES", 1000)
-            words = "more than 1000 bytes of artifacts"
+            size = path.stat().st_size
+            monkeypatch.setattr("build_kernels.building.router_wheel._MAX_BYTES", size)
+            words = f"more than {size} bytes of artifacts"
         elif what == "another wheel":
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("other/__init__.py", "")
-            words = "no artifacts in it"
+            words = "no manifest.json in it"
         else:
-            name = "manifest.json" if what == "twice" else "../../evil"
+            name = "manifest.json" if what == "twice" else "below/manifest.json"
             with zipfile.ZipFile(path, "a") as archive, pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warnings.warn", lambda *a, **b: None)
                 archive.writestr(place + name, "{}")
             words = "is no single file of the set"
         assert words in refused("verify-signature", path, "--trust", trust)
-        assert not (tmp_path / "evil").exists()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dsv4_router_runtime/./_artifacts/manifest.json",
+            "dsv4_router_runtime//_artifacts/manifest.json",
+            "dsv4_router_runtime/x/../_artifacts/manifest.json",
+            "../dsv4_router_runtime/_artifacts/manifest.json",
+            "/dsv4_router_runtime/_artifacts/manifest.json",
+            "dsv4_router-0.1.0.data/purelib/dsv4_router_runtime/_artifacts/manifest.json",
+            "dsv4_router-0.1.0.data/data/evil",
+        ],
+    )
+    def test_a_member_that_an_installer_writes_over_a_signed_file(self, wheel, trust, name):
+        """pip writes all but two of these over the manifest that was signed."""
+        with zipfile.ZipFile(wheel, "a") as archive:
+            archive.writestr(name, "{}")
+        message = refused("verify-signature", wheel, "--trust", trust)
+        assert f"{wheel}: '{name}' may be installed as another file" in message
 
 
 class TestABuild:

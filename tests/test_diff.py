@@ -551,6 +551,20 @@ def test_a_cubin_that_the_manifest_does_not_record_is_an_error(built: tuple[Path
     assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(*built)
 
 
+def test_a_cubin_that_was_altered_under_an_equal_manifest_is_an_error(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Both manifests have the same hash: the bytes at hand do not."""
+    alter(built[1], ".text.router_topk", in_manifest=False)
+    wheel = tmp_path / "evil.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in built[1].iterdir():
+            archive.write(path, f"dsv4_router_runtime/_artifacts/{path.name}")
+    for side in (built[1], wheel):
+        assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(built[0], side)
+        assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(side, built[0])
+
+
 def test_a_cubin_that_is_no_cubin_is_an_error(built: tuple[Path, Path]) -> None:
     for folder, data in zip(built, (b"\x7fELF", b"rubbish"), strict=True):
         (folder / f"{TOPK}.cubin").write_bytes(data)
@@ -568,6 +582,7 @@ BAD_MANIFESTS = {
     "{": "not valid JSON",
     '{"schema_version": "5", "kernels": []}': "schema_version: expected an int",
     '{"schema_version": 5}': "kernels: expected a list of kernels",
+    '{"schema_version": 99, "kernels": [], "kernels": []}': 'the key "kernels" is written twice',
     '{"schema_version": 5, "kernels": [1]}': "kernels[0]: expected an object",
     '{"schema_version": 5, "kernels": [{"name": "../x", "arch": "sm_90a"}]}': "kernels[0].name",
     '{"schema_version": 5, "kernels": [], "x": ' + "[" * 20_000 + "]" * 20_000 + "}": "nested",
@@ -647,7 +662,7 @@ def test_places_that_are_no_side_are_errors_in_words(
         "nul\0byte": "null byte",
     }.items():
         assert words in refused(good, place), place
-    assert refused("", good)
+    assert 'expected a folder, a wheel or a git ref (got "")' in refused("", good)
 
 
 def test_a_ref_without_a_set_and_a_machine_without_git_are_errors(

@@ -69,6 +69,8 @@ class Side:
 
 def read_side(place: str) -> Side:
     """Read a folder, a wheel or a git ref, tried in this order; SideError if it is none of them."""
+    if not place:  # an unset variable of a shell looks so, and would be the current folder
+        raise SideError('expected a folder, a wheel or a git ref (got "")')
     path = Path(place)
     if path.is_dir():
         return _side(f"folder {place}", _folder_reader(path))
@@ -144,6 +146,8 @@ def _side(name: str, read: Reader) -> Side:
             raise SideError(f"{name}: {key}.cubin is not the one that {MANIFEST_NAME} records")
         return data
 
+    for key in kernels:
+        cubin(key)  # the hashes that are compared are those of the bytes at hand
     return Side(
         name=name,
         members=members,
@@ -190,8 +194,8 @@ def _manifest(node: JsonNode) -> tuple[dict[str, Json], dict[str, dict[str, Json
 
 
 def _object(node: JsonNode) -> JsonNode:
-    if not isinstance(node.value, dict):
-        raise node.expected("an object")
+    """Return the node; ManifestError unless it is an object with no key twice."""
+    node.known_members()
     return node
 
 

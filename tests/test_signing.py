@@ -201,6 +201,33 @@ class TestSign:
         assert "is not as in commit" in message
         assert new in message
 
+    def test_new_files_that_the_users_settings_hide(self, checkout, key):
+        git(checkout, "config", "status.showUntrackedFiles", "no")
+        (checkout / "stray.py").touch()
+        assert "?? stray.py" in refused("sign", "--key", key)
+
+    def test_an_edit_that_git_was_told_not_to_see(self, checkout, key):
+        """The release is the commit's, and so is the manifest."""
+        for name in ("pyproject.toml", "artifacts/manifest.json"):
+            git(checkout, "update-index", "--assume-unchanged", name)
+        path = checkout / "pyproject.toml"
+        path.write_text(path.read_text().replace('version = "0.1.0"', 'version = "9.9"'))
+        assert call("sign", "--key", key).exit_code == 0
+        predicate = json.loads(envelope(checkout).payload)["predicate"]
+        assert predicate["buildDefinition"]["externalParameters"]["release"] == "0.1.0"
+        manifest = checkout / "artifacts" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"wait_limit_ms": ', '"wait_limit_ms": 1'))
+        assert "is not the manifest of commit" in refused("sign", "--key", key)
+
+    def test_a_manifest_of_other_bytes_with_the_same_contents(self, checkout, key, tmp_path):
+        """No verifier would accept what was signed for it."""
+        copy = shutil.copytree(checkout / "artifacts", tmp_path / "copy")
+        text = (copy / "manifest.json").read_text()
+        (copy / "manifest.json").write_text(json.dumps(json.loads(text)))
+        message = refused("sign", "--key", key, "--artifacts", copy)
+        assert "is not the manifest of commit" in message
+        assert not (copy / ENVELOPE).exists()
+
     @pytest.mark.parametrize("builder_id", ["", "ci", "https://a b", "https://a\n"])
     def test_a_builder_that_is_no_uri(self, checkout, key, builder_id):
         message = refused("sign", "--key", key, "--builder-id", builder_id)

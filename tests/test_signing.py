@@ -186,6 +186,14 @@ class TestSign:
         assert call("sign", "--key", key).exit_code == 0
         assert envelope(checkout) == before
 
+    def test_a_signature_more_than_any_reader_takes(self, checkout, key):
+        call("sign", "--key", key)
+        path = checkout / "artifacts" / ENVELOPE
+        document = json.loads(path.read_text())
+        more = [{"keyid": str(number), "sig": ""} for number in range(16)]
+        path.write_text(json.dumps(document | {"signatures": more}))
+        assert "has 16 signatures; no more are read" in refused("sign", "--key", key)
+
     def test_another_statement_is_not_replaced(self, checkout, key):
         call("sign", "--key", key)
         before = envelope(checkout)

@@ -254,6 +254,11 @@ PLANTED: dict[str, tuple[Edit, str, str, str]] = {
     "another checker": (rung("lint", checker="lint 2"), "evidence", "lint, checker", ""),
     "another GPU": (no_gpu, "evidence", "hardware on NVIDIA H100", "gained"),
 }
+OPPOSITES = {
+    **{"narrowed": "widened", "widened": "narrowed", "raised": "lowered"},
+    **{"added": "removed", "removed": "added"},
+    **{"lost": "gained", "gained": "lost", "failed": "gained"},
+}
 # Kinds of change that are the set's.
 OF_THE_SET = {"toolchain", "driver", "schema"}
 
@@ -287,8 +292,13 @@ def test_a_planted_change_is_named_and_classed(
         assert told.exit_code == 1
         assert what.replace("[", "&#91;") in told.stdout
         assert word in told.stdout
-    # And the other way round it is a change of the same class.
-    assert json.loads(call(*folders[::-1], "--json").stdout)["classes"].keys() == {kind}
+    # And the other way round it is a change of the same class, and of the opposite sense.
+    back = json.loads(call(*folders[::-1], "--json").stdout)
+    assert back["classes"].keys() == {kind}
+    changes = back["set_changes"] + [c for kernel in back["kernels"] for c in kernel["changes"]]
+    if word in OPPOSITES and kind != "opcodes":  # of those, one that is gained has no word
+        words = {c["word"] for c in changes if kind == "abi" or what in c["what"]}
+        assert OPPOSITES[word] in words
 
 
 def test_equal_sets_differ_in_nothing(tracked: tuple[Json, Json], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,9 @@ def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
         sys.exit(f"error: {name}: the standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be text, nor need the terminal have an arrow.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command = load()
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the builder")
 
-from builds import CHECKOUT, topk_set
+from builds import CHECKOUT, TOPK, topk_set
 from click.testing import CliRunner, Result
 
 from build_kernels.bench.report import read_report, write_report
@@ -197,7 +198,9 @@ def test_the_budgets_that_are_written_are_held(place) -> None:
     result = call(*place)
     assert result.exit_code == 0
     assert "budgets held, 0 not" in result.stdout
-    assert set(read_budgets(place[-1])) >= {("kernels", "router_topk", "sm_90a", "registers")}
+    names = {at[-1] for at in read_budgets(place[-1]) if at[:3] == ("kernels", TOPK.name, "sm_90a")}
+    assert names >= {"registers", "static_shared_bytes", "cubin_bytes"}
+    assert f"0 budgets changed in {place[-1]}" in " ".join(call(*place, "--update").stderr.split())
 
 
 def test_a_budget_that_is_exceeded_fails_in_each_form(place) -> None:
@@ -216,13 +219,19 @@ def test_a_budget_that_is_exceeded_fails_in_each_form(place) -> None:
     assert place[-1].read_text() == text
 
 
+def write_wheel(path: Path, size: int) -> Path:
+    """Write what counts of a wheel of dsv4-router."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dsv4_router_runtime/_artifacts/manifest.json", "0" * size)
+    return path
+
+
 def test_without_a_wheel_and_a_bench_it_says_what_was_not_measured(place, tmp_path: Path) -> None:
-    wheel = tmp_path / "x.whl"
-    wheel.write_bytes(b"0" * 1000)
+    wheel = write_wheel(tmp_path / "x.whl", 1000)
     assert call(*place, "--update", "--wheel", wheel, "--bench", BENCH).exit_code == 0
     assert "not measured: --wheel FILE and --bench FILE" in call(*place).stdout
     assert "not measured" not in call(*place, "--wheel", wheel, "--bench", BENCH).stdout
-    wheel.write_bytes(b"0" * 1100)
+    write_wheel(wheel, 1200)
     grown = call(*place, "--wheel", wheel)
     assert grown.exit_code == 1
     assert "wheel_bytes" in grown.stdout
@@ -255,6 +264,7 @@ def test_bad_places_exit_2(place, tmp_path: Path) -> None:
         ("--budgets", tmp_path / "absent.toml"),
         ("--bench", tmp_path / "bench.json"),
         ("--wheel", tmp_path / "absent.whl"),
+        ("--wheel", tmp_path / "bench.json"),
         ("--json", "--markdown"),
     ):
         result = call(*place, *arguments)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -364,6 +365,22 @@ class TestRefusals:
 
     def test_the_unchanged_spec_is_accepted(self, tmp_path: Path) -> None:
         assert isinstance(build.build_one(self.task(), tmp_path / "dump"), build.Built)
+
+    def test_a_folder_with_blanks_and_quotes_is_one_word_to_the_compilers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The DSL puts it into a line of options."""
+        folder, compile_kernel = tmp_path / "it's a dump", compilers.compile_kernel
+
+        def compile_there(spec: KernelSpec, arch: str, named: Path) -> compilers.Compiled:
+            assert shlex.split(str(named)) == [str(named)]
+            assert named.resolve() == folder
+            return compile_kernel(spec, arch, named)
+
+        monkeypatch.setattr(compilers, "compile_kernel", compile_there)
+        before = os.getcwd()
+        assert isinstance(build.build_one(self.task(), folder), build.Built)
+        assert os.getcwd() == before
 
     def test_local_memory(self, tmp_path: Path) -> None:
         source = tmp_path / "local.cu"

@@ -410,6 +410,30 @@ def test_a_closed_stderr_and_a_reader_that_leaves_early_are_no_tracebacks(artifa
         assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
+def test_what_the_output_cannot_hold_is_escaped(tmp_path: Path, encoding: str) -> None:
+    """An arrow, and a name of a folder that is no text."""
+    folder = os.fsencode(tmp_path) + b"/f\xff"
+    os.mkdir(folder)
+    (tmp_path / "manifest.json").write_text('{"schema_version": 99, "kernels": []}')
+    with open(folder + b"/manifest.json", "w") as file:
+        file.write('{"schema_version": 98, "kernels": []}')
+    for arguments, status, words in (
+        (("diff", folder, tmp_path), 1, "schema_version 98"),
+        (("clean", "--dry-run", "--artifacts", folder), 0, "\\udcff"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "build_kernels", *arguments],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert words in done.stdout
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("text", ["{", '{"schema_version": 99}'])
 def test_inspect_of_a_broken_manifest_names_the_repair_once(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)

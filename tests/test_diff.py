@@ -254,6 +254,11 @@ PLANTED: dict[str, tuple[Edit, str, str, str]] = {
     "another checker": (rung("lint", checker="lint 2"), "evidence", "lint, checker", ""),
     "another GPU": (no_gpu, "evidence", "hardware on NVIDIA H100", "gained"),
 }
+OPPOSITES = {
+    **{"narrowed": "widened", "widened": "narrowed", "raised": "lowered"},
+    **{"added": "removed", "removed": "added"},
+    **{"lost": "gained", "gained": "lost", "failed": "gained"},
+}
 # Kinds of change that are the set's.
 OF_THE_SET = {"toolchain", "driver", "schema"}
 
@@ -287,8 +292,13 @@ def test_a_planted_change_is_named_and_classed(
         assert told.exit_code == 1
         assert what.replace("[", "&#91;") in told.stdout
         assert word in told.stdout
-    # And the other way round it is a change of the same class.
-    assert json.loads(call(*folders[::-1], "--json").stdout)["classes"].keys() == {kind}
+    # And the other way round it is a change of the same class, and of the opposite sense.
+    back = json.loads(call(*folders[::-1], "--json").stdout)
+    assert back["classes"].keys() == {kind}
+    changes = back["set_changes"] + [c for kernel in back["kernels"] for c in kernel["changes"]]
+    if word in OPPOSITES and kind != "opcodes":  # of those, one that is gained has no word
+        words = {c["word"] for c in changes if kind == "abi" or what in c["what"]}
+        assert OPPOSITES[word] in words
 
 
 def test_equal_sets_differ_in_nothing(tracked: tuple[Json, Json], tmp_path: Path) -> None:
@@ -551,6 +561,20 @@ def test_a_cubin_that_the_manifest_does_not_record_is_an_error(built: tuple[Path
     assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(*built)
 
 
+def test_a_cubin_that_was_altered_under_an_equal_manifest_is_an_error(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Both manifests have the same hash: the bytes at hand do not."""
+    alter(built[1], ".text.router_topk", in_manifest=False)
+    wheel = tmp_path / "evil.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in built[1].iterdir():
+            archive.write(path, f"dsv4_router_runtime/_artifacts/{path.name}")
+    for side in (built[1], wheel):
+        assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(built[0], side)
+        assert f"{TOPK}.cubin is not the one that manifest.json records" in refused(side, built[0])
+
+
 def test_a_cubin_that_is_no_cubin_is_an_error(built: tuple[Path, Path]) -> None:
     for folder, data in zip(built, (b"\x7fELF", b"rubbish"), strict=True):
         (folder / f"{TOPK}.cubin").write_bytes(data)
@@ -568,6 +592,7 @@ BAD_MANIFESTS = {
     "{": "not valid JSON",
     '{"schema_version": "5", "kernels": []}': "schema_version: expected an int",
     '{"schema_version": 5}': "kernels: expected a list of kernels",
+    '{"schema_version": 99, "kernels": [], "kernels": []}': 'the key "kernels" is written twice',
     '{"schema_version": 5, "kernels": [1]}': "kernels[0]: expected an object",
     '{"schema_version": 5, "kernels": [{"name": "../x", "arch": "sm_90a"}]}': "kernels[0].name",
     '{"schema_version": 5, "kernels": [], "x": ' + "[" * 20_000 + "]" * 20_000 + "}": "nested",
@@ -637,7 +662,7 @@ def test_places_that_are_no_side_are_errors_in_words(
     os.mkfifo(tmp_path / "fifo.whl")
     for place, words in {
         "empty": "has no manifest.json",
-        "text.whl": "neither a folder nor a readable wheel",
+        "text.whl": "cannot be read as a wheel",
         "other.whl": "name a wheel of dsv4-router",
         "absent.whl": "there is no such file or folder",
         "./absent": "there is no such file or folder",
@@ -647,7 +672,7 @@ def test_places_that_are_no_side_are_errors_in_words(
         "nul\0byte": "null byte",
     }.items():
         assert words in refused(good, place), place
-    assert refused("", good)
+    assert 'expected a folder, a wheel or a git ref (got "")' in refused("", good)
 
 
 def test_a_ref_without_a_set_and_a_machine_without_git_are_errors(

@@ -207,6 +207,21 @@ class TestRefused:
         monkeypatch.setattr(reproduce, "build_twice", fails)
         assert call("--keep", tmp_path / "mine").exit_code == 1
         assert not (tmp_path / "mine").exists()
+        (tmp_path / "mine").mkdir()
+        assert call("--keep", tmp_path / "mine").exit_code == 1
+        assert (tmp_path / "mine").exists(), "it was there before"
+
+    def test_a_folder_to_keep_in_that_takes_no_file(
+        self, outputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is said before the builds, not after them."""
+        monkeypatch.setattr(reproduce, "build_twice", None)
+        # These tests may run as root, whom a mode does not keep out.
+        monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path / "mine")
+        (tmp_path / "mine").mkdir()
+        result = call("--keep", tmp_path / "mine")
+        assert result.exit_code == 1
+        assert "no file can be made in it; name a new folder" in result.stderr
 
     @pytest.mark.parametrize("world", ["no git", "no repository", "no commit", "no checkout"])
     def test_without_a_commit(self, world: str, tmp_path: Path, monkeypatch) -> None:

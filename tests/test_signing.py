@@ -186,6 +186,14 @@ class TestSign:
         assert call("sign", "--key", key).exit_code == 0
         assert envelope(checkout) == before
 
+    def test_a_signature_more_than_any_reader_takes(self, checkout, key):
+        call("sign", "--key", key)
+        path = checkout / "artifacts" / ENVELOPE
+        document = json.loads(path.read_text())
+        more = [{"keyid": str(number), "sig": ""} for number in range(16)]
+        path.write_text(json.dumps(document | {"signatures": more}))
+        assert "has 16 signatures; no more are read" in refused("sign", "--key", key)
+
     def test_another_statement_is_not_replaced(self, checkout, key):
         call("sign", "--key", key)
         before = envelope(checkout)
@@ -200,6 +208,33 @@ class TestSign:
         message = refused("sign", "--key", key)
         assert "is not as in commit" in message
         assert new in message
+
+    def test_new_files_that_the_users_settings_hide(self, checkout, key):
+        git(checkout, "config", "status.showUntrackedFiles", "no")
+        (checkout / "stray.py").touch()
+        assert "?? stray.py" in refused("sign", "--key", key)
+
+    def test_an_edit_that_git_was_told_not_to_see(self, checkout, key):
+        """The release is the commit's, and so is the manifest."""
+        for name in ("pyproject.toml", "artifacts/manifest.json"):
+            git(checkout, "update-index", "--assume-unchanged", name)
+        path = checkout / "pyproject.toml"
+        path.write_text(path.read_text().replace('version = "0.1.0"', 'version = "9.9"'))
+        assert call("sign", "--key", key).exit_code == 0
+        predicate = json.loads(envelope(checkout).payload)["predicate"]
+        assert predicate["buildDefinition"]["externalParameters"]["release"] == "0.1.0"
+        manifest = checkout / "artifacts" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"wait_limit_ms": ', '"wait_limit_ms": 1'))
+        assert "is not the manifest of commit" in refused("sign", "--key", key)
+
+    def test_a_manifest_of_other_bytes_with_the_same_contents(self, checkout, key, tmp_path):
+        """No verifier would accept what was signed for it."""
+        copy = shutil.copytree(checkout / "artifacts", tmp_path / "copy")
+        text = (copy / "manifest.json").read_text()
+        (copy / "manifest.json").write_text(json.dumps(json.loads(text)))
+        message = refused("sign", "--key", key, "--artifacts", copy)
+        assert "is not the manifest of commit" in message
+        assert not (copy / ENVELOPE).exists()
 
     @pytest.mark.parametrize("builder_id", ["", "ci", "https://a b", "https://a\n"])
     def test_a_builder_that_is_no_uri(self, checkout, key, builder_id):
@@ -340,7 +375,9 @@ class TestVerifySignature:
         with zipfile.ZipFile(again, "w") as archive:
             for name, data in files.items():
                 archive.writestr(name, data)
-        assert words in refused("verify-signature", again, "--trust", trust)
+        message = refused("verify-signature", again, "--trust", trust)
+        assert words in message
+        assert message.startswith(f"error: {again}: "), "not a folder that is gone by now"
 
     @pytest.mark.parametrize("what", ["text", "another wheel", "twice", "a path", "cut", "bomb"])
     def test_a_file_that_is_no_wheel_of_ours(self, wheel, trust, tmp_path, monkeypatch, what):
@@ -353,20 +390,39 @@ class TestVerifySignature:
         elif what == "cut":
             path.write_bytes(path.read_bytes()[:-40])
         elif what == "bomb":
-            monkeypatch.setattr("build_kernels.release.verify_signature._MAX_BYTES", 1000)
-            words = "more than 1000 bytes of artifacts"
+            size = path.stat().st_size
+            monkeypatch.setattr("build_kernels.building.router_wheel._MAX_BYTES", size)
+            words = f"more than {size} bytes of artifacts"
         elif what == "another wheel":
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("other/__init__.py", "")
-            words = "no artifacts in it"
+            words = "no manifest.json in it"
         else:
-            name = "manifest.json" if what == "twice" else "../../evil"
+            name = "manifest.json" if what == "twice" else "below/manifest.json"
             with zipfile.ZipFile(path, "a") as archive, pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warnings.warn", lambda *a, **b: None)
                 archive.writestr(place + name, "{}")
             words = "is no single file of the set"
         assert words in refused("verify-signature", path, "--trust", trust)
-        assert not (tmp_path / "evil").exists()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dsv4_router_runtime/./_artifacts/manifest.json",
+            "dsv4_router_runtime//_artifacts/manifest.json",
+            "dsv4_router_runtime/x/../_artifacts/manifest.json",
+            "../dsv4_router_runtime/_artifacts/manifest.json",
+            "/dsv4_router_runtime/_artifacts/manifest.json",
+            "dsv4_router-0.1.0.data/purelib/dsv4_router_runtime/_artifacts/manifest.json",
+            "dsv4_router-0.1.0.data/data/evil",
+        ],
+    )
+    def test_a_member_that_an_installer_writes_over_a_signed_file(self, wheel, trust, name):
+        """pip writes all but two of these over the manifest that was signed."""
+        with zipfile.ZipFile(wheel, "a") as archive:
+            archive.writestr(name, "{}")
+        message = refused("verify-signature", wheel, "--trust", trust)
+        assert f"{wheel}: '{name}' may be installed as another file" in message
 
 
 class TestABuild:

@@ -353,6 +353,7 @@ REFUSED: dict[str, tuple[Callable[[World], object], str]] = {
     "min_release null": (trust_with(min_release=None), "min_release: expected a release"),
     "min_release with a letter": (trust_with(min_release="v0.1"), "min_release: expected a"),
     "revoked that is a string": (trust_with(revoked=IDS[1]), "revoked: expected a list"),
+    "513 revoked": (trust_with(revoked=["0" * 64] * 513), "expected at most 512 sha256 (got 513)"),
     "revoked that is no sha256": (trust_with(revoked=["key 1"]), "revoked[0]: expected the sha"),
     "a key of 31 bytes": (key_written(b64(bytes(31))), "expected 32 bytes (got 31)"),
     "a key in hex": (key_written("9" * 64), "expected 32 bytes (got 48)"),
@@ -384,6 +385,10 @@ REFUSED: dict[str, tuple[Callable[[World], object], str]] = {
     ),
     "a huge policy file": (policy_file(" " * 65537), "at most 65536 are read"),
     "another manifest is pinned": (trust("0" * 64), "allows " + "0" * 64 + " alone"),
+    "a pin that is a path": (
+        lambda w: trust(Path(w.statement["subject"][0]["digest"]["sha256"]))(w),
+        "No such file",
+    ),
     "a pin in capitals": (
         lambda w: trust(w.statement["subject"][0]["digest"]["sha256"].upper())(w),
         "No such file",
@@ -452,6 +457,10 @@ ACCEPTED: dict[str, Callable[[World], object]] = {
         w, lambda e: e["signatures"].append({"sig": "AA=="})
     ),
     "this very release": trust_with(min_release="0.1"),
+    "this very release, in fewer numbers": lambda w: (
+        edit(w, lambda s: definition(s)["externalParameters"].update(release="1")),
+        trust_with(min_release="1.0.0.0")(w),
+    ),
     "an older release is allowed": trust_with(min_release="0.0.9.9"),
     "other keys and manifests are revoked": trust_with(0, revoked=[IDS[1], "0" * 64]),
     "the URL-safe base64": url_safe,

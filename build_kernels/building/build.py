@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -263,7 +263,9 @@ def build_one(task: Task, dump_folder: Path) -> Built | str:
     """Compile one kernel and read its cubin back; return the error as a string if that fails."""
     dump_folder.mkdir()
     try:
-        compiled = compilers.compile_kernel(task.spec, task.arch, dump_folder)
+        # The DSL puts the folder into lines of options, of which a blank or a quote makes others.
+        with chdir(dump_folder):
+            compiled = compilers.compile_kernel(task.spec, task.arch, Path("."))
         path = dump_folder / cubin_name(task.spec.name, task.arch)
         path.write_bytes(compiled.cubin)
         cubin = read_cubin(compiled.cubin)

@@ -12,6 +12,7 @@ from build_kernels.binaries.wheels import ToolError
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError
 from build_kernels.building.compilers import CompileError
+from build_kernels.building.router_wheel import WheelError
 from build_kernels.building.staging import LockedError
 from build_kernels.evidence import EvidenceError
 from build_kernels.evidence.artifact import ArtifactReadError
@@ -25,7 +26,7 @@ from .console import say
 _EXPECTED = (
     *(BuildError, CompileError, LockedError, PlaceError),
     *(ArtifactReadError, EvidenceError, SigningError, CubinError, SideError, BudgetError),
-    *(ReportError, ToolError, RouterError, OSError),
+    *(ReportError, ToolError, WheelError, RouterError, OSError),
 )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from build_kernels.building.compilers import NVRTC_DISTRIBUTION
 from build_kernels.building.plan import PTXAS, packaging_problem
+from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, ArtifactSet, subjects
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, parse_manifest
 from dsv4_router_runtime.artifacts.statement import BUILD_TYPE, PREDICATE_TYPE, STATEMENT_TYPE
@@ -34,16 +35,18 @@ def make_statement(root: Path, artifacts: ArtifactSet, builder_id: str = LOCAL_B
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[!-~]+", builder_id):
         raise SigningError(f"--builder-id: expected a URI (got {builder_id!r:.80})")
     commit = _clean_commit(root)
-    tracked = root / "artifacts" / MANIFEST_NAME
-    text = tracked.read_bytes()
-    if parse_manifest(text, source=str(tracked)) != artifacts.manifest:
+    text = _tracked(root, commit, f"artifacts/{MANIFEST_NAME}")
+    place = artifacts.folder / MANIFEST_NAME
+    # The opened one too: another build may have been published since.
+    opened = parse_manifest(text, source=f"{MANIFEST_NAME} of {commit}") == artifacts.manifest
+    if not opened or read_file(place, most_bytes=MAX_JSON_BYTES) != text:
         raise SigningError(
-            f"{artifacts.folder / MANIFEST_NAME} is not the manifest of commit {commit[:12]}; "
+            f"{place} is not the manifest of commit {commit[:12]}; "
             "build and commit it first, or sign artifacts/ of this checkout"
         )
     if problem := packaging_problem(artifacts.manifest):
         raise SigningError(f"{artifacts.folder}: {problem}; make them with `build-kernels build`")
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(_tracked(root, commit, "pyproject.toml").decode())["project"]
     manifest = artifacts.manifest
     statement = {
         "_type": STATEMENT_TYPE,
@@ -65,7 +68,7 @@ def make_statement(root: Path, artifacts: ArtifactSet, builder_id: str = LOCAL_B
                 },
                 "resolvedDependencies": [
                     {"name": "source", "digest": {"gitCommit": commit}},
-                    *_wheels(root, manifest.toolchain),
+                    *_wheels(root, commit, manifest.toolchain),
                 ],
             },
             "runDetails": {"builder": {"id": builder_id}},
@@ -84,19 +87,19 @@ def locked_hashes(requirements: str) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _wheels(root: Path, toolchain: Mapping[str, str]) -> list[dict[str, Any]]:
+def _wheels(root: Path, commit: str, toolchain: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return a resource for each pinned distribution of the builder, of the version that built.
 
     Its sha256 is the digest if the lock file allows one wheel. Of several, which one was installed
     is recorded nowhere: all are annotated.
     """
-    settings = tomllib.loads((root / "build_kernels/pyproject.toml").read_text(encoding="utf-8"))
+    settings = tomllib.loads(_tracked(root, commit, "build_kernels/pyproject.toml").decode())
     listed = settings["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
     pinned = dict(requirement.split("==") for requirement in listed if "==" in requirement)
     renamed = {"nvrtc": NVRTC_DISTRIBUTION}
     built = {renamed.get(name, name): made for name, made in toolchain.items() if name != PTXAS}
-    lock = root / LOCK_FILE
-    allowed = locked_hashes(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
+    has_lock = _git(root, "ls-tree", "--name-only", commit, LOCK_FILE)
+    allowed = locked_hashes(_tracked(root, commit, LOCK_FILE).decode()) if has_lock else {}
     wheels = []
     for name, version in sorted((pinned | built).items()):
         wheel: dict[str, Any] = {"name": name, "uri": f"pkg:pypi/{_normal(name)}@{version}"}
@@ -118,7 +121,8 @@ def _clean_commit(root: Path) -> str:
     if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
         raise SigningError(f"{root} is no git checkout of its own; sign in one")
     commit = _git(root, "rev-parse", "--verify", "HEAD")
-    if changed := _git(root, "status", "--porcelain"):
+    # Named, as a user's settings may leave new files out.
+    if changed := _git(root, "status", "--porcelain", "--untracked-files=normal"):
         first = changed.splitlines()[0]
         raise SigningError(
             f"{root} is not as in commit {commit[:12]} ({first.strip()}, ...); commit or remove "
@@ -127,18 +131,22 @@ def _clean_commit(root: Path) -> str:
     return commit
 
 
+def _tracked(root: Path, commit: str, name: str) -> bytes:
+    """Return a file as the commit has it: git may have been told not to look at the tree's."""
+    return _run_git(root, "cat-file", "blob", f"{commit}:{name}")
+
+
 def _git(root: Path, *arguments: str) -> str:
+    return _run_git(root, *arguments).decode(errors="replace").strip()
+
+
+def _run_git(root: Path, *arguments: str) -> bytes:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-        )
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True)
     except FileNotFoundError as error:
         raise SigningError("no git is installed, which tells the commit to sign for") from error
     except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip() or f"git exits {error.returncode}").splitlines()[-1]
+        told = error.stderr.decode(errors="replace").strip() or f"git exits {error.returncode}"
+        reason = told.splitlines()[-1]
         raise SigningError(f"{root}: no commit to sign for ({reason})") from error
-    return done.stdout.strip()
+    return done.stdout

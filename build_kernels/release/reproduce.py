@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -91,18 +92,22 @@ def reproduce_command(
 
 @contextmanager
 def _kept(keep: Path | None) -> Iterator[None]:
-    """Make the folder before the builds, which take minutes; remove it if they fail."""
+    """Make the folder before the builds, which take minutes; remove it again if they fail."""
     if keep is None:
         yield
         return
-    if keep.exists() and any(keep.iterdir()):
-        raise BuildError(f"--keep {keep}: it is not empty; name a new folder")
+    new = not keep.exists()
     keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.iterdir()):
+        raise BuildError(f"--keep {keep}: it is not empty; name a new folder")
+    if not os.access(keep, os.W_OK | os.X_OK):
+        raise BuildError(f"--keep {keep}: no file can be made in it; name a new folder")
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            keep.rmdir()
+            if new:
+                keep.rmdir()
         raise
 
 

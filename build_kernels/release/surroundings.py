@@ -125,7 +125,7 @@ def read_source() -> Source:
         files=tuple(sorted(name for name in listed.split("\0") if (_ROOT / name).is_file())),
         commit=commit,
         epoch=int(epoch),
-        changed=bool(_git("status", "--porcelain")),
+        changed=bool(_git("status", "--porcelain", "--untracked-files=normal")),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from build_kernels.bench.report import BEHIND, COLD, EAGER, OURS, WARM, Report
 from build_kernels.binaries.nvdisasm import LOCAL_OPCODES
+from build_kernels.building.router_wheel import read_wheel
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 
 from .budgets import GPU, KERNELS, PACKAGE, BudgetError, Measured, Place
@@ -57,9 +58,8 @@ def kernel_numbers(artifacts: ArtifactSet) -> dict[Place, Measured]:
 
 
 def wheel_numbers(wheel: Path) -> dict[Place, Measured]:
-    """Return the bytes of a wheel."""
-    if not wheel.is_file():
-        raise BudgetError(f"{wheel}: not a file")
+    """Return the bytes of a wheel; WheelError unless it is one of dsv4-router."""
+    read_wheel(wheel)
     return {(PACKAGE, "wheel_bytes"): Measured(value=wheel.stat().st_size)}
 
 

@@ -7,16 +7,14 @@ too. So its shape is checked here only as far as the comparison reads it.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import subprocess
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from build_kernels.building.router_wheel import read_wheel
 from build_kernels.evidence.document import SHA256
 from dsv4_router_runtime.artifacts.evidence import PASSED, STATUSES
 from dsv4_router_runtime.artifacts.files import (
@@ -30,13 +28,10 @@ from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
 from dsv4_router_runtime.artifacts.kernel import ARCHITECTURE
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, parse_manifest
 from dsv4_router_runtime.artifacts.parameter_schema import NAME
-from dsv4_router_runtime.errors import CHECKOUT_FOLDER, WHEEL_FOLDER, ManifestError, printable
+from dsv4_router_runtime.errors import CHECKOUT_FOLDER, ManifestError, printable
 
 _EVIDENCE_SCHEMA = 1
-_WHEEL_PLACE = f"dsv4_router_runtime/{WHEEL_FOLDER}"
 _GIT_SECONDS = 60
-# Above 40 times today's.
-_MAX_WHEEL_BYTES = 64 * 2**20
 _MAX_SHOWN = 300
 
 Json = Any
@@ -74,11 +69,14 @@ class Side:
 
 def read_side(place: str) -> Side:
     """Read a folder, a wheel or a git ref, tried in this order; SideError if it is none of them."""
+    if not place:  # an unset variable of a shell looks so, and would be the current folder
+        raise SideError('expected a folder, a wheel or a git ref (got "")')
     path = Path(place)
     if path.is_dir():
         return _side(f"folder {place}", _folder_reader(path))
     if path.exists():
-        return _wheel(path)
+        files = read_wheel(path)
+        return _side(f"wheel {place}", lambda name, _: files.get(name))
     if place.endswith(".whl") or (os.sep in place and place.startswith((".", os.sep))):
         raise SideError(f"{printable(place, _MAX_SHOWN)}: there is no such file or folder")
     return _git_ref(place)
@@ -94,30 +92,6 @@ def _folder_reader(folder: Path) -> Reader:
             raise SideError(f"{folder / name}: cannot be read ({reason_of(error)})") from error
 
     return read
-
-
-def _wheel(path: Path) -> Side:
-    files: dict[str, bytes] = {}
-    room = _MAX_WHEEL_BYTES
-    try:
-        with zipfile.ZipFile(io.BytesIO(read_file(path, most_bytes=_MAX_WHEEL_BYTES))) as wheel:
-            for info in wheel.infolist():
-                place, _, name = info.filename.rpartition("/")
-                if place == _WHEEL_PLACE:
-                    room -= info.file_size
-                    most = MAX_JSON_BYTES if name.endswith(".json") else MAX_CODE_BYTES
-                    if info.file_size > min(most, room) or name in files:
-                        raise SideError(f"{path}: {info.filename} is too large or there twice")
-                    files[name] = wheel.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise SideError(f"{path}: neither a folder nor a readable wheel ({error})") from error
-    except OSError as error:
-        raise SideError(f"{path}: cannot be read ({reason_of(error)})") from error
-    if MANIFEST_NAME not in files:
-        raise SideError(
-            f"{path}: holds no {_WHEEL_PLACE}/{MANIFEST_NAME}; name a wheel of dsv4-router"
-        )
-    return _side(f"wheel {path}", lambda name, _: files.get(name))
 
 
 def _git_ref(ref: str) -> Side:
@@ -172,6 +146,8 @@ def _side(name: str, read: Reader) -> Side:
             raise SideError(f"{name}: {key}.cubin is not the one that {MANIFEST_NAME} records")
         return data
 
+    for key in kernels:
+        cubin(key)  # the hashes that are compared are those of the bytes at hand
     return Side(
         name=name,
         members=members,
@@ -218,8 +194,8 @@ def _manifest(node: JsonNode) -> tuple[dict[str, Json], dict[str, dict[str, Json
 
 
 def _object(node: JsonNode) -> JsonNode:
-    if not isinstance(node.value, dict):
-        raise node.expected("an object")
+    """Return the node; ManifestError unless it is an object with no key twice."""
+    node.known_members()
     return node
 
 

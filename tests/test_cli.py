@@ -530,6 +530,19 @@ def test_clean_removes_what_a_build_made_and_keeps_what_is_tracked(
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".a.lock"}
 
 
+def test_a_dry_run_of_clean_leaves_what_a_killed_build_left(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    with build_folder(folder) as private:
+        shutil.copytree(private, tmp_path / "kept")
+    (tmp_path / "kept").rename(private)
+    assert call("clean", "--dry-run", "--artifacts", folder).exit_code == 0
+    assert private.is_dir()
+    assert call("clean", "--artifacts", folder).exit_code == 0
+    assert not private.exists()
+
+
 def test_clean_refuses_a_folder_that_is_not_its_own(artifacts: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
     (folder / "notes.txt").write_text("mine")

@@ -7,6 +7,7 @@ runs serves the kernels of every N, on the same rows.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 
@@ -260,3 +261,23 @@ def test_the_oracle_has_the_same_bits_on_cpu_and_gpu(random):
         there = exact_selection(logits.cpu(), bias.cpu(), SCALE, TOP_K)
         for mine, other in zip(here, there, strict=True):
             same_bits(mine.cpu(), other, f"{draw.__name__}: selection")
+
+
+# Experts of one to eight tiles: each number of registers that a lane merges.
+@pytest.mark.parametrize("e", [60, 64, 100, 130, 200, 256, 300, 384, 450, 512])
+def test_equal_logits_go_to_the_lower_expert(random, e):
+    """Rows of few different logits: equal ones in one lane, in several, and at the last rank."""
+    k = 64
+    for num_tokens in (1, 8, 32, 64, 128, 256):
+        for top_k, different in product((1, 3, 6, 8), (2, 5, 12, 40)):
+            x = torch.zeros(num_tokens, k, device="cuda", dtype=BF16)
+            rows = torch.arange(num_tokens, device="cuda")
+            x[rows, rows % k] = 1
+            w = torch.randint(0, different, (k, e), generator=random, device="cuda").to(BF16)
+            router = Router(w, torch.zeros(e, device="cuda"), top_k=top_k, routed_scaling_factor=1)
+            weights = torch.empty(num_tokens, top_k, device="cuda")
+            ids = torch.empty(num_tokens, top_k, device="cuda", dtype=torch.int32)
+            router(x, weights, ids)
+            logits = w[rows % k].float()
+            order = logits.sort(dim=-1, descending=True, stable=True).indices
+            assert torch.equal(ids, order[:, :top_k].int()), (num_tokens, top_k, different)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from build_kernels.emulator.execution.warp import Warp
-from build_kernels.emulator.lanes import LANES, Ints, Mask, lanes_of
+from build_kernels.emulator.lanes import LANES, Ints, Mask, all_of, lanes_of
 from build_kernels.emulator.memory.access_records import (
     GPU_SCOPE,
     WEAK,
@@ -26,6 +26,8 @@ class ThreadAccess:
     access.
     """
 
+    is_one = False
+
     def __init__(self, warp: Warp, lanes: Ints, size: int, scope: int = WEAK) -> None:
         self.warp = warp
         self.lanes = lanes
@@ -36,8 +38,8 @@ class ThreadAccess:
     def records(self, count: int) -> Ints:
         warp = self.warp
         warp.touch()
-        records = pack(warp.tick, warp.actor + self.lanes, self.scope, warp.instruction.index)
-        return records.repeat(self.size)
+        same = int(pack(warp.tick, 0, self.scope, warp.instruction.index))
+        return (warp.first_records[self.lanes] + same).repeat(self.size)
 
     def ordered(self, records: Ints, written: bool) -> Mask:
         warp = self.warp
@@ -45,8 +47,8 @@ class ThreadAccess:
         groups = warp.groups_of(warp.bits)
         known: Mask
         if len(groups) == 1:
-            known = groups[0][0][GENERIC][actors] >= ticks
-            if known.all():
+            known = groups[0][0][GENERIC].ticks(actors) >= ticks
+            if all_of(known):
                 return known
             lanes = self.lanes.repeat(self.size)
         else:
@@ -54,7 +56,7 @@ class ThreadAccess:
             known = np.zeros(len(records), dtype=bool)
             for clock, bits in groups:
                 mine = lanes_of(bits)[lanes]
-                known[mine] = clock[GENERIC][actors[mine]] >= ticks[mine]
+                known[mine] = clock[GENERIC].ticks(actors[mine]) >= ticks[mine]
         known |= (actors == warp.actor + lanes) & (ticks >= warp.first_tick)
         return known
 

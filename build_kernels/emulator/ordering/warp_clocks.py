@@ -12,12 +12,11 @@ from build_kernels.emulator.lanes import (
     ALL,
     LANE_INDEX,
     LANES,
-    Ints,
     lanes_of,
     lowest,
     numbers_of,
 )
-from build_kernels.emulator.memory.access_records import WEAK
+from build_kernels.emulator.memory.access_records import WEAK, pack
 from build_kernels.emulator.ordering.clocks import GENERIC, INIT, TENSOR, Clock, ClockSpace, join
 
 
@@ -57,6 +56,8 @@ class WarpClocks(Reporter):
         self.tensor = space.zero[TENSOR]
         self._cta = cta
         self._settled = 0
+        self._started = 0  # lanes whose clocks have their own start in INIT
+        self.first_records = pack(0, self.actors, WEAK, 0)
 
     def thread(self, lane: int | None = None) -> Thread:
         return Thread(cta=self._cta, warp=self.index, lane=lane)
@@ -88,33 +89,34 @@ class WarpClocks(Reporter):
         A relaxed operation hands over only the release of an earlier fence of the lane, and the
         mbarrier initialisations that a fence.mbarrier_init covered."""
         joined = self.joined(bits)
-        mine = self._actors_of(bits)
+        mine = self.actors if bits == ALL else self.actors[lanes_of(bits)]
         if release:
-            clock = joined.with_ticks(GENERIC, mine, self.tick)
+            clock = joined.replaced(GENERIC, joined[GENERIC].with_ticks(mine, self.tick))
         else:
             clock = self._zero.replaced(INIT, joined[INIT])
             for lane in numbers_of(bits):
                 fenced = self.fenced[lane]
                 if fenced is not None:
                     clock = join(clock, fenced)
-        started = clock[INIT][mine]
-        if started.min() < self.first_tick:
-            clock = clock.with_ticks(INIT, mine, np.maximum(started, self.first_tick))
+        if bits & ~self._started:
+            started = np.maximum(clock[INIT].ticks(mine), self.first_tick)
+            clock = clock.replaced(INIT, clock[INIT].with_ticks(mine, started))
         self.tick += 1
         self._settled = 0
         return clock
 
-    def acquire(self, bits: int, incoming: Clock) -> None:
-        """Join a clock into those of these lanes."""
+    def acquire(self, bits: int, incoming: Clock, within: Clock | None = None) -> None:
+        """Join a clock into those of these lanes. within: a clock that it already includes."""
         for clock, lanes in self.groups_of(bits):
-            self._set(lanes, join(clock, incoming))
+            self._set(lanes, incoming if clock is within else join(clock, incoming))
         self._settled = 0
 
     def order_after(self, bits: int, actor: int, tick: int) -> None:
         """Order these lanes after an agent's operation."""
         for clock, lanes in self.groups_of(bits):
-            if clock[GENERIC][actor] < tick:
-                self._set(lanes, clock.with_ticks(GENERIC, actor, tick))
+            generic = clock[GENERIC]
+            if generic.tick(actor) < tick:
+                self._set(lanes, clock.replaced(GENERIC, generic.with_tick(actor, tick)))
         self._settled = 0
 
     def replace_clocks(self, bits: int, change: Callable[[Clock], Clock]) -> None:
@@ -132,15 +134,11 @@ class WarpClocks(Reporter):
             return
         self._set(bits, self.publish(bits))
         self._settled = bits
+        self._started |= bits
 
     def touch(self) -> None:
         """Note that an access was recorded at the present tick."""
         self._settled = 0
-
-    def _actors_of(self, bits: int) -> slice | Ints:
-        if bits == ALL:
-            return slice(self.actor, self.actor + LANES)
-        return self.actors[lanes_of(bits)]
 
     def _set(self, bits: int, clock: Clock) -> None:
         if bits == ALL:

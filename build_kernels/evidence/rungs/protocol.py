@@ -104,6 +104,12 @@ NO_TRAP = Rewrite(
     replacement="",
     why="no trap is taken: it would end the launch with an error",
 )
+# SentryWard takes it for a read.
+NO_PREFETCH = Rewrite(
+    pattern=r"@is_published prefetch\.global\.L2 \[%rd\d+\];",
+    replacement="",
+    why="a prefetch of global memory reads and writes no value",
+)
 # The branch to the loop for equal keys depends on the keys.
 NO_TIES = Rewrite(
     pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
@@ -151,10 +157,11 @@ def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
     )
     if kernel.role == "hash":
         return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
+    gate = (NO_COLLECTOR, NO_TRAP, NO_TIES, NO_PREFETCH)
     if kernel.role == "decode":
-        return (NO_COLLECTOR, NO_TRAP, NO_TIES, *nulls)
+        return (*gate, *nulls)
     if kernel.role == "prefill":
-        return (NO_COLLECTOR, NO_TRAP, NO_TIES, NO_TICKET, NO_MERGE, *nulls)
+        return (*gate, NO_TICKET, NO_MERGE, *nulls)
     pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
     sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
     pointers = Rewrite(

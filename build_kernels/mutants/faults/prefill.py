@@ -133,9 +133,9 @@ ROUNDS = (
         (
             "the second round publishes as the first one's token",
             Edit(
-                pattern=r"(_param_2\];\s+mad\.lo\.s32 \t%r\d+, %r\d+, (%r\d+), 448;[\s\S]*?"
-                r"mad\.lo\.s32 \t%r\d+, %r\d+, )%r\d+(, 448;(?:[^;]*;){2}\s+@)",
-                replacement=r"\1\2\3",
+                pattern=r"(mad\.lo\.s32 \t%r\d+, (%r\d+), (%r\d+), 448;[\s\S]*?"
+                r"mad\.lo\.s32 \t%r\d+, \2, )%r\d+(, 448;\s+mul\.wide)",
+                replacement=r"\1\3\4",
             ),
         ),
         (

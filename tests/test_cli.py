@@ -410,6 +410,25 @@ def test_a_closed_stderr_and_a_reader_that_leaves_early_are_no_tracebacks(artifa
         assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "before", "ending"),
+    [("TERM", "", "ended"), ("HUP", "", "ended"), ("HUP", "trap '' HUP; ", "went on")],
+)
+def test_a_signal_that_ends_a_command_lets_it_clean_up(
+    number: str, before: str, ending: str
+) -> None:
+    code = (
+        "import os, signal\nfrom build_kernels.cli.console import stop_like_interrupt\n"
+        f"stop_like_interrupt()\ntry:\n    os.kill(os.getpid(), signal.SIG{number})\n"
+        "    print('went on')\nexcept KeyboardInterrupt:\n    print('ended')\n"
+    )
+    command = f'{before}exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{ending}\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
 def test_what_the_output_cannot_hold_is_escaped(tmp_path: Path, encoding: str) -> None:
     """An arrow, and a name of a folder that is no text."""
@@ -509,6 +528,19 @@ def test_clean_removes_what_a_build_made_and_keeps_what_is_tracked(
     assert again.exit_code == 0
     assert again.stdout.startswith("0 files removed")
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".a.lock"}
+
+
+def test_a_dry_run_of_clean_leaves_what_a_killed_build_left(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifacts, tmp_path / "a"))
+    with build_folder(folder) as private:
+        shutil.copytree(private, tmp_path / "kept")
+    (tmp_path / "kept").rename(private)
+    assert call("clean", "--dry-run", "--artifacts", folder).exit_code == 0
+    assert private.is_dir()
+    assert call("clean", "--artifacts", folder).exit_code == 0
+    assert not private.exists()
 
 
 def test_clean_refuses_a_folder_that_is_not_its_own(artifacts: Path, tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_two_real_builds_differ_where_something_depends_on_the_surroundings(
 
 @NEEDS_GIT
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_leaves_neither_a_process_nor_a_file(
     number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -398,7 +398,7 @@ class TestVerifySignature:
                 archive.writestr("other/__init__.py", "")
             words = "no manifest.json in it"
         else:
-            name = "manifest.json" if what == "twice" else "below/manifest.json"
+            name = "manifest.json" if what == "twice" else "below/more.json"
             with zipfile.ZipFile(path, "a") as archive, pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warnings.warn", lambda *a, **b: None)
                 archive.writestr(place + name, "{}")

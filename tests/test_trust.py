@@ -463,6 +463,10 @@ ACCEPTED: dict[str, Callable[[World], object]] = {
     ),
     "an older release is allowed": trust_with(min_release="0.0.9.9"),
     "other keys and manifests are revoked": trust_with(0, revoked=[IDS[1], "0" * 64]),
+    "a revoked key beside enough others": lambda w: (
+        w.sign(0, 1, 2),
+        trust_with(0, 1, 2, threshold=2, revoked=[IDS[1]])(w),
+    ),
     "the URL-safe base64": url_safe,
     "unknown keys of the envelope": lambda w: edit_envelope(w, lambda e: e.update(later=1)),
     "a link to the envelope": with_link,

@@ -9,7 +9,12 @@ from pathlib import Path
 import click
 
 from build_kernels.building import build as builder
-from build_kernels.building.artifact_folder import PlaceError, check_contents, read_contents
+from build_kernels.building.artifact_folder import (
+    PlaceError,
+    check_contents,
+    read_contents,
+    resolve_folder,
+)
 from build_kernels.building.plan import known_files
 from build_kernels.building.staging import build_folder
 from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
@@ -45,7 +50,8 @@ def clean_command(dry_run: bool, artifacts: Path | None, as_json: bool) -> None:
 
 def _clean(place: Path, dry_run: bool) -> tuple[Path, Sequence[str]]:
     """Remove the built files, and return the folder and their names."""
-    folder = builder.open_folder(place)
+    # Opening it to build would delete what a killed build left.
+    folder = resolve_folder(place) if dry_run else builder.open_folder(place)
     if not folder.is_dir():
         raise PlaceError(f"cannot clean {folder}: there is no such folder")
     if dry_run:

@@ -19,8 +19,10 @@ def say(text: str) -> None:
 
 
 def stop_like_interrupt() -> None:
-    """Make SIGTERM end the command as Ctrl-C does: by KeyboardInterrupt."""
+    """Make SIGTERM, and SIGHUP of a closed terminal, end the command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def results(*, width: int) -> Console:

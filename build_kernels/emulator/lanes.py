@@ -39,7 +39,12 @@ def numbers_of(bits: int) -> tuple[int, ...]:
 
 def bits_of(mask: Mask) -> int:
     """Return the lane mask of bool[32]."""
-    return int(np.packbits(mask, bitorder="little").view(np.uint32)[0])
+    return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
+
+
+def any_of(mask: Mask) -> bool:
+    """Return mask.any(), which takes NumPy many times as long."""
+    return b"\1" in mask.tobytes()
 
 
 def lowest(bits: int) -> int:

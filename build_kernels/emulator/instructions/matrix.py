@@ -10,7 +10,7 @@ import numpy as np
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.operation import Operation
 from build_kernels.emulator.instructions.decoding import Decoding
-from build_kernels.emulator.lanes import Array, Ints, Mask
+from build_kernels.emulator.lanes import Array, Ints, Mask, any_of
 from build_kernels.emulator.launch.tensor_map import swizzle
 from build_kernels.emulator.memory.memory import VALID
 from build_kernels.emulator.memory.tensor_memory import COLUMNS
@@ -72,17 +72,23 @@ def _canonical(rows: int, leading: int, stride: int, span: int, mn_major: bool) 
     return r % width * 2 + r // width * leading + k % ATOM_ROWS * span + k // ATOM_ROWS * stride
 
 
+@lru_cache(maxsize=256)
 def offsets_of(descriptor: SharedDescriptor, rows: int, mn_major: bool) -> Ints:
     """Return [rows, K] the byte offset of each element in the CTA's shared memory."""
     table = _canonical(rows, descriptor.leading, descriptor.stride, descriptor.span, mn_major)
-    return swizzle(descriptor.start + table, descriptor.span)
+    offsets = swizzle(descriptor.start + table, descriptor.span)
+    offsets.flags.writeable = False
+    return offsets
 
 
 def read(operation: Operation, cta: Cta, offsets: Ints, bf16: bool) -> tuple[Array, Mask]:
     """Return the elements as float64 [rows, K], and which of them are poison."""
     memory = cta.shared
-    touched = np.stack([offsets, offsets + 1], axis=-1).reshape(-1)
-    low, high = int(touched.min()), int(touched.max())
+    touched = np.empty((*offsets.shape, 2), dtype=np.int64)
+    touched[..., 0] = offsets
+    np.add(offsets, 1, out=touched[..., 1])
+    touched = touched.reshape(-1)
+    low, high = int(offsets.min()), int(offsets.max()) + 1
     if low < SHARED_RESERVED or high >= cta.shared_end:
         operation.report(
             "out-of-bounds",
@@ -93,7 +99,11 @@ def read(operation: Operation, cta: Cta, offsets: Ints, bf16: bool) -> tuple[Arr
         return np.full(offsets.shape, np.nan), np.ones(offsets.shape, dtype=bool)
     memory.note_read(touched, operation)
     raw = memory.data[touched].view(np.uint16).reshape(offsets.shape)
-    poison = (memory.state[touched] != VALID).reshape(*offsets.shape, 2).any(axis=-1)
+    bad = memory.state[touched] != VALID
+    if any_of(bad):
+        poison = bad.reshape(*offsets.shape, 2).any(axis=-1)
+    else:
+        poison = np.zeros(offsets.shape, dtype=bool)
     return decode_halves(raw, bf16), poison
 
 
@@ -141,6 +151,7 @@ def decode_instruction(d: Decoding, bits: int, group: int) -> InstructionDescrip
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
 def accumulator_cells(m: int, n: int, group: int, lane: int, column: int) -> Ints:
     """Return [rows of one CTA, n] TMEM cells of D.
 

@@ -73,12 +73,12 @@ class TensorMma(TensorOperation):
     def _accumulate(self, cta: Cta, number: int, a: Array, b: Array, poison: Array) -> None:
         """Write a [m / CTAs, K] times b [n, K] to the CTA's tensor memory, or add it to that."""
         memory = cta.tensor_memory
-        keep = np.ones(self.cells.shape, dtype=bool)
+        keep: Array | slice = slice(None)
         if self.disabled is not None:
             keep = ~self.disabled[number][self.cells // COLUMNS]
-        flat = self.cells[keep]
+        flat = self.cells[keep].reshape(-1)
         memory.check_allocated(flat, self.what, self)
-        bad = poison[keep]
+        bad = poison[keep].reshape(-1)
         before = np.zeros(self.cells.shape, np.float32)
         if self.accumulate:
             before = memory.cells.values[self.cells].view(np.float32)
@@ -86,7 +86,7 @@ class TensorMma(TensorOperation):
         memory.cells.note_write(flat, TensorAccess(self))
         kinds = (self.shape.a_bf16, self.shape.b_bf16)
         after = tensor_core.multiply_add(a, b, before, kinds)
-        memory.cells.values[flat] = after[keep].view(np.uint32)
+        memory.cells.values[flat] = after[keep].reshape(-1).view(np.uint32)
         memory.cells.state[flat] = np.where(bad, POISON, VALID)
 
 

@@ -8,6 +8,7 @@ its problems through a pipe. One child runs at a time.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -104,6 +105,8 @@ class _Forks:
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
+            # The collector would write to every object, and so copy the memory that is shared.
+            gc.freeze()
             os.close(reading)
             self.child, self._pipe = tearing, writing
             return True

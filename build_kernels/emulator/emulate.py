@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,14 +68,40 @@ def emulate(
     matrix descriptor of an unsupported kind is met only at its use. Faults of the kernel are
     findings of the result, not exceptions.
     """
+    with _garbage_kept():
+        return _emulate(ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Collect what a launch leaves once, after it: it has cycles, but few before its end."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+            gc.collect(0)
+
+
+def _emulate(
+    ptx: str,
+    launch: Launch,
+    arguments: Sequence[Argument],
+    schedule: Schedule,
+    approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
+    on_load: OnLoad | None,
+) -> Result:
+    """Run a kernel: see `emulate`."""
     try:
         kernel = parse(ptx, launch.kernel)
         check_launch(kernel, launch)
         check_dynamic_shared(kernel, launch)
         packed = pack(kernel, arguments)
         layout = place_variables(kernel, launch.dynamic_shared_bytes)
-        program = make_program(kernel, layout, launch.arch, approximate or {})
-        machine = Machine(program, launch, packed, schedule or Schedule())
+        program = make_program(kernel, layout, launch.arch, approximate)
+        machine = Machine(program, launch, packed, schedule)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             for array, placed in arrays.items():

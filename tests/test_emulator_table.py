@@ -108,7 +108,7 @@ def test_an_mbarrier_needs_no_machine() -> None:
     assert (barrier.phase, barrier.pending) == (0, 1)
     barrier.arrive(1, warp.publish(1), warp)
     assert (barrier.phase, barrier.pending) == (1, 2)
-    assert np.any(barrier.released != space.zero)
+    assert any(np.any(row) for row in barrier.released)
     barrier.arrive(3, warp.publish(1), warp)
     (finding,) = log.findings()
     assert (finding.kind, finding.line, finding.thread.warp) == ("barrier-overflow", 7, 0)

@@ -17,7 +17,7 @@ from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
-from build_kernels.emulator.instructions.table import make_program
+from build_kernels.emulator.instructions.table import make_blocks, make_program
 from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
 from build_kernels.emulator.launch.device_array import DeviceArray
@@ -104,6 +104,7 @@ def _emulate(
         machine = Machine(program, launch, packed, schedule)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
+            make_blocks(program)  # before a fork: not in each child
             for array, placed in arrays.items():
                 placed.on_load = partial(_before_load, arrays, on_load, array.name)
         machine.run()

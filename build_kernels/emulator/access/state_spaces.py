@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.warp import Warp
-from build_kernels.emulator.lanes import LANES, Ints, indices_of
+from build_kernels.emulator.lanes import ALL, LANES, Ints, indices_of
 from build_kernels.emulator.launch.tensor_map import TensorMap
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.memory.windows import (
@@ -20,7 +21,7 @@ from build_kernels.emulator.memory.windows import (
     SHARED_WINDOW,
     WINDOW_MASK,
 )
-from build_kernels.emulator.ordering.clocks import GENERIC, INIT
+from build_kernels.emulator.ordering.clocks import GENERIC, INIT, Clock
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 
@@ -36,14 +37,19 @@ class Place:
 
     def bytes(self, size: int) -> Ints:
         """Return [lanes, size] offsets of the touched bytes."""
-        return self.offsets[:, None] + np.arange(size)
+        return self.offsets[:, None] + _ramp(size)
+
+
+@lru_cache(maxsize=64)
+def _ramp(size: int) -> Ints:
+    return np.arange(size)
 
 
 def locate(w: Warp, space: str, addresses: Ints, size: int) -> list[Place]:
     """Resolve the active lanes' addresses; report and leave out those that lead nowhere."""
     lanes = indices_of(w.bits)
-    found = addresses[lanes]
-    if size & (size - 1) == 0 and (found & (size - 1)).any():
+    found = addresses if w.bits == ALL else addresses[lanes]
+    if size & (size - 1) == 0 and np.bitwise_or.reduce(found) & (size - 1):
         at = int(np.flatnonzero(found & (size - 1))[0])
         w.report(
             "misaligned",
@@ -103,7 +109,14 @@ def _generic(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
 
 
 def _global(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
-    places = []
+    places: list[Place] = []
+    addresses = found.tolist()
+    low, high = min(addresses), max(addresses)
+    memory = w.grid.memory.find(low)
+    if memory is not None and high + size <= memory.base + memory.size:
+        if memory.dependent:
+            check_dependent(w, memory)
+        return [Place(memory, lanes, found - memory.base)]
     while len(lanes):
         memory = w.grid.memory.find(int(found[0]))
         if memory is None and w.grid.memory.arrays:
@@ -132,7 +145,7 @@ def _global(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
 def check_dependent(w: Warp, memory: Memory) -> None:
     """Report a use of the grid before's data that no griddepcontrol.wait is ordered before."""
     for clock, bits in w.groups_of(w.bits):
-        if not clock[GENERIC, w.grid.clocks.predecessor]:
+        if not clock[GENERIC][w.grid.clocks.predecessor]:
             w.report(
                 "missing-griddepcontrol-wait",
                 f"{memory.name} belongs to the grid before, and no griddepcontrol.wait is "
@@ -143,6 +156,12 @@ def check_dependent(w: Warp, memory: Memory) -> None:
 
 
 def _shared(w: Warp, lanes: Ints, found: Ints, size: int, own: bool) -> list[Place]:
+    addresses = found.tolist()
+    low, high = min(addresses), max(addresses)
+    if low >> SHARED_RANK_SHIFT == w.cta.rank == high >> SHARED_RANK_SHIFT:
+        offset = w.cta.shared_base
+        if low - offset >= SHARED_RESERVED and high - offset + size <= w.cta.shared_end:
+            return [Place(w.cta.shared, lanes, found - offset)]
     ranks = found >> SHARED_RANK_SHIFT
     offsets = found & SHARED_OFFSET
     places = []
@@ -180,17 +199,17 @@ def reach(w: Warp, peer: Cta, lane: int, own: bool) -> bool:
     if peer.exited:
         w.report("exited-peer", "the CTA has exited", lane=lane, address=where)
         return False
-    if not _started(w, peer, lane):
+    if not has_started(peer, w.clocks[lane]):
         why = "nothing orders the start of the peer CTA before this (no cluster barrier)"
         w.report("peer-not-started", why, lane=lane, address=where)
     return True
 
 
-def _started(w: Warp, peer: Cta, lane: int) -> bool:
-    """Return whether the start of the peer CTA is ordered before the lane."""
-    clock, first = w.clocks[lane], peer.first_tick
+def has_started(peer: Cta, clock: Clock) -> bool:
+    """Return whether the start of the peer CTA is ordered before a lane with this clock."""
+    first = peer.first_tick
     span = slice(peer.first_actor, peer.last_actor)
-    return bool((clock[GENERIC, span] >= first).any() or (clock[INIT, span] >= first).any())
+    return bool(clock[GENERIC][span].max() >= first or clock[INIT][span].max() >= first)
 
 
 def find_tensor_map(w: Warp, address: int, lane: int) -> tuple[TensorMap, Memory] | None:

@@ -51,12 +51,12 @@ class TensorAccess:
         issue = operation.grid.clocks.issue(record)
         if issue is None or issue.warp is not operation.warp:
             return False
-        return bool(operation.clock[GENERIC, actor_of(record)] >= tick_of(record))
+        return bool(operation.clock[GENERIC][actor_of(record)] >= tick_of(record))
 
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         operation = self.operation
         kind, why = "race", f"{what} conflict with no order between the two"
-        if operation.clock[GENERIC, actor_of(record)] >= tick_of(record):
+        if operation.clock[GENERIC][actor_of(record)] >= tick_of(record):
             kind = "missing-tcgen05-fence"
             why = (
                 "ordered by a synchronisation, but without tcgen05.fence::before_thread_sync "

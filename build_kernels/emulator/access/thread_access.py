@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from build_kernels.emulator.execution.warp import Warp
@@ -21,26 +19,25 @@ from build_kernels.emulator.memory.memory import READER_SLOTS, Memory
 from build_kernels.emulator.ordering.clocks import GENERIC
 
 
-@dataclass(eq=False)
 class ThreadAccess:
     """An access by lanes of a warp through the generic proxy.
 
-    lanes: the lane of each touched byte. scope: WEAK, or the scope of a strong access.
+    lanes: of the warp, in order; each touches `size` bytes. scope: WEAK, or the scope of a strong
+    access.
     """
 
-    warp: Warp
-    lanes: Ints
-    scope: int = WEAK
-    reader_slot: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reader_slot = self.warp.actor // LANES % READER_SLOTS
-        self.warp.touch()
+    def __init__(self, warp: Warp, lanes: Ints, size: int, scope: int = WEAK) -> None:
+        self.warp = warp
+        self.lanes = lanes
+        self.size = size
+        self.scope = scope
+        self.reader_slot = warp.actor // LANES % READER_SLOTS
 
     def records(self, count: int) -> Ints:
         warp = self.warp
-        actors = warp.actor + self.lanes
-        return pack(warp.tick, actors, self.scope, warp.instruction.index)
+        warp.touch()
+        records = pack(warp.tick, warp.actor + self.lanes, self.scope, warp.instruction.index)
+        return records.repeat(self.size)
 
     def ordered(self, records: Ints, written: bool) -> Mask:
         warp = self.warp
@@ -49,12 +46,16 @@ class ThreadAccess:
         known: Mask
         if len(groups) == 1:
             known = groups[0][0][GENERIC][actors] >= ticks
+            if known.all():
+                return known
+            lanes = self.lanes.repeat(self.size)
         else:
+            lanes = self.lanes.repeat(self.size)
             known = np.zeros(len(records), dtype=bool)
             for clock, bits in groups:
-                mine = lanes_of(bits)[self.lanes]
+                mine = lanes_of(bits)[lanes]
                 known[mine] = clock[GENERIC][actors[mine]] >= ticks[mine]
-        known |= (actors == warp.actor + self.lanes) & (ticks >= warp.first_tick)
+        known |= (actors == warp.actor + lanes) & (ticks >= warp.first_tick)
         return known
 
     def excused(self, record: int) -> bool:

@@ -44,7 +44,7 @@ def check_exit(grid: Grid, cta: Cta, warps: Sequence[Warp]) -> None:
                 instruction=unwaited.instruction,
                 thread=unwaited.thread,
             )
-    if len(cta.cluster.ctas) > 1:
+    if cta.shared.foreign:
         _check_peers(grid, cta, known, instruction, thread)
 
 

@@ -7,16 +7,17 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from build_kernels.binaries.ptx.syntax import Instruction, Kernel
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, Instruction, Kernel
 from build_kernels.emulator.execution.cta import Cta, Released
 from build_kernels.emulator.findings import FindingLog, Thread
-from build_kernels.emulator.lanes import LANES
+from build_kernels.emulator.lanes import LANES, Array
 from build_kernels.emulator.launch.arguments import PackedArguments
 from build_kernels.emulator.launch.launch import Launch, Schedule
 from build_kernels.emulator.launch.tensor_map import TensorMap
 from build_kernels.emulator.launch.variables import VariableLayout
 from build_kernels.emulator.memory.access_records import actor_of, instruction_of, tick_of
 from build_kernels.emulator.memory.memory import Memory
+from build_kernels.emulator.numerics.types import DTYPE, STORAGE
 from build_kernels.emulator.ordering.barriers import Signal
 from build_kernels.emulator.ordering.clocks import ClockSpace, Slot
 
@@ -47,7 +48,7 @@ class Grid:
     released: the clocks of strong writes, by memory and offset. events: counts whatever another
     warp may be waiting for. steps: instructions of all warps, about. nanoseconds: of %globaltimer,
     beside one for each step. timer_reads: its reads so far. lull: all that is left are warps that
-    spin.
+    spin. poison: the registers of a warp at its start.
     """
 
     def __init__(
@@ -81,6 +82,9 @@ class Grid:
         # Operations that may act now; one that comes after another is among its followers.
         self.pending: list[Task] = []
         self.pipes: dict[tuple[Cta, int], Task] = {}  # the last operation of each in-order unit
+        poison = {n: np.full(LANES, -1, dtype=np.int64).astype(t) for n, t in STORAGE.items()}
+        self.poison: list[Array] = [poison[TYPE_BITS[r.type]] for r in kernel.registers]
+        self._parameter_values: dict[tuple[int, str], Array] = {}
         self.threads = int(np.prod(launch.block))
         self.warps_per_cta = -(-self.threads // LANES)
         self.actors_per_cta = self.warps_per_cta * LANES
@@ -96,6 +100,15 @@ class Grid:
         self._free_slots = list(range(slots))
         self._occupants: list[list[tuple[int, Cta]]] = [[] for _ in range(slots)]
         self._end_ticks = [0] * slots
+
+    def parameter(self, offset: int, kind: str) -> Array:
+        """Return 32 values of the parameter at an offset."""
+        values = self._parameter_values.get((offset, kind))
+        if values is None:
+            data = self.parameters.data[offset : offset + TYPE_BITS[kind] // 8]
+            values = np.full(LANES, data.view(DTYPE[kind])[0])
+            self._parameter_values[offset, kind] = values
+        return values
 
     def enter(self, cta: Cta) -> None:
         """Give a CTA a free slot, with the actors that belong to it."""

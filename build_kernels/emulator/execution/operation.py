@@ -62,9 +62,7 @@ class Operation(Task, Reporter):
 
     def completion(self) -> Clock:
         """Return the clock that the operation hands over when it completes."""
-        clock = self.clock.copy()
-        clock[GENERIC, self.slot.actor] = self.tick
-        return clock
+        return self.clock.with_ticks(GENERIC, self.slot.actor, self.tick)
 
     def records(self, count: int) -> Ints:
         return pack(self.tick, self.slot.actor, WEAK, self.instruction.index)
@@ -90,7 +88,7 @@ class Operation(Task, Reporter):
             return True
         return actor_of(record) == self.slot.actor and (
             issue.issuer == self.issuer
-            or bool(self.clock[GENERIC, issue.issuer] >= issue.issue_tick)
+            or bool(self.clock[GENERIC][issue.issuer] >= issue.issue_tick)
         )
 
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:

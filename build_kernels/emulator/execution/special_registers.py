@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ _LANE = LANE_INDEX.astype(np.int64)
 _ONE = np.int64(1) << _LANE
 
 
-def _thread_index(w: Warp, axis: int) -> Array:
-    linear = w.index * LANES + _LANE
-    width, height, _ = w.grid.launch.block
+@lru_cache(maxsize=256)
+def _thread_index(block: tuple[int, int, int], warp: int, axis: int) -> Array:
+    linear = warp * LANES + _LANE
+    width, height, _ = block
     return (linear % width, linear // width % height, linear // (width * height))[axis]
 
 
 _VECTORS: dict[str, Callable[[Warp, int], Any]] = {
-    "%tid": _thread_index,
+    "%tid": lambda w, axis: _thread_index(w.grid.launch.block, w.index, axis),
     "%ntid": lambda w, axis: w.grid.launch.block[axis],
     "%ctaid": lambda w, axis: w.cta.index[axis],
     "%nctaid": lambda w, axis: w.grid.launch.grid[axis],
@@ -62,9 +64,12 @@ def special(w: Warp, name: str, dtype: Any) -> Array:
         return np.full(LANES, w.grid.nanoseconds + w.grid.steps, dtype=np.uint64).astype(dtype)
     if name in _CLOCKS:
         return np.full(LANES, w.grid.steps, dtype=np.uint64).astype(dtype)
-    values = w.specials.get(name)
+    values = w.specials.get((name, dtype))
     if values is None:
         vector, _, axis = name.partition(".")
         value = _VECTORS[vector](w, "xyz".index(axis)) if axis else _SCALARS[name](w)
-        values = w.specials[name] = np.broadcast_to(np.asarray(value, dtype=np.int64), LANES)
-    return values.astype(dtype)
+        values = np.empty(LANES, dtype=np.int64)
+        values[:] = value
+        values = values.astype(dtype)
+        w.specials[name, dtype] = values
+    return values.view()  # a write of a register is known by its new array

@@ -12,31 +12,45 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from build_kernels.binaries.ptx.syntax import TYPE_BITS, Instruction
+from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.execution.cta import Cta, Released
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.interruption import Interruption, Partial, Wait
 from build_kernels.emulator.execution.registers import Move, Pending, Taint
 from build_kernels.emulator.lanes import ALL, EVERY_LANE, LANES, Array, Mask, bits_of, lanes_of
 from build_kernels.emulator.memory.memory import Memory
-from build_kernels.emulator.numerics.types import STORAGE
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
 
 Run = Callable[["Warp"], Interruption]
+
+
+class Block(Protocol):
+    """Instructions that nothing interrupts: no other warp can tell when each of them runs."""
+
+    length: int
+
+    def run(self, w: Warp) -> bool:
+        """Run them on the active lanes; False if they must run one by one."""
+        ...
+
 
 NOWHERE = 1 << 30  # beyond every program counter
 
 
 @dataclass(frozen=True)
 class DecodedInstruction:
-    """An instruction ready to run; `guard` and `target` are -1 if it has none."""
+    """An instruction ready to run; `guard` and `target` are -1 if it has none.
+
+    block: this and those that follow, to run at once.
+    """
 
     instruction: Instruction
     run: Run
+    block: Block | None = None
     guard: int = -1
     negated: bool = False
     target: int = -1
@@ -91,12 +105,9 @@ class Warp(WarpClocks):
         self.active = lanes_of(self.live)
         self.fragments = [Fragment(0, self.live)]
         self.fragment = self.fragments[0]
-        poison: dict[int, Array] = {
-            n: np.full(LANES, -1, dtype=np.int64).astype(t) for n, t in STORAGE.items()
-        }
-        self.r: list[Array] = [poison[TYPE_BITS[r.type]] for r in grid.kernel.registers]
+        self.r: list[Array] = list(grid.poison)
         self.t: list[Taint] = [EVERY_LANE] * len(self.r)
-        self.specials: dict[str, Array] = {}
+        self.specials: dict[tuple[str, Any], Array] = {}
         self.local: Memory | None = None
         self.groups: dict[str, Any] = {}
         self.unfenced: list[list[Released]] = [[] for _ in range(LANES)]
@@ -194,6 +205,9 @@ class Warp(WarpClocks):
 
     def poisoned(self, what: str, registers: Iterable[int], lane: int | None = None) -> bool:
         """Report poison in active lanes of registers that are used as `what`."""
+        taints = self.t
+        if all([taints[register] is None for register in registers]):
+            return False
         taint = self.taint(registers)
         if taint is None:
             return False
@@ -243,8 +257,23 @@ class Warp(WarpClocks):
             self.fragment = fragment
             while self.budget > 0:
                 step = self._code[fragment.pc]
-                self.budget -= 1
                 bits = fragment.mask
+                block = step.block
+                if (
+                    block is not None
+                    and block.length <= self.budget
+                    and block.length <= stop - fragment.pc
+                ):
+                    if bits != self.bits:
+                        self.activate(bits)
+                    if block.run(self):
+                        self.budget -= block.length
+                        fragment.pc += block.length
+                        fragment.timed_out = False
+                        if fragment.pc >= stop:
+                            break
+                        continue
+                self.budget -= 1
                 if step.guard >= 0:
                     bits &= self._guard(step, fragment)
                 if step.target >= 0:

@@ -40,9 +40,10 @@ def add_sub_mul(d: Decoding) -> Run:
         d.one_of("rn")
         return on_halves(d, kind, 2, exact)
     if d.name == "mul":
-        result, product = _multiply(d, kind, d.need("lo", "hi", "wide"))
-        return build(d, result, [kind, kind], product)
-    return build(d, kind, [kind, kind], exact)
+        part = d.need("lo", "hi", "wide")
+        result, product = _multiply(d, kind, part)
+        return build(d, result, [kind, kind], product, signless=part == "lo")
+    return build(d, kind, [kind, kind], exact, signless=True)
 
 
 def _multiply(d: Decoding, kind: str, part: str) -> tuple[str, Compute]:
@@ -71,8 +72,10 @@ def mad(d: Decoding) -> Run:
     kind = d.type()
     if kind in FLOATS:
         return fma(d)
-    result, product = _multiply(d, kind, d.need("lo", "hi", "wide"))
-    return build(d, result, [kind, kind, result], lambda a, b, c: product(a, b) + c)
+    part = d.need("lo", "hi", "wide")
+    result, product = _multiply(d, kind, part)
+    kinds = [kind, kind, result]
+    return build(d, result, kinds, lambda a, b, c: product(a, b) + c, signless=part == "lo")
 
 
 def fma(d: Decoding) -> Run:

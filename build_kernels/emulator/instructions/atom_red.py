@@ -11,10 +11,10 @@ import numpy as np
 from build_kernels.binaries.ptx.syntax import TYPE_BITS, Sink
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
 from build_kernels.emulator.access.state_spaces import Place, locate
-from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, registers_of
 from build_kernels.emulator.instructions.generic_access import (
+    access_of,
     check_no_barrier,
     check_writable,
     lane_by_lane,
@@ -126,7 +126,7 @@ def _touch(w: Warp, place: Place, size: int, scope: int) -> None:
             address=memory.describe(int(place.offsets[0])),
         )
     check_no_barrier(w, place, memory.state[offsets])
-    access = ThreadAccess(w, np.repeat(place.lanes, size), scope)
+    access = access_of(w, place, size, scope)
     memory.note_write(offsets.reshape(-1), access)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.execution.warp import Run
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
-from build_kernels.emulator.instructions.elementwise import Compute, build, runner
-from build_kernels.emulator.lanes import LANES, Array
+from build_kernels.emulator.instructions.elementwise import Compute, Elementwise, build
+from build_kernels.emulator.lanes import LANES, Array, any_of
 from build_kernels.emulator.numerics.types import DTYPE
 
 _LOGIC: dict[str, tuple[int, Compute, Compute]] = {
@@ -39,12 +39,18 @@ def shift(d: Decoding) -> Run:
     bits = TYPE_BITS[kind]
     last = np.uint32(bits - 1)
     left = d.name == "shl"
+    known = d.source(d.operands[-1], "u32").constant
+    if isinstance(known, int) and 0 <= known < bits and len(d.operands) == 3:
+        by = DTYPE[kind](known)
+        move = np.left_shift if left else np.right_shift
+        source = d.source(d.operands[1], kind)
+        return Elementwise([source], [d.destination(d.operands[0], kind)], lambda a: move(a, by))
 
     def compute(a: Array, amount: Array) -> Array:
         far = amount > last
         by = np.minimum(amount, last).astype(a.dtype)
         result = a << by if left else a >> by
-        if far.any():
+        if any_of(far):
             full = a >> a.dtype.type(bits - 1) if a.dtype.kind == "i" and not left else 0
             result = np.where(far, full, result).astype(a.dtype)
         return result
@@ -82,7 +88,7 @@ def lop3(d: Decoding) -> Run:
             result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
         return result
 
-    return runner(sources, d.destination(d.operands[0], kind), compute)
+    return Elementwise(sources, [d.destination(d.operands[0], kind)], compute)
 
 
 def extract(d: Decoding) -> Run:

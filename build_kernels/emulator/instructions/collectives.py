@@ -9,9 +9,18 @@ import numpy as np
 
 from build_kernels.binaries.ptx.syntax import Pair
 from build_kernels.emulator.execution.warp import Run, Warp
-from build_kernels.emulator.instructions.convergence import among
+from build_kernels.emulator.instructions.convergence import Collective, among, members_of
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
-from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array, Mask, bits_of, indices_of, lowest
+from build_kernels.emulator.lanes import (
+    ALL,
+    LANE_INDEX,
+    LANES,
+    Array,
+    Mask,
+    bits_of,
+    indices_of,
+    lowest,
+)
 from build_kernels.emulator.numerics import floats
 
 _REDUCE: dict[str, Callable[[Array], Any]] = {
@@ -30,16 +39,18 @@ def vote(d: Decoding) -> Run:
     predicate = d.source(d.operands[1], "pred")
     write = d.destination(d.operands[0], "b32" if mode == "ballot" else "pred")
 
-    def act(w: Warp, members: int) -> None:
-        taint = _any_taint(w, predicate)
-        bits = bits_of(predicate.get(w)) & members
+    def poll(values: Array, members: int = ALL) -> Array:
+        bits = bits_of(values) & members
         if mode == "ballot":
-            write(w, np.full(LANES, bits, dtype=np.uint32), taint)
-            return
+            return np.full(LANES, bits, dtype=np.uint32)
         holds = {"all": bits == members, "any": bits != 0, "uni": bits in (0, members)}[mode]
-        write(w, np.full(LANES, holds), taint)
+        return np.full(LANES, holds)
 
-    return among(d, act)
+    def act(w: Warp, members: int) -> None:
+        write(w, poll(predicate.get(w), members), _any_taint(w, predicate))
+
+    run = among(d, act)
+    return run if members_of(d) != ALL else Collective([predicate], [write], poll, run)
 
 
 def _any_taint(w: Warp, value: Source) -> Mask | None:
@@ -108,12 +119,17 @@ def elect(d: Decoding) -> Run:
         raise d.error("needs d|p")
     write, write_leader = d.pair("b32", "pred")
 
-    def act(w: Warp, members: int) -> None:
-        leader = lowest(members)
-        write(w, np.full(LANES, leader, dtype=np.uint32), None)
-        write_leader(w, np.equal(LANE_INDEX, leader), None)
+    def leads(leader: int) -> tuple[Array, Array]:
+        return np.full(LANES, leader, dtype=np.uint32), np.equal(LANE_INDEX, leader)
 
-    return among(d, act)
+    def act(w: Warp, members: int) -> None:
+        for target, value in zip((write, write_leader), leads(lowest(members)), strict=True):
+            target(w, value, None)
+
+    run = among(d, act)
+    if members_of(d) != ALL:
+        return run
+    return Collective([], [write, write_leader], lambda: leads(0), run)
 
 
 def active_mask(d: Decoding) -> Run:

@@ -17,32 +17,58 @@ from build_kernels.emulator.lanes import LANES, Array, Mask
 from build_kernels.emulator.memory.access_records import GPU_SCOPE, WEAK
 from build_kernels.emulator.numerics.types import DTYPE, STORAGE
 
-Write = Callable[[Warp, Array, Mask | None], None]
-
 _CACHE_OPERATORS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 _ORDERS = ("weak", "relaxed", "acquire", "release", "acq_rel", "volatile")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source operand: `get(warp)` returns 32 values; `registers` are the ones it reads."""
+    """A source operand: `get(warp)` returns 32 values; `registers` are the ones it reads.
 
-    get: Callable[[Warp], Array]
+    That of one register returns `convert` of its value, if there is one to apply. values: those
+    of an operand that is the same for every warp.
+    """
+
+    get: Callable[[Warp], Any]
     registers: tuple[int, ...] = ()
     constant: int | float | None = None
+    convert: Callable[[Array], Array] | None = None
+    values: Array | None = None
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A register to write, after `convert` if there is one; -1 drops the value."""
+
+    register: int = -1
+    convert: Callable[[Array], Array] | None = None
+
+    def __call__(self, w: Warp, value: Array, taint: Mask | None) -> None:
+        """Write 32 values, and their poison."""
+        if self.register >= 0:
+            w.put(self.register, value if self.convert is None else self.convert(value), taint)
+
+
+def of_register(index: int, convert: Callable[[Array], Array] | None) -> Source:
+    """Return a register as a source."""
+    if convert is None:
+        return Source(lambda w: w.r[index], (index,))
+    return Source(lambda w: convert(w.r[index]), (index,), None, convert)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """Inputs of decoding beside the instruction.
 
-    shared: offsets of shared variables. parameters: offsets in parameter space. addresses: of
-    other variables. approximate: functions to use for approximate instructions, by opcode.
+    shared: offsets of shared variables. parameters: offsets in parameter space, of
+    parameter_bytes. addresses: of other variables. approximate: functions to use for approximate
+    instructions, by opcode.
     """
 
     arch: str
     shared: Mapping[str, int]
     parameters: Mapping[str, int]
+    parameter_bytes: int
     addresses: Mapping[str, int]
     approximate: Mapping[str, Callable[[Array], Array]]
 
@@ -130,10 +156,9 @@ class Decoding:
             return self._register(operand, kind)
         if isinstance(operand, syntax.Immediate):
             values = self._constant(operand, kind)
-            return Source(lambda w: values, (), operand.value)
+            return Source(lambda w: values, (), operand.value, values=values)
         if isinstance(operand, syntax.Negated):
-            index = operand.register.index
-            return Source(lambda w: ~w.r[index], (index,))
+            return of_register(operand.register.index, np.logical_not)
         if isinstance(operand, syntax.Special):
             name = operand.name
             if name not in SPECIALS:
@@ -148,11 +173,11 @@ class Decoding:
         if width < syntax.TYPE_BITS[kind] or (kind == "pred") != (register.type == "pred"):
             raise self.error(f"{register.name} (.{register.type}) is read as .{kind}")
         if STORAGE[width] is dtype:
-            return Source(lambda w: w.r[index], (index,))
+            return of_register(index, None)
         if width == syntax.TYPE_BITS[kind]:
-            return Source(lambda w: w.r[index].view(dtype), (index,))
+            return of_register(index, lambda a: a.view(dtype))
         narrow = STORAGE[syntax.TYPE_BITS[kind]]
-        return Source(lambda w: w.r[index].astype(narrow).view(dtype), (index,))
+        return of_register(index, lambda a: a.astype(narrow).view(dtype))
 
     def _constant(self, literal: syntax.Immediate, kind: str) -> Array:
         dtype, value = np.dtype(DTYPE[kind]), literal.value
@@ -178,16 +203,16 @@ class Decoding:
         if name in context.parameters or name in context.addresses:
             where = context.parameters.get(name, context.addresses.get(name, 0))
             values = np.full(LANES, where, dtype=dtype)
-            return Source(lambda w: values)
+            return Source(lambda w: values, values=values)
         raise self.error(f"unknown symbol {name}")
 
-    def destination(self, operand: syntax.Operand, kind: str) -> Write:
-        """Return a function that writes 32 values of `kind`, and their poison, to the operand.
+    def destination(self, operand: syntax.Operand, kind: str) -> Destination:
+        """Return the operand as a destination of 32 values of `kind`.
 
         A register wider than the value is zero-extended, or sign-extended for signed kinds
         (PTX ISA, "Operand Size Exceeding Instruction-Type Size")."""
         if isinstance(operand, syntax.Sink):
-            return lambda w, value, taint: None
+            return Destination()
         if not isinstance(operand, syntax.Register):
             raise self.error(f"cannot write to {operand}")
         index, width = operand.index, syntax.TYPE_BITS[operand.type]
@@ -196,15 +221,19 @@ class Decoding:
             raise self.error(f"{operand.name} (.{operand.type}) is written as .{kind}")
         if width == syntax.TYPE_BITS[kind]:
             if STORAGE[width] is DTYPE[kind]:
-                return lambda w, value, taint: w.put(index, value, taint)
-            return lambda w, value, taint: w.put(index, value.view(storage), taint)
+                return Destination(index)
+            return Destination(index, lambda a: a.view(storage))
         if DTYPE[kind] is np.float16:
-            return lambda w, value, taint: w.put(
-                index, value.view(np.uint16).astype(storage), taint
-            )
-        return lambda w, value, taint: w.put(index, value.astype(storage), taint)
+            return Destination(index, lambda a: a.view(np.uint16).astype(storage))
+        return Destination(index, lambda a: a.astype(storage))
 
-    def pair(self, first: str, second: str) -> tuple[Write, Write]:
+    def is_wider(self, operand: syntax.Operand, kind: str) -> bool:
+        """Return whether an operand is a register that is wider than the type."""
+        if not isinstance(operand, syntax.Register):
+            return False
+        return syntax.TYPE_BITS[operand.type] > syntax.TYPE_BITS[kind]
+
+    def pair(self, first: str, second: str) -> tuple[Destination, Destination]:
         """Return the destinations of d|p; the second writes nothing if there is none."""
         target = self.operands[0]
         if not isinstance(target, syntax.Pair):
@@ -212,15 +241,19 @@ class Decoding:
         return self.destination(target.first, first), self.destination(target.second, second)
 
     def address(self, operand: syntax.Operand) -> Source:
-        """Return an address operand as a source of 32 int64 byte addresses."""
+        """Return an address operand as a source of 32 int64 byte addresses.
+
+        Its constant is the offset of a parameter, if it is one."""
         if not isinstance(operand, syntax.Address):
             raise self.error(f"expected an address (got {operand})")
         base, offset = operand.base, operand.offset
         narrow = isinstance(base, syntax.Register) and syntax.TYPE_BITS[base.type] != 64
         inner = self.source(base, "u32" if narrow else "u64")
+        known = self.context.parameters.get(base.name) if isinstance(base, syntax.Symbol) else None
+        constant = None if known is None else known + offset
         if offset == 0:
-            return Source(lambda w: inner.get(w).astype(np.int64), inner.registers)
-        return Source(lambda w: inner.get(w).astype(np.int64) + offset, inner.registers)
+            return Source(lambda w: inner.get(w).astype(np.int64), inner.registers, constant)
+        return Source(lambda w: inner.get(w).astype(np.int64) + offset, inner.registers, constant)
 
 
 Decoder = Callable[[Decoding], Run]

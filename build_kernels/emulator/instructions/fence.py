@@ -46,9 +46,10 @@ def _fence_row(w: Warp, *, row: int) -> None:
     tick = w.tick
     actors = w.actors[lanes_of(w.bits)]
 
-    def change(clock: Clock) -> None:
-        np.maximum(clock[row], clock[GENERIC], out=clock[row])
-        clock[row, actors] = tick
+    def change(clock: Clock) -> Clock:
+        published = np.maximum(clock[row], clock[GENERIC])
+        published[actors] = tick
+        return clock.replaced(row, published)
 
     w.replace_clocks(w.bits, change)
     w.tick += 1

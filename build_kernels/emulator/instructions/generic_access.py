@@ -11,7 +11,7 @@ from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.interruption import Interruption, Partial
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Source
-from build_kernels.emulator.lanes import LANES, Array, Ints, numbers_of
+from build_kernels.emulator.lanes import LANES, Array, Ints, Mask, numbers_of
 from build_kernels.emulator.memory.memory import BARRIER, POISON, VALID
 
 PARTED = 0.25  # share of strong accesses whose lanes do not act at one moment
@@ -56,6 +56,31 @@ def value_states(w: Warp, sources: Sequence[Source], unit: int) -> Array | None:
     return np.where(np.repeat(columns, unit, axis=1), POISON, VALID).astype(np.uint8)
 
 
+def access_of(w: Warp, place: Place, size: int, scope: int) -> ThreadAccess:
+    """Return an access to `size` bytes per lane."""
+    if place.peer is not None:
+        place.memory.foreign = True
+    return ThreadAccess(w, place.lanes, size, scope)
+
+
+def note_read(w: Warp, place: Place, offsets: Ints, scope: int) -> None:
+    """Check and record a read by lanes; offsets: [lanes, bytes]."""
+    memory = place.memory
+    if memory.tracked or memory.on_load is not None:
+        memory.note_read(offsets.reshape(-1), access_of(w, place, offsets.shape[1], scope))
+
+
+def read_states(w: Warp, place: Place, offsets: Ints) -> Mask | None:
+    """Return [lanes, bytes] which bytes are poison, None for none; report a live mbarrier."""
+    if place.memory.always_valid:
+        return None
+    state = place.memory.state[offsets]
+    if state.min() == VALID == state.max():
+        return None
+    check_no_barrier(w, place, state)
+    return state == POISON
+
+
 def check_no_barrier(w: Warp, place: Place, state: Array) -> None:
     """Report lanes that touch a live mbarrier; state: [lanes, bytes]."""
     touched = state == BARRIER
@@ -89,9 +114,7 @@ def write_bytes(
     if not check_writable(w, place):
         return
     check_no_barrier(w, place, memory.state[offsets])
-    memory.note_write(
-        offsets.reshape(-1), ThreadAccess(w, np.repeat(place.lanes, offsets.shape[1]), scope)
-    )
+    memory.note_write(offsets.reshape(-1), access_of(w, place, offsets.shape[1], scope))
     memory.data[offsets] = data
     memory.state[offsets] = state
     if memory.tracked and not scope:

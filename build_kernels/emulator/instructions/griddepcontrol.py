@@ -11,8 +11,8 @@ from build_kernels.emulator.ordering.clocks import GENERIC, Clock
 def wait(w: Warp) -> None:
     """Order the lanes after the grid before, which is complete, with its writes visible."""
 
-    def change(clock: Clock) -> None:
-        clock[GENERIC, w.grid.clocks.predecessor] = 1
+    def change(clock: Clock) -> Clock:
+        return clock.with_ticks(GENERIC, w.grid.clocks.predecessor, 1)
 
     w.replace_clocks(w.bits, change)
 

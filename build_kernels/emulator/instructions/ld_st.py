@@ -7,18 +7,25 @@ import numpy as np
 from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
 from build_kernels.emulator.access.state_spaces import locate
-from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.warp import Run, Warp
-from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items, registers_of
+from build_kernels.emulator.instructions.decoding import (
+    Decoder,
+    Decoding,
+    Source,
+    items,
+    registers_of,
+)
+from build_kernels.emulator.instructions.elementwise import Elementwise, same
 from build_kernels.emulator.instructions.generic_access import (
-    check_no_barrier,
     lane_by_lane,
+    note_read,
+    read_states,
     value_bytes,
     value_states,
     write_bytes,
 )
 from build_kernels.emulator.lanes import LANES, Mask
-from build_kernels.emulator.memory.memory import POISON, VALID
+from build_kernels.emulator.memory.memory import POISON_BYTE, VALID
 from build_kernels.emulator.numerics.types import DTYPE
 
 POLL_COST = 50  # instructions' worth of turn that a strong load uses up, so that polls yield
@@ -44,30 +51,51 @@ def load(d: Decoding) -> Run:
 
     def run(w: Warp) -> None:
         w.poisoned("the address", where.registers)
-        data = np.full((LANES, size), 0xFF, dtype=np.uint8)
-        bad = np.zeros((LANES, size), dtype=bool)
-        bad[w.active] = True
+        data = bad = None
         for place in locate(w, space, where.get(w), size):
             offsets = place.bytes(size)
-            access = ThreadAccess(w, np.repeat(place.lanes, size), scope)
-            place.memory.note_read(offsets.reshape(-1), access)
-            data[place.lanes] = place.memory.data[offsets]
-            state = place.memory.state[offsets]
-            check_no_barrier(w, place, state)
-            bad[place.lanes] = state == POISON
+            note_read(w, place, offsets, scope)
+            found, poison = place.memory.data[offsets], read_states(w, place, offsets)
             if scope:
                 synchronise_read(w, place, order == "acquire", scope)
                 w.budget -= POLL_COST
+            if len(found) == LANES:
+                data, bad = found, poison
+                continue
+            if data is None or bad is None:
+                data = np.full((LANES, size), POISON_BYTE, dtype=np.uint8)
+                bad = np.zeros((LANES, size), dtype=bool)
+                bad[w.active] = True
+            data[place.lanes] = found
+            bad[place.lanes] = False if poison is None else poison
+        if data is None:
+            data = np.full((LANES, size), POISON_BYTE, dtype=np.uint8)
+            bad = np.repeat(w.active[:, None], size, axis=1)
         values = data.view(dtype)
-        poison = bad.any()
+        poisoned = bad is not None and bad.any()
         for i, write in enumerate(writes):
             taint: Mask | None = None
-            if poison:
+            if poisoned and bad is not None:
                 mine: Mask = np.logical_or.reduce(bad[:, i * unit : (i + 1) * unit], axis=1)
                 taint = mine if mine.any() else None
             write(w, np.ascontiguousarray(values[:, i]), taint)
 
+    at = where.constant
+    if space == "param" and isinstance(at, int) and at % size == 0 and not scope:
+        if at + size <= d.context.parameter_bytes:
+            return Elementwise([_parameter(at, kind, count)], writes, same)
     return lane_by_lane(run) if scope else run
+
+
+def _parameter(at: int, kind: str, count: int) -> Source:
+    """Return a parameter as a source, or the elements of a vector in a tuple."""
+    size = TYPE_BITS[kind] // 8
+
+    # A write of a register is known by its new array.
+    if count == 1:
+        return Source(lambda w: w.grid.parameter(at, kind).view())
+    places = [at + i * size for i in range(count)]
+    return Source(lambda w: tuple([w.grid.parameter(place, kind).view() for place in places]))
 
 
 def store(d: Decoding) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from build_kernels.binaries.ptx.syntax import Address, Immediate, Sink
-from build_kernels.emulator.access.state_spaces import reach
+from build_kernels.emulator.access.state_spaces import has_started, reach
 from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.warp import Run, Warp
@@ -47,6 +47,21 @@ def find(w: Warp, where: int, lane: int, *, local: bool) -> Mbarrier | None:
             other=found.init_instruction,
         )
     return found
+
+
+def find_quietly(w: Warp, where: int) -> Mbarrier | None:
+    """Return the mbarrier if every active lane finds it with nothing to report; else None."""
+    rank, offset = split_shared(where)
+    groups = w.groups_of(w.bits)
+    peers = w.cta.cluster.ctas
+    if len(groups) > 1 or rank >= len(peers):
+        return None
+    clock, peer = groups[0][0], peers[rank]
+    found = peer.mbarriers.get(offset)
+    if found is None or (peer is not w.cta and (peer.exited or not has_started(peer, clock))):
+        return None
+    # As remote, so that it does not count which lane initialised it.
+    return found if found.initialised_before(clock, -1, proxied=False, remote=True) else None
 
 
 def by_address(w: Warp, where: Source) -> list[tuple[int, int]]:
@@ -97,7 +112,7 @@ def _initialise(w: Warp, lane: int, offset: int, expected: int) -> None:
             other=old.init_instruction,
         )
     offsets = np.arange(offset, offset + SIZE)
-    w.cta.shared.note_write(offsets, ThreadAccess(w, np.full(SIZE, lane)))
+    w.cta.shared.note_write(offsets, ThreadAccess(w, np.array([lane]), SIZE))
     w.cta.shared.state[offsets] = BARRIER
     w.cta.mbarriers[offset] = Mbarrier(w.cta, offset, expected, w, w.grid.clocks.zero)
     w.grid.events += 1
@@ -119,7 +134,8 @@ def invalidate(d: Decoding) -> Run:
                 w.report("tx-leftover", why, address=found.describe())
             offsets = np.arange(found.offset, found.offset + SIZE)
             memory = found.cta.shared
-            memory.note_write(offsets, ThreadAccess(w, np.full(SIZE, lane)))
+            memory.foreign |= found.cta is not w.cta
+            memory.note_write(offsets, ThreadAccess(w, np.array([lane]), SIZE))
             memory.state[offsets] = POISON
             del found.cta.mbarriers[found.offset]
 

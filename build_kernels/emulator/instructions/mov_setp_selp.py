@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from build_kernels.binaries.ptx.syntax import TYPE_BITS, Operand, Register, Vector
-from build_kernels.emulator.execution.interruption import Interruption
+from build_kernels.binaries.ptx.syntax import TYPE_BITS, Operand, Vector
 from build_kernels.emulator.execution.registers import Pending
 from build_kernels.emulator.execution.warp import Run, Warp
-from build_kernels.emulator.instructions.decoding import Decoder, Decoding, registers_of
-from build_kernels.emulator.instructions.elementwise import build, runner
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.instructions.elementwise import Elementwise, build, same
 from build_kernels.emulator.lanes import LANES, Array, Mask
 from build_kernels.emulator.numerics import floats
-from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES
+from build_kernels.emulator.numerics.types import DTYPE, FLOATS, HALVES, unsigned
 
 
 def move(d: Decoding) -> Run:
@@ -26,51 +26,50 @@ def move(d: Decoding) -> Run:
         return _pack(d, target, origin, TYPE_BITS[kind])
     if isinstance(target, Vector):
         return _unpack(d, target, origin, TYPE_BITS[kind])
-    run = build(d, kind, [kind], lambda a: a)
     if kind == "pred":
-        return run
-    return _movable(run, d.source(origin, kind).registers, (target,))
+        return build(d, kind, [kind], same)
+    return Move([d.source(origin, kind)], [d.destination(target, kind)], same)
+
+
+class Move(Elementwise):
+    """A mov, which is put off if it reads pending registers: that is not yet a use of them."""
+
+    def __call__(self, w: Warp) -> None:
+        for register in self.registers:
+            if type(w.t[register]) is Pending:
+                written = [target.register for target in self.targets if target.register >= 0]
+                if w.postpone(self.registers, written, super().__call__):
+                    return
+        super().__call__(w)
 
 
 def _pack(d: Decoding, target: Operand, origin: Vector, bits: int) -> Run:
-    part = f"b{bits // len(origin.items)}"
+    count = len(origin.items)
+    part = f"b{bits // count}"
     sources = [d.source(operand, part) for operand in origin.items]
-    unsigned = DTYPE[f"b{bits}"]
+    unsigned, piece = DTYPE[f"b{bits}"], DTYPE[part]
 
     def pack(*values: Array) -> Array:
-        stacked = np.stack(values, axis=1)
-        return np.ascontiguousarray(stacked).view(unsigned).reshape(LANES)
+        parts = np.empty(LANES * count, dtype=piece)
+        for i, value in enumerate(values):
+            parts[i::count] = value
+        return parts.view(unsigned)
 
-    run = runner(sources, d.destination(target, f"b{bits}"), pack)
-    return _movable(run, registers_of(sources), (target,))
+    return Move(sources, [d.destination(target, f"b{bits}")], pack)
 
 
 def _unpack(d: Decoding, target: Vector, origin: Operand, bits: int) -> Run:
-    part = f"b{bits // len(target.items)}"
-    whole = d.source(origin, f"b{bits}")
-    writes = [d.destination(operand, part) for operand in target.items]
+    count = len(target.items)
+    part = f"b{bits // count}"
     piece = DTYPE[part]
 
-    def unpack(w: Warp) -> None:
-        taint = w.taint(whole.registers)
-        parts = np.ascontiguousarray(whole.get(w)).view(piece).reshape(LANES, -1)
-        for i, write in enumerate(writes):
-            write(w, np.ascontiguousarray(parts[:, i]), taint)
+    def unpack(whole: Array) -> Any:
+        parts = whole.view(piece)
+        found = [parts[i::count].copy() for i in range(count)]
+        return found if count > 1 else found[0]
 
-    return _movable(unpack, whole.registers, target.items)
-
-
-def _movable(run: Run, sources: Sequence[int], targets: Sequence[Operand]) -> Run:
-    """Put the mov off if it reads pending registers, which is not yet a use of them."""
-    written = [each.index for each in targets if isinstance(each, Register)]
-
-    def guarded(w: Warp) -> Interruption:
-        for register in sources:
-            if type(w.t[register]) is Pending and w.postpone(sources, written, run):
-                return None
-        return run(w)
-
-    return guarded if sources else run
+    writes = [d.destination(operand, part) for operand in target.items]
+    return Move([d.source(origin, f"b{bits}")], writes, unpack)
 
 
 _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
@@ -116,25 +115,30 @@ def set_predicate(d: Decoding) -> Run:
     if len(d.operands) != arity:
         raise d.error(f"takes {arity} operands (got {len(d.operands)})")
     sources = [d.source(operand, kind) for operand in d.operands[1:3]]
+    if compare in (np.equal, np.not_equal):
+        sources = [d.source(operand, unsigned(kind)) for operand in d.operands[1:3]]
     if combine:
         sources.append(d.source(d.operands[3], "pred"))
-    writes = d.pair("pred", "pred")
-    registers = registers_of(sources)
+    targets = d.pair("pred", "pred")
 
-    def run(w: Warp) -> None:
-        taint = w.taint(registers)
-        a, b = sources[0].get(w), sources[1].get(w)
+    def holds(a: Array, b: Array) -> Array:
         if kind == "bf16":
             a, b = floats.bf16_to_f32(a), floats.bf16_to_f32(b)
         if ftz:
             a, b = floats.flush(a), floats.flush(b)
-        holds = compare(a, b)
-        for value, write in zip((holds, ~holds), writes, strict=True):
-            if combine:
-                value = _COMBINE[combine](value, sources[2].get(w))
-            write(w, value, taint)
+        return compare(a, b)
 
-    return run
+    def both(a: Array, b: Array, *more: Array) -> tuple[Array, Array]:
+        value = holds(a, b)
+        return join(value, *more), join(~value, *more)
+
+    join: Callable[..., Array] = _COMBINE[combine] if combine else same
+    if targets[1].register >= 0:
+        return Elementwise(sources, targets, both)
+    if combine:
+        return Elementwise(sources, targets[:1], lambda a, b, c: join(holds(a, b), c))
+    plain = kind != "bf16" and not ftz
+    return Elementwise(sources, targets[:1], compare if plain else holds)
 
 
 def select(d: Decoding) -> Run:
@@ -143,22 +147,23 @@ def select(d: Decoding) -> Run:
     raw = kind if kind in ("pred", *FLOATS) else f"b{TYPE_BITS[kind]}"
     yes, no = (d.source(operand, raw) for operand in d.operands[1:3])
     which = d.source(d.operands[3], "pred")
-    write = d.destination(d.operands[0], raw)
+    return Select([which, yes, no], [d.destination(d.operands[0], raw)], np.where)
 
-    def run(w: Warp) -> None:
-        chosen = which.get(w)
+
+class Select(Elementwise):
+    """A selp, with a predicate and two sides."""
+
+    def taint(self, w: Warp) -> Mask | None:
+        which, yes, no = self.sources
         taint = w.taint(which.registers)
         of_yes, of_no = w.taint(yes.registers), w.taint(no.registers)
-        if of_yes is not None or of_no is not None:
-            side: Mask = np.where(
-                chosen, False if of_yes is None else of_yes, False if of_no is None else of_no
-            )
-            taint = side if taint is None else taint | side
-            if not taint.any():
-                taint = None
-        write(w, np.where(chosen, yes.get(w), no.get(w)), taint)
-
-    return run
+        if of_yes is None and of_no is None:
+            return taint
+        side: Mask = np.where(
+            which.get(w), False if of_yes is None else of_yes, False if of_no is None else of_no
+        )
+        taint = side if taint is None else taint | side
+        return taint if taint.any() else None
 
 
 INSTRUCTIONS: dict[str, Decoder] = {

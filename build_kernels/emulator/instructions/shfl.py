@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from build_kernels.emulator.execution.warp import Run, Warp
-from build_kernels.emulator.instructions.convergence import among
+from build_kernels.emulator.instructions.convergence import Collective, among, members_of
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
-from build_kernels.emulator.lanes import LANE_INDEX, Ints, Mask
+from build_kernels.emulator.lanes import ALL, LANE_INDEX, LANES, Array, Ints, Mask
 
 
 def shuffle(d: Decoding) -> Run:
@@ -18,11 +20,26 @@ def shuffle(d: Decoding) -> Run:
     by = d.source(d.operands[2], "u32")
     limit = d.source(d.operands[3], "u32")
 
+    steering = by.registers + limit.registers
+    fixed = None
+    if isinstance(by.constant, int) and isinstance(limit.constant, int):
+        every = np.ones(LANES, dtype=np.int64)
+        fixed = _sources(mode, by.constant * every, limit.constant * every)
+
+    def compute(a: Array, *steer: Array) -> Any:
+        index, valid = fixed or _sources(mode, *[each.astype(np.int64) for each in steer])
+        return (a[index], valid) if write_valid.register >= 0 else a[index]
+
     def act(w: Warp, members: int) -> None:
         taint = w.taint(value.registers)
-        steer = w.taint(by.registers + limit.registers)
-        index, valid = _sources(mode, by.get(w).astype(np.int64), limit.get(w).astype(np.int64))
-        _check_members(w, index, members)
+        steer = w.taint(steering)
+        if fixed is None:
+            lanes_by, lanes_limit = by.get(w).astype(np.int64), limit.get(w).astype(np.int64)
+            index, valid = _sources(mode, lanes_by, lanes_limit)
+        else:
+            index, valid = fixed
+        if members != ALL:
+            _check_members(w, index, members)
         if taint is not None:
             taint = taint[index] if taint[index].any() else None
         if steer is not None:
@@ -30,7 +47,11 @@ def shuffle(d: Decoding) -> Run:
         write(w, value.get(w)[index], taint)
         write_valid(w, valid, steer)
 
-    return among(d, act)
+    run = among(d, act)
+    if members_of(d) != ALL:
+        return run
+    targets = [write, write_valid] if write_valid.register >= 0 else [write]
+    return Collective([value] if fixed else [value, by, limit], targets, compute, run)
 
 
 def _sources(mode: str, by: Ints, limit: Ints) -> tuple[Ints, Mask]:
@@ -44,7 +65,10 @@ def _sources(mode: str, by: Ints, limit: Ints) -> tuple[Ints, Mask]:
         index = lane - b
         valid = index >= high
     else:
-        index = {"down": lane + b, "bfly": lane ^ b, "idx": low | (b & ~segment)}[mode]
+        if mode == "idx":
+            index = low | (b & ~segment)
+        else:
+            index = lane + b if mode == "down" else lane ^ b
         valid = index <= high
     return np.where(valid, index, lane), valid
 

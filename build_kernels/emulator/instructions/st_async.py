@@ -16,7 +16,8 @@ from build_kernels.emulator.instructions.async_writes import signal, target_barr
 from build_kernels.emulator.instructions.atom_red import ATOMIC, combine
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source, items
 from build_kernels.emulator.instructions.generic_access import value_bytes, value_states
-from build_kernels.emulator.lanes import Array, Ints
+from build_kernels.emulator.instructions.mbarrier import find_quietly
+from build_kernels.emulator.lanes import Array, Ints, numbers_of
 from build_kernels.emulator.memory.memory import POISON, VALID
 from build_kernels.emulator.numerics.types import DTYPE
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
@@ -91,7 +92,7 @@ def async_store(d: Decoding) -> Run:
 
     def run(w: Warp) -> None:
         w.poisoned("an address of an asynchronous store", where.registers + barrier.registers)
-        pieces = _pieces(w, where.get(w), barrier, sources, unit)
+        pieces = _pieces(w, where.get(w), barrier, sources, unit, together=not reducing)
         if not reducing:
             pieces = _together(pieces)
         if pieces:
@@ -101,20 +102,32 @@ def async_store(d: Decoding) -> Run:
 
 
 def _pieces(
-    w: Warp, where: Ints, barrier: Source, sources: Sequence[Source], unit: int
+    w: Warp, where: Ints, barrier: Source, sources: Sequence[Source], unit: int, *, together: bool
 ) -> list[Piece]:
-    """Return each lane's piece; report a lane whose mbarrier is in another CTA than its data."""
+    """Return each lane's piece; report a lane whose mbarrier is in another CTA than its data.
+
+    together: lanes of one CTA that signal one mbarrier may make one piece."""
     size = unit * len(sources)
     data = value_bytes(w, sources, unit)
     states = value_states(w, sources, unit)
     if states is None:
         states = np.full(data.shape, VALID, dtype=np.uint8)
-    barriers = barrier.get(w)
+    barriers = barrier.get(w).tolist()
+    quiet = {at: find_quietly(w, at) for at in {barriers[lane] for lane in numbers_of(w.bits)}}
     pieces = []
     for place in locate(w, "shared::cluster", where, size):
         cta = place.peer or w.cta
-        for lane, offset in zip(place.lanes.tolist(), place.offsets.tolist(), strict=True):
-            found = target_barrier(w, lane, int(barriers[lane]), proxied=False)
+        lanes, starts = place.lanes.tolist(), place.offsets.tolist()
+        common = quiet[barriers[lanes[0]]]
+        if together and common is not None and common.cta is cta:
+            if all([barriers[lane] == barriers[lanes[0]] for lane in lanes]):
+                offsets, rows = place.bytes(size).reshape(-1), place.lanes
+                joined = data[rows].reshape(-1), states[rows].reshape(-1)
+                pieces.append(Piece(cta, offsets, *joined, common))
+                continue
+        for lane, offset in zip(lanes, starts, strict=True):
+            at = barriers[lane]
+            found = quiet[at] or target_barrier(w, lane, at, proxied=False)
             if found is not None and found.cta is not cta:
                 why = "data and mbarrier are in different CTAs"
                 w.report("not-own-shared", why, lane=lane, address=found.describe())
@@ -128,7 +141,9 @@ def _together(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in pieces:
         groups.setdefault((id(piece.cta), id(piece.barrier)), []).append(piece)
     return [
-        Piece(
+        group[0]
+        if len(group) == 1
+        else Piece(
             group[0].cta,
             np.concatenate([piece.offsets for piece in group]),
             np.concatenate([piece.data for piece in group]),

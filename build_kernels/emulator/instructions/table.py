@@ -35,6 +35,7 @@ from build_kernels.emulator.instructions import (
     tcgen05_mma,
     wgmma,
 )
+from build_kernels.emulator.instructions.block import Block, blocks_of
 from build_kernels.emulator.instructions.decoding import Context, Decoder, Decoding
 from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.launch.variables import VariableLayout
@@ -83,6 +84,13 @@ def make_program(
     return Program(kernel=replace(kernel, instructions=instructions), layout=layout, code=code)
 
 
+def make_blocks(program: Program) -> None:
+    """Make the functions of a program's blocks, which else are made at their first use."""
+    for step in program.code:
+        if isinstance(step.block, Block):
+            _ = step.block.function
+
+
 # Launches of one kernel share its code: decoding is half of a small launch's time.
 @lru_cache(maxsize=4)
 def _decode_all(
@@ -94,16 +102,20 @@ def _decode_all(
         arch=arch,
         shared=shared,
         parameters={p.name: p.offset for p in kernel.parameters},
+        parameter_bytes=kernel.parameter_bytes,
         addresses=addresses,
         approximate=approximate,
     )
-    return tuple(_step(instruction, context) for instruction in (*kernel.instructions, end))
+    instructions = (*kernel.instructions, end)
+    runs = [decode(instruction, context) for instruction in instructions]
+    blocks = blocks_of(runs, instructions)
+    return tuple(_step(*each) for each in zip(instructions, runs, blocks, strict=True))
 
 
-def _step(ins: Instruction, context: Context) -> DecodedInstruction:
+def _step(ins: Instruction, run: Run, block: Block | None) -> DecodedInstruction:
     guard, negated = (ins.guard[0].index, ins.guard[1]) if ins.guard else (-1, False)
     target = -1 if ins.target is None else ins.target
-    return DecodedInstruction(ins, decode(ins, context), guard, negated, target)
+    return DecodedInstruction(ins, run, block, guard, negated, target)
 
 
 def decode(instruction: Instruction, context: Context) -> Run:

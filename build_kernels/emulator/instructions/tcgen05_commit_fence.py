@@ -42,9 +42,7 @@ class TensorCommit(Operation):
         self.barriers = barriers
 
     def completion(self) -> Clock:
-        clock = super().completion()
-        clock[TENSOR, self.slot.actor] = self.tick
-        return clock
+        return super().completion().with_ticks(TENSOR, self.slot.actor, self.tick)
 
     def perform(self) -> None:
         clock = self.completion()
@@ -82,8 +80,8 @@ def commit(d: Decoding) -> Run:
 def before_sync(w: Warp) -> None:
     """Hand the warp's tcgen05 order to its lanes' clocks."""
 
-    def change(clock: Clock) -> None:
-        np.maximum(clock[TENSOR], w.tensor, out=clock[TENSOR])
+    def change(clock: Clock) -> Clock:
+        return clock.replaced(TENSOR, np.maximum(clock[TENSOR], w.tensor))
 
     w.replace_clocks(w.bits, change)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,9 +48,10 @@ class Memory:
     """Hold bytes, the state of each, and records of the accesses to each.
 
     name: for findings. initial: contents, valid from the start; else `size` bytes of poison.
-    tracked: keep access records; read-only memory needs none. dependent: the grid before this
-    one may still write it. on_load: called before each read, with the offsets of the bytes; it may
-    change `data`.
+    tracked: keep access records; read-only memory needs none. always_valid: no byte is ever poison
+    or an mbarrier. dependent: the grid before this one may still write it. foreign: threads of a
+    CTA that does not own it have records here. on_load: called before each read, with the offsets
+    of the bytes; it may change `data`.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Memory:
         self.read_only = read_only
         self.dependent = dependent
         self.tracked = tracked and not read_only
+        self.foreign = False
+        self.always_valid = read_only and initial is not None
         self.on_load: Callable[[Ints], None] | None = None
         if initial is None:
             self.data = np.full(size, POISON_BYTE, dtype=np.uint8)
@@ -118,9 +122,10 @@ class Memory:
         before = row[offsets]
         if not before.any():
             return
-        late = np.flatnonzero(~access.ordered(before, what != "read-write"))
-        if not len(late):
+        ordered = access.ordered(before, what != "read-write")
+        if ordered.all():
             return
+        late = np.flatnonzero(~ordered)
         distinct, which = np.unique(before[late], return_inverse=True)
         excused = np.array([access.excused(int(one)) for one in distinct], dtype=bool)
         late = late[~excused[which]]
@@ -145,7 +150,7 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self.arrays: list[Memory] = []
-        self._starts: Ints = np.zeros(0, dtype=np.int64)
+        self._starts: list[int] = []
         self._next = GLOBAL_BASE
 
     def place(self, memory: Memory, alignment: int = 256) -> None:
@@ -153,9 +158,9 @@ class GlobalMemory:
         memory.base = self._next
         self._next += memory.size + GLOBAL_GAP
         self.arrays.append(memory)
-        self._starts = np.array([array.base for array in self.arrays], dtype=np.int64)
+        self._starts.append(memory.base)
 
     def find(self, address: int) -> Memory | None:
         """Return the array that holds the address or ends before it; None below all arrays."""
-        at = int(np.searchsorted(self._starts, address, side="right")) - 1
+        at = bisect_right(self._starts, address) - 1
         return self.arrays[at] if at >= 0 else None

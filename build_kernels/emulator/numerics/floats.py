@@ -11,16 +11,23 @@ from fractions import Fraction
 
 import numpy as np
 
-from build_kernels.emulator.lanes import Array
+from build_kernels.emulator.lanes import Array, any_of
 
 F32_NAN = np.uint32(0x7FFFFFFF)
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
+_TINY = {np.dtype(kind): np.finfo(kind).tiny for kind in (np.float16, np.float32, np.float64)}
+_BELOW_F32 = np.uint64((1 << 29) - 1)  # the bits of a float64 that a normal float32 lacks
+_HALF = np.uint64(1 << 28)
+
+
 def flush(values: Array) -> Array:
     """Replace subnormals by zero of the same sign (.ftz)."""
-    tiny = np.finfo(values.dtype).tiny
-    return np.where(np.abs(values) < tiny, np.copysign(np.zeros_like(values), values), values)
+    small = np.abs(values) < _TINY[values.dtype]
+    if not any_of(small):
+        return values
+    return np.where(small, np.copysign(np.zeros_like(values), values), values)
 
 
 def saturate(values: Array) -> Array:
@@ -30,8 +37,10 @@ def saturate(values: Array) -> Array:
 
 def canonical(values: Array) -> Array:
     """Replace float32 NaNs by the one pattern that hardware makes (PTX ISA, "fma")."""
+    if values.dtype != np.float32:
+        return values
     bad = np.isnan(values)
-    if values.dtype != np.float32 or not bad.any():
+    if not any_of(bad):
         return values
     bits = values.view(np.uint32).copy()
     bits[bad] = F32_NAN
@@ -85,8 +94,16 @@ def mul32(left: Array, right: Array, rounding: str) -> Array:
 
 def fma32(a: Array, b: Array, c: Array, rounding: str) -> Array:
     """Compute a * b + c of float32 with one rounding."""
-    product = a.astype(np.float64) * b.astype(np.float64)
-    return narrow(sum_to_odd(product, c.astype(np.float64)), rounding)
+    product = a.astype(np.float64) * b.astype(np.float64)  # exact
+    addend = c.astype(np.float64)
+    if rounding == "rn":
+        # The float64 sum rounds as the exact one unless it lies half way between two float32.
+        total = product + addend
+        half = (total.view(np.uint64) & _BELOW_F32) == _HALF
+        subnormal = (np.abs(total) < _TINY[np.dtype(np.float32)]) & (total != 0)
+        if not any_of(half | subnormal):
+            return total.astype(np.float32)
+    return narrow(sum_to_odd(product, addend), rounding)
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
@@ -106,7 +123,7 @@ def extreme(a: Array, b: Array, *, largest: bool, nan: bool) -> Array:
     else:
         result = (np.fmax if largest else np.fmin)(a, b)
     zeros = (a == 0) & (b == 0)
-    if zeros.any():
+    if any_of(zeros):
         minus = (np.signbit(a) & np.signbit(b)) if largest else (np.signbit(a) | np.signbit(b))
         signed = np.where(minus, -0.0, 0.0).astype(a.dtype)
         result = np.where(zeros, signed, result)

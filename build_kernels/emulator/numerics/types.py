@@ -20,3 +20,8 @@ STORAGE: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint3
 
 FLOATS = ("f32", "f64")
 HALVES = ("f16", "bf16", "f16x2", "bf16x2")
+
+
+def unsigned(kind: str) -> str:
+    """Return the unsigned type of an integer type's width: the view that registers hold."""
+    return f"u{kind[1:]}" if kind[0] in "su" else kind

@@ -1,6 +1,6 @@
 """Vector clocks over threads and asynchronous agents.
 
-A clock is an int32 array [4, size]. Component i is the last tick of actor i that is ordered before
+A clock is four rows of int32 [size]. Component i is the last tick of actor i that is ordered before
 the clock's owner. The four rows are four kinds of order:
 
 GENERIC  ordinary causality order (PTX ISA, "Memory Consistency Model")
@@ -8,7 +8,7 @@ ASYNC    writes that a fence.proxy.async made visible to the async proxy ("Proxi
 INIT     mbarrier initialisations that a fence.mbarrier_init published
 TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over
 
-Clocks are immutable once shared: a join makes a new array, so lanes and barriers share them.
+Rows are never changed: a change makes a new one, so that lanes, barriers and clocks share them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from build_kernels.emulator.findings import Thread
+from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.memory.access_records import actor_of, tick_of
 
 GENERIC, ASYNC, INIT, TENSOR = range(4)
 ROWS = 4
 
-Clock = NDArray[np.int32]
+Row = NDArray[np.int32]
+
+
+class Clock(tuple[Row, Row, Row, Row]):
+    """The rows GENERIC, ASYNC, INIT and TENSOR. Clocks are compared by identity."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+    def replaced(self, row: int, new: Row) -> Clock:
+        """Return the clock with another row."""
+        return Clock((*self[:row], new, *self[row + 1 :]))
+
+    def with_ticks(self, row: int, actors: int | slice | Ints, ticks: int | Row) -> Clock:
+        """Return the clock with other ticks of some actors in one row."""
+        new = self[row].copy()
+        new[actors] = ticks
+        return self.replaced(row, new)
 
 
 def join(left: Clock, right: Clock) -> Clock:
     """Return the component-wise maximum of two clocks."""
-    return left if left is right else np.maximum(left, right)
+    if left is right:
+        return left
+    return Clock(map(join_rows, left, right))
+
+
+def join_rows(left: Row, right: Row) -> Row:
+    """Return the component-wise maximum of two rows."""
+    if left is right or not right.flags.writeable:
+        return left  # rows that cannot be written are of zeros
+    return right if not left.flags.writeable else np.maximum(left, right)
 
 
 @dataclass(frozen=True)
@@ -80,8 +109,9 @@ class ClockSpace:
         self._agents = self._slots[pipes:]
         self._next = 0
         # Shared by all: it is as large as any clock, and each CTA starts with dozens of them.
-        self.zero: Clock = np.zeros((ROWS, self.size), dtype=np.int32)
-        self.zero.flags.writeable = False
+        zeros = np.zeros(self.size, dtype=np.int32)
+        zeros.flags.writeable = False
+        self.zero = Clock([zeros] * ROWS)
 
     def pipe(self, number: int) -> Slot:
         return self._slots[number]

@@ -8,9 +8,17 @@ import numpy as np
 
 from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import FindingLog, Reporter, Thread
-from build_kernels.emulator.lanes import LANE_INDEX, LANES, indices_of, lanes_of, lowest
+from build_kernels.emulator.lanes import (
+    ALL,
+    LANE_INDEX,
+    LANES,
+    Ints,
+    lanes_of,
+    lowest,
+    numbers_of,
+)
 from build_kernels.emulator.memory.access_records import WEAK
-from build_kernels.emulator.ordering.clocks import GENERIC, INIT, Clock, ClockSpace, join
+from build_kernels.emulator.ordering.clocks import GENERIC, INIT, TENSOR, Clock, ClockSpace, join
 
 
 class WarpClocks(Reporter):
@@ -39,12 +47,14 @@ class WarpClocks(Reporter):
         self.instruction = instruction
         self.first_tick = first_tick
         self.tick = first_tick + 1
+        self._zero = space.zero
         self.clocks: list[Clock] = [space.zero] * LANES
+        self._shared: Clock | None = space.zero  # the clock of every lane, if it is one
         # Per lane: the clock and the scope of its last fence.
         self.fenced: list[Clock | None] = [None] * LANES
         self.fence_scope = [WEAK] * LANES
         # Per actor: the last tcgen05 operation that the warp may follow without a fence.
-        self.tensor = np.zeros(space.size, dtype=np.int32)
+        self.tensor = space.zero[TENSOR]
         self._cta = cta
         self._settled = 0
 
@@ -56,14 +66,13 @@ class WarpClocks(Reporter):
 
     def groups_of(self, bits: int) -> list[tuple[Clock, int]]:
         """Return the distinct clocks of these lanes, with the lanes that share each."""
-        first = self.clocks[lowest(bits)]
-        if all(clock is first for clock in self.clocks):
-            return [(first, bits)]
-        found: dict[int, tuple[Clock, int]] = {}
-        for lane in indices_of(bits):
+        if self._shared is not None:
+            return [(self._shared, bits)]
+        found: dict[Clock, int] = {}
+        for lane in numbers_of(bits):
             clock = self.clocks[lane]
-            found[id(clock)] = (clock, found.get(id(clock), (clock, 0))[1] | 1 << int(lane))
-        return list(found.values())
+            found[clock] = found.get(clock, 0) | 1 << lane
+        return list(found.items())
 
     def joined(self, bits: int) -> Clock:
         """Return the join of these lanes' clocks."""
@@ -79,18 +88,18 @@ class WarpClocks(Reporter):
         A relaxed operation hands over only the release of an earlier fence of the lane, and the
         mbarrier initialisations that a fence.mbarrier_init covered."""
         joined = self.joined(bits)
+        mine = self._actors_of(bits)
         if release:
-            clock = joined.copy()
-            clock[GENERIC, self.actors[lanes_of(bits)]] = self.tick
+            clock = joined.with_ticks(GENERIC, mine, self.tick)
         else:
-            clock = np.zeros_like(joined)
-            clock[INIT] = joined[INIT]
-            for lane in indices_of(bits):
+            clock = self._zero.replaced(INIT, joined[INIT])
+            for lane in numbers_of(bits):
                 fenced = self.fenced[lane]
                 if fenced is not None:
                     clock = join(clock, fenced)
-        started = self.actors[lanes_of(bits)]
-        clock[INIT, started] = np.maximum(clock[INIT, started], self.first_tick)
+        started = clock[INIT][mine]
+        if started.min() < self.first_tick:
+            clock = clock.with_ticks(INIT, mine, np.maximum(started, self.first_tick))
         self.tick += 1
         self._settled = 0
         return clock
@@ -104,18 +113,14 @@ class WarpClocks(Reporter):
     def order_after(self, bits: int, actor: int, tick: int) -> None:
         """Order these lanes after an agent's operation."""
         for clock, lanes in self.groups_of(bits):
-            if clock[GENERIC, actor] < tick:
-                merged = clock.copy()
-                merged[GENERIC, actor] = tick
-                self._set(lanes, merged)
+            if clock[GENERIC][actor] < tick:
+                self._set(lanes, clock.with_ticks(GENERIC, actor, tick))
         self._settled = 0
 
-    def replace_clocks(self, bits: int, change: Callable[[Clock], None]) -> None:
-        """Apply `change` to a copy of each of these lanes' clocks."""
+    def replace_clocks(self, bits: int, change: Callable[[Clock], Clock]) -> None:
+        """Replace each of these lanes' clocks by what `change` makes of it."""
         for clock, lanes in self.groups_of(bits):
-            fresh = clock.copy()
-            change(fresh)
-            self._set(lanes, fresh)
+            self._set(lanes, change(clock))
         self._settled = 0
 
     def converge(self, bits: int) -> None:
@@ -132,6 +137,16 @@ class WarpClocks(Reporter):
         """Note that an access was recorded at the present tick."""
         self._settled = 0
 
+    def _actors_of(self, bits: int) -> slice | Ints:
+        if bits == ALL:
+            return slice(self.actor, self.actor + LANES)
+        return self.actors[lanes_of(bits)]
+
     def _set(self, bits: int, clock: Clock) -> None:
-        for lane in indices_of(bits):
+        if bits == ALL:
+            self.clocks = [clock] * LANES
+            self._shared = clock
+            return
+        self._shared = None
+        for lane in numbers_of(bits):
             self.clocks[lane] = clock

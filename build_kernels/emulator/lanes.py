@@ -39,12 +39,23 @@ def numbers_of(bits: int) -> tuple[int, ...]:
 
 def bits_of(mask: Mask) -> int:
     """Return the lane mask of bool[32]."""
-    return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
+    return _bits_of(mask.tobytes())
+
+
+@lru_cache(maxsize=4096)
+def _bits_of(raw: bytes) -> int:
+    packed = np.packbits(np.frombuffer(raw, dtype=bool), bitorder="little")
+    return int.from_bytes(packed.tobytes(), "little")
 
 
 def any_of(mask: Mask) -> bool:
     """Return mask.any(), which takes NumPy many times as long."""
     return b"\1" in mask.tobytes()
+
+
+def all_of(mask: Mask) -> bool:
+    """Return mask.all()."""
+    return b"\0" not in mask.tobytes()
 
 
 def lowest(bits: int) -> int:

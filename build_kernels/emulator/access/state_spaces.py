@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from build_kernels.emulator.ordering.clocks import GENERIC, INIT, Clock
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The memory that some lanes' addresses lead to, and an offset per lane."""
 
     memory: Memory

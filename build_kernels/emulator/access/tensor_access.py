@@ -29,6 +29,8 @@ class TensorAccess:
     synchronisation, and tcgen05.fence::after_thread_sync; within a thread by waits alone
     (PTX ISA, "Memory Consistency Model of tcgen05")."""
 
+    is_one = True
+
     def __init__(self, operation: TensorOperation) -> None:
         self.operation = operation
         self.reader_slot = operation.reader_slot

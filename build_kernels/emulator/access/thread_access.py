@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from build_kernels.emulator.execution.warp import Warp
-from build_kernels.emulator.lanes import LANES, Ints, Mask, lanes_of
+from build_kernels.emulator.lanes import LANES, Ints, Mask, all_of, lanes_of
 from build_kernels.emulator.memory.access_records import (
     GPU_SCOPE,
     WEAK,
@@ -26,6 +26,8 @@ class ThreadAccess:
     access.
     """
 
+    is_one = False
+
     def __init__(self, warp: Warp, lanes: Ints, size: int, scope: int = WEAK) -> None:
         self.warp = warp
         self.lanes = lanes
@@ -36,8 +38,8 @@ class ThreadAccess:
     def records(self, count: int) -> Ints:
         warp = self.warp
         warp.touch()
-        records = pack(warp.tick, warp.actor + self.lanes, self.scope, warp.instruction.index)
-        return records.repeat(self.size)
+        same = int(pack(warp.tick, 0, self.scope, warp.instruction.index))
+        return (warp.first_records[self.lanes] + same).repeat(self.size)
 
     def ordered(self, records: Ints, written: bool) -> Mask:
         warp = self.warp
@@ -46,7 +48,7 @@ class ThreadAccess:
         known: Mask
         if len(groups) == 1:
             known = groups[0][0][GENERIC][actors] >= ticks
-            if known.all():
+            if all_of(known):
                 return known
             lanes = self.lanes.repeat(self.size)
         else:

@@ -44,10 +44,7 @@ class Cluster:
             index = (origin[0] + x, origin[1] + y, origin[2] + z)
             self.ctas.append(Cta(self, index, (x, y, z), threads, shared_end, zero))
         self.living = threads * len(self.ctas)
-
-    @property
-    def exited(self) -> bool:
-        return all(cta.exited for cta in self.ctas)
+        self.exited = False
 
 
 class Cta:

@@ -88,7 +88,7 @@ class Machine:
         grid, runnable = self.grid, self._runnable
         idle, events, stuck_at = 0, grid.events, -1
         reads, leaps = grid.timer_reads, 0
-        while not any(cluster.exited for cluster in self._active):
+        while not any([cluster.exited for cluster in self._active]):
             if grid.events != events:
                 idle, events = 0, grid.events
                 reads, leaps = grid.timer_reads, 0
@@ -173,5 +173,6 @@ class Machine:
         warps = self._warps[cta]
         if not any(w.live for w in warps):
             cta.exited = True
+            cta.cluster.exited = all(each.exited for each in cta.cluster.ctas)
             check_exit(grid, cta, warps)
             grid.leave(cta, max(w.tick for w in warps))

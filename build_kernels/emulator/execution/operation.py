@@ -30,6 +30,7 @@ class Operation(Task, Reporter):
     what = "asynchronous operation"
     proxied = True
     reduces = False
+    is_one = True
 
     def __init__(self, warp: Warp, lane: int, after: Task | None = None, pipe: int = -1) -> None:
         self.grid = warp.grid

@@ -21,7 +21,16 @@ from build_kernels.emulator.execution.cta import Cta, Released
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.interruption import Interruption, Partial, Wait
 from build_kernels.emulator.execution.registers import Move, Pending, Taint
-from build_kernels.emulator.lanes import ALL, EVERY_LANE, LANES, Array, Mask, bits_of, lanes_of
+from build_kernels.emulator.lanes import (
+    ALL,
+    EVERY_LANE,
+    LANES,
+    Array,
+    Mask,
+    any_of,
+    bits_of,
+    lanes_of,
+)
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
 
@@ -138,7 +147,7 @@ class Warp(WarpClocks):
         merged = np.where(
             self.active, False if taint is None else taint, False if old is None else old
         )
-        self.t[register] = merged if merged.any() else None
+        self.t[register] = merged if any_of(merged) else None
 
     def taint(self, registers: Iterable[int]) -> Mask | None:
         """Return the lanes in which any of these registers holds poison; None for none.
@@ -212,7 +221,7 @@ class Warp(WarpClocks):
         if taint is None:
             return False
         bad = taint & self.active
-        if not bad.any():
+        if not any_of(bad):
             return False
         self.report(
             "poison",

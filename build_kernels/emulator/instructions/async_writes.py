@@ -34,7 +34,7 @@ def write_shared(operation: Operation, cta: Cta, offsets: Ints, data: Array, sta
         )
         inside = (offsets >= SHARED_RESERVED) & (offsets < cta.shared_end)
         offsets, data, state = offsets[inside], data[inside], state[inside]
-    if (memory.state[offsets] == BARRIER).any():
+    if BARRIER in memory.state[offsets].tobytes():
         at = int(offsets[np.flatnonzero(memory.state[offsets] == BARRIER)[0]])
         operation.report(
             "mbarrier-as-data",

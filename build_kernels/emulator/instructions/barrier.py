@@ -8,6 +8,7 @@ from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import among, converge, together
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.lanes import LANES
+from build_kernels.emulator.ordering.clocks import Clock
 
 
 def barrier(d: Decoding) -> Run:
@@ -36,16 +37,18 @@ def barrier(d: Decoding) -> Run:
         # Barriers count whole warps (PTX ISA, "bar": "in multiples of warp size").
         arriving = LANES if aligned else w.bits.bit_count()
         w.grid.events += 1
+        before = w.clocks[w.first_lane()]
         mine = w.cta.barriers[index].arrive(w, arriving, expected, w.publish(w.bits))
         if mode == "arrive":
             return None
-        w.fragment.token = (index, mine)
-        return _wait_for_named(w, index, mine)
+        w.fragment.token = (index, mine, before)
+        return _wait_for_named(w, *w.fragment.token)
 
     return run
 
 
-def _wait_for_named(w: Warp, index: int, generation: int) -> Interruption:
+def _wait_for_named(w: Warp, index: int, generation: int, before: Clock) -> Interruption:
+    """Wait for a generation that the warp arrived at with the clock `before`."""
     named = w.cta.barriers[index]
     if named.generation == generation:
         return Wait(
@@ -53,7 +56,7 @@ def _wait_for_named(w: Warp, index: int, generation: int) -> Interruption:
             (named.signal,),
         )
     w.fragment.token = None
-    w.acquire(w.bits, named.released)
+    w.acquire(w.bits, named.released, before if named.generation == generation + 1 else None)
     return None
 
 

@@ -13,7 +13,7 @@ from build_kernels.emulator.instructions.elementwise import Elementwise, same
 from build_kernels.emulator.lanes import ALL
 
 LEAST = 2  # instructions of a block
-MOST = 64
+MOST = 12  # so that the end of a turn leaves few of them to run one by one
 
 Function = Callable[[Warp], bool]
 

@@ -11,7 +11,7 @@ from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.interruption import Interruption, Partial
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Source
-from build_kernels.emulator.lanes import LANES, Array, Ints, Mask, numbers_of
+from build_kernels.emulator.lanes import LANES, Array, Ints, Mask, any_of, numbers_of
 from build_kernels.emulator.memory.memory import BARRIER, POISON, VALID
 
 PARTED = 0.25  # share of strong accesses whose lanes do not act at one moment
@@ -75,7 +75,7 @@ def read_states(w: Warp, place: Place, offsets: Ints) -> Mask | None:
     if place.memory.always_valid:
         return None
     state = place.memory.state[offsets]
-    if state.min() == VALID == state.max():
+    if state.tobytes().count(VALID) == state.size:
         return None
     check_no_barrier(w, place, state)
     return state == POISON
@@ -84,7 +84,7 @@ def read_states(w: Warp, place: Place, offsets: Ints) -> Mask | None:
 def check_no_barrier(w: Warp, place: Place, state: Array) -> None:
     """Report lanes that touch a live mbarrier; state: [lanes, bytes]."""
     touched = state == BARRIER
-    if touched.any():
+    if any_of(touched):
         at = int(np.flatnonzero(touched.any(axis=1))[0])
         w.report(
             "mbarrier-as-data",
@@ -119,7 +119,7 @@ def write_bytes(
     memory.state[offsets] = state
     if memory.tracked and not scope:
         clash = memory.data[offsets] != data
-        if clash.any():
+        if any_of(clash):
             row = int(np.flatnonzero(clash.any(axis=1))[0])
             w.report(
                 "race",

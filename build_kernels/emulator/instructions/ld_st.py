@@ -24,7 +24,7 @@ from build_kernels.emulator.instructions.generic_access import (
     value_states,
     write_bytes,
 )
-from build_kernels.emulator.lanes import LANES, Mask
+from build_kernels.emulator.lanes import LANES, Mask, any_of
 from build_kernels.emulator.memory.memory import POISON_BYTE, VALID
 from build_kernels.emulator.numerics.types import DTYPE
 
@@ -72,7 +72,7 @@ def load(d: Decoding) -> Run:
             data = np.full((LANES, size), POISON_BYTE, dtype=np.uint8)
             bad = np.repeat(w.active[:, None], size, axis=1)
         values = data.view(dtype)
-        poisoned = bad is not None and bad.any()
+        poisoned = bad is not None and any_of(bad)
         for i, write in enumerate(writes):
             taint: Mask | None = None
             if poisoned and bad is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.operation import Operation
 from build_kernels.emulator.instructions.decoding import Decoding
-from build_kernels.emulator.lanes import Array, Ints, Mask, any_of
+from build_kernels.emulator.lanes import Array, Ints, Mask
 from build_kernels.emulator.launch.tensor_map import swizzle
 from build_kernels.emulator.memory.memory import VALID
 from build_kernels.emulator.memory.tensor_memory import COLUMNS
@@ -72,23 +73,30 @@ def _canonical(rows: int, leading: int, stride: int, span: int, mn_major: bool) 
     return r % width * 2 + r // width * leading + k % ATOM_ROWS * span + k // ATOM_ROWS * stride
 
 
-@lru_cache(maxsize=256)
-def offsets_of(descriptor: SharedDescriptor, rows: int, mn_major: bool) -> Ints:
-    """Return [rows, K] the byte offset of each element in the CTA's shared memory."""
+class Layout(NamedTuple):
+    """[rows, K] the byte offset of each element, and those of all bytes, in shared memory."""
+
+    elements: Ints
+    touched: Ints
+    low: int
+    high: int
+
+
+@lru_cache(maxsize=512)
+def layout_of(
+    descriptor: SharedDescriptor, rows: int, mn_major: bool, first: int = 0, end: int | None = None
+) -> Layout:
+    """Return the layout of a matrix of so many rows, or of the rows [first, end) of it."""
     table = _canonical(rows, descriptor.leading, descriptor.stride, descriptor.span, mn_major)
-    offsets = swizzle(descriptor.start + table, descriptor.span)
-    offsets.flags.writeable = False
-    return offsets
+    elements = swizzle(descriptor.start + table, descriptor.span)[first:end]
+    touched = np.stack([elements, elements + 1], axis=-1).reshape(-1)
+    return Layout(elements, touched, int(touched.min()), int(touched.max()))
 
 
-def read(operation: Operation, cta: Cta, offsets: Ints, bf16: bool) -> tuple[Array, Mask]:
+def read(operation: Operation, cta: Cta, layout: Layout, bf16: bool) -> tuple[Array, Mask]:
     """Return the elements as float64 [rows, K], and which of them are poison."""
     memory = cta.shared
-    touched = np.empty((*offsets.shape, 2), dtype=np.int64)
-    touched[..., 0] = offsets
-    np.add(offsets, 1, out=touched[..., 1])
-    touched = touched.reshape(-1)
-    low, high = int(offsets.min()), int(offsets.max()) + 1
+    offsets, touched, low, high = layout
     if low < SHARED_RESERVED or high >= cta.shared_end:
         operation.report(
             "out-of-bounds",
@@ -99,9 +107,9 @@ def read(operation: Operation, cta: Cta, offsets: Ints, bf16: bool) -> tuple[Arr
         return np.full(offsets.shape, np.nan), np.ones(offsets.shape, dtype=bool)
     memory.note_read(touched, operation)
     raw = memory.data[touched].view(np.uint16).reshape(offsets.shape)
-    bad = memory.state[touched] != VALID
-    if any_of(bad):
-        poison = bad.reshape(*offsets.shape, 2).any(axis=-1)
+    state = memory.state[touched]
+    if state.tobytes().count(VALID) < state.size:
+        poison = (state != VALID).reshape(*offsets.shape, 2).any(axis=-1)
     else:
         poison = np.zeros(offsets.shape, dtype=bool)
     return decode_halves(raw, bf16), poison

@@ -10,7 +10,7 @@ from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
-from build_kernels.emulator.lanes import LANES, Array, Mask, indices_of, lowest
+from build_kernels.emulator.lanes import LANES, Array, Mask, any_of, indices_of, lowest
 from build_kernels.emulator.memory.memory import BARRIER, POISON
 from build_kernels.emulator.memory.windows import SHARED_ADDRESS, SHARED_RESERVED, split_shared
 from build_kernels.emulator.ordering.mbarrier import MAX_COUNT, Mbarrier
@@ -244,7 +244,7 @@ def wait(d: Decoding) -> Run:
             _check_overrun(w, found)
             passed = _passed(found, phases[lanes], parity)
             result[lanes] = passed
-            if passed.any():
+            if any_of(passed):
                 found.observe(w, sum(1 << int(lane) for lane in lanes[passed]), strong)
             else:
                 missed.append(found)

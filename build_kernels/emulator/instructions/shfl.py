@@ -9,7 +9,7 @@ import numpy as np
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import Collective, among, members_of
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
-from build_kernels.emulator.lanes import ALL, LANE_INDEX, LANES, Array, Ints, Mask
+from build_kernels.emulator.lanes import ALL, LANE_INDEX, LANES, Array, Ints, Mask, any_of
 
 
 def shuffle(d: Decoding) -> Run:
@@ -76,7 +76,7 @@ def _sources(mode: str, by: Ints, limit: Ints) -> tuple[Ints, Mask]:
 def _check_members(w: Warp, index: Ints, members: int) -> None:
     """Report an active lane that reads one that is not taking part."""
     absent = ~((members >> index & 1).astype(bool)) & w.active
-    if absent.any():
+    if any_of(absent):
         at = int(np.flatnonzero(absent)[0])
         why = f"lane {int(index[at])}, which is not taking part, is read"
         w.report("inactive-lane", why, lane=at)

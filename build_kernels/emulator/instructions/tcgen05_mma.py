@@ -58,15 +58,15 @@ class TensorMma(TensorOperation):
     def perform(self) -> None:
         """Multiply A of each CTA by B, which the CTAs share."""
         shape, share = self.shape, len(self.ctas)
-        b_offsets = matrix.offsets_of(self.b, shape.n // share, shape.b_mn_major)
-        parts = [matrix.read(self, cta, b_offsets, shape.b_bf16) for cta in self.ctas]
+        b_layout = matrix.layout_of(self.b, shape.n // share, shape.b_mn_major)
+        parts = [matrix.read(self, cta, b_layout, shape.b_bf16) for cta in self.ctas]
         b = np.concatenate([values for values, _ in parts])  # [n, K]
         b_poison = np.concatenate([poison for _, poison in parts])
         if shape.a_negated != shape.b_negated:
             b = -b
-        a_offsets = matrix.offsets_of(self.a, shape.m // share, shape.a_mn_major)
+        a_layout = matrix.layout_of(self.a, shape.m // share, shape.a_mn_major)
         for number, cta in enumerate(self.ctas):
-            a, a_poison = matrix.read(self, cta, a_offsets, shape.a_bf16)  # [m / CTAs, K]
+            a, a_poison = matrix.read(self, cta, a_layout, shape.a_bf16)  # [m / CTAs, K]
             poison = np.logical_or.outer(matrix.rows_of(a_poison), matrix.rows_of(b_poison))
             self._accumulate(cta, number, a, b, poison)
 

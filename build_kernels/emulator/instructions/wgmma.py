@@ -73,8 +73,8 @@ class WarpgroupMma(Operation):
 
     def perform(self) -> None:
         warp, shape = self.warp, self.shape
-        b_offsets = matrix.offsets_of(self.b, shape.n, shape.b_mn_major)
-        b, b_poison = matrix.read(self, self.cta, b_offsets, shape.bf16)  # [n, K]
+        b_layout = matrix.layout_of(self.b, shape.n, shape.b_mn_major)
+        b, b_poison = matrix.read(self, self.cta, b_layout, shape.bf16)  # [n, K]
         a, bad_rows = self._quarter_of_a()  # [16, K], [16]
         poison = np.logical_or.outer(bad_rows, matrix.rows_of(b_poison))
         rows, columns = _fragment_of_d(shape.n)
@@ -102,8 +102,8 @@ class WarpgroupMma(Operation):
         """Return the warp's 16 rows of A, and which of them hold poison."""
         if isinstance(self.a, matrix.SharedDescriptor):
             quarter = self.warp.index % 4 * 16
-            offsets = matrix.offsets_of(self.a, 64, self.shape.a_mn_major)[quarter : quarter + 16]
-            a, poison = matrix.read(self, self.cta, offsets, self.shape.bf16)
+            layout = matrix.layout_of(self.a, 64, self.shape.a_mn_major, quarter, quarter + 16)
+            a, poison = matrix.read(self, self.cta, layout, self.shape.bf16)
             return a, matrix.rows_of(poison)
         bad_rows = np.zeros(16, dtype=bool)
         if self.a.poison is not None:

@@ -20,13 +20,8 @@ _ACTOR_MASK = (1 << _ACTOR_BITS) - 1
 
 def pack(tick: int, actor: int | Ints, scope: int, instruction: int) -> Ints:
     """Pack an access, or one per actor, into int64."""
-    actors = np.asarray(actor, dtype=np.int64)
-    return (
-        (actors << _ACTOR_AT)
-        | (tick << _TICK_AT)
-        | (scope << _INSTRUCTION_BITS)
-        | np.int64(instruction)
-    )
+    same = tick << _TICK_AT | scope << _INSTRUCTION_BITS | instruction
+    return (np.asarray(actor, dtype=np.int64) << _ACTOR_AT) | same
 
 
 def actors_of(records: Ints) -> Ints:

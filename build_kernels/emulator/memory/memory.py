@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from build_kernels.emulator.lanes import Ints, Mask
+from build_kernels.emulator.lanes import Ints, Mask, all_of
 from build_kernels.emulator.memory.access_records import actors_of
 
 Bytes = NDArray[np.uint8]
@@ -26,6 +26,7 @@ class Access(Protocol):
     """Decide which earlier accesses are ordered before this one, and report the others."""
 
     reader_slot: int
+    is_one: bool  # the bytes are of one actor, so that equal records are ordered alike
 
     def records(self, count: int) -> Ints:
         """Return the records to leave: one per touched byte, or one for all of them."""
@@ -120,15 +121,16 @@ class Memory:
     def _check(self, row: Ints, offsets: Ints, access: Access, what: str) -> None:
         """Report the first byte whose record conflicts with the access."""
         before = row[offsets]
+        if access.is_one and len(before) > 1 and all_of(before == before[0]):
+            before = before[:1]
         if not before.any():
             return
         ordered = access.ordered(before, what != "read-write")
-        if ordered.all():
+        if all_of(ordered):
             return
         late = np.flatnonzero(~ordered)
-        distinct, which = np.unique(before[late], return_inverse=True)
-        excused = np.array([access.excused(int(one)) for one in distinct], dtype=bool)
-        late = late[~excused[which]]
+        excused = {one: access.excused(one) for one in set(before[late].tolist())}
+        late = late[[not excused[one] for one in before[late].tolist()]]
         if len(late):
             access.conflict(self, int(offsets[late[0]]), int(before[late[0]]), what)
 

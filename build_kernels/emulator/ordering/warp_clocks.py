@@ -17,7 +17,7 @@ from build_kernels.emulator.lanes import (
     lowest,
     numbers_of,
 )
-from build_kernels.emulator.memory.access_records import WEAK
+from build_kernels.emulator.memory.access_records import WEAK, pack
 from build_kernels.emulator.ordering.clocks import GENERIC, INIT, TENSOR, Clock, ClockSpace, join
 
 
@@ -57,6 +57,8 @@ class WarpClocks(Reporter):
         self.tensor = space.zero[TENSOR]
         self._cta = cta
         self._settled = 0
+        self._started = 0  # lanes whose clocks have their own start in INIT
+        self.first_records = pack(0, self.actors, WEAK, 0)
 
     def thread(self, lane: int | None = None) -> Thread:
         return Thread(cta=self._cta, warp=self.index, lane=lane)
@@ -97,17 +99,17 @@ class WarpClocks(Reporter):
                 fenced = self.fenced[lane]
                 if fenced is not None:
                     clock = join(clock, fenced)
-        started = clock[INIT][mine]
-        if started.min() < self.first_tick:
-            clock = clock.with_ticks(INIT, mine, np.maximum(started, self.first_tick))
+        if bits & ~self._started:
+            started = np.maximum(clock[INIT][mine], self.first_tick)
+            clock = clock.with_ticks(INIT, mine, started)
         self.tick += 1
         self._settled = 0
         return clock
 
-    def acquire(self, bits: int, incoming: Clock) -> None:
-        """Join a clock into those of these lanes."""
+    def acquire(self, bits: int, incoming: Clock, within: Clock | None = None) -> None:
+        """Join a clock into those of these lanes. within: a clock that it already includes."""
         for clock, lanes in self.groups_of(bits):
-            self._set(lanes, join(clock, incoming))
+            self._set(lanes, incoming if clock is within else join(clock, incoming))
         self._settled = 0
 
     def order_after(self, bits: int, actor: int, tick: int) -> None:
@@ -132,6 +134,7 @@ class WarpClocks(Reporter):
             return
         self._set(bits, self.publish(bits))
         self._settled = bits
+        self._started |= bits
 
     def touch(self) -> None:
         """Note that an access was recorded at the present tick."""

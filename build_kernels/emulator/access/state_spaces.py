@@ -144,7 +144,7 @@ def _global(w: Warp, lanes: Ints, found: Ints, size: int) -> list[Place]:
 def check_dependent(w: Warp, memory: Memory) -> None:
     """Report a use of the grid before's data that no griddepcontrol.wait is ordered before."""
     for clock, bits in w.groups_of(w.bits):
-        if not clock[GENERIC][w.grid.clocks.predecessor]:
+        if not clock[GENERIC].tick(w.grid.clocks.predecessor):
             w.report(
                 "missing-griddepcontrol-wait",
                 f"{memory.name} belongs to the grid before, and no griddepcontrol.wait is "
@@ -207,8 +207,8 @@ def reach(w: Warp, peer: Cta, lane: int, own: bool) -> bool:
 def has_started(peer: Cta, clock: Clock) -> bool:
     """Return whether the start of the peer CTA is ordered before a lane with this clock."""
     first = peer.first_tick
-    span = slice(peer.first_actor, peer.last_actor)
-    return bool(clock[GENERIC][span].max() >= first or clock[INIT][span].max() >= first)
+    span = peer.first_actor, peer.last_actor
+    return clock[GENERIC].latest(*span) >= first or clock[INIT].latest(*span) >= first
 
 
 def find_tensor_map(w: Warp, address: int, lane: int) -> tuple[TensorMap, Memory] | None:

@@ -41,7 +41,7 @@ class TensorAccess:
     def ordered(self, records: Ints, written: bool) -> Mask:
         operation = self.operation
         actors, ticks = actors_of(records), ticks_of(records)
-        known: Mask = operation.tensor[actors] >= ticks
+        known: Mask = operation.tensor.ticks(actors) >= ticks
         known |= (actors == operation.slot.actor) & (ticks == operation.tick)
         return known
 
@@ -53,12 +53,12 @@ class TensorAccess:
         issue = operation.grid.clocks.issue(record)
         if issue is None or issue.warp is not operation.warp:
             return False
-        return bool(operation.clock[GENERIC][actor_of(record)] >= tick_of(record))
+        return operation.clock[GENERIC].tick(actor_of(record)) >= tick_of(record)
 
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         operation = self.operation
         kind, why = "race", f"{what} conflict with no order between the two"
-        if operation.clock[GENERIC][actor_of(record)] >= tick_of(record):
+        if operation.clock[GENERIC].tick(actor_of(record)) >= tick_of(record):
             kind = "missing-tcgen05-fence"
             why = (
                 "ordered by a synchronisation, but without tcgen05.fence::before_thread_sync "

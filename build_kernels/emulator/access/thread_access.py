@@ -47,7 +47,7 @@ class ThreadAccess:
         groups = warp.groups_of(warp.bits)
         known: Mask
         if len(groups) == 1:
-            known = groups[0][0][GENERIC][actors] >= ticks
+            known = groups[0][0][GENERIC].ticks(actors) >= ticks
             if all_of(known):
                 return known
             lanes = self.lanes.repeat(self.size)
@@ -56,7 +56,7 @@ class ThreadAccess:
             known = np.zeros(len(records), dtype=bool)
             for clock, bits in groups:
                 mine = lanes_of(bits)[lanes]
-                known[mine] = clock[GENERIC][actors[mine]] >= ticks[mine]
+                known[mine] = clock[GENERIC].ticks(actors[mine]) >= ticks[mine]
         known |= (actors == warp.actor + lanes) & (ticks >= warp.first_tick)
         return known
 

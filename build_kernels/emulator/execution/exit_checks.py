@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.grid import Grid
@@ -14,9 +11,7 @@ from build_kernels.emulator.execution.warp import Warp
 from build_kernels.emulator.findings import Thread
 from build_kernels.emulator.lanes import ALL
 from build_kernels.emulator.memory.access_records import WEAK, actor_of, pack, tick_of
-from build_kernels.emulator.ordering.clocks import GENERIC, join
-
-Ticks = NDArray[np.int32]  # [actors]
+from build_kernels.emulator.ordering.clocks import GENERIC, Row, join
 
 
 def check_exit(grid: Grid, cta: Cta, warps: Sequence[Warp]) -> None:
@@ -37,7 +32,7 @@ def check_exit(grid: Grid, cta: Cta, warps: Sequence[Warp]) -> None:
             thread=thread,
         )
     for unwaited in cta.touched_by:
-        if known[unwaited.actor] < unwaited.tick:
+        if known.tick(unwaited.actor) < unwaited.tick:
             grid.log.report(
                 "unfinished-at-exit",
                 f"the CTA exited and none of its threads waited for {unwaited.thread.agent}",
@@ -49,7 +44,7 @@ def check_exit(grid: Grid, cta: Cta, warps: Sequence[Warp]) -> None:
 
 
 def _check_mbarriers(
-    grid: Grid, cta: Cta, known: Ticks, instruction: Instruction, thread: Thread
+    grid: Grid, cta: Cta, known: Row, instruction: Instruction, thread: Thread
 ) -> None:
     for barrier in cta.mbarriers.values():
         if barrier.tx:
@@ -61,7 +56,7 @@ def _check_mbarriers(
                 address=barrier.describe(),
             )
         for actor, tick, touch in barrier.foreign_touches:
-            if known[actor] < tick:
+            if known.tick(actor) < tick:
                 grid.log.report(
                     "exited-peer",
                     "the CTA may have exited before a peer's operation on its mbarrier",
@@ -74,12 +69,12 @@ def _check_mbarriers(
 
 
 def _check_peers(
-    grid: Grid, cta: Cta, known: Ticks, instruction: Instruction, thread: Thread
+    grid: Grid, cta: Cta, known: Row, instruction: Instruction, thread: Thread
 ) -> None:
     records = cta.shared.foreign_records(cta.first_actor, cta.last_actor)
     for one in (int(one) for one in records):
         actor, tick = actor_of(one), tick_of(one)
-        if actor < grid.clocks.threads and known[actor] < tick:
+        if actor < grid.clocks.threads and known.tick(actor) < tick:
             author, author_thread = grid.author_of(one)
             grid.log.report(
                 "exited-peer",

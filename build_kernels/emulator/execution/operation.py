@@ -63,7 +63,8 @@ class Operation(Task, Reporter):
 
     def completion(self) -> Clock:
         """Return the clock that the operation hands over when it completes."""
-        return self.clock.with_ticks(GENERIC, self.slot.actor, self.tick)
+        generic = self.clock[GENERIC].with_tick(self.slot.actor, self.tick)
+        return self.clock.replaced(GENERIC, generic)
 
     def records(self, count: int) -> Ints:
         return pack(self.tick, self.slot.actor, WEAK, self.instruction.index)
@@ -72,7 +73,7 @@ class Operation(Task, Reporter):
         known, actors, ticks = self._known(records)
         if self.proxied and written:
             generic = (actors < self.grid.clocks.threads) & (records != 0)
-            known &= ~generic | (self.clock[ASYNC][actors] >= ticks)
+            known &= ~generic | (self.clock[ASYNC].ticks(actors) >= ticks)
         return known
 
     def excused(self, record: int) -> bool:
@@ -89,7 +90,7 @@ class Operation(Task, Reporter):
             return True
         return actor_of(record) == self.slot.actor and (
             issue.issuer == self.issuer
-            or bool(self.clock[GENERIC][issue.issuer] >= issue.issue_tick)
+            or self.clock[GENERIC].tick(issue.issuer) >= issue.issue_tick
         )
 
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
@@ -104,7 +105,7 @@ class Operation(Task, Reporter):
     def _known(self, records: Ints) -> tuple[Mask, Ints, Ints]:
         """Return which records are ordered before in general, their actors and their ticks."""
         actors, ticks = actors_of(records), ticks_of(records)
-        known: Mask = self.clock[GENERIC][actors] >= ticks
+        known: Mask = self.clock[GENERIC].ticks(actors) >= ticks
         known |= (actors == self.issuer) & (ticks <= self.issue_tick)
         known |= (actors == self.slot.actor) & (ticks == self.tick)
         return known, actors, ticks

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from build_kernels.emulator.access import release
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
@@ -47,9 +45,8 @@ def _fence_row(w: Warp, *, row: int) -> None:
     actors = w.actors[lanes_of(w.bits)]
 
     def change(clock: Clock) -> Clock:
-        published = np.maximum(clock[row], clock[GENERIC])
-        published[actors] = tick
-        return clock.replaced(row, published)
+        published = clock[row].joined(clock[GENERIC])
+        return clock.replaced(row, published.with_ticks(actors, tick))
 
     w.replace_clocks(w.bits, change)
     w.tick += 1

@@ -12,7 +12,7 @@ def wait(w: Warp) -> None:
     """Order the lanes after the grid before, which is complete, with its writes visible."""
 
     def change(clock: Clock) -> Clock:
-        return clock.with_ticks(GENERIC, w.grid.clocks.predecessor, 1)
+        return clock.replaced(GENERIC, clock[GENERIC].with_tick(w.grid.clocks.predecessor, 1))
 
     w.replace_clocks(w.bits, change)
 

@@ -84,7 +84,7 @@ def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None
     grid = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
     for record in memory.cells.records(grid[:, start : start + columns].reshape(-1)):
         actor, tick = actor_of(int(record)), tick_of(int(record))
-        if clock[actor] < tick and w.tensor[actor] < tick:
+        if clock.tick(actor) < tick and w.tensor.tick(actor) < tick:
             instruction, thread = w.grid.author_of(int(record))
             why = "tensor memory is freed with no order after an access to it"
             w.report("race", why, other=instruction, other_thread=thread)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.operation import Operation
 from build_kernels.emulator.execution.warp import Run, Warp
@@ -42,7 +40,8 @@ class TensorCommit(Operation):
         self.barriers = barriers
 
     def completion(self) -> Clock:
-        return super().completion().with_ticks(TENSOR, self.slot.actor, self.tick)
+        clock = super().completion()
+        return clock.replaced(TENSOR, clock[TENSOR].with_tick(self.slot.actor, self.tick))
 
     def perform(self) -> None:
         clock = self.completion()
@@ -81,14 +80,14 @@ def before_sync(w: Warp) -> None:
     """Hand the warp's tcgen05 order to its lanes' clocks."""
 
     def change(clock: Clock) -> Clock:
-        return clock.replaced(TENSOR, np.maximum(clock[TENSOR], w.tensor))
+        return clock.replaced(TENSOR, clock[TENSOR].joined(w.tensor))
 
     w.replace_clocks(w.bits, change)
 
 
 def after_sync(w: Warp) -> None:
     """Take the tcgen05 order from the lanes' clocks."""
-    w.tensor = np.maximum(w.tensor, w.joined(w.bits)[TENSOR])
+    w.tensor = w.tensor.joined(w.joined(w.bits)[TENSOR])
 
 
 INSTRUCTIONS: dict[str, Decoder] = {

@@ -213,9 +213,9 @@ def wait(d: Decoding) -> Run:
 
 
 def _order_after(w: Warp, operations: Sequence[TensorOperation], lanes: int) -> None:
-    tensor = w.tensor.copy()
+    tensor = w.tensor
     for operation in operations:
-        tensor[operation.slot.actor] = operation.tick
+        tensor = tensor.with_tick(operation.slot.actor, operation.tick)
         w.order_after(lanes, operation.slot.actor, operation.tick)
     w.tensor = tensor
 

@@ -1,31 +1,96 @@
 """Vector clocks over threads and asynchronous agents.
 
-A clock is four rows of int32 [size]. Component i is the last tick of actor i that is ordered before
-the clock's owner. The four rows are four kinds of order:
+A clock is four rows of `size` components. Component i is the last tick of actor i that is ordered
+before the clock's owner. The four rows are four kinds of order:
 
 GENERIC  ordinary causality order (PTX ISA, "Memory Consistency Model")
 ASYNC    writes that a fence.proxy.async made visible to the async proxy ("Proxies")
 INIT     mbarrier initialisations that a fence.mbarrier_init published
 TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over
 
-Rows are never changed: a change makes a new one, so that lanes, barriers and clocks share them.
+Rows and their parts are never changed: a change makes new ones, so that all others are shared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from build_kernels.emulator.findings import Thread
-from build_kernels.emulator.lanes import Ints
+from build_kernels.emulator.lanes import Ints, all_of
 from build_kernels.emulator.memory.access_records import actor_of, tick_of
 
 GENERIC, ASYNC, INIT, TENSOR = range(4)
 ROWS = 4
 
-Row = NDArray[np.int32]
+PART_BITS = 10
+PART = 1 << PART_BITS  # components: the threads of a few CTAs
+
+Ticks = NDArray[np.int32]
+_ZEROS: Ticks = np.zeros(PART, dtype=np.int32)
+
+
+class Row:
+    """One row: parts of PART components, which rows share as long as they are the same."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Ticks]) -> None:
+        self._parts = parts
+
+    def tick(self, actor: int) -> int:
+        """Return the component of an actor."""
+        return int(self._parts[actor >> PART_BITS][actor & PART - 1])
+
+    def ticks(self, actors: Ints) -> Ticks:
+        """Return the components of actors."""
+        which, within = actors >> PART_BITS, actors & PART - 1
+        first = which[0] if len(which) else 0
+        if all_of(which == first):
+            return self._parts[first][within]
+        found = np.empty(len(actors), dtype=np.int32)
+        for part in set(which.tolist()):
+            mine = which == part
+            found[mine] = self._parts[part][within[mine]]
+        return found
+
+    def latest(self, first: int, end: int) -> int:
+        """Return the greatest component of the actors [first, end)."""
+        most = 0
+        while first < end:
+            part, start = first >> PART_BITS, first & PART - 1
+            most = max(most, int(self._parts[part][start : start + end - first].max()))
+            first += PART - start
+        return most
+
+    def with_ticks(self, actors: Ints, ticks: int | Ticks) -> Row:
+        """Return the row with other components of some actors, which lie in one part."""
+        at = int(actors[0]) >> PART_BITS
+        part = self._parts[at].copy()
+        part[actors & PART - 1] = ticks
+        return Row((*self._parts[:at], part, *self._parts[at + 1 :]))
+
+    def with_tick(self, actor: int, tick: int) -> Row:
+        """Return the row with another component."""
+        at = actor >> PART_BITS
+        part = self._parts[at].copy()
+        part[actor & PART - 1] = tick
+        return Row((*self._parts[:at], part, *self._parts[at + 1 :]))
+
+    def joined(self, other: Row) -> Row:
+        """Return the component-wise maximum."""
+        if self is other:
+            return self
+        pairs = zip(self._parts, other._parts, strict=True)
+        return Row(
+            [
+                a if a is b or b is _ZEROS else b if a is _ZEROS else np.maximum(a, b)
+                for a, b in pairs
+            ]
+        )
 
 
 class Clock(tuple[Row, Row, Row, Row]):
@@ -40,25 +105,12 @@ class Clock(tuple[Row, Row, Row, Row]):
         """Return the clock with another row."""
         return Clock((*self[:row], new, *self[row + 1 :]))
 
-    def with_ticks(self, row: int, actors: int | slice | Ints, ticks: int | Row) -> Clock:
-        """Return the clock with other ticks of some actors in one row."""
-        new = self[row].copy()
-        new[actors] = ticks
-        return self.replaced(row, new)
-
 
 def join(left: Clock, right: Clock) -> Clock:
     """Return the component-wise maximum of two clocks."""
     if left is right:
         return left
-    return Clock(map(join_rows, left, right))
-
-
-def join_rows(left: Row, right: Row) -> Row:
-    """Return the component-wise maximum of two rows."""
-    if left is right or not right.flags.writeable:
-        return left  # rows that cannot be written are of zeros
-    return right if not left.flags.writeable else np.maximum(left, right)
+    return Clock([a.joined(b) for a, b in zip(left, right, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -109,9 +161,7 @@ class ClockSpace:
         self._agents = self._slots[pipes:]
         self._next = 0
         # Shared by all: it is as large as any clock, and each CTA starts with dozens of them.
-        zeros = np.zeros(self.size, dtype=np.int32)
-        zeros.flags.writeable = False
-        self.zero = Clock([zeros] * ROWS)
+        self.zero = Clock([Row([_ZEROS] * (-(-self.size // PART)))] * ROWS)
 
     def pipe(self, number: int) -> Slot:
         return self._slots[number]

@@ -77,13 +77,13 @@ class Mbarrier:
         self, clock: Clock, actor: int, *, proxied: bool, remote: bool = False
     ) -> bool:
         """Return whether the initialisation is ordered before an operation with this clock."""
-        if clock[INIT][self.initialiser] >= self.init_tick:
+        if clock[INIT].tick(self.initialiser) >= self.init_tick:
             return True
         if proxied:
-            return bool(clock[ASYNC][self.initialiser] >= self.init_tick)
+            return clock[ASYNC].tick(self.initialiser) >= self.init_tick
         if actor == self.initialiser and not remote:
             return True
-        return bool(clock[GENERIC][self.initialiser] >= self.init_tick)
+        return clock[GENERIC].tick(self.initialiser) >= self.init_tick
 
     def arrive(self, count: int, clock: Clock, by: Reporter) -> None:
         """Take `count` arrivals off the pending ones."""
@@ -133,7 +133,7 @@ class Mbarrier:
         the next phase may miss its own."""
         for seen in self.observations:
             actors = seen.warp.actors[lanes_of(seen.bits)]
-            late = self.gathered[GENERIC][actors] < seen.tick
+            late = self.gathered[GENERIC].ticks(actors) < seen.tick
             if late.any():
                 lane = int(indices_of(seen.bits)[np.flatnonzero(late)[0]])
                 by.report(

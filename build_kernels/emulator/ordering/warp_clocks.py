@@ -12,7 +12,6 @@ from build_kernels.emulator.lanes import (
     ALL,
     LANE_INDEX,
     LANES,
-    Ints,
     lanes_of,
     lowest,
     numbers_of,
@@ -90,9 +89,9 @@ class WarpClocks(Reporter):
         A relaxed operation hands over only the release of an earlier fence of the lane, and the
         mbarrier initialisations that a fence.mbarrier_init covered."""
         joined = self.joined(bits)
-        mine = self._actors_of(bits)
+        mine = self.actors if bits == ALL else self.actors[lanes_of(bits)]
         if release:
-            clock = joined.with_ticks(GENERIC, mine, self.tick)
+            clock = joined.replaced(GENERIC, joined[GENERIC].with_ticks(mine, self.tick))
         else:
             clock = self._zero.replaced(INIT, joined[INIT])
             for lane in numbers_of(bits):
@@ -100,8 +99,8 @@ class WarpClocks(Reporter):
                 if fenced is not None:
                     clock = join(clock, fenced)
         if bits & ~self._started:
-            started = np.maximum(clock[INIT][mine], self.first_tick)
-            clock = clock.with_ticks(INIT, mine, started)
+            started = np.maximum(clock[INIT].ticks(mine), self.first_tick)
+            clock = clock.replaced(INIT, clock[INIT].with_ticks(mine, started))
         self.tick += 1
         self._settled = 0
         return clock
@@ -115,8 +114,9 @@ class WarpClocks(Reporter):
     def order_after(self, bits: int, actor: int, tick: int) -> None:
         """Order these lanes after an agent's operation."""
         for clock, lanes in self.groups_of(bits):
-            if clock[GENERIC][actor] < tick:
-                self._set(lanes, clock.with_ticks(GENERIC, actor, tick))
+            generic = clock[GENERIC]
+            if generic.tick(actor) < tick:
+                self._set(lanes, clock.replaced(GENERIC, generic.with_tick(actor, tick)))
         self._settled = 0
 
     def replace_clocks(self, bits: int, change: Callable[[Clock], Clock]) -> None:
@@ -139,11 +139,6 @@ class WarpClocks(Reporter):
     def touch(self) -> None:
         """Note that an access was recorded at the present tick."""
         self._settled = 0
-
-    def _actors_of(self, bits: int) -> slice | Ints:
-        if bits == ALL:
-            return slice(self.actor, self.actor + LANES)
-        return self.actors[lanes_of(bits)]
 
     def _set(self, bits: int, clock: Clock) -> None:
         if bits == ALL:

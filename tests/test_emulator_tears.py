@@ -51,7 +51,7 @@ def run_torn(tears: dict[int, dict[str, dict[int, int]]], schedule: Schedule | N
     """Run READ_FLAG with these tears, each before the load of its number, from 0."""
     loads = []
 
-    def on_load(array, offsets):
+    def on_load(array, offsets, depends):
         loads.append((array, offsets.tolist()))
         return tears.get(len(loads) - 1, {})
 

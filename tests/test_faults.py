@@ -162,7 +162,7 @@ def test_a_full_run_tears_at_every_load(decode: Artifact) -> None:
     inputs = make_inputs(decode.kernel, case)
     loads: Counter[str] = Counter()
 
-    def count(array: str, offsets: object) -> dict[str, dict[int, int]]:
+    def count(array: str, offsets: object, depends: object) -> dict[str, dict[int, int]]:
         loads[array] += 1
         return {}
 

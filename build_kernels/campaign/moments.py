@@ -30,13 +30,17 @@ CHILD_DIED = "its process died: see the lines above"
 
 @dataclass(kw_only=True)
 class Tearing:
-    """One tear of a launch. wanted: takes a moment, from 1. loads, runs, problems: so far."""
+    """One tear of a launch. wanted: takes a moment, from 1. loads, runs, problems: so far.
+
+    as_next: whether the last moment was found to be as the one after it.
+    """
 
     torn: Torn
     wanted: Callable[[int], bool]
     judge: Callable[[Torn, Result], list[str]]
     loads: int = 0
     runs: int = 0
+    as_next: bool = False
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -61,6 +65,9 @@ def tear_at_moments(
                 if not tearing.problems:
                     problems = tearing.judge(NOTHING, result)
                     tearing.problems = [f"not torn: {problem}" for problem in problems]
+                if not tearing.problems and tearing.as_next:
+                    problems = tearing.judge(tearing.torn, result)
+                    tearing.problems = [f"torn at the end: {problem}" for problem in problems]
             return tearings
         tearing = forks.child
         problems = tearing.judge(tearing.torn, result)
@@ -84,8 +91,13 @@ class _Forks:
                 touched = _bytes_of(changes, sizes[array])
                 self._watched.setdefault(array, []).append((tearing, touched))
 
-    def on_load(self, array: str, offsets: NDArray[Any]) -> Mapping[str, Changes]:
-        """Fork if a torn element is about to be loaded; return the tear to a child."""
+    def on_load(
+        self, array: str, offsets: NDArray[Any], depends: Callable[[Mapping[str, Changes]], bool]
+    ) -> Mapping[str, Changes]:
+        """Fork if a torn element is about to be loaded; return the tear to a child.
+
+        A moment at which nothing depends on the tear is as the next one, or as a tear at the end.
+        """
         if self.child is not None:
             return {}
         for tearing, touched in self._watched.get(array, ()):
@@ -93,8 +105,12 @@ class _Forks:
                 continue
             moment, tearing.loads = tearing.loads, tearing.loads + 1
             wanted = moment > 0 and not tearing.problems and tearing.wanted(moment)
+            if not wanted:
+                continue
+            tearing.runs += 1
+            tearing.as_next = tearing.wanted(moment + 1) and not depends(tearing.torn.arrays)
             where = f"torn at moment {moment}, before a load of {array}"
-            if wanted and self._fork(tearing, where):
+            if not tearing.as_next and self._fork(tearing, where):
                 return tearing.torn.arrays
         return {}
 
@@ -114,7 +130,6 @@ class _Forks:
         with os.fdopen(reading) as pipe:
             sent = pipe.read()
         _, status = os.waitpid(child, 0)
-        tearing.runs += 1
         problems = json.loads(sent) if status == 0 and sent else [CHILD_DIED]
         tearing.problems += [f"{where}: {problem}" for problem in problems]
         return False

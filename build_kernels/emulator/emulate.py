@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.binaries.ptx.syntax import UnsupportedPtx
+from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
+from build_kernels.emulator.instructions.ld_st import Load
+from build_kernels.emulator.instructions.lookahead import Code, Lookahead, live_registers
 from build_kernels.emulator.instructions.table import make_blocks, make_program
-from build_kernels.emulator.lanes import Ints
+from build_kernels.emulator.lanes import LANES, Ints
 from build_kernels.emulator.launch.arguments import Argument, PackedArguments, pack
 from build_kernels.emulator.launch.device_array import DeviceArray
 from build_kernels.emulator.launch.dynamic_shared import check_dynamic_shared
 from build_kernels.emulator.launch.launch import Launch, Schedule, check_launch
-from build_kernels.emulator.launch.tear import OnLoad, tear_arrays
+from build_kernels.emulator.launch.tear import OnLoad, Tear, change, tear_arrays
 from build_kernels.emulator.launch.variables import place_variables
-from build_kernels.emulator.memory.memory import Memory
+from build_kernels.emulator.memory.memory import Access, Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,7 @@ def _emulate(
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             make_blocks(program)  # before a fork: not in each child
-            for array, placed in arrays.items():
-                placed.on_load = partial(_before_load, arrays, on_load, array.name)
+            _Loads(program.code, arrays, on_load)
         machine.run()
     except UnsupportedPtx as error:
         raise PtxError(str(error)) from None
@@ -147,7 +149,36 @@ def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memo
     return arrays
 
 
-def _before_load(
-    arrays: Mapping[DeviceArray, Memory], on_load: OnLoad, name: str, offsets: Ints
-) -> None:
-    tear_arrays(arrays, on_load(name, offsets))
+class _Loads:
+    """The loads of a launch: tear arrays before them. live: made at the first look ahead."""
+
+    def __init__(self, code: Code, arrays: Mapping[DeviceArray, Memory], on_load: OnLoad) -> None:
+        self._code = code
+        self._arrays = arrays
+        self._on_load = on_load
+        for array, placed in arrays.items():
+            placed.on_load = partial(self._before, array)
+
+    @cached_property
+    def live(self) -> list[int]:
+        return live_registers(self._code)
+
+    def _before(self, array: DeviceArray, offsets: Ints, access: Access) -> None:
+        depends = partial(self._depends, array, offsets, access)
+        tear_arrays(self._arrays, self._on_load(array.name, offsets, depends))
+
+    def _depends(self, array: DeviceArray, offsets: Ints, access: Access, tear: Tear) -> bool:
+        """Return False if the launch does not depend on whether this load meets the tear."""
+        if not isinstance(access, ThreadAccess):
+            return True
+        w, lanes = access.warp, access.lanes
+        load = self._code[w.fragment.pc].run
+        if not isinstance(load, Load) or len(lanes) != w.bits.bit_count():
+            return True
+        old = self._arrays[array].data
+        new = old.copy()
+        change(array.name, new.view(array.data.dtype), tear.get(array.name, {}))
+        both = np.zeros((2, LANES, access.size), dtype=np.uint8)
+        both[0, lanes] = old[offsets].reshape(len(lanes), -1)
+        both[1, lanes] = new[offsets].reshape(len(lanes), -1)
+        return Lookahead(w, self._code, self.live).depends(load, both[0], both[1])

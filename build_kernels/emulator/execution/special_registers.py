@@ -13,7 +13,7 @@ from build_kernels.emulator.lanes import LANE_INDEX, LANES, Array
 from build_kernels.emulator.memory.windows import SHARED_RESERVED
 
 _TIMERS = ("%globaltimer", "%globaltimer_lo")
-_CLOCKS = ("%clock", "%clock64", *_TIMERS)
+CLOCKS = ("%clock", "%clock64", *_TIMERS)
 
 _LANE = LANE_INDEX.astype(np.int64)
 _ONE = np.int64(1) << _LANE
@@ -54,7 +54,7 @@ _SCALARS: dict[str, Callable[[Warp], Any]] = {
     "%total_smem_size": lambda w: w.cta.shared_end - SHARED_RESERVED,
 }
 
-SPECIALS = {*_CLOCKS, *_SCALARS, *(f"{name}.{axis}" for name in _VECTORS for axis in "xyz")}
+SPECIALS = {*CLOCKS, *_SCALARS, *(f"{name}.{axis}" for name in _VECTORS for axis in "xyz")}
 
 
 def special(w: Warp, name: str, dtype: Any) -> Array:
@@ -62,7 +62,7 @@ def special(w: Warp, name: str, dtype: Any) -> Array:
     if name in _TIMERS:
         w.grid.timer_reads += 1
         return np.full(LANES, w.grid.nanoseconds + w.grid.steps, dtype=np.uint64).astype(dtype)
-    if name in _CLOCKS:
+    if name in CLOCKS:
         return np.full(LANES, w.grid.steps, dtype=np.uint64).astype(dtype)
     values = w.specials.get((name, dtype))
     if values is None:

@@ -11,7 +11,7 @@ import numpy as np
 from build_kernels.binaries.ptx import syntax
 from build_kernels.emulator.access.release import SCOPES
 from build_kernels.emulator.access.state_spaces import SPACES
-from build_kernels.emulator.execution.special_registers import SPECIALS, special
+from build_kernels.emulator.execution.special_registers import CLOCKS, SPECIALS, special
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.lanes import LANES, Array, Mask
 from build_kernels.emulator.memory.access_records import GPU_SCOPE, WEAK
@@ -26,7 +26,7 @@ class Source:
     """A source operand: `get(warp)` returns 32 values; `registers` are the ones it reads.
 
     That of one register returns `convert` of its value, if there is one to apply. values: those
-    of an operand that is the same for every warp.
+    of an operand that is the same for every warp. steady: a warp always reads the same.
     """
 
     get: Callable[[Warp], Any]
@@ -34,6 +34,7 @@ class Source:
     constant: int | float | None = None
     convert: Callable[[Array], Array] | None = None
     values: Array | None = None
+    steady: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Destination:
         """Write 32 values, and their poison."""
         if self.register >= 0:
             w.put(self.register, value if self.convert is None else self.convert(value), taint)
+
+    def converted(self, value: Array) -> Array:
+        """Return a value as the register holds it."""
+        return value if self.convert is None else self.convert(value)
 
 
 def of_register(index: int, convert: Callable[[Array], Array] | None) -> Source:
@@ -163,7 +168,7 @@ class Decoding:
             name = operand.name
             if name not in SPECIALS:
                 raise self.error(f"unknown special register {name}")
-            return Source(lambda w: special(w, name, dtype))
+            return Source(lambda w: special(w, name, dtype), steady=name not in CLOCKS)
         if isinstance(operand, syntax.Symbol):
             return self._symbol(operand.name, dtype)
         raise self.error(f"operand {operand} cannot be read as .{kind}")
@@ -251,6 +256,7 @@ class Decoding:
         inner = self.source(base, "u32" if narrow else "u64")
         known = self.context.parameters.get(base.name) if isinstance(base, syntax.Symbol) else None
         constant = None if known is None else known + offset
+
         if offset == 0:
             return Source(lambda w: inner.get(w).astype(np.int64), inner.registers, constant)
         return Source(lambda w: inner.get(w).astype(np.int64) + offset, inner.registers, constant)

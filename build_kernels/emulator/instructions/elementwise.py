@@ -51,6 +51,11 @@ class Elementwise:
         for target, value in zip(self.targets, values, strict=True):
             target(w, value, taint)
 
+    def results(self, operands: Sequence[Array]) -> Sequence[Array]:
+        """Return the value of each target."""
+        values = self.compute(*operands)
+        return values if self._target is None else (values,)
+
     def taint(self, w: Warp) -> Mask | None:
         """Return the poison of the results."""
         return w.taint(self.registers)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
 from build_kernels.emulator.access.state_spaces import locate
+from build_kernels.emulator.execution.interruption import Interruption
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import (
     Decoder,
     Decoding,
+    Destination,
     Source,
     items,
     registers_of,
@@ -24,7 +29,7 @@ from build_kernels.emulator.instructions.generic_access import (
     value_states,
     write_bytes,
 )
-from build_kernels.emulator.lanes import LANES, Mask, any_of
+from build_kernels.emulator.lanes import LANES, Array, Mask, any_of
 from build_kernels.emulator.memory.memory import POISON_BYTE, VALID
 from build_kernels.emulator.numerics.types import DTYPE
 
@@ -84,7 +89,27 @@ def load(d: Decoding) -> Run:
     if space == "param" and isinstance(at, int) and at % size == 0 and not scope:
         if at + size <= d.context.parameter_bytes:
             return Elementwise([_parameter(at, kind, count)], writes, same)
-    return lane_by_lane(run) if scope else run
+    return lane_by_lane(run) if scope else Load(run, where.registers, writes, dtype)
+
+
+class Load:
+    """A weak load; registers: those of its address."""
+
+    def __init__(
+        self, run: Run, registers: Sequence[int], targets: Sequence[Destination], dtype: Any
+    ) -> None:
+        self._run = run
+        self.registers = registers
+        self.targets = targets
+        self._dtype = dtype
+
+    def __call__(self, w: Warp) -> Interruption:
+        return self._run(w)
+
+    def values(self, data: Array) -> list[Array]:
+        """Return what each target holds after a load of [32, bytes]."""
+        found = data.view(self._dtype)
+        return [np.ascontiguousarray(found[:, i]) for i in range(len(self.targets))]
 
 
 def _parameter(at: int, kind: str, count: int) -> Source:

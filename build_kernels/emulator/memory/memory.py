@@ -52,7 +52,7 @@ class Memory:
     tracked: keep access records; read-only memory needs none. always_valid: no byte is ever poison
     or an mbarrier. dependent: the grid before this one may still write it. foreign: threads of a
     CTA that does not own it have records here. on_load: called before each read, with the offsets
-    of the bytes; it may change `data`.
+    of the bytes and the access; it may change `data`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Memory:
         self.tracked = tracked and not read_only
         self.foreign = False
         self.always_valid = read_only and initial is not None
-        self.on_load: Callable[[Ints], None] | None = None
+        self.on_load: Callable[[Ints, Access], None] | None = None
         if initial is None:
             self.data = np.full(size, POISON_BYTE, dtype=np.uint8)
             self.state = np.zeros(size, dtype=np.uint8)
@@ -95,7 +95,7 @@ class Memory:
     def note_read(self, offsets: Ints, access: Access) -> None:
         """Check and record a read of the bytes at `offsets` (flat), before the bytes are read."""
         if self.on_load is not None:
-            self.on_load(offsets)
+            self.on_load(offsets, access)
         if not self.tracked:
             return
         if self._writes is not None:

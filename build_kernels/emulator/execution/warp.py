@@ -261,8 +261,9 @@ class Warp(WarpClocks):
             if not ready:
                 return
             fragment = min(ready, key=lambda f: f.pc) if len(ready) > 1 else ready[0]
-            others = [f.pc for f in self.fragments if f is not fragment]
-            stop = min((pc for pc in others if pc > fragment.pc), default=NOWHERE)
+            others = len(self.fragments) > 1
+            later = [f.pc for f in self.fragments if f.pc > fragment.pc] if others else []
+            stop = min(later, default=NOWHERE)
             self.fragment = fragment
             while self.budget > 0:
                 step = self._code[fragment.pc]

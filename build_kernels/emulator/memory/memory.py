@@ -123,7 +123,7 @@ class Memory:
         before = row[offsets]
         if access.is_one and len(before) > 1 and all_of(before == before[0]):
             before = before[:1]
-        if not before.any():
+        if not np.count_nonzero(before):
             return
         ordered = access.ordered(before, what != "read-write")
         if all_of(ordered):

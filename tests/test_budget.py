@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tomllib
 import zipfile
@@ -217,6 +218,19 @@ def test_a_budget_that_is_exceeded_fails_in_each_form(place) -> None:
     assert {"what": "router_topk.sm_90a registers"}.items() <= rows[-1].items()
     assert call(*place, "--update").exit_code == 0
     assert place[-1].read_text() == text
+
+
+def test_what_changed_since_older_budgets_is_listed_in_each_form(place, tmp_path: Path) -> None:
+    before = tmp_path / "before.toml"
+    text = place[-1].read_text()
+    size = tomllib.loads(text)["kernels"]["router_topk"]["sm_90a"]["cubin_bytes"]
+    before.write_text(text.replace(f"cubin_bytes = {size}", "cubin_bytes = 7"))
+    for form in ((), ("--markdown",), ("--json",)):
+        result = call(*place, *form, "--since", before)
+        assert result.exit_code == 0
+        words = re.findall(r"router_topk\.sm_90a cubin_bytes|\b7\b|\b\d{5}\b", result.stdout)
+        assert sorted(words) == sorted(["7", str(size), "router_topk.sm_90a cubin_bytes"])
+    assert "cubin_bytes" not in call(*place, "--since", place[-1]).stdout
 
 
 def write_wheel(path: Path, size: int) -> Path:

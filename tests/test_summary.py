@@ -18,7 +18,9 @@ case "$FAILS" in "$1 "*) exit "${FAILS#* }";; esac
 """
 
 
-def summarise(folder: Path, fails: str = "", base: str = "HEAD") -> tuple[int, str]:
+def summarise(
+    folder: Path, fails: str = "", base: str = "HEAD", *, budgets: bool = True
+) -> tuple[int, str]:
     """Run write_summary with a builder that fails so; return the status and the summary."""
     if not (ROOT / ".ci" / "run").is_file() or shutil.which("git") is None:
         pytest.skip("not run: no .ci/run here, or no git")
@@ -27,9 +29,14 @@ def summarise(folder: Path, fails: str = "", base: str = "HEAD") -> tuple[int, s
     )
     assert function is not None
     (folder / "bin").mkdir()
+    (folder / "artifacts").mkdir()
     (folder / "bin" / "build-kernels").write_text(FAKE)
     (folder / "bin" / "build-kernels").chmod(0o755)
     subprocess.run(["git", "init", "-q", folder], check=True)
+    if budgets:
+        (folder / "build_kernels").mkdir()
+        (folder / "build_kernels" / "budgets.toml").write_text("")
+        subprocess.run(["git", "-C", folder, "add", "build_kernels"], check=True)
     identity = ("-c", "user.name=a", "-c", "user.email=a@b")
     commit = ("commit", "-q", "--allow-empty", "-m", "One")
     subprocess.run(["git", "-C", folder, *identity, *commit], check=True)
@@ -50,19 +57,26 @@ def summarise(folder: Path, fails: str = "", base: str = "HEAD") -> tuple[int, s
 def test_it_has_a_part_of_each_command(tmp_path: Path) -> None:
     status, text = summarise(tmp_path)
     assert status == 0
-    assert re.findall(r"^ran (\S+)", text, re.M) == ["diff", "reproduce", "faults", "budget"]
+    assert re.findall(r"^ran (\S+)", text, re.M) == ["diff", "reproduce", "verify", "budget"]
     assert "ran diff HEAD artifacts --markdown" in text
-    assert "ran faults --quick" in text
+    assert "ran verify --quick --rung faults" in text
 
 
 @pytest.mark.parametrize(
     ("fails", "status"),
-    [("diff 1", 0), ("diff 2", 1), ("reproduce 1", 1), ("faults 1", 1), ("budget 1", 1)],
+    [("diff 1", 0), ("diff 2", 1), ("reproduce 1", 1), ("verify 1", 1), ("budget 1", 1)],
 )
 def test_a_change_is_no_failure_and_all_else_is(fails: str, status: int, tmp_path: Path) -> None:
     found, text = summarise(tmp_path, fails)
     assert found == status
     assert text.count("ran ") == 4, "what failed does not hide the rest"
+
+
+@pytest.mark.parametrize("budgets", [True, False])
+def test_budgets_are_compared_with_those_of_the_base(budgets: bool, tmp_path: Path) -> None:
+    status, text = summarise(tmp_path, budgets=budgets)
+    assert status == 0
+    assert ("--since ./before.toml" in text.replace(str(tmp_path), ".")) == budgets
 
 
 @pytest.mark.parametrize("base", ["HEAD^", "none", "-x", ""])

@@ -20,7 +20,7 @@ from build_kernels.specs import KERNELS as SPECS
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, find_artifacts, open_artifacts
 
-from .budgets import KERNELS, Verdict, judge, read_budgets, renewed, write_budgets
+from .budgets import KERNELS, Verdict, changes, judge, read_budgets, renewed, write_budgets
 from .measure import gpu_numbers, kernel_numbers, start_numbers, wheel_numbers
 from .render import markdown_safe
 
@@ -45,6 +45,11 @@ BUDGETS = Path(__file__).parents[1] / "budgets.toml"
     default=BUDGETS,
     help="The file of budgets. Default: budgets.toml of build_kernels.",
 )
+@click.option(
+    "--since",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="List what changed since this older file of budgets.",
+)
 @shown_option
 @json_option
 @click.option("--markdown", is_flag=True, help="Print Markdown on stdout, as for a review.")
@@ -53,6 +58,7 @@ def budget_command(
     wheel: Path | None,
     bench: Path | None,
     budgets: Path,
+    since: Path | None,
     artifacts: Path | None,
     as_json: bool,
     markdown: bool,
@@ -78,6 +84,8 @@ def budget_command(
             changed = sum(old.get(p) != limits.get(p) for p in old.keys() | limits.keys())
             say(f"{changed} budgets changed in {budgets}")
         verdict = judge(measured, limits)
+        if since:
+            verdict = replace(verdict, changed=changes(read_budgets(since), limits))
         if report and report.method.manifest_sha256 != _manifest_sha256(opened.folder):
             note = f"{bench} measured the kernels of another manifest than that of {opened.folder}"
             verdict = replace(verdict, notes=(note,))
@@ -98,6 +106,11 @@ def print_verdict(verdict: Verdict) -> None:
         for row in verdict.exceeded:
             table.add_row(escape(row.what), escape(row.got), escape(row.allowed))
         results(width=120).print(table)
+    if verdict.changed:
+        table = Table("budget", "before", "now")
+        for change in verdict.changed:
+            table.add_row(escape(change.what), escape(change.before), escape(change.now))
+        results(width=120).print(table)
     for line in _summary(verdict):
         print(line)
 
@@ -109,6 +122,12 @@ def to_markdown(verdict: Verdict) -> str:
         lines += ["| what | got | allowed |", "| --- | --- | --- |"]
         for row in verdict.exceeded:
             cells = (markdown_safe(cell) for cell in (row.what, row.got, row.allowed))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    if verdict.changed:
+        lines += ["| budget | before | now |", "| --- | --- | --- |"]
+        for each in verdict.changed:
+            cells = (markdown_safe(cell) for cell in (each.what, each.before, each.now))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines += (f"- {markdown_safe(line)}" for line in _summary(verdict))

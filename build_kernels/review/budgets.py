@@ -65,11 +65,21 @@ class Excess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """A budget that another file of budgets has otherwise, or not at all: "none"."""
+
+    what: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """How a set stands to its budgets; names of budgets are as `shown` returns them.
 
     loose: those of kernels above what was measured. not_measured: those without a measurement.
     no_budget: times and sizes without a budget, which fail nothing; a kernel without one does.
+    changed: what differs from another file of budgets, if one was given.
     """
 
     held: int
@@ -78,6 +88,20 @@ class Verdict:
     not_measured: tuple[str, ...]
     no_budget: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    changed: tuple[Change, ...] = ()
+
+
+def changes(before: Numbers, now: Numbers) -> tuple[Change, ...]:
+    """Return the budgets that differ, in the order of the file."""
+
+    def at(numbers: Numbers, place: Place) -> str:
+        return _number(numbers[place]) if place in numbers else "none"
+
+    return tuple(
+        Change(what=shown(place), before=at(before, place), now=at(now, place))
+        for place in sorted(before.keys() | now.keys(), key=_order)
+        if before.get(place) != now.get(place)
+    )
 
 
 def read_budgets(path: Path) -> dict[Place, float]:

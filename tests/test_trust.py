@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[Callable[[World], object], str]] = {
     },
     "a policy file that is not there": (trust("/no/policy.json"), "No such file"),
     "an empty path": (trust(""), "got an empty string"),
-    "a path with a NUL": (trust("a\0b"), "embedded null byte"),
+    "a path with a NUL": (trust("a\0b"), "embedded null"),
     "a policy file that is empty": (policy_file(""), "not valid JSON"),
     "a policy file with a comment": (policy_file("# keys\n{}"), "not valid JSON"),
     "a policy file that is a list": (policy_file("[]"), "expected an object"),

@@ -3,7 +3,8 @@
 Two tears differ for a launch only if it loads a torn element between them. So the moments of a tear
 are the loads of its elements, but for the first: before that one nothing has seen the old contents.
 The launch up to a moment is emulated once, in the parent. A child finishes it, judges it and sends
-its problems through a pipe. One child runs at a time.
+its problems through a pipe. One child runs at a time. A moment on which nothing depends is not
+forked: see emulator/instructions/lookahead.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -100,16 +101,11 @@ def budget_command(
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """Print the budgets that are not held, and what was not measured."""
-    if verdict.exceeded:
-        table = Table("what", "got", "allowed")
-        for row in verdict.exceeded:
-            table.add_row(escape(row.what), escape(row.got), escape(row.allowed))
-        results(width=120).print(table)
-    if verdict.changed:
-        table = Table("budget", "before", "now")
-        for change in verdict.changed:
-            table.add_row(escape(change.what), escape(change.before), escape(change.now))
+    """Print the budgets that are not held, those that changed, and what was not measured."""
+    for heads, rows in _tables(verdict):
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*map(escape, row))
         results(width=120).print(table)
     for line in _summary(verdict):
         print(line)
@@ -118,20 +114,23 @@ def print_verdict(verdict: Verdict) -> None:
 def to_markdown(verdict: Verdict) -> str:
     """Return the verdict as a reviewer reads it."""
     lines = ["## Budgets", ""]
-    if verdict.exceeded:
-        lines += ["| what | got | allowed |", "| --- | --- | --- |"]
-        for row in verdict.exceeded:
-            cells = (markdown_safe(cell) for cell in (row.what, row.got, row.allowed))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if verdict.changed:
-        lines += ["| budget | before | now |", "| --- | --- | --- |"]
-        for each in verdict.changed:
-            cells = (markdown_safe(cell) for cell in (each.what, each.before, each.now))
-            lines.append(f"| {' | '.join(cells)} |")
+    for heads, rows in _tables(verdict):
+        lines += [f"| {' | '.join(heads)} |", "| --- | --- | --- |"]
+        lines += (f"| {' | '.join(map(markdown_safe, row))} |" for row in rows)
         lines.append("")
     lines += (f"- {markdown_safe(line)}" for line in _summary(verdict))
     return "\n".join(lines)
+
+
+_Row = tuple[str, str, str]
+
+
+def _tables(verdict: Verdict) -> Iterator[tuple[_Row, list[_Row]]]:
+    """Yield the heads and the rows of each table that has any."""
+    if verdict.exceeded:
+        yield ("what", "got", "allowed"), [(e.what, e.got, e.allowed) for e in verdict.exceeded]
+    if verdict.changed:
+        yield ("budget", "before", "now"), [(c.what, c.before, c.now) for c in verdict.changed]
 
 
 def _summary(verdict: Verdict) -> list[str]:

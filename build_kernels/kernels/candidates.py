@@ -163,6 +163,34 @@ def merge(
 
 
 @cute.jit
+def select_alone(
+    keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32, is_padding
+):
+    """Take the top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take.
+
+    take_top_k needs runs of consecutive experts, while `lane_expert` leaves 8 between two.
+    """
+    expert = 2 * cute.arch.lane_idx()
+    source = expert // 16 * 8 + expert % 8
+    is_upper = expert % 16 >= 8
+    # (2,): experts 2 l and 2 l + 1
+    ordered_keys = cute.make_rmem_tensor((2,), Uint32)
+    ordered_scores = cute.make_rmem_tensor((2,), Float32)
+    for i in cutlass.range_constexpr(2):
+        ordered_keys[i] = choose(
+            is_upper,
+            cute.arch.shuffle_sync(keys[1], source + i),
+            cute.arch.shuffle_sync(keys[0], source + i),
+        )
+        ordered_scores[i] = choose(
+            is_upper,
+            cute.arch.shuffle_sync(scores[1], source + i),
+            cute.arch.shuffle_sync(scores[0], source + i),
+        )
+    return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise, is_padding)
+
+
+@cute.jit
 def candidates_of(
     workspace: cute.Pointer,
     token: Int32,

@@ -27,7 +27,7 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import merge, own_candidates, publish
+from build_kernels.kernels.candidates import merge, own_candidates, publish, select_alone
 from build_kernels.kernels.gemm import TileGemm, k_slice
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logits
@@ -59,7 +59,6 @@ from build_kernels.kernels.top_k import (
     PADDING_KEY,
     ranked_key,
     selection_key,
-    take_top_k,
 )
 
 # The launch parameters after the tensor maps, as dsv4_router_runtime/parameters.py orders them.
@@ -220,7 +219,7 @@ class RouterDecode:
                 for i in cutlass.range_constexpr(2):
                     keys[i] = choose(is_padded, Uint32(PADDING_KEY), keys[i])
                 if num_tiles == 1:
-                    best = self.select_alone(keys, scores, args.top_k, output.shared_id, is_padded)
+                    best = select_alone(keys, scores, args.top_k, output.shared_id, is_padded)
                     self.store(storage, args, token, warp, flags, output, (*best, is_padded))
                     store_logits(args, token, flags & HAS_LOGITS != 0, experts, logits)
                 else:
@@ -402,33 +401,6 @@ class RouterDecode:
             is_beyond = experts[i] >= args.num_experts
             keys[i] = choose(is_beyond, Uint32(NOT_A_CANDIDATE), keys[i])
         return keys, scores, logits
-
-    @cute.jit
-    def select_alone(
-        self, keys: cute.Tensor, scores: cute.Tensor, top_k: Int32, otherwise: Int32, is_padding
-    ):
-        """Take the top_k of the only tile: give lane l experts 2 l and 2 l + 1, then take.
-
-        take_top_k needs runs of consecutive experts, while `lane_expert` leaves 8 between two.
-        """
-        expert = 2 * cute.arch.lane_idx()
-        source = expert // 16 * 8 + expert % 8
-        is_upper = expert % 16 >= 8
-        # (2,): experts 2 l and 2 l + 1
-        ordered_keys = cute.make_rmem_tensor((2,), Uint32)
-        ordered_scores = cute.make_rmem_tensor((2,), Float32)
-        for i in cutlass.range_constexpr(2):
-            ordered_keys[i] = choose(
-                is_upper,
-                cute.arch.shuffle_sync(keys[1], source + i),
-                cute.arch.shuffle_sync(keys[0], source + i),
-            )
-            ordered_scores[i] = choose(
-                is_upper,
-                cute.arch.shuffle_sync(scores[1], source + i),
-                cute.arch.shuffle_sync(scores[0], source + i),
-            )
-        return take_top_k(ordered_keys, ordered_scores, expert, top_k, otherwise, is_padding)
 
     @cute.jit
     def store(

@@ -17,9 +17,8 @@ from dsv4_router_runtime.errors import (
     printable,
 )
 
-# Shapes of the names and hashes in these documents, and how errors call them.
+# Shapes of the names in these documents, and how errors call them.
 ARTIFACT_NAME = r"[a-z][a-z0-9_]{0,63}\.sm_[1-9][0-9]{1,2}[af]?", "a kernel and architecture"
-SHA256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
 MAX_NAME = 400
 
 T = TypeVar("T")

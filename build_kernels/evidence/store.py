@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_kernels.files import replace_file
-from dsv4_router_runtime.artifacts.json_reader import JsonNode
+from dsv4_router_runtime.artifacts.json_reader import SHA256, JsonNode
 from dsv4_router_runtime.artifacts.kernel import Kernel
 
-from .document import ARTIFACT_NAME, SHA256, Document
+from .document import ARTIFACT_NAME, Document
 from .result import FULL, NOT_RUN, PASSED, QUICK, Result, parse_result, result_json
 from .rungs import RUNGS, hardware
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.building.router_wheel import read_wheel
-from build_kernels.evidence.document import SHA256
 from dsv4_router_runtime.artifacts.evidence import PASSED, STATUSES
 from dsv4_router_runtime.artifacts.files import (
     MAX_CODE_BYTES,
@@ -24,7 +23,7 @@ from dsv4_router_runtime.artifacts.files import (
     reason_of,
 )
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
-from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
+from dsv4_router_runtime.artifacts.json_reader import SHA256, JsonNode, read_json
 from dsv4_router_runtime.artifacts.kernel import ARCHITECTURE
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, parse_manifest
 from dsv4_router_runtime.artifacts.parameter_schema import NAME

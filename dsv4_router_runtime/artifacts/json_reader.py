@@ -23,6 +23,8 @@ from .files import MAX_JSON_BYTES
 T = TypeVar("T")
 V = TypeVar("V")
 
+# For JsonNode.string.
+SHA256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
 MAX_INTEGER = 2**63 - 1
 MAX_SHOWN = 80
 # Of JSON values that a schema leaves free; those that are written nest 4 deep.

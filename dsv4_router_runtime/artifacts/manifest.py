@@ -21,7 +21,7 @@ from typing import Any
 
 from dsv4_router_runtime.parameters import DTYPES, TILE_EXPERTS
 
-from .json_reader import JsonNode, read_json
+from .json_reader import SHA256, JsonNode, read_json
 from .kernel import (
     ARCHITECTURE,
     GRID_TERMS,
@@ -166,16 +166,15 @@ def _kernel(node: JsonNode) -> Kernel:
     file = cubin_name(name, arch)
     if at["file"].value != file:
         raise at["file"].expected(f'"{file}"')
-    sha256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
     kernel = Kernel(
         name=name,
         arch=arch,
         role=role,
         file=file,
         symbol=at["symbol"].string(r"[A-Za-z_$][A-Za-z0-9_$]{0,255}", "a symbol name"),
-        cubin_sha256=at["cubin_sha256"].string(*sha256),
-        ptx_sha256=at["ptx_sha256"].string(*sha256),
-        source_digest=at["source_digest"].string(*sha256),
+        cubin_sha256=at["cubin_sha256"].string(*SHA256),
+        ptx_sha256=at["ptx_sha256"].string(*SHA256),
+        source_digest=at["source_digest"].string(*SHA256),
         problem=_problem(at["problem"], role),
         launch=_launch(at["launch"]),
         parameters=read_parameters(at["parameters"]),

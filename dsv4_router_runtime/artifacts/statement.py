@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .json_reader import JsonNode, read_json
+from .json_reader import SHA256, JsonNode, read_json
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -60,5 +60,5 @@ def _statement(node: JsonNode) -> Statement:
         if name in subjects:
             raise subject["name"].error(f"{name} is named twice")
         digest = subject["digest"].known_members("sha256")
-        subjects[name] = digest["sha256"].string(r"[0-9a-f]{64}", "64 lower-case hex digits")
+        subjects[name] = digest["sha256"].string(*SHA256)
     return Statement(subjects=subjects, release=read_release(external["release"]))

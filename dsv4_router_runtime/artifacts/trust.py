@@ -23,7 +23,7 @@ from dsv4_router_runtime.errors import ManifestError, TrustError
 from .dsse import ENVELOPE_NAME, MAX_ENVELOPE_BYTES, Envelope, parse_envelope, read_base64
 from .ed25519 import KeyFormatError, PublicKey
 from .files import read_file, reason_of
-from .json_reader import JsonNode, read_json
+from .json_reader import SHA256, JsonNode, read_json
 from .statement import PAYLOAD_TYPE, numbers_of, parse_statement, read_release
 
 TRUST_VARIABLE = "DSV4_ROUTER_TRUST"
@@ -32,7 +32,6 @@ Trust = str | os.PathLike[str] | Mapping[str, object]
 MAX_POLICY_BYTES = 2**16
 MAX_KEYS = 16
 MAX_REVOKED = 512
-_SHA256 = r"[0-9a-f]{64}"
 _SHOWN_KEYID = 12
 
 _POLICY_STEP = (
@@ -167,7 +166,7 @@ def read_policy(trust: Trust, *, source: str) -> Policy:
     if not named:
         # An unset variable of a shell looks so: it was meant to name something.
         raise _bad_policy(source, "expected a path or a sha256 (got an empty string)")
-    if isinstance(trust, str) and re.fullmatch(_SHA256, named):
+    if isinstance(trust, str) and re.fullmatch(SHA256[0], named):
         return PinnedManifest(sha256=named, source=source)
     try:
         text = read_file(named, most_bytes=MAX_POLICY_BYTES)
@@ -199,12 +198,13 @@ def _policy(node: JsonNode) -> Policy:
     revoked = at["revoked"].items("a list of sha256") if "revoked" in at else []
     if len(revoked) > MAX_REVOKED:
         raise at["revoked"].error(f"expected at most {MAX_REVOKED} sha256 (got {len(revoked)})")
-    what = "the sha256 of a key or of a manifest, 64 lower-case hex digits"
+    pattern, digits = SHA256
+    what = f"the sha256 of a key or of a manifest, {digits}"
     return SignaturePolicy(
         keys=keys,
         threshold=at["threshold"].integer(1, len(keys)) if "threshold" in at else 1,
         min_release=read_release(at["min_release"]) if "min_release" in at else "0",
-        revoked=frozenset(item.string(_SHA256, what) for item in revoked),
+        revoked=frozenset(item.string(pattern, what) for item in revoked),
         source=node.source,
     )
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.evidence.artifact import Artifact
-from build_kernels.evidence.document import ARTIFACT_NAME, MAX_NAME, SHA256, Document
+from build_kernels.evidence.document import ARTIFACT_NAME, MAX_NAME, Document
 from build_kernels.evidence.result import FAILED, NOT_RUN, PASSED, Result, not_run
 from build_kernels.files import replace_file
-from dsv4_router_runtime.artifacts.json_reader import JsonNode
+from dsv4_router_runtime.artifacts.json_reader import SHA256, JsonNode
 from dsv4_router_runtime.artifacts.kernel import Kernel
 
 from .rung import Reads, Rung, counted

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from build_kernels.building.compilers import NVRTC_DISTRIBUTION
 from build_kernels.building.plan import PTXAS, packaging_problem
+from build_kernels.git import GitError, NoGitError, git
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, ArtifactSet, subjects
 from dsv4_router_runtime.artifacts.manifest import SCHEMA_VERSION, parse_manifest
@@ -142,11 +142,9 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _run_git(root: Path, *arguments: str) -> bytes:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True)
-    except FileNotFoundError as error:
+        return git(*arguments, folder=root)
+    except NoGitError as error:
         raise SigningError("no git is installed, which tells the commit to sign for") from error
-    except subprocess.CalledProcessError as error:
-        told = error.stderr.decode(errors="replace").strip() or f"git exits {error.returncode}"
-        reason = told.splitlines()[-1]
+    except GitError as error:
+        reason = str(error).splitlines()[-1]
         raise SigningError(f"{root}: no commit to sign for ({reason})") from error
-    return done.stdout

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import site
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels.building.build import BuildError
+from build_kernels.git import GitError, NoGitError, git
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,18 +152,17 @@ def make_place(base: Path, around: Surroundings, source: Source, built: Sequence
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(_ROOT), *arguments]
+    problem = "" if (_ROOT / "pyproject.toml").is_file() else f"{_ROOT} is none"
     try:
         # A name need not be text.
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="surrogateescape", check=False
-        )
-        problem = done.stderr.strip() if done.returncode else ""
-    except FileNotFoundError:
+        output = git(*arguments, folder=_ROOT).decode(errors="surrogateescape")
+    except NoGitError:
         problem = "git is not installed"
-    if problem or not (_ROOT / "pyproject.toml").is_file():
+    except GitError as error:
+        problem = str(error)
+    if problem:
         raise BuildError(
             "reproduce takes the files and the date of a commit, so it needs git and a checkout: "
-            f"{problem or f'{_ROOT} is none'}; clone the repository and run it there"
+            f"{problem}; clone the repository and run it there"
         )
-    return done.stdout
+    return output

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from build_kernels.building.router_wheel import read_wheel
+from build_kernels.git import GitError, NoGitError, git
 from dsv4_router_runtime.artifacts.evidence import PASSED, STATUSES
 from dsv4_router_runtime.artifacts.files import (
     MAX_CODE_BYTES,
@@ -114,12 +114,11 @@ def _git_ref(ref: str) -> Side:
 def _git(*arguments: str) -> bytes | None:
     """Return a git command's output; None if it fails, SideError if it cannot be run."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, timeout=_GIT_SECONDS, check=False
-        )
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return git(*arguments, seconds=_GIT_SECONDS)
+    except GitError:
+        return None
+    except NoGitError as error:
         raise SideError(f"git cannot be run to compare refs ({error})") from error
-    return None if done.returncode else done.stdout
 
 
 def _side(name: str, read: Reader) -> Side:

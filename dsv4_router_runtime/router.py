@@ -11,11 +11,12 @@ import torch
 
 from .artifacts.folder import ArtifactSet, open_artifacts
 from .binding import Binding, require_gpu
-from .call import NO_OPTIONS, RareKeywords, check_call, check_call_options, plainly_right
+from .call import RareKeywords, check_call, check_call_options, plainly_right
 from .checks import check_bool
 from .device import driver
+from .device.arguments import NO_OPTIONS
+from .device.capture import CALL_OUTSIDE, refuse_under_capture
 from .device.memory import wait_for_device
-from .device.streams import CALL_OUTSIDE, refuse_under_capture
 from .layer import OPTIONS_OFF, LayerOptions, check_layer, complete_options, options_on
 
 # The tensors of a layer that every call reads where they lie, and the one that is copied.

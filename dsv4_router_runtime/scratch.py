@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from .device import driver
-from .device.memory import allocated_bytes, read, wait_for_device, zero
+from .device.capture import CALL_OUTSIDE, refuse_under_capture
+from .device.memory import allocated_bytes, zero
 from .device.occupancy import Fallback, fallbacks
-from .device.streams import CALL_OUTSIDE, refuse_under_capture
-from .device.workspace import Workspace, workspaces_on
-from .errors import RouterError
+from .device.workspace import check_zeroed, idle_workspaces, workspaces_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +78,9 @@ def check(device: torch.device | int | str | None = None) -> None:
     fault: memory that was unmapped and mapped anew, a write by another kernel, or a launch that was
     ended. `reset` repairs it. No graph may be under capture meanwhile, in any thread, and no call.
     """
-    for space in _idle_workspaces(_usable_gpu(device), "scratch would have to be read"):
-        for chunk in space.pools[True].chunks:
-            content = read(chunk.index, chunk.address, chunk.size)
-            if content.count(0) != chunk.size:
-                at = next(at for at, byte in enumerate(content) if byte)
-                raise RouterError(
-                    f"{_owner(space, chunk.address + at)}: expected zeroed scratch (got byte "
-                    f"{content[at]:#04x} at address {chunk.address + at:#x}); a launch would route "
-                    "wrongly or fail: call dsv4_router_runtime.reset()"
-                )
+    index = _usable_gpu(device)
+    refuse_under_capture("scratch would have to be read", CALL_OUTSIDE)
+    check_zeroed(index)
 
 
 def reset(device: torch.device | int | str | None = None) -> None:
@@ -98,38 +90,16 @@ def reset(device: torch.device | int | str | None = None) -> None:
     may be under capture meanwhile, in any thread, and no call. Copies of weights are the layers':
     see `Router.reset`.
     """
-    for space in _idle_workspaces(_usable_gpu(device), "scratch would have to be zeroed"):
+    index = _usable_gpu(device)
+    refuse_under_capture("scratch would have to be zeroed", CALL_OUTSIDE)
+    for space in idle_workspaces(index):
         zero(
-            space.device.index,
+            index,
             *((chunk.address, chunk.size) for chunk in space.pools[True].chunks),
         )
         for slot in list(space.slots.values()):
             with slot.lock:
                 slot.logits = None
-
-
-def _idle_workspaces(index: int, what: str) -> list[Workspace]:
-    refuse_under_capture(what, CALL_OUTSIDE)
-    spaces = workspaces_on(index)
-    if spaces:
-        wait_for_device(index)
-    for space in spaces:
-        space.release_ended()
-    return spaces
-
-
-def _owner(space: Workspace, address: int) -> str:
-    """Name the slot that `address` lies in."""
-    for key, slot in space.slots.items():
-        if slot.zeroed <= address < slot.zeroed + space.layout.zeroed_bytes:
-            return f"stream {key:#x}" if key >= 0 else f"foreign stream with id {~key}"
-    for identifier, capture in space.captures.items():
-        for piece in capture.pieces:
-            if piece.address <= address < piece.address + piece.size:
-                sharing = piece.num_captures
-                share = "" if sharing == 1 else f", whose scratch {sharing} captures share"
-                return f"capture {identifier}{share}"
-    return "scratch of no stream and no capture"
 
 
 def _usable_gpu(device: torch.device | int | str | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from cuda.bindings import driver as real
 from gpu_recorder import replace_gpu
 
-from dsv4_router_runtime import binding, log
+from dsv4_router_runtime import binding, log, steps
 from dsv4_router_runtime.device import driver, launch_site, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 
@@ -23,8 +23,8 @@ _ABOVE = [
     (driver, "is_primary_current"),
     (load, "load_kernel"),
     (tensor_map, "encode_tensor_map"),
-    (binding, "encode_tensor_map"),
-    (binding, "ask_room"),
+    (steps, "encode_tensor_map"),
+    (steps, "ask_room"),
     (binding, "is_lasting"),
     (launch_site, "launch_config"),
     (LaunchSite, "launch"),

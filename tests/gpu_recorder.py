@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from fake_driver import FakeDriver
 
-from dsv4_router_runtime import Router, binding, log, router, scratch
+from dsv4_router_runtime import Router, binding, log, router, scratch, steps
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import (
     driver,
@@ -94,12 +94,12 @@ def replace_gpu(monkeypatch) -> Gpu:
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,
         "is_lasting": lambda index, stream: stream not in gpu.foreign,
-        "encode_tensor_map": gpu.encode,
-        "ask_room": gpu.room,
         "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
         "wait_for_current_stream": lambda device: None,
     }.items():
         monkeypatch.setattr(binding, name, value)
+    monkeypatch.setattr(steps, "encode_tensor_map", gpu.encode)
+    monkeypatch.setattr(steps, "ask_room", gpu.room)
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(scratch, "gpu_index", lambda device: None)
     monkeypatch.setattr(router, "require_gpu", lambda device: None)
@@ -160,7 +160,7 @@ def keep_first_step(monkeypatch, bound: Router) -> None:
 
 
 def pretend_many_devices(monkeypatch, bound: Router) -> None:
-    monkeypatch.setattr(bound._binding, "_many_devices", True)
+    monkeypatch.setattr(bound._binding, "_current_device", lambda: torch.cuda.current_device())
 
 
 @contextlib.contextmanager

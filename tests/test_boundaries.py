@@ -22,7 +22,9 @@ PURE = (
     "parameters",
     *(f"artifacts.{name}" for name in ("files", "json_reader", "limits", "kernel", "manifest")),
     *(f"artifacts.{name}" for name in ("folder", "dispatch", "evidence", "trust", "ed25519")),
-    *(f"device.{name}" for name in ("launch", "tensor_map", "driver", "facts")),
+    *(f"device.{name}" for name in ("launch", "tensor_map", "driver", "facts", "load", "memory")),
+    *(f"device.{name}" for name in ("launch_site", "workspace", "capture")),
+    "steps",
     "integrations.engine",
     *(f"integrations.vllm.{name}" for name in ("plugin", "eligibility", "contract")),
 )
@@ -61,7 +63,7 @@ for module in {PURE}:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["router", "binding", "device.workspace", "reference", "exact"])
+@pytest.mark.parametrize("module", ["router", "binding", "device.streams", "reference", "exact"])
 def test_the_rest_brings_in_torch_and_no_builder(module):
     pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
     code = f"""

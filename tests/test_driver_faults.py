@@ -241,7 +241,6 @@ def test_a_lost_context_is_not_blamed_on_this_launch(fake, bind, code):
 )
 @pytest.mark.parametrize("at", ["call", "bind"])
 def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind, at, code, name, is_lost):
-    bound = bind()
     error = torch.AcceleratorError("CUDA error: in words\nSearch for ...")
     if code is not None:
         error.error_code = code
@@ -249,7 +248,9 @@ def test_what_torch_meets_first_is_said_alike(monkeypatch, fake, bind, at, code,
     def meet(*given):
         raise error
 
+    # Of these only a call asks the first, and only a bind the second.
     monkeypatch.setattr(binding, "is_capturing" if at == "call" else "_checked_table", meet)
+    bound = bind() if at == "call" else None
     with pytest.raises(DriverError) as caught:
         call(bound) if at == "call" else bind()
     message = str(caught.value)

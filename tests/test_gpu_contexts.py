@@ -18,7 +18,7 @@ from gpu_calls import captured, integers, outputs  # noqa: E402
 from gpu_recorder import steps_of, workspace_of  # noqa: E402
 
 from dsv4_router_runtime import Router, RouterError  # noqa: E402
-from dsv4_router_runtime.device import driver, occupancy, streams  # noqa: E402
+from dsv4_router_runtime.device import capture, driver, occupancy  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -186,7 +186,7 @@ def green(sms: str, flags: str) -> dict:
         ask("push", cuda.cuCtxPushCurrent(context))
         route_into(router, x, n, out)
         ask("synchronise", cuda.cuCtxSynchronize())
-        null_stream = streams.stream_id(0, 0)
+        null_stream = capture.stream_id(0, 0)
         kept &= driver.current_context() == int(context)
         ask("pop", cuda.cuCtxPopCurrent())
         if not same(out, expected[n]):
@@ -196,7 +196,7 @@ def green(sms: str, flags: str) -> dict:
         "wrong": wrong,
         "contexts_kept": kept and driver.is_primary_current(0),
         "null_streams_scratch": ~null_stream in workspace_of(router).slots
-        and null_stream != streams.stream_id(0, 0),
+        and null_stream != capture.stream_id(0, 0),
         "unfit": [key for key, room in rooms.items() if room.reason],
         "exclusive_clusters": {key: room.exclusive_clusters for key, room in rooms.items()},
         "fallbacks": fallbacks,

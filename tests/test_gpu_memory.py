@@ -32,6 +32,7 @@ from dsv4_router_runtime import (  # noqa: E402
     status,
 )
 from dsv4_router_runtime.device import driver, memory, streams  # noqa: E402
+from dsv4_router_runtime.device.capture import capture_of, stream_id  # noqa: E402
 from dsv4_router_runtime.device.workspace import KEPT_FOREIGN_SLOTS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -90,7 +91,7 @@ def capture(layer: Layer, num_tokens: int, pool) -> tuple[torch.cuda.CUDAGraph, 
     graph.capture_begin(pool=pool)
     try:
         layer.call(num_tokens)
-        _, captured_graph = streams.capture_of(torch.cuda.current_stream().cuda_stream)
+        _, captured_graph = capture_of(torch.cuda.current_stream().cuda_stream)
         kinds = node_types(captured_graph)
     finally:
         graph.capture_end()
@@ -377,9 +378,9 @@ def test_foreign_streams_without_end(random, busy):
 def test_ids_tell_streams_and_threads_apart(random):
     """What the runtime takes for granted about the driver's ids and torch's."""
     made = [torch.cuda.Stream() for _ in range(3)]
-    ids = [streams.stream_id(0, each.cuda_stream) for each in made]
+    ids = [stream_id(0, each.cuda_stream) for each in made]
     assert len(set(ids)) == 3
-    assert ids == [streams.stream_id(0, each.cuda_stream) for each in made]
+    assert ids == [stream_id(0, each.cuda_stream) for each in made]
     assert streams.is_lasting(0, torch.cuda.current_stream().cuda_stream)
     with torch.cuda.stream(made[0]):
         assert streams.is_lasting(0, made[0].cuda_stream)
@@ -387,7 +388,7 @@ def test_ids_tell_streams_and_threads_apart(random):
     seen = set()
     for _ in range(50):
         handle = driver.checked("making", cuda.cuStreamCreate(1))
-        seen.add(streams.stream_id(0, int(handle)))
+        seen.add(stream_id(0, int(handle)))
         with torch.cuda.stream(torch.cuda.ExternalStream(int(handle))):
             assert not streams.is_lasting(0, int(handle))
         driver.checked("destroying", cuda.cuStreamDestroy(handle))

@@ -12,14 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router_runtime.call import (
-    NO_OPTIONS,
-    NO_RARE,
-    Call,
-    CallOptions,
-    check_call,
-    check_call_options,
-)
+from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.device.arguments import NO_OPTIONS, NO_RARE, Call, CallOptions
 from dsv4_router_runtime.layer import Layer, check_layer, complete_options, options_on
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
 

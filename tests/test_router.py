@@ -31,7 +31,7 @@ from gpu_recorder import (
 )
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, router
+from dsv4_router_runtime import Router, binding, router, steps
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange
@@ -188,7 +188,7 @@ def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, 
         made.append(weakref.ref(encoded))
         return encoded
 
-    for module in (tensor_map, binding):
+    for module in (tensor_map, steps):
         monkeypatch.setattr(module, "encode_tensor_map", encode)
     bound = make()
     x, w, ids = step(8)
@@ -321,9 +321,9 @@ def test_call_from_another_current_device_runs_on_the_layers_own(gpu, make, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    bound = make()
     stream_asked_on = []
     monkeypatch.setattr(binding, "current_stream", lambda index: stream_asked_on.append(current[0]))
+    bound = make()
     entered.clear()
     bound(*step(4))
     # The CPU's tensors have no index, which stands for the layer's own GPU here.
@@ -586,7 +586,7 @@ def test_a_parameter_that_nothing_fills_is_refused(artifacts):
         replace(p, scratch=None) if p.name == "partials" else p for p in kernel.parameters
     )
     with pytest.raises(ArtifactError) as caught:
-        binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
+        steps.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
     assert 'parameters[2].name: nothing to pass as "partials"' in str(caught.value)
 
 
@@ -882,7 +882,7 @@ def test_a_kernel_that_would_ignore_an_option_is_refused(artifacts):
         for name in (item.name for item in ABI[kernel.role] if item.is_passed_by_name):
             parameters = tuple(p for p in kernel.parameters if p.name != name)
             with pytest.raises(ArtifactError, match=f'none is named "{name}", which this runtime'):
-                binding.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
+                steps.check_parameter_names(artifacts, replace(kernel, parameters=parameters))
 
 
 def test_a_kernel_that_takes_too_few_dtypes_is_refused(gpu, artifacts, make):
@@ -1252,7 +1252,7 @@ def test_the_artifacts_built_here_can_be_bound():
         pytest.skip(str(error))
     for kernel in artifacts.manifest.kernels:
         artifacts.read(kernel)
-        binding.check_parameter_names(artifacts, kernel)
+        steps.check_parameter_names(artifacts, kernel)
     for arch in {kernel.arch for kernel in artifacts.manifest.kernels}:
         for layout, hashed in ((layout, hashed) for layout in LAYOUTS for hashed in (False, True)):
             layer = LayerProblem(

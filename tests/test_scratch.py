@@ -35,7 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels import shapes
 from build_kernels.specs import KERNELS
-from dsv4_router_runtime import Router, binding, check, reset, scratch, status
+from dsv4_router_runtime import Router, check, reset, scratch, status, steps
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import Parameter, Scratch
 from dsv4_router_runtime.device import workspace
@@ -223,7 +223,7 @@ def test_ten_thousand_streams_do_not_keep_ten_thousand_slots(gpu, make):
 
 
 def test_a_site_that_another_thread_adds_meanwhile_does_no_harm(gpu, make, monkeypatch):
-    monkeypatch.setattr(binding, "MAX_SITES", 1)
+    monkeypatch.setattr(steps, "MAX_SITES", 1)
     bound = make()
     call_on(gpu, bound, 0x900)
     sites = site_table_of(bound)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
-from dsv4_router_runtime.call import NO_OPTIONS, NO_RARE, Call, CallOptions, RareOptions
 from dsv4_router_runtime.errors import DriverError
 from dsv4_router_runtime.parameters import LOGITS, LOGITS_STRIDE
 
 from . import driver
+from .arguments import NO_OPTIONS, NO_RARE, Call, CallOptions, RareOptions
 from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launcher
 from .load import LoadedKernel
 from .occupancy import no_room

@@ -16,6 +16,7 @@ from dsv4_router_runtime.artifacts.kernel import Kernel
 from dsv4_router_runtime.errors import BUILD_COMMAND, ArtifactError, NoKernelError
 
 from . import driver
+from .capture import refuse_under_capture
 from .launch import has_clusters
 
 _loaded: dict[tuple[str, str, int], LoadedKernel] = {}
@@ -29,9 +30,6 @@ def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKern
         loaded = _loaded.get(key)
         # The same bytes under changed metadata (grid, ranges) are still to be launched by it.
         if loaded is None or loaded.kernel != kernel:
-            # Imports torch, which `load_kernel` does without.
-            from .streams import refuse_under_capture
-
             refuse_under_capture(f"{kernel.key} would have to be loaded")
             loaded = _loaded[key] = load_kernel(artifacts, kernel, device)
     return loaded

@@ -15,9 +15,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from . import driver, streams
+from . import driver
+from .capture import under_capture
 
 
 @contextlib.contextmanager
@@ -53,7 +52,7 @@ class DeviceMemory:
     """
 
     def __init__(self, index: int, size: int) -> None:
-        if not streams.is_capturing():
+        if not under_capture():
             _free_all()
         with relaxed_on(index) as cuda:
             doing = f"allocating {size} bytes on GPU {index}"
@@ -63,16 +62,6 @@ class DeviceMemory:
         weakref.finalize(self, _release, index, self.address, os.getpid()).atexit = False
         with _live_lock:
             _live.add(self)
-
-    def tensor(
-        self, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
-    ) -> torch.Tensor:
-        """Return a contiguous tensor that lies here; it does not keep this memory alive."""
-        # torch.as_tensor would need NumPy to read __cuda_array_interface__.
-        storage = torch._C._construct_storage_from_data_pointer(self.address, device, self.size)
-        # An inference tensor could not be written outside of that mode.
-        with torch.inference_mode(False):
-            return torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
 
 
 _live: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()
@@ -95,7 +84,7 @@ def _release(index: int, address: int, process: int) -> None:
     _to_free.append((index, address))
     # After a sticky error the driver frees nothing, and the process has to end.
     with contextlib.suppress(RuntimeError):
-        if not streams.is_capturing():
+        if not under_capture():
             _free_all()
 
 
@@ -124,6 +113,16 @@ def read(index: int, address: int, size: int) -> bytes:
         copy = cuda.cuMemcpyDtoHAsync(ctypes.addressof(content), address, size, stream)
         driver.checked(doing, copy)
     return content.raw
+
+
+def write(index: int, address: int, content: bytes) -> None:
+    """Write bytes at `address` of GPU `index`, complete on return."""
+    size = len(content)
+    source = ctypes.create_string_buffer(content, size)
+    with _own_stream(index) as (cuda, stream):
+        doing = f"writing {size} bytes of GPU {index}"
+        copy = cuda.cuMemcpyHtoDAsync(address, ctypes.addressof(source), size, stream)
+        driver.checked(doing, copy)
 
 
 @contextlib.contextmanager

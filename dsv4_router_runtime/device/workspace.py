@@ -31,16 +31,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
 from dsv4_router_runtime.errors import INTERRUPTED_CALL, RouterError
 from dsv4_router_runtime.parameters import WORKSPACE
 
 from . import driver
+from .capture import capture_of
 from .graph_life import GraphLife
-from .memory import DeviceMemory, relaxed_on, zero
-from .streams import capture_of
+from .memory import DeviceMemory, read, relaxed_on, wait_for_device, zero
 
 ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
@@ -141,7 +139,8 @@ class Slot:
     addresses: dict[str, int]
     zeroed: int
     plain: int = 0
-    logits: torch.Tensor | None = None
+    # torch's tensor, which the layer's side makes.
+    logits: Any = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     # Complete once the last launch is; None for a slot that its stream keeps.
     event: Any = None
@@ -191,13 +190,13 @@ class Capture:
 
 
 class Workspace:
-    """The scratch of one device. Safe to use from several threads."""
+    """The scratch of GPU `index`. Safe to use from several threads."""
 
-    def __init__(self, device: torch.device, layout: ScratchLayout) -> None:
-        self.device = device
+    def __init__(self, index: int, layout: ScratchLayout) -> None:
+        self.index = index
         self.layout = layout
         # By the need of zeroing: pieces of plain scratch come back as they are.
-        self.pools = {zeroed: Pool(device.index) for zeroed in (True, False)}
+        self.pools = {zeroed: Pool(index) for zeroed in (True, False)}
         # Streams of torch's by handle, foreign ones by ~id, the oldest first.
         self.slots: dict[int, Slot] = {}
         self.captures: dict[int, Capture] = {}
@@ -239,7 +238,7 @@ class Workspace:
         foreign = [key for key in self.slots if key < 0]
         if len(foreign) < KEPT_FOREIGN_SLOTS:
             return self._new_slot()
-        with relaxed_on(self.device.index) as cuda:
+        with relaxed_on(self.index) as cuda:
             for key in foreign:
                 self._evict_if_done(cuda, key)
         # Made first: if the driver makes none, no scratch has been taken.
@@ -342,16 +341,6 @@ class Workspace:
             del self._largest_shared[key]
         self.pools[piece.zeroed].give_back(piece.address, piece.size)
 
-    def logits(self, slot: Slot, num_tokens: int, num_experts: int) -> torch.Tensor:
-        """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
-        size = num_tokens * num_experts
-        if slot.logits is None or slot.logits.numel() < size:
-            # An inference tensor could not be written by a later call that is not in that mode.
-            with torch.inference_mode(False):
-                slot.logits = torch.empty(size, dtype=torch.float32, device=self.device)
-        # One view, for half the time of a slice and its view.
-        return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))
-
 
 def _slot(layout: ScratchLayout, zeroed: int, plain: int) -> Slot:
     addresses = {name: zeroed + offset for name, offset in layout.zeroed}
@@ -371,21 +360,59 @@ def _event_on(stream: int) -> Any:
         cuda.cuCtxPopCurrent()
 
 
-_workspaces: dict[tuple[torch.device, ScratchLayout], Workspace] = {}
+_workspaces: dict[tuple[int, ScratchLayout], Workspace] = {}
 _workspaces_lock = threading.Lock()
 
 
-def workspace_for(device: torch.device, kernels: Iterable[Kernel]) -> Workspace:
-    """Return the workspace that all layers on `device` with such kernels share."""
+def workspace_for(index: int, kernels: Iterable[Kernel]) -> Workspace:
+    """Return the workspace that all layers on GPU `index` with such kernels share."""
     layout = scratch_layout(kernels)
     with _workspaces_lock:
-        workspace = _workspaces.get((device, layout))
+        workspace = _workspaces.get((index, layout))
         if workspace is None:
-            workspace = _workspaces[device, layout] = Workspace(device, layout)
+            workspace = _workspaces[index, layout] = Workspace(index, layout)
     return workspace
 
 
 def workspaces_on(index: int) -> list[Workspace]:
     """Return the workspaces of GPU `index`, one for each set of kernels."""
     with _workspaces_lock:
-        return [each for each in _workspaces.values() if each.device.index == index]
+        return [each for each in _workspaces.values() if each.index == index]
+
+
+def idle_workspaces(index: int) -> list[Workspace]:
+    """Wait for GPU `index`, and return its workspaces without the scratch of ended graphs."""
+    spaces = workspaces_on(index)
+    if spaces:
+        wait_for_device(index)
+    for space in spaces:
+        space.release_ended()
+    return spaces
+
+
+def check_zeroed(index: int) -> None:
+    """Wait for GPU `index`; RouterError names the first slot whose zeroed scratch is not zero."""
+    for space in idle_workspaces(index):
+        for chunk in space.pools[True].chunks:
+            content = read(index, chunk.address, chunk.size)
+            if content.count(0) != chunk.size:
+                at = next(at for at, byte in enumerate(content) if byte)
+                raise RouterError(
+                    f"{_owner(space, chunk.address + at)}: expected zeroed scratch (got byte "
+                    f"{content[at]:#04x} at address {chunk.address + at:#x}); a launch would route "
+                    "wrongly or fail: call dsv4_router_runtime.reset()"
+                )
+
+
+def _owner(space: Workspace, address: int) -> str:
+    """Name the slot that `address` lies in."""
+    for key, slot in space.slots.items():
+        if slot.zeroed <= address < slot.zeroed + space.layout.zeroed_bytes:
+            return f"stream {key:#x}" if key >= 0 else f"foreign stream with id {~key}"
+    for identifier, capture in space.captures.items():
+        for piece in capture.pieces:
+            if piece.address <= address < piece.address + piece.size:
+                sharing = piece.num_captures
+                share = "" if sharing == 1 else f", whose scratch {sharing} captures share"
+                return f"capture {identifier}{share}"
+    return "scratch of no stream and no capture"

@@ -1,6 +1,6 @@
 """`python -m dsv4_router_runtime doctor | explain`: results on stdout, errors on stderr.
 
-Neither command needs torch or a GPU to start.
+Neither command needs a GPU to start, and none imports torch but `doctor --torch`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("doctor", help=help_text, description=help_text)
     check.add_argument("--device", type=int, metavar="N", help="one GPU (default: all of them)")
     check.add_argument("--quick", action="store_true", help="leave the self-test out")
+    check.add_argument("--torch", action="store_true", help="import torch: does it see the GPU?")
     form = check.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--report", action="store_true", help="print text for a bug report")
@@ -71,7 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    found = doctor.examine(device=options.device, quick=options.quick, artifacts=options.artifacts)
+    found = doctor.examine(
+        device=options.device,
+        quick=options.quick,
+        import_torch=options.torch,
+        artifacts=options.artifacts,
+    )
     if options.json:
         print(json.dumps(finding.as_json(found), indent=1))
     else:

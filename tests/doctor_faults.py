@@ -5,23 +5,22 @@ from __future__ import annotations
 import base64
 import json
 import os
-import sys
 from importlib import metadata
+from types import SimpleNamespace
 
-import torch
-from doctor_world import BUS_ID, OutOfMemory, RightRouter
+from cuda.bindings.driver import CUresult
+from doctor_driver import BUS_ID, OutOfMemory
+from doctor_world import write_version
 
-from dsv4_router_runtime import doctor
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.doctor import installation, selftest
 from dsv4_router_runtime.errors import (
-    DriverError,
     DriverMissingError,
     DriverTooOldError,
-    RouterError,
 )
 
 BINDINGS = driver.bindings
+CANARY = selftest.CANARY
 RFC_KEY = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
 
 
@@ -90,21 +89,23 @@ def shorten_parameters(world):
     known["router_topk"] = known["router_topk"][:-1]
 
 
-def route_wrongly(change):
-    """Replace the Router by one that changes right outputs."""
-
-    class WrongRouter(RightRouter):
-        def __call__(self, x, weights, ids, *, input_ids):
-            super().__call__(x, weights, ids, input_ids=input_ids)
-            change(weights, ids)
-
-    return lambda world: world.monkeypatch.setattr(
-        selftest.dsv4_router_runtime, "Router", WrongRouter
-    )
-
-
 def swap_last(weights, ids):
     ids[-1, :2] = ids[-1, :2].flip(0)
+
+
+def torch_that_fails(error):
+    """Let torch's import raise."""
+
+    def arrange(world):
+        world.monkeypatch.setattr(installation, "import_module", raises(error))
+
+    return arrange
+
+
+def torch_without_gpu(world):
+    cuda = SimpleNamespace(is_available=lambda: False)
+    torch = SimpleNamespace(__version__="2.13.0", cuda=cuda)
+    world.monkeypatch.setattr(installation, "import_module", lambda name: torch)
 
 
 def fact(**values):
@@ -124,23 +125,18 @@ def without_torch(world):
         return known(name)
 
     world.monkeypatch.setattr(installation.metadata, "version", version)
-    world.monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    world.monkeypatch.setattr(installation, "find_spec", lambda name: None)
 
 
 def environment(**values):
     return lambda world: [world.monkeypatch.setenv(name, values[name]) for name in values]
 
 
-def not_zero(world):
-    error = RouterError("scratch of stream 0 is not zero: 3 words; call reset()")
-    world.monkeypatch.setattr(selftest.dsv4_router_runtime, "check", raises(error))
-
-
 NO_LIBRARY = RuntimeError("libcuda.so.1: cannot open shared object file")
 BUILD = "build-kernels build --artifacts "
 SELF_TEST, TOPK = "self-test gpu 0", "kernel router_topk.sm_90a gpu 0"
 
-# name -> (fault, check, status, what was found, repair)
+# name -> (fault, check, status, what was found, repair), and more of doctor's arguments
 FAULTS = {
     "no driver": (
         lambda w: without_driver(w, DriverMissingError("no CUDA driver here"), NO_LIBRARY),
@@ -286,56 +282,78 @@ FAULTS = {
         *("gpu 0", "WARN", "ECC off", f"nvidia-smi -i {BUS_ID} -e 1"),
     ),
     "wrong ids": (
-        route_wrongly(swap_last),
+        attribute(change=swap_last),
         *(SELF_TEST, "FAIL", "kmajor, N=1, eager: 1 of 1 rows have other ids", "out of service"),
     ),
     "NaN for a weight": (
-        route_wrongly(lambda weights, ids: weights[0].fill_(float("nan"))),
+        attribute(change=lambda weights, ids: weights[0].fill_(float("nan"))),
         *(SELF_TEST, "FAIL", "eager: a weight is off by nan", "out of service"),
     ),
     "a weight off by 1e-4": (
-        route_wrongly(lambda weights, ids: weights[0].mul_(1.0001)),
+        attribute(change=lambda weights, ids: weights[0].mul_(1.0001)),
         *(SELF_TEST, "FAIL", "eager: a weight is off by 0.0001", "out of service"),
     ),
     "outputs that are not written": (
-        lambda w: w.monkeypatch.setattr(RightRouter, "__call__", lambda self, *a, **b: None),
+        attribute(change=lambda weights, ids: (weights.fill_(CANARY), ids.fill_(CANARY))),
         *(SELF_TEST, "FAIL", "rows have other ids", "out of service"),
     ),
     "a replay that does nothing": (
-        lambda w: w.monkeypatch.setattr(selftest, "run_replayed", lambda call: None),
+        attribute(replays=False),
         *(SELF_TEST, "FAIL", "N=1, replayed: 1 of 1 rows have other ids", "out of service"),
     ),
     "a launch that fails": (
-        lambda w: w.monkeypatch.setattr(
-            selftest, "run_eagerly", raises(DriverError("launching: CUDA_ERROR_LAUNCH_FAILED"))
-        ),
+        attribute(launch_code=CUresult.CUDA_ERROR_LAUNCH_FAILED),
         *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", f"nvidia-smi -q -i {BUS_ID}"),
     ),
     "a torch without CUDA": (
-        lambda w: w.monkeypatch.setattr(torch.cuda, "is_available", lambda: False),
-        *(SELF_TEST, "FAIL", "sees no GPU, and the driver does", "built for CUDA"),
+        lambda w: write_version(w, "cuda: Optional[str] = None"),
+        *("torch", "FAIL", "sees no GPU, and the driver does", "built for CUDA"),
+    ),
+    "a torch for a newer driver": (
+        lambda w: write_version(w, 'cuda = "14.1"'),
+        *(
+            "torch",
+            "FAIL",
+            "built for CUDA 14.1, and the driver is of CUDA 13",
+            "pytorch.org, 13.x",
+        ),
+    ),
+    "a torch that does not say what it is built for": (
+        lambda w: write_version(w, "git_version = 'a'"),
+        *("torch", "FAIL", "version.py: expected a line `cuda = ...`", "pip install --force-rein"),
+    ),
+    "a torch in part": (
+        lambda w: (w.torch / "version.py").unlink(),
+        *("torch", "FAIL", "version.py: cannot be read", "pip install --force-reinstall"),
+    ),
+    "a torch that sees no GPU": (
+        torch_without_gpu,
+        *("torch", "FAIL", "2.13.0 sees no GPU, and the driver does", "built for CUDA", "--torch"),
     ),
     "a torch that cannot be imported": (
-        lambda w: w.monkeypatch.setitem(sys.modules, selftest.__name__, None),
-        *(SELF_TEST, "FAIL", "ModuleNotFoundError", "pip install --force-reinstall"),
+        torch_that_fails(ImportError("libcudart.so.13: cannot open shared object file")),
+        *("torch", "FAIL", "libcudart.so.13", "pip install --force-reinstall", "--torch"),
     ),
     "no memory left by a server": (
-        lambda w: w.monkeypatch.setattr(
-            selftest, "run_eagerly", raises(torch.OutOfMemoryError("CUDA out of memory"))
-        ),
-        *(SELF_TEST, "WARN", "CUDA out of memory", "the process that holds the memory"),
+        attribute(cuMemAlloc=lambda size: (OutOfMemory(2), None)),
+        *(SELF_TEST, "WARN", "CUDA_ERROR_OUT_OF_MEMORY", "the process that holds the memory"),
     ),
     "no memory for a context": (
         attribute(load_code=OutOfMemory(2)),
         *(TOPK, "WARN", "CUDA_ERROR_OUT_OF_MEMORY", "the process that holds the memory"),
     ),
     "an error of a library": (
-        lambda w: w.monkeypatch.setattr(selftest, "run_eagerly", raises(KeyError("x"))),
+        lambda w: w.monkeypatch.setattr(selftest, "make_inputs", raises(KeyError("x"))),
         *(SELF_TEST, "FAIL", "KeyError: 'x'", "doctor --report"),
     ),
     "scratch that is not zero": (
-        not_zero,
-        *("workspace gpu 0", "FAIL", "is not zero: 3 words", f"nvidia-smi -q -i {BUS_ID}"),
+        attribute(dirt=12),
+        *(
+            "workspace gpu 0",
+            "FAIL",
+            "expected zeroed scratch (got byte 0xff",
+            f"nvidia-smi -q -i {BUS_ID}",
+        ),
     ),
     "no torch": (
         without_torch,

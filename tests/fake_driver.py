@@ -17,7 +17,9 @@ NOT_READY, CAPTURE_UNSUPPORTED, OUT_OF_MEMORY = 600, 900, 2
 
 class FakeDriver:
     CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=201)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=RELAXED)
+    CUstreamCaptureMode = SimpleNamespace(
+        CU_STREAM_CAPTURE_MODE_GLOBAL=GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED=RELAXED
+    )
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_ACTIVE=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)

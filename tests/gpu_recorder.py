@@ -106,6 +106,7 @@ def replace_gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(router, "_remembered", type(router._remembered)())
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     return gpu
 
 

@@ -24,7 +24,7 @@ PURE = (
     *(f"artifacts.{name}" for name in ("folder", "dispatch", "evidence", "trust", "ed25519")),
     *(f"device.{name}" for name in ("launch", "tensor_map", "driver", "facts", "load", "memory")),
     *(f"device.{name}" for name in ("launch_site", "workspace", "capture")),
-    "steps",
+    *("device.own_stream", "steps", "doctor.inputs", "doctor.selftest"),
     "integrations.engine",
     *(f"integrations.vllm.{name}" for name in ("plugin", "eligibility", "contract")),
 )

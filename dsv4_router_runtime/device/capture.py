@@ -18,8 +18,9 @@ BIND_BEFORE = (
 
 
 def under_capture() -> bool:
-    """Return whether torch's current stream is being captured; without torch there is none."""
-    if sys.modules.get("torch") is None:
+    """Return whether torch's current stream is being captured; no torch on a GPU captures none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return False
     from . import streams
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv4_router_runtime.errors import DriverError
 
 from . import driver
 
 _NAME_BYTES = 128
-# Made by the driver's kernel module, also in a container that was given GPUs.
-_DEVICE_FILE = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +32,6 @@ class Gpu:
     def kind(self) -> tuple[object, ...]:
         """The properties that decide which kernels load and fit: one check per kind of GPU."""
         return (self.name, self.arch, self.num_sms, self.shared_bytes_per_cta, self.mps)
-
-
-def may_have_gpu() -> bool:
-    """Return whether this process may see a GPU, without starting the driver, which takes long."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return _DEVICE_FILE.exists() and not hidden
 
 
 def gpu_count() -> int:

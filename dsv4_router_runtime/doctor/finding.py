@@ -73,8 +73,6 @@ def guarded(check: str, look: Callable[[], Finding], *, needed: str, repair: str
         return fail(check, str(error), needed=needed, repair=repair)
     # Any other error is a fault of doctor or of a library: it is shown, with the checks after it.
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
-            return _no_memory(check, error)
         found = f"{type(error).__name__}: {error}"
         repair = f"{COMMAND} doctor --report, and report it"
         if isinstance(error, ImportError):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import platform
 import re
 from collections.abc import Callable, Collection
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts.dispatch import kernels_on
 from dsv4_router_runtime.artifacts.evidence import FAILED, HARDWARE, PASSED, read_summary
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
 from dsv4_router_runtime.artifacts.trust import TRUST_VARIABLE
+from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.errors import (
     CHECKOUT_FOLDER,
     REINSTALL_COMMAND,
@@ -29,6 +32,8 @@ _WHY = {
     WHEEL_FOLDER: "the installed package's own",
     CHECKOUT_FOLDER: "beside the package of a checkout",
 }
+_SEES_GPU = "a torch that sees the GPU"
+_TORCH_FOR_CUDA = "install a torch that is built for CUDA: https://pytorch.org"
 _GPU_TESTS = "in a checkout with these artifacts: python -m pytest -m gpu --record records.json"
 
 
@@ -79,6 +84,56 @@ def _within(version: str, bounds: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def check_torch(*, import_it: bool) -> Finding:
+    """Check that torch sees the GPU that the driver sees: by its build, or by importing it."""
+    if find_spec("torch") is None:
+        return skip("torch", "not installed", repair="pip install 'dsv4-router[torch]'")
+    look = _import_torch if import_it else _read_torch
+    return guarded("torch", look, needed=_SEES_GPU, repair=_TORCH_FOR_CUDA)
+
+
+def _read_torch() -> Finding:
+    cuda = cuda_of_torch()
+    if cuda is None:
+        found = "torch is built without CUDA and sees no GPU, and the driver does"
+        return fail("torch", found, needed=_SEES_GPU, repair=_TORCH_FOR_CUDA)
+    major = driver.driver_version() // 1000
+    if int(cuda.partition(".")[0]) > major:
+        found = f"torch is built for CUDA {cuda}, and the driver is of CUDA {major}"
+        return fail("torch", found, needed=_SEES_GPU, repair=f"{_TORCH_FOR_CUDA}, {major}.x")
+    return ok("torch", f"built for CUDA {cuda}; not imported without --torch", needed=_SEES_GPU)
+
+
+def cuda_of_torch() -> str | None:
+    """Return the CUDA version that torch is built for; None if for none, ImportError if not said.
+
+    It stands in torch/version.py, which is read and not executed: importing torch takes seconds.
+    """
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ImportError("torch: expected a package with an __init__.py (got none)")
+    path = Path(spec.origin).with_name("version.py")
+    try:
+        for line in ast.parse(path.read_bytes()).body:
+            match line:
+                case (
+                    ast.Assign(targets=[ast.Name(id="cuda")], value=value)
+                    | ast.AnnAssign(target=ast.Name(id="cuda"), value=ast.expr() as value)
+                ):
+                    return ast.literal_eval(value)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImportError(f"{path}: cannot be read: {error}") from error
+    raise ImportError(f"{path}: expected a line `cuda = ...` (got none)")
+
+
+def _import_torch() -> Finding:
+    torch = import_module("torch")
+    if not torch.cuda.is_available():
+        found = f"torch {torch.__version__} sees no GPU, and the driver does"
+        return fail("torch", found, needed=_SEES_GPU, repair=_TORCH_FOR_CUDA)
+    return ok("torch", f"{torch.__version__} sees the GPU", needed=_SEES_GPU)
 
 
 def check_artifacts(folder: Path | None) -> tuple[ArtifactSet | None, list[Finding]]:

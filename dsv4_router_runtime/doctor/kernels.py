@@ -11,7 +11,7 @@ from dsv4_router_runtime.artifacts.kernel import LAYOUTS, Kernel
 from dsv4_router_runtime.artifacts.limits import MIN_COMPUTE_CAPABILITY
 from dsv4_router_runtime.artifacts.manifest import Manifest
 from dsv4_router_runtime.device.facts import Gpu
-from dsv4_router_runtime.device.load import load_kernel
+from dsv4_router_runtime.device.load import load_once
 from dsv4_router_runtime.device.occupancy import ask_room
 from dsv4_router_runtime.errors import BUILD_COMMAND, NoKernelError
 
@@ -69,7 +69,8 @@ def _check_kernel(
     artifacts: ArtifactSet, kernel: Kernel, gpu: Gpu, served: Mapping[str, str]
 ) -> Finding:
     check = f"kernel {kernel.key} gpu {gpu.index}"
-    loaded = load_kernel(artifacts, kernel, gpu.index)
+    # Once, with the self-test.
+    loaded = load_once(artifacts, kernel, gpu.index)
     serves = served.get(kernel.key, "no step of a DeepSeek-V4 layer")
     ctas = prod(kernel.launch.cluster)
     if ctas == 1:

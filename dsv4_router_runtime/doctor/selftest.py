@@ -1,116 +1,58 @@
-"""The self-test: a layer of small integers, routed eagerly and in a replayed CUDA graph.
+"""The self-test: layers of small integers, routed eagerly and in a replayed CUDA graph.
 
-The products and sums are exact in FP32, so that the ids must be the reference's, bit for bit. The
-reference runs on the CPU: not on the GPU in doubt, which would also have to load torch's kernels.
+The launches are a server's, by `LayerSteps`, on memory and a stream of the driver's. The ids must
+be the exact ones. Of a step with a matrix product the kernel alone is tested, on exact logits: the
+product is torch's, which takes seconds to import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-import dsv4_router_runtime
+from dsv4_router_runtime.artifacts.dispatch import LayerProblem
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
-from dsv4_router_runtime.artifacts.kernel import LAYOUTS
-from dsv4_router_runtime.reference import router_reference
+from dsv4_router_runtime.device.arguments import NO_OPTIONS, NO_RARE, Call, CallOptions
+from dsv4_router_runtime.device.memory import DeviceMemory, read, write
+from dsv4_router_runtime.device.own_stream import OwnStream, own_stream
+from dsv4_router_runtime.device.workspace import Slot, check_zeroed
+from dsv4_router_runtime.parameters import DTYPES, PARAMETERS_OFF
+from dsv4_router_runtime.steps import LayerSteps, Streams
 
 from .finding import RIGHT_OUTPUTS, Finding, fail, ok, out_of_service
+from .inputs import (
+    CASES,
+    EXPERTS,
+    SCALE,
+    TOKENS,
+    TOP_K,
+    VOCABULARY,
+    Case,
+    Inputs,
+    K,
+    Row,
+    make_inputs,
+)
 
-K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
-# N = 1, the largest of each step of these layers, and the smallest that takes torch.mm.
-TOKENS = (1, 8, 32, 64, 128, 256, 257)
-# Few, so that no logit is so low that two keys are nearly equal; of more than a tile of tokens.
-DISTINCT_ROWS = 65
-VOCABULARY = 128
 # Of an FP32 weight against FP64: 2e-7 is the worst that the evidence records.
 TOLERANCE = 1e-5
 CANARY = -77
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One layer and its input: layout of W_gate, and whether the ids come from a table."""
-
-    layout: str
-    hashed: bool
-
-    def __str__(self) -> str:
-        return f"{self.layout}{' hash' if self.hashed else ''}"
-
-
-CASES = tuple(Case(layout=layout, hashed=hashed) for layout in LAYOUTS for hashed in (False, True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """Tensors of a case. A hash layer has table and token_ids, others have e_bias."""
-
-    x: torch.Tensor
-    W_gate: torch.Tensor
-    e_bias: torch.Tensor | None
-    table: torch.Tensor | None
-    token_ids: torch.Tensor | None
-
-    def on(self, device: str) -> Inputs:
-        """Return copies on a device, with the same strides."""
-        copies: dict[str, Any] = dict(vars(self))
-        for name, tensor in vars(self).items():
-            copies[name] = None if tensor is None else tensor.to(device)
-        return Inputs(**copies)
-
-
-def make_inputs(case: Case) -> Inputs:
-    """Draw a case's tensors on the CPU, so that every machine tests the same numbers."""
-    random = torch.Generator().manual_seed(1)
-    x = torch.randint(-2, 3, (DISTINCT_ROWS, K), generator=random)
-    x *= torch.rand(x.shape, generator=random) < 0.02
-    x = x[torch.arange(max(TOKENS)) % DISTINCT_ROWS]
-    W = torch.randint(-2, 3, (EXPERTS, K), generator=random).to(torch.bfloat16)
-    bias = torch.randint(0, 3, (EXPERTS,), generator=random) * 0.3125
-    rows = [torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(VOCABULARY)]
-    token_ids = torch.randint(0, VOCABULARY, (max(TOKENS),), generator=random)
-    return Inputs(
-        x=x.to(torch.bfloat16),
-        W_gate=W.t() if case.layout == "kmajor" else W.t().contiguous(),
-        e_bias=None if case.hashed else bias,
-        table=torch.stack(rows).to(torch.int32) if case.hashed else None,
-        token_ids=token_ids if case.hashed else None,
-    )
-
-
-def device_name(index: int) -> str:
-    """Return torch's name of GPU `index`."""
-    return f"cuda:{index}"
+# Elements of an output of all calls, one after another, and the bytes of one.
+_ELEMENTS, _ELEMENT_BYTES = sum(TOKENS) * TOP_K, 4
 
 
 def self_test(artifacts: ArtifactSet, index: int) -> Finding:
-    """Route every case on GPU `index`, eagerly and replayed, and compare with the reference."""
+    """Route every case on GPU `index`, eagerly and replayed, and compare with the exact results."""
     check = f"self-test gpu {index}"
-    if not torch.cuda.is_available():
-        found = f"torch {torch.__version__} sees no GPU, and the driver does"
-        repair = "install a torch that is built for CUDA: https://pytorch.org"
-        return fail(check, found, needed="a torch that sees the GPU", repair=repair)
-    with torch.cuda.device(index):
+    inputs = make_inputs()
+    with own_stream(index) as stream:
+        uploaded = {
+            name: _upload(index, getattr(inputs, name)) for name in ("x", "logits", "token_ids")
+        }
         for case in CASES:
-            drawn = make_inputs(case)
-            inputs = drawn.on(device_name(index))
-            router = dsv4_router_runtime.Router(
-                inputs.W_gate,
-                inputs.e_bias,
-                top_k=TOP_K,
-                routed_scaling_factor=SCALE,
-                artifacts=artifacts,
-                tid2eid=inputs.table,
-            )
-            expected = router_reference(
-                *(drawn.x, drawn.W_gate, drawn.e_bias, SCALE, TOP_K),
-                tid2eid=drawn.table,
-                input_ids=drawn.token_ids,
-            )
-            wrong = _find_wrong(router, inputs, expected)
+            layer = _TestedLayer(artifacts, index, stream, case, inputs, uploaded)
+            wrong = _find_wrong(layer, stream, inputs.expected[case.hashed])
             if wrong:
                 repair = out_of_service(index)
                 return fail(check, f"{case}, {wrong}", needed=RIGHT_OUTPUTS, repair=repair)
@@ -118,66 +60,150 @@ def self_test(artifacts: ArtifactSet, index: int) -> Finding:
     return ok(check, f"{calls} calls right, and {calls} replayed")
 
 
-def _find_wrong(
-    router: dsv4_router_runtime.Router,
-    inputs: Inputs,
-    expected: tuple[torch.Tensor, torch.Tensor],
-) -> str | None:
-    """Return the first eager or replayed call that is wrong, None if all are right."""
-    device = inputs.x.device
-    outputs = {
-        n: (
-            torch.empty(n, TOP_K, device=device),
-            torch.empty(n, TOP_K, dtype=torch.int32, device=device),
+def _upload(index: int, content: bytes) -> DeviceMemory:
+    memory = DeviceMemory(index, len(content))
+    write(index, memory.address, content)
+    return memory
+
+
+class _TestedLayer(LayerSteps):
+    """The layer of a case, its inputs and the outputs of a call of each number of tokens."""
+
+    def __init__(
+        self,
+        artifacts: ArtifactSet,
+        index: int,
+        stream: OwnStream,
+        case: Case,
+        inputs: Inputs,
+        uploaded: Mapping[str, DeviceMemory],
+    ) -> None:
+        problem = LayerProblem(
+            layout=case.layout,
+            tma_loadable=True,
+            hashed=case.hashed,
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            k=K,
+            dtypes=DTYPES,
         )
-        for n in TOKENS
-    }
-    token_ids = inputs.token_ids
+        streams = Streams(
+            current_stream=lambda index: stream.handle,
+            is_capturing=lambda: stream.is_capturing,
+            is_lasting=lambda index, handle: True,
+        )
+        super().__init__(artifacts, problem, index, streams)
+        self._uploaded = uploaded
+        self._write_weights(case, inputs)
+        self._options = NO_OPTIONS
+        if case.hashed:
+            self._options = CallOptions(0, 0, 0, uploaded["token_ids"].address, 1, NO_RARE)
+        # Weights and ids.
+        self._outputs = tuple(DeviceMemory(index, _ELEMENTS * _ELEMENT_BYTES) for _ in range(2))
 
-    def route_all() -> None:
-        for n, out in outputs.items():
-            router(inputs.x[:n], *out, input_ids=None if token_ids is None else token_ids[:n])
+    def _write_weights(self, case: Case, inputs: Inputs) -> None:
+        """Upload what the layer binds, and write it to the launch sites."""
+        # A hash layer's copy is uploaded as such.
+        layout = case.layout if self.plan.copy_reason is None else "kmajor"
+        weights = _upload(self._index, inputs.W_gate[layout])
+        small = _upload(self._index, inputs.table if case.hashed else inputs.e_bias)
+        self._bound = weights, small
+        values = {
+            **PARAMETERS_OFF,
+            "w_gate": weights.address,
+            "w_stride": K,
+            "num_experts": EXPERTS,
+            "top_k": TOP_K,
+            "routed_scaling_factor": SCALE,
+            "e_bias": 0 if case.hashed else small.address,
+            "tid2eid": small.address if case.hashed else 0,
+            "vocab_size": VOCABULARY if case.hashed else 0,
+        }
+        strides = (1, K) if layout == "kmajor" else (EXPERTS, 1)
+        self.write_layer(values, weights.address, strides)
 
-    for way, run in (("eager", run_eagerly), ("replayed", run_replayed)):
-        for weights, ids in outputs.values():
-            weights.fill_(CANARY)
-            ids.fill_(CANARY)
-        run(route_all)
-        for n, (weights, ids) in outputs.items():
-            wrong = _compare((weights.cpu(), ids.cpu()), (expected[0][:n], expected[1][:n]))
+    def route_all(self) -> None:
+        """Make a call of each number of tokens on the stream."""
+        weights, ids = (memory.address for memory in self._outputs)
+        for num_tokens in TOKENS:
+            call = Call(
+                num_tokens=num_tokens,
+                hidden_states=self._uploaded["x"].address,
+                hidden_states_stride=K,
+                out_weights=weights,
+                out_weights_stride=TOP_K,
+                out_ids=ids,
+                out_ids_stride=TOP_K,
+                weights_are_bfloat16=0,
+                ids_are_int64=0,
+            )
+            self.run(call, self._options, None, None, False)
+            weights += num_tokens * TOP_K * _ELEMENT_BYTES
+            ids += num_tokens * TOP_K * _ELEMENT_BYTES
+
+    def _logits(
+        self,
+        slot: Slot,
+        call: Call,
+        options: CallOptions,
+        hidden_states: Any,
+        W_gate: Any,
+        out_logits: Any,
+    ) -> tuple[int, int]:
+        return self._uploaded["logits"].address, EXPERTS
+
+    def fill_outputs(self) -> None:
+        """Write the canary to every element of the outputs."""
+        for memory, element_type in zip(self._outputs, "fi", strict=True):
+            canaries = array(element_type, [CANARY]) * _ELEMENTS
+            write(self._index, memory.address, canaries.tobytes())
+
+    def read_outputs(self) -> tuple[array[float], array[int]]:
+        """Return the weights and ids of all calls; the stream's work is done."""
+        weights, ids = (read(self._index, each.address, each.size) for each in self._outputs)
+        return array("f", weights), array("i", ids)
+
+
+def _find_wrong(layer: _TestedLayer, stream: OwnStream, expected: Sequence[Row]) -> str | None:
+    """Return the first eager or replayed call that is wrong, None if all are right."""
+
+    def route_eagerly() -> None:
+        layer.route_all()
+        stream.wait()
+
+    for way, route in (
+        ("eager", route_eagerly),
+        ("replayed", lambda: stream.replay(layer.route_all)),
+    ):
+        layer.fill_outputs()
+        route()
+        weights, ids = layer.read_outputs()
+        first = 0
+        for num_tokens in TOKENS:
+            end = first + num_tokens * TOP_K
+            wrong = _compare(weights[first:end], ids[first:end], expected[:num_tokens])
             if wrong:
-                return f"N={n}, {way}: {wrong}"
+                return f"N={num_tokens}, {way}: {wrong}"
+            first = end
     return None
 
 
-def _compare(
-    out: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
-) -> str | None:
-    rows = int((out[1] != expected[1]).any(dim=1).sum())
+def _compare(weights: array[float], ids: array[int], expected: Sequence[Row]) -> str | None:
+    right = array("i", (expert for row, _ in expected for expert in row))
+    starts = range(0, len(right), TOP_K)
+    rows = sum(ids[at : at + TOP_K] != right[at : at + TOP_K] for at in starts)
     if rows:
-        return f"{rows} of {len(out[1])} rows have other ids"
-    worst = (out[0].double() / expected[0] - 1).abs().max().item()
-    # Not >, which NaN would pass.
-    return None if worst <= TOLERANCE else f"a weight is off by {worst:.2g} of itself"
-
-
-def run_eagerly(calls: Callable[[], None]) -> None:
-    """Make the calls on the current stream and wait."""
-    calls()
-    torch.cuda.synchronize()
-
-
-def run_replayed(calls: Callable[[], None]) -> None:
-    """Capture the calls into a CUDA graph, replay it once, and wait."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    graph.replay()
-    torch.cuda.synchronize()
+        return f"{rows} of {len(expected)} rows have other ids"
+    exact = (weight for _, row in expected for weight in row)
+    for got, want in zip(weights, exact, strict=True):
+        off = abs(got / want - 1)
+        # Not >, which NaN would pass.
+        if not off <= TOLERANCE:
+            return f"a weight is off by {off:.2g} of itself"
+    return None
 
 
 def check_workspace(index: int) -> Finding:
     """Look whether the launches so far left their scratch zero."""
-    check = f"workspace gpu {index}"
-    dsv4_router_runtime.check(index)
-    return ok(check, "zero after the launches of this process")
+    check_zeroed(index)
+    return ok(f"workspace gpu {index}", "zero after the launches of this process")

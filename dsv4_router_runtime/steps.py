@@ -59,8 +59,7 @@ class LayerSteps(ABC):
     one is written and launched.
     """
 
-    # torch's current GPU if there are several, and the errors of torch's calls of the driver.
-    _current_device: Callable[[], int] | None = None
+    # The errors of torch's calls of the driver.
     _errors_of_torch: tuple[type[Exception], ...] = ()
     # Kept alive by every graph that is captured.
     _pins: tuple[object, ...] = ()
@@ -78,8 +77,10 @@ class LayerSteps(ABC):
         self._problem = problem
         self._index = index
         self._streams = streams
-        # Their own attributes, since every call asks them.
+        # Attributes of the instance, since every call asks them: of the class they take longer.
         self._current_stream, self._is_capturing, _ = streams
+        # torch's current GPU, if there are several.
+        self._current_device: Callable[[], int] | None = None
         self._has_image_ids = has_image_ids
         self._shares = share_captured_scratch
         self._lock = threading.RLock()

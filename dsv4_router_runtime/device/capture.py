@@ -18,7 +18,7 @@ BIND_BEFORE = (
 
 
 def under_capture() -> bool:
-    """Return whether torch's current stream is being captured; no torch on a GPU captures none."""
+    """Return whether torch's current stream is being captured: never, before torch uses a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

@@ -146,5 +146,6 @@ def _chosen(scores: Sequence[float], bias: Sequence[float]) -> list[int]:
 
 def _weighed(ids: Iterable[int], scores: Sequence[float]) -> Row:
     ids = list(ids)
-    total = sum(scores[expert] for expert in ids) + EPSILON
+    # Not sum, which Python rounds otherwise from 3.12 on.
+    total = math.fsum(scores[expert] for expert in ids) + EPSILON
     return ids, [scores[expert] / total * SCALE for expert in ids]

@@ -51,7 +51,7 @@ def artifacts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch, disassemble_once: None) -> None:
     """Start no worker, which would import what is imported here: test_workers has them."""
     monkeypatch.setattr(climb, "run_tasks", tasks_here)
 

@@ -120,6 +120,8 @@ def let_torch_propagate():
             logger.propagate = True
 
 
+# After `-m` took out the others.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if marked else None

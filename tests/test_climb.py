@@ -153,6 +153,7 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     assert [run["date"] for run in row["figures"]["records"]] == ["2026-01-31", "2026-02-01"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_evidence_of_another_machine_is_merged_and_a_stale_one_refused(
     artifacts: Path, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_either_record_of_the_stack_is_enough(arch: str, attribute: int) -> None
     assert read_cubin(data[:at] + bytes(4) + data[at + 4 :]).stack_bytes == 256
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("arch", "opcode"), [("sm_90a", "REDUX"), ("sm_100a", "CREDUX")])
 def test_opcodes_are_counted_without_their_modifiers(
     arch: str, opcode: str, tmp_path: Path

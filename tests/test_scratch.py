@@ -360,6 +360,7 @@ def capture_piecewise(gpu, bound, order) -> list[tuple[int, int]]:
 PIECEWISE = [1, 2, 4, *range(8, 65, 8), *range(80, 80 + 16 * 72, 16)] * 61
 
 
+@pytest.mark.slow
 def test_piecewise_graphs_hold_no_memset_and_little_scratch(gpu, make):
     slots = capture_piecewise(gpu, make(), PIECEWISE)
     assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(slots))

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from build_kernels.binaries.nvdisasm import sass_opcodes
 from build_kernels.building import build, compilers
 from build_kernels.building.build import Built, Report, run_build
 from build_kernels.building.plan import Task, file_names, make_plan
@@ -53,6 +55,7 @@ def _of_the_checkout() -> dict[str, Built]:
 
 # Read before a test changes a plan's inputs; compile_once adds to it.
 COMPILED = _of_the_checkout()
+DISASSEMBLED: dict[bytes, Counter[str]] = {}
 
 
 def compile_once(
@@ -63,7 +66,11 @@ def compile_once(
     new = {
         source: task for source, task in zip(sources, tasks, strict=True) if source not in COMPILED
     }
-    made = COMPILE_ALL(list(new.values()), folder, jobs, on_done)
+    with pytest.MonkeyPatch.context() as patch:
+        # The DSL's compiler stays in a worker.
+        if all(isinstance(task.spec.source, CudaSource) for task in new.values()):
+            patch.setattr(build, "run_tasks", tasks_here)
+        made = COMPILE_ALL(list(new.values()), folder, jobs, on_done)
     COMPILED.update(zip(new, made, strict=True))
     built = []
     for source, task in zip(sources, tasks, strict=True):
@@ -84,9 +91,17 @@ def nvrtc_once(text: str, *, name: str, arch: str, defines: Mapping[str, int]):
     return _nvrtc(text, name, arch, tuple(defines.items()))
 
 
+def sass_once(path: Path) -> Counter[str]:
+    """Disassemble a file's bytes once; stands in for nvdisasm.sass_opcodes."""
+    cubin = path.read_bytes()
+    if cubin not in DISASSEMBLED:
+        DISASSEMBLED[cubin] = sass_opcodes(path)
+    return DISASSEMBLED[cubin]
+
+
 @contextlib.contextmanager
 def tasks_here(
-    function: Callable, tasks: Mapping, *, jobs: int
+    function: Callable, tasks: Mapping, *, jobs: int, prepare: object = None
 ) -> Iterator[Iterator[tuple[object, object]]]:
     """Call the tasks in this process; stands in for workers.run_tasks."""
     yield ((key, function(*arguments)) for key, arguments in tasks.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import struct
 import sys
@@ -47,8 +48,8 @@ ELF_FLAGS = {
 
 # The parameter sets of each `quick(n)` test that were collected.
 SEEN: Counter[object] = Counter()
-# The numbers of modules at the times of `gc.freeze`.
-FROZEN = [0]
+# The test file and the number of modules at the time of the last `gc.freeze`.
+FROZEN: dict[str, object] = {"modules": 0}
 
 
 def pytest_addoption(parser):
@@ -97,6 +98,30 @@ def pytest_itemcollected(item):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage while tests are collected: all that is made then stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        let_torch_propagate()
+
+
+def let_torch_propagate():
+    """Let records reach pytest's handlers through the root logger.
+
+    torch has 80 loggers that keep theirs, and pytest would add its handlers to each for each phase
+    of each test.
+    """
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
+# After `-m` took out the others.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if marked else None
@@ -105,15 +130,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
 
 
-def pytest_runtest_setup():
-    """Take newly imported modules out of what a collection of garbage looks at: seconds in all.
+def pytest_runtest_setup(item):
+    """Take what earlier files and new modules left out of what a collection of garbage looks at.
 
-    torch.compile imports a thousand of them in the middle of a test.
+    torch.compile imports a thousand modules in the middle of a test.
     """
-    if len(sys.modules) > FROZEN[-1] + 100:
+    modules = len(sys.modules)
+    if item.path != FROZEN.get("path") or modules > FROZEN["modules"] + 100:
         gc.collect()
         gc.freeze()
-        FROZEN.append(len(sys.modules))
+        FROZEN.update(path=item.path, modules=modules)
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +175,17 @@ def compile_once(monkeypatch):
     import builds
 
     monkeypatch.setattr(builds.build, "_compile_all", builds.compile_once)
+
+
+@pytest.fixture
+def disassemble_once(monkeypatch):
+    """Let this process take what a cubin was disassembled to before: a third of a second each."""
+    import builds
+
+    from build_kernels.binaries import nvdisasm
+
+    for module in (nvdisasm, builds.build):
+        monkeypatch.setattr(module, "sass_opcodes", builds.sass_once)
 
 
 def cubin_bytes(arch: str, payload: bytes = b"") -> bytes:

@@ -348,6 +348,7 @@ class TestDeterminism:
         assert done.stdout.startswith(f"0 built, {len(ARCHS)} up to date")
 
 
+@pytest.mark.usefixtures("disassemble_once")
 class TestRefusals:
     """A kernel that is not what its spec says is not published."""
 
@@ -606,6 +607,7 @@ def test_kernel_specs_pickle_into_the_compilers(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.usefixtures("compile_once")
 class TestAFamilysTarget:
     def test_is_left_out_unless_it_is_named(self, tmp_path: Path) -> None:
         made = topk_set(tmp_path / "a")

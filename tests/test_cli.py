@@ -429,6 +429,7 @@ def test_a_signal_that_ends_a_command_lets_it_clean_up(
     assert done.stdout == f"{ending}\n"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
 def test_what_the_output_cannot_hold_is_escaped(tmp_path: Path, encoding: str) -> None:
     """An arrow, and a name of a folder that is no text."""

@@ -51,7 +51,7 @@ def artifacts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch, disassemble_once: None) -> None:
     """Start no worker, which would import what is imported here: test_workers has them."""
     monkeypatch.setattr(climb, "run_tasks", tasks_here)
 
@@ -153,6 +153,7 @@ def test_a_gpu_record_is_merged_and_a_stale_one_refused(artifacts: Path, tmp_pat
     assert [run["date"] for run in row["figures"]["records"]] == ["2026-01-31", "2026-02-01"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_evidence_of_another_machine_is_merged_and_a_stale_one_refused(
     artifacts: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import struct
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,13 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the builder")
 
+from builds import TOPK, topk_set
 from elftools.elf.elffile import ELFFile
 
 from build_kernels.binaries import cubin, nvdisasm, wheels
 from build_kernels.binaries.cubin import CubinError, CubinParameter, read_cubin
 from build_kernels.building import compilers
-from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
+from build_kernels.specs import ARCHITECTURES
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
 
@@ -49,6 +51,7 @@ extern "C" __global__ void reduce(unsigned* out) {
 """
 
 
+@cache
 def compiled(text: str, arch: str) -> bytes:
     return compilers.nvrtc_compile(text, name="test.cu", arch=arch)[0]
 
@@ -103,6 +106,7 @@ def test_either_record_of_the_stack_is_enough(arch: str, attribute: int) -> None
     assert read_cubin(data[:at] + bytes(4) + data[at + 4 :]).stack_bytes == 256
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("arch", "opcode"), [("sm_90a", "REDUX"), ("sm_100a", "CREDUX")])
 def test_opcodes_are_counted_without_their_modifiers(
     arch: str, opcode: str, tmp_path: Path
@@ -118,11 +122,8 @@ def test_opcodes_are_counted_without_their_modifiers(
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
     """Predicated ones too: an instruction is 16 bytes of the kernel's .text section."""
-    spec = next(spec for spec in KERNELS if isinstance(spec.source, CudaSource))
-    data = compilers.compile_kernel(spec, arch, tmp_path).cubin
-    path = tmp_path / "topk.cubin"
-    path.write_bytes(data)
-    text = ELFFile(io.BytesIO(data)).get_section_by_name(f".text.{spec.symbol}")
+    path = topk_set(tmp_path / "set", [arch]) / f"{TOPK.name}.{arch}.cubin"
+    text = ELFFile(io.BytesIO(path.read_bytes())).get_section_by_name(f".text.{TOPK.symbol}")
     assert nvdisasm.sass_opcodes(path).total() == text["sh_size"] // 16
 
 

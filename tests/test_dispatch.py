@@ -413,8 +413,8 @@ def test_a_plan_ends_whatever_the_ranges_are(ranges, ends):
     assert [step.max_tokens for step in plan.steps] == ends
 
 
-def test_a_refusal_by_thousands_of_kernels_stays_a_message():
-    with pytest.raises(NoKernelError, match=r"\.\.\. and 4937 more") as caught:
-        select_kernel(taking(*[(1, 8)] * 5000), PROBLEM, "sm_100a")
+def test_a_refusal_by_a_thousand_kernels_stays_a_message():
+    with pytest.raises(NoKernelError, match=r"\.\.\. and 937 more") as caught:
+        select_kernel(taking(*[(1, 8)] * 1000), PROBLEM, "sm_100a")
     assert str(caught.value).count("built for sm_90a, this GPU is sm_100a") == 64
     assert len(str(caught.value)) < 8000

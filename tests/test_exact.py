@@ -48,9 +48,8 @@ def toward_zero(value: Fraction) -> float:
     """The FP32 number next to an exact one, toward zero; infinity from 2^128 on."""
     if abs(value) >= 2**128:
         return math.copysign(INF, value)
-    exponent = -126
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
+    # The denominator is a power of two.
+    exponent = max(abs(value.numerator).bit_length() - value.denominator.bit_length(), -126)
     unit = Fraction(2) ** (exponent - 23)
     return float(math.trunc(value / unit) * unit)
 
@@ -67,9 +66,9 @@ def step(accumulator: float, factors: list[tuple[float, float]]) -> float:
         (a_part, a_exponent), (b_part, b_exponent) = parts(a), parts(b)
         terms.append((a_part * b_part, a_exponent + b_exponent))
     largest = max((exponent for part, exponent in terms if part), default=-133)
-    unit = Fraction(2) ** (max(largest, -133) - 25)
-    kept = (math.trunc(part * Fraction(2) ** exponent / unit) for part, exponent in terms)
-    return toward_zero(sum(kept) * unit)
+    unit = max(largest, -133) - 25
+    kept = (math.trunc(part * Fraction(2) ** (exponent - unit)) for part, exponent in terms)
+    return toward_zero(sum(kept) * Fraction(2) ** unit)
 
 
 def logit(x: list[float], w: list[float]) -> float:
@@ -129,7 +128,7 @@ def test_a_step_is_the_truncated_sum_that_the_contract_defines(factors, accumula
     assert words(after) == words(torch.tensor([expected]) + 0.0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     factors=st.sampled_from([bfloat16s(100, 150), bfloat16s(0, 0)]).flatmap(
         lambda ordinary: st.lists(
@@ -191,7 +190,7 @@ def drawn(random, kind: str, num_tokens: int, k: int, num_experts: int):
 @pytest.mark.parametrize("k", [64, 960, 1088])
 def test_logits_are_those_of_the_contract(random, k, kind):
     """K of fewer blocks than slices, and of one more: slices of none, one and two blocks."""
-    x, w = drawn(random, kind, 3, k, 4)
+    x, w = drawn(random, kind, 2, k, 2)
     columns = w.t().tolist()
     expected = [[logit(row, column) for column in columns] for row in x.tolist()]
     assert words(exact_logits(x, w)) == words(torch.tensor(expected) + 0.0)

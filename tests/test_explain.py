@@ -85,7 +85,7 @@ def test_explain_is_what_a_binding_does(tmp_path):
     kernels = artifacts.manifest.kernels
     clustered = [kernel.key for kernel in kernels if kernel.launch.cluster != (1, 1, 1)]
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(
         question=st.builds(
             lambda num_experts, top_k, **given: Question(

@@ -427,6 +427,19 @@ def test_a_key_written_twice_is_refused(manifest, line, place):
     assert f"manifest.json: {place}: the key {key} is written twice" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('"zeroed": true,\n"zeroed": true', 'the key "zeroed" is written twice'),
+        ('"zeroed": 1', "expected true or false"),
+    ],
+)
+def test_a_parameter_that_is_almost_one_read_before_is_refused(manifest, line, problem):
+    before, _, after = serialise_manifest(manifest).rpartition('"zeroed": true')
+    with pytest.raises(ManifestError, match=problem):
+        parse_manifest(f"{before}{line}{after}")
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"kernels": ' * 100_000])
 def test_nested_too_deeply(text):
     with pytest.raises(ManifestError, match=r"manifest.json: \$: .*nested too deeply"):

@@ -819,7 +819,7 @@ def bytes_of(out, columns):
     return {start + offset for start in starts for offset in range(columns * size)}
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     rows=st.integers(0, 4),
     strides=st.tuples(st.integers(4, 20), st.integers(4, 12)),

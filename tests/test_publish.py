@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -61,10 +62,9 @@ def check_is_other(artifacts: Path) -> None:
     assert {kernel.launch.pdl for kernel in open_artifacts(artifacts).manifest.kernels} == {False}
 
 
-@pytest.fixture
-def compiled(tmp_path: Path) -> tuple[Built, ...]:
-    """What `other_plan` compiles to, made from the files of a set: no compiler is run."""
-    source = topk_set(tmp_path / "source")
+def compiled_to_other(folder: Path) -> tuple[Built, ...]:
+    """Return what `other_plan` compiles to, made from a set's files: no compiler is run."""
+    source = topk_set(folder / "source")
     built = []
     for kernel in open_artifacts(source).manifest.kernels:
         launch = dataclasses.replace(kernel.launch, pdl=False)
@@ -72,6 +72,11 @@ def compiled(tmp_path: Path) -> tuple[Built, ...]:
         ptx = (source / f"{kernel.key}.ptx").read_text()
         built.append(Built(entry=entry, cubin=(source / kernel.file).read_bytes(), ptx=ptx))
     return tuple(built)
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> tuple[Built, ...]:
+    return compiled_to_other(tmp_path)
 
 
 @pytest.fixture
@@ -186,27 +191,22 @@ class TestAKilledBuild:
         if dots:
             (artifacts / ".DS_Store").touch()
         code = (
-            "import os, signal\n"
-            "from pathlib import Path\n"
-            "from test_publish import *\n"
             "def die(*_a, **_o):\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"artifacts = Path({str(artifacts)!r})\n"
             "plan = other_plan(artifacts)\n"
             "built = TestAKilledBuild.built(artifacts)\n"
             "build._compile_all = lambda *_: built\n"
             f"{at}\n"
             "run_build(artifacts, plan, jobs=1)\n"
         )
-        places = [str(Path(__file__).parent), str(Path(build.__file__).parents[1])]
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        child = os.fork()
+        if child == 0:
+            try:
+                exec(code, globals() | {"artifacts": artifacts})
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
     @staticmethod
     def built(artifacts: Path) -> list[Built]:

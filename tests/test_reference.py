@@ -100,7 +100,7 @@ def test_epsilon_when_every_score_vanishes():
     assert weights.tolist() == [[0.0, 0.0]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.floats(min_value=-170, max_value=700))
 def test_scores_against_decimal_arithmetic(x):
     getcontext().prec = 120
@@ -109,7 +109,7 @@ def test_scores_against_decimal_arithmetic(x):
     assert got == pytest.approx(float(exact), rel=1e-14)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 40).flatmap(
         lambda e: st.tuples(
@@ -436,7 +436,7 @@ def ids_by_hand(row, token, *, e_bias, bias_vl, table, image, first, count, forc
     return sorted(range(len(row)), key=lambda expert: (-keys[expert], expert))[:top_k]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_image_rows_forced_rows_and_padding_by_hand(data):
     """Any mix of the ways to come by a row's ids."""

@@ -39,6 +39,7 @@ def topk(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 # ---------------------------------------------------------------- structure
 
 
+@pytest.mark.usefixtures("disassemble_once")
 def test_a_kernel_as_built_passes_the_structure_rung(topk: Artifact) -> None:
     result = structure.climb(topk, quick=True)
     assert (result.status, result.reason) == ("passed", "")
@@ -71,7 +72,7 @@ def _spoiled(topk: Artifact, what: str) -> Artifact:
     return replace(topk, ptx=topk.ptx.replace(wait.group(), ""))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.usefixtures("disassemble_once")
 @pytest.mark.parametrize(
     "what",
     [
@@ -290,13 +291,13 @@ def append(path: Path, gpu: str) -> None:
 def test_records_of_several_processes_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=append, args=(path, f"GPU {i}")) for i in range(3)]
+    writers = [context.Process(target=append, args=(path, f"GPU {i}")) for i in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    assert len(hardware.read_records(path)) == 30
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(hardware.read_records(path)) == 20
 
 
 def test_records_are_appended_and_read_back(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("cryptography", reason="needs the extra `sign`")
 from builds import TOPK, topk_set
 from click.testing import CliRunner, Result
 from signed_sets import KEYS, policy
-from test_publish import other_plan
+from test_publish import compiled_to_other, other_plan
 
 from build_kernels.building import build, plan
 from build_kernels.cli import main as cli
@@ -426,7 +426,9 @@ class TestVerifySignature:
 
 
 class TestABuild:
-    def test_keeps_signatures_of_the_manifest_that_it_finds(self, checkout, key, monkeypatch):
+    def test_keeps_signatures_of_the_manifest_that_it_finds(
+        self, checkout, key, monkeypatch, compile_once
+    ):
         call("sign", "--key", key)
         place = checkout / "artifacts"
         before = (place / ENVELOPE).read_bytes()
@@ -441,12 +443,13 @@ class TestABuild:
 
     @pytest.mark.parametrize("exchanged", [True, False])
     def test_removes_signatures_of_another_manifest(
-        self, checkout, key, monkeypatch, compile_once, exchanged
+        self, checkout, key, monkeypatch, tmp_path, exchanged
     ):
         call("sign", "--key", key)
         place = checkout / "artifacts"
         if not exchanged:
             (place / ".notes").write_text("a name with a dot keeps the folder")
+        monkeypatch.setattr(build, "_compile_all", lambda *_: compiled_to_other(tmp_path))
         report = build.run_build(place, other_plan(place), jobs=1)
         assert report.removed == (ENVELOPE,)
         assert not (place / ENVELOPE).exists()

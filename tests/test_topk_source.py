@@ -10,8 +10,11 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
+from builds import topk_set
+
 from build_kernels.binaries import cubin
 from build_kernels.building import compilers
+from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.specs import ARCHITECTURES, KERNELS, CudaSource
 
 ARCHS = [arch.name for arch in ARCHITECTURES]
@@ -31,8 +34,9 @@ GUARD = re.compile(r"@!?(%p\d+)\s+")
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def compiled(request: pytest.FixtureRequest) -> compilers.Compiled:
-    return compilers.compile_kernel(SPEC, request.param, Path("unused"))
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = topk_set(tmp_path_factory.mktemp("topk") / "artifacts", [request.param])
+    return load_artifact(folder, f"{SPEC.name}.{request.param}")
 
 
 def instructions(ptx: str) -> list[str]:
@@ -99,7 +103,7 @@ def test_the_score_has_the_constants_of_the_decode_kernels() -> None:
     assert found == in_decode
 
 
-def test_control_flow_depends_on_arguments_and_row_flags(compiled: compilers.Compiled) -> None:
+def test_control_flow_depends_on_arguments_and_row_flags(compiled: Artifact) -> None:
     deciding = named(data_behind_branches(compiled.ptx))
     assert {name[1:] for name in deciding if name.startswith("*")} == ROW_FLAGS
     # The strides and the scale decide nothing.
@@ -117,14 +121,14 @@ def test_the_analysis_sees_a_branch_on_data() -> None:
     assert "*0" in data_behind_branches(ptx)
 
 
-def test_it_waits_for_the_kernel_before_it_reads_or_writes(compiled: compilers.Compiled) -> None:
+def test_it_waits_for_the_kernel_before_it_reads_or_writes(compiled: Artifact) -> None:
     lines = instructions(compiled.ptx)
     wait = lines.index("griddepcontrol.wait")
     first = next(i for i, line in enumerate(lines) if re.search(r"\b(ld|st)\.global", line))
     assert wait < lines.index("griddepcontrol.launch_dependents") < first
 
 
-def test_its_arithmetic_is_ieee_but_for_one_corrected_seed(compiled: compilers.Compiled) -> None:
+def test_its_arithmetic_is_ieee_but_for_one_corrected_seed(compiled: Artifact) -> None:
     lines = instructions(compiled.ptx)
     approximate = {line.split()[0] for line in lines if re.match(r"\S+\.(approx|full)\b", line)}
     assert approximate == {"rsqrt.approx.ftz.f32"}
@@ -138,13 +142,13 @@ def test_its_arithmetic_is_ieee_but_for_one_corrected_seed(compiled: compilers.C
     assert not any(".f64" in name for name in names)
 
 
-def test_it_fits_eight_blocks_on_a_multiprocessor(compiled: compilers.Compiled) -> None:
+def test_it_fits_eight_blocks_on_a_multiprocessor(compiled: Artifact) -> None:
     facts = cubin.read_cubin(compiled.cubin)
     assert facts.registers * 128 * 8 <= 65536
     assert 8 * (facts.static_shared_bytes + 1024) <= 100 * 1024
     assert facts.stack_bytes == 0
 
 
-def test_nothing_of_it_lies_in_global_memory(compiled: compilers.Compiled) -> None:
+def test_nothing_of_it_lies_in_global_memory(compiled: Artifact) -> None:
     """A constant that NVRTC could not fold would cost a load and a relocation."""
     assert not re.search(r"^\s*\.(visible |weak |extern )*\.?(global|const)\b", compiled.ptx, re.M)

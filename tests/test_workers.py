@@ -69,7 +69,7 @@ def test_a_stopped_command_leaves_no_process_behind(
         assert started.survivors(seconds=5) == []
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "group"), WAYS)
 def test_a_stopped_build_leaves_no_process_behind(
     tmp_path: Path, number: signal.Signals, group: bool

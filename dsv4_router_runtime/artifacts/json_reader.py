@@ -66,6 +66,10 @@ class _Object(dict[str, Any]):
 
     twice: str | None = None
 
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self.twice is None else f"<{self.twice!r} twice in {text}>"
+
 
 def _object(pairs: list[tuple[str, Any]]) -> _Object:
     result = _Object()

@@ -31,6 +31,7 @@ from .kernel import (
     IntRange,
     Kernel,
     Launch,
+    Parameter,
     ProblemRange,
     Resources,
     compute_capability,
@@ -141,7 +142,8 @@ def _manifest(node: JsonNode) -> Manifest:
         raise version.expected(f"{SCHEMA_VERSION}, the only schema this runtime reads")
     at = node.members("schema_version", "toolchain", "driver", "kernels")
     nodes = at["kernels"].items("a list of kernels")
-    kernels = tuple(_kernel(item) for item in nodes)
+    known: dict[str, Parameter] = {}
+    kernels = tuple(_kernel(item, known) for item in nodes)
     for index, kernel in enumerate(kernels[1:], start=1):
         before = kernels[index - 1]
         if (before.name, before.arch) >= (kernel.name, kernel.arch):
@@ -158,7 +160,7 @@ def _manifest(node: JsonNode) -> Manifest:
     return Manifest(toolchain=toolchain, driver=driver, kernels=kernels)
 
 
-def _kernel(node: JsonNode) -> Kernel:
+def _kernel(node: JsonNode, known: dict[str, Parameter]) -> Kernel:
     at = node.members(*(item.name for item in fields(Kernel)))
     name = at["name"].string(NAME, "a kernel name (a-z, 0-9, _; at most 64)")
     arch = _architecture(at["arch"])
@@ -177,7 +179,7 @@ def _kernel(node: JsonNode) -> Kernel:
         source_digest=at["source_digest"].string(*SHA256),
         problem=_problem(at["problem"], role),
         launch=_launch(at["launch"]),
-        parameters=read_parameters(at["parameters"]),
+        parameters=read_parameters(at["parameters"], known),
         resources=_resources(at["resources"]),
     )
     _check_parameters(node, kernel)

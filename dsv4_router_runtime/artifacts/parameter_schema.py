@@ -35,10 +35,13 @@ from .limits import (
 NAME = r"[a-z][a-z0-9_]{0,63}"
 
 
-def read_parameters(node: JsonNode) -> tuple[Parameter, ...]:
-    """Read the list of parameters: in ABI order, none inside another, no name twice."""
+def read_parameters(node: JsonNode, known: dict[str, Parameter]) -> tuple[Parameter, ...]:
+    """Read the list of parameters: in ABI order, none inside another, no name twice.
+
+    known: the manifest's parameters that were read before, by their JSON. Kernels share most.
+    """
     nodes = node.items("a list of parameters")
-    parameters = tuple(_parameter(item) for item in nodes)
+    parameters = tuple(_known_parameter(item, known) for item in nodes)
     end = 0
     names: set[str] = set()
     for item, parameter in zip(nodes, parameters, strict=True):
@@ -51,6 +54,13 @@ def read_parameters(node: JsonNode) -> tuple[Parameter, ...]:
         end = parameter.offset + parameter.size
         names.add(parameter.name)
     return parameters
+
+
+def _known_parameter(node: JsonNode, known: dict[str, Parameter]) -> Parameter:
+    key = repr(node.value)
+    if key not in known:
+        known[key] = _parameter(node)
+    return known[key]
 
 
 def _parameter(node: JsonNode) -> Parameter:

@@ -122,6 +122,7 @@ class RouterPrefill(RouterDecode):
             ),
             block=(self.num_threads, 1, 1),
             cluster=(self.gemm.splits, 1, 1),
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel

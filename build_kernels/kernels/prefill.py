@@ -30,6 +30,7 @@ from build_kernels.kernels.row_flags import (
     IS_FORCED,
     IS_IMAGE,
     IS_PADDING,
+    MAX_TICKET,
     MAX_TILES,
     publish_row_flags,
     rank_forced,
@@ -41,6 +42,7 @@ from build_kernels.kernels.shapes import (
     EXPERT_TILE,
     MAX_PREFILL_TOKENS,
     MAX_TOP_K,
+    NUM_SLICES,
 )
 from build_kernels.kernels.top_k import PADDING_KEY
 
@@ -79,6 +81,9 @@ class RouterPrefill(RouterDecode):
         super().__init__(gemm)
         # Tokens per epilogue warp.
         self.rounds = self.max_owned // WARPS_PER_TILE
+        # Of up to 8 tokens a cluster of 16 merges them sooner than it can draw late tickets: 0.3 to
+        # 0.6 us.
+        self.shares_merges = gemm.splits < NUM_SLICES
         self.num_threads = 32 * (self.row_flags_warp + 1)
 
     def shared_storage(self) -> type:
@@ -122,7 +127,8 @@ class RouterPrefill(RouterDecode):
             ),
             block=(self.num_threads, 1, 1),
             cluster=(self.gemm.splits, 1, 1),
-            min_blocks_per_mp=1,
+            # Or ptxas keeps to 80 registers for sm_100, and spills.
+            min_blocks_per_mp=1 if self.shares_merges else 0,
         )
 
     @cute.kernel
@@ -177,7 +183,8 @@ class RouterPrefill(RouterDecode):
         if warp == self.row_flags_warp:
             publish_row_flags(
                 *(storage, self.max_owned, splits, args, split, tile, num_tiles),
-                *(first_token, m_tiles, MAX_PREFILL_TOKENS, True, args.first_token),
+                *(first_token, m_tiles, MAX_PREFILL_TOKENS),
+                *(self.shares_merges, args.first_token),
             )
         self.gemm.issue_mma(storage, warp, split, args.num_k_blocks)
 
@@ -211,7 +218,8 @@ class RouterPrefill(RouterDecode):
                     ):
                         batch = self.read_ahead(*rows, first, experts, places, num_tiles)
                         self.publish_batch(storage, args, batch, *of_tile)
-                cute.arch.mbarrier_wait(storage.tickets_full.data_ptr(), 0)
+                if cutlass.const_expr(self.shares_merges):
+                    cute.arch.mbarrier_wait(storage.tickets_full.data_ptr(), 0)
                 # The M tiles take turns.
                 turn = (m_tile + first_owned) % m_tiles
                 for i in cutlass.range(turn, self.rounds, m_tiles, unroll=1):
@@ -219,7 +227,10 @@ class RouterPrefill(RouterDecode):
                     token = first_token + owned_token(self.gemm.splits, split, owned)
                     if token < args.num_tokens:
                         flags = row_flags(storage, self.max_owned)[owned]
-                        if tickets(storage, self.max_owned)[owned] == num_owners - 1:
+                        ticket = flags & MAX_TICKET
+                        if cutlass.const_expr(self.shares_merges):
+                            ticket = tickets(storage, self.max_owned)[owned]
+                        if ticket == num_owners - 1:
                             self.merge_and_store(args, token, flags, num_tiles)
 
     def read_ahead(

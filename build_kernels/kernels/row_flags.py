@@ -102,7 +102,8 @@ def publish_row_flags(
         padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
         flags = row_flags(storage, max_owned)
         flags[lane] = (
-            ticket
+            # A ticket out of range, which ends in a trap, sets no flag meanwhile.
+            (ticket & MAX_TICKET)
             | flag(is_image != 0, IS_IMAGE)
             | flag(padding != 0, IS_PADDING)
             | flag(forced != 0, IS_FORCED)
@@ -111,11 +112,6 @@ def publish_row_flags(
             | flag(args.out_logits.toint() != 0, HAS_LOGITS)
         )
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
-    if cutlass.const_expr(shares_merges):
-        is_late = is_late and lane < max_owned and token < args.num_tokens
-        ticket = publish_tickets(
-            storage, max_owned, args, token - first_of_launch, num_owners, ticket, is_late
-        )
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
     is_damaged = Uint32(ticket) >= Uint32(num_owners)
@@ -123,6 +119,12 @@ def publish_row_flags(
         left_over = left_over | word
     is_damaged = is_damaged | (left_over != 0)
     trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
+    if cutlass.const_expr(shares_merges):
+        is_late = is_late and lane < max_owned and token < args.num_tokens
+        ticket = publish_tickets(
+            storage, max_owned, args, token - first_of_launch, num_owners, ticket, is_late
+        )
+        trap_if(cute.arch.vote_ballot_sync(Uint32(ticket) >= Uint32(num_owners)) != 0)
 
 
 def tickets(storage, max_owned: int) -> cute.Tensor:

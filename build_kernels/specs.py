@@ -24,7 +24,7 @@ from .kernels.shapes import (
     MAX_PREFILL_TOKENS,
     MAX_TOP_K,
     MERGE_WAIT_LIMIT_MS,
-    NUM_SPLITS,
+    NUM_SLICES,
     TOPK_DEFINES,
     TOPK_WARPS,
     workspace_bytes,
@@ -50,8 +50,12 @@ DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 #     (product)   10.1   10.9           11.3
 # Two CTAs per SM, with 3 to 6 stages and the partial sums in the ring's place, took 0.5 to 1.2 us
 # longer up to 7 clusters, and up to 22 % less beyond.
-PREFILL_TILES = {(128, 64): (2, 4), (128, 128): (1, 4)}
-MAX_PREFILL_CLUSTERS = 7
+PREFILL_TILES = {
+    (128, 64, 16): ((2, 4), 7),
+    (128, 128, 16): ((1, 4), 7),
+    (128, 128, 8): ((1, 4), 15),
+    (128, 128, 4): ((1, 5), 30),
+}
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
 #                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
@@ -111,6 +115,7 @@ class DslSource:
     chunk: int
     stages: int
     m_tiles: int = 1
+    splits: int = NUM_SLICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +196,22 @@ def _x_map(token_tile: int, chunk: int) -> TensorMapRecipe:
 
 
 def _gate(
-    role: str, layout: str, *, experts: int, tokens: int, ring: tuple[int, int], most: int
+    role: str,
+    layout: str,
+    *,
+    suffix: str,
+    tile: tuple[int, int],
+    ring: tuple[int, int],
+    splits: int = NUM_SLICES,
+    most: int | None = None,
 ) -> KernelSpec:
     """Return a kernel that computes the whole gate in tiles of experts by tokens.
 
-    ring: K blocks per chunk, stages. most: the token tiles of a launch.
+    ring: K blocks per chunk, stages. splits: CTAs that share K. most: the clusters of a launch, of
+    which each has a tile; without it a launch has one tile of tokens.
     """
-    name, (chunk, stages) = f"router_{role}_{layout}_n{tokens}", ring
+    name, (chunk, stages), (experts, tokens) = f"router_{role}_{layout}_{suffix}", ring, tile
+    most_tokens = tokens if most is None else min(most * tokens, MAX_PREFILL_TOKENS)
     w_dims = ("K", "E") if layout == "kmajor" else ("E", "K")
     # By its swizzle a box is 128 bytes wide: 64 experts if they are contiguous.
     w_box = (K_BLOCK, experts) if layout == "kmajor" else (EXPERT_TILE, K_BLOCK)
@@ -213,10 +227,11 @@ def _gate(
             chunk=chunk,
             stages=stages,
             m_tiles=experts // EXPERT_TILE,
+            splits=splits,
         ),
         problem=ProblemRange(
             layout=layout,
-            num_tokens=IntRange(low=1, high=most * tokens),
+            num_tokens=IntRange(low=1, high=most_tokens),
             num_experts=IntRange(low=1, high=MAX_EXPERTS),
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
@@ -231,14 +246,14 @@ def _gate(
             },
             workspace_bytes(_MOST_TOKENS[role]),
         ),
-        cluster=(NUM_SPLITS, 1, 1),
-        grid=("k_splits", "expert_tiles", "token_tiles" if most > 1 else 1),
-        k_splits=NUM_SPLITS,
+        cluster=(splits, 1, 1),
+        grid=("k_splits", "expert_tiles", 1 if most is None else "token_tiles"),
+        k_splits=splits,
         expert_tile=experts,
         token_tile=tokens,
         pdl=True,
         wait_limit_ms=MERGE_WAIT_LIMIT_MS,
-        max_clusters=most if most > 1 else None,
+        max_clusters=most,
     )
 
 
@@ -246,14 +261,18 @@ _MOST_TOKENS = {"decode": MAX_DECODE_TOKENS, "prefill": MAX_PREFILL_TOKENS}
 
 
 def _decode(layout: str, tokens: int) -> KernelSpec:
-    ring = DECODE_TILES[tokens]
-    return _gate("decode", layout, experts=EXPERT_TILE, tokens=tokens, ring=ring, most=1)
+    tile = (EXPERT_TILE, tokens)
+    return _gate("decode", layout, suffix=f"n{tokens}", tile=tile, ring=DECODE_TILES[tokens])
 
 
-def _prefill(layout: str, tiles: tuple[int, int]) -> KernelSpec:
-    (experts, tokens), ring = tiles, PREFILL_TILES[tiles]
-    most = MAX_PREFILL_CLUSTERS
-    return _gate("prefill", layout, experts=experts, tokens=tokens, ring=ring, most=most)
+def _prefill(layout: str, shape: tuple[int, int, int]) -> KernelSpec:
+    ring, most = PREFILL_TILES[shape]
+    experts, tokens, splits = shape
+    suffix = f"n{tokens}" if splits == NUM_SLICES else f"n{tokens}_k{splits}"
+    tile = (experts, tokens)
+    return _gate(
+        "prefill", layout, suffix=suffix, tile=tile, ring=ring, splits=splits, most=most
+    )
 
 
 _HASH = KernelSpec(
@@ -277,9 +296,9 @@ _HASH = KernelSpec(
         dtypes=tensor_dtypes("hash"),
     ),
     parameters=_parameters("hash", {"x_map": _x_map(HASH_TOKEN_TILE, HASH_CHUNK)}),
-    cluster=(NUM_SPLITS, 1, 1),
+    cluster=(NUM_SLICES, 1, 1),
     grid=("k_splits", "token_tiles", 1),
-    k_splits=NUM_SPLITS,
+    k_splits=NUM_SLICES,
     expert_tile=EXPERT_TILE,
     token_tile=HASH_TOKEN_TILE,
     pdl=True,
@@ -312,7 +331,7 @@ _TOPK = KernelSpec(
 
 KERNELS = (
     *(_decode(layout, tile) for layout in ("kmajor", "emajor") for tile in DECODE_TILES),
-    *(_prefill(layout, tiles) for layout in ("kmajor", "emajor") for tiles in PREFILL_TILES),
+    *(_prefill(layout, shape) for layout in ("kmajor", "emajor") for shape in PREFILL_TILES),
     _HASH,
     _TOPK,
 )

@@ -7,8 +7,8 @@ The order of every sum is part of the kernels' contract. This is its statement:
 2. Each slice has an FP32 accumulator that starts at 0 and takes the slice in K order, 16 elements
    per step (one MMA instruction of k16).
 3. A step is one sum of 17 terms, the accumulator and 16 exact products; see `fused_sum`.
-4. The logit is ((p0 + p1) + p2) + ... + p15, the slices' FP32 sums in slice order, each addition
-   rounded to nearest even.
+4. Four slices in a row are a group, whose sum is ((p0 + p1) + p2) + p3. The logit is
+   ((g0 + g1) + g2) + g3 of the groups' sums. Each addition is FP32, rounded to nearest even.
 5. The score, the sum of the chosen scores (in rank order, from 0) and the weights are FP32 steps,
    each rounded to nearest even; see `exact_scores` and `_weights`.
 
@@ -30,6 +30,7 @@ from .artifacts.limits import K_MULTIPLE
 from .reference import EPSILON, FP32_MAX, Arithmetic, ReferenceOptions, select_with
 
 NUM_SLICES = 16
+GROUP_SLICES = 4
 STEP = 16
 # The bits of a step's terms below the largest exponent of the 17, which is LEAST_EXPONENT at least,
 # that of the least BF16. An H200's sums near 2^-149 have these bits, and with -132 or -134 not.
@@ -105,12 +106,18 @@ def exact_logits(hidden_states: torch.Tensor, W_gate: torch.Tensor) -> torch.Ten
             products = x[:, None, :, step] * w[None, :, :, step]
             exponents = x_exponents[:, None, :, step] + w_exponents[None, :, :, step]
             partial = fused_sum(partial, products, exponents)
-        total = partial[..., 0]
-        for slice_ in range(1, NUM_SLICES):
-            total = total + partial[..., slice_]
-        logits[first : first + rows] = total
+        groups = _folded(partial.unflatten(2, (-1, GROUP_SLICES)))
+        logits[first : first + rows] = _folded(groups)
     logits.view(torch.int32).masked_fill_(logits.isnan(), 0x7FFFFFFF)
     return logits
+
+
+def _folded(terms: torch.Tensor) -> torch.Tensor:
+    """Add the terms of the last dimension from the left."""
+    total = terms[..., 0]
+    for index in range(1, terms.shape[-1]):
+        total = total + terms[..., index]
+    return total
 
 
 def fused_sum(

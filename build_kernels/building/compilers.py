@@ -97,6 +97,7 @@ def _compile_dsl(spec: KernelSpec, source: DslSource, arch: str, dump_folder: Pa
         "chunk": source.chunk,
         "stages": source.stages,
         "m_tiles": source.m_tiles,
+        "splits": source.splits,
     }
     launch: Mapping[str, Any] = module.launch_properties(**config)
     cubin, ptx = module.compile_kernel(symbol=spec.name, dump_dir=str(dump_folder), **config)

@@ -212,10 +212,19 @@ def place_of(lane: Int32, register: Int32) -> Int32:
 
 
 @cute.jit
+def own_places(tile: Int32, num_tiles: Int32) -> tuple:
+    """Return the indices, within a token, of the candidates of a lane's two experts of a tile."""
+    # Experts per lane of the merging warp.
+    run = 2 * num_tiles
+    experts = [EXPERT_TILE * tile + lane_expert(half) for half in (0, 1)]
+    return tuple(place_of(expert // run, expert % run) for expert in experts)
+
+
+@cute.jit
 def own_candidates(
     args,
     token: Int32,
-    tile: Int32,
+    places: tuple,
     num_tiles: Int32,
     max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
 ) -> tuple:
@@ -227,11 +236,7 @@ def own_candidates(
     is_published = choose(token < args.num_tokens and num_tiles > 1, Int32(1), Int32(0))
     pointers = []
     for half in cutlass.range_constexpr(2):
-        expert = EXPERT_TILE * tile + lane_expert(half)
-        # Experts per lane of the merging warp.
-        run = 2 * num_tiles
-        place = place_of(expert // run, expert % run)
-        pointer = candidates_of(args.workspace, token, num_tiles, max_tokens) + place
+        pointer = candidates_of(args.workspace, token, num_tiles, max_tokens) + places[half]
         cute.arch.inline_ptx(
             "{ .reg .pred is_published; setp.ne.s32 is_published, {$r0}, 0; "
             "@is_published prefetch.global.L2 [{$r1}]; }",

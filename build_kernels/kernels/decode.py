@@ -2,7 +2,7 @@
 
 Decomposition, the same on every architecture
     Experts are the M of the MMA tiler, in tiles of 64; tokens are its N. Grid (S, T): S =
-    NUM_SPLITS splits of K by T = ceil(E / 64) expert tiles. The S CTAs of one expert tile form a
+    NUM_SLICES splits of K by T = ceil(E / 64) expert tiles. The S CTAs of one expert tile form a
     cluster. CTA (s, t) multiplies its slice of W_gate by its slice of hidden_states. It sends each
     token's 64 partial sums to the CTA of its cluster that owns the token; pairs of tokens go round
     the S ranks. The owner adds the S partial sums in rank order and computes the scores. One of a
@@ -27,11 +27,17 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import merge, own_candidates, publish, select_alone
-from build_kernels.kernels.gemm import TileGemm, k_slice
+from build_kernels.kernels.candidates import (
+    merge,
+    own_candidates,
+    own_places,
+    publish,
+    select_alone,
+)
+from build_kernels.kernels.gemm import TileGemm, k_slices
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.outputs import OutputColumn, output_column, store, store_logits
-from build_kernels.kernels.partial_sums import PairExchange, add_splits, lane_expert, owned_token
+from build_kernels.kernels.partial_sums import PairExchange, add_terms, lane_expert, owned_token
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.row_flags import (
     HAS_LOGITS,
@@ -52,7 +58,7 @@ from build_kernels.kernels.shapes import (
     K_BLOCK,
     MAX_EXPERTS,
     MAX_TOP_K,
-    NUM_SPLITS,
+    NUM_SLICES,
 )
 from build_kernels.kernels.top_k import (
     NOT_A_CANDIDATE,
@@ -100,8 +106,8 @@ class RouterDecode:
     def __init__(self, gemm: TileGemm):
         self.gemm = gemm
         self.exchange = PairExchange(gemm)
-        # Maximum tokens owned by one CTA (one per epilogue warp).
-        self.max_owned = 2 * self.exchange.max_pairs
+        # One token per epilogue warp.
+        self.max_owned = self.exchange.max_owned
         self.row_flags_warp = gemm.producer_warp + 1
         self.physical_ids_warp = gemm.producer_warp + 2
         self.num_threads = 32 * (self.physical_ids_warp + 1)
@@ -136,9 +142,9 @@ class RouterDecode:
         tma_atom_w, mW = self.gemm.w_tma(w_gate)
         tma_atom_x, mX = self.gemm.x_tma(hidden_states)
         self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
-            grid=(NUM_SPLITS, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
+            grid=(NUM_SLICES, (args.num_experts + EXPERT_TILE - 1) // EXPERT_TILE, 1),
             block=(self.num_threads, 1, 1),
-            cluster=(NUM_SPLITS, 1, 1),
+            cluster=(NUM_SLICES, 1, 1),
         )
 
     @cute.kernel
@@ -156,9 +162,9 @@ class RouterDecode:
         _, num_tiles, _ = cute.arch.grid_dim()
         storage = cutlass.utils.SmemAllocator().allocate(cute.struct(self.shared_storage()))
 
-        first_block, num_blocks = k_slice(split, args.num_k_blocks)
+        first_block, num_blocks = k_slices(split, 1, args.num_k_blocks)
         # Token pairs split, split + S, ... are this CTA's to sum.
-        num_pairs = ((args.num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
+        num_pairs = ((args.num_tokens + 1) // 2 - split + NUM_SLICES - 1) // NUM_SLICES
 
         if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(tma_atom_w)
@@ -180,23 +186,23 @@ class RouterDecode:
         if warp == self.gemm.producer_warp:
             self.load(storage, tma_atom_w, mW, tma_atom_x, mX, tile, 0, first_block, num_blocks)
         if warp == self.row_flags_warp:
-            publish_row_flags(storage, self.max_owned, args, split, tile, num_tiles)
+            publish_row_flags(storage, self.max_owned, NUM_SLICES, args, split, tile, num_tiles)
         if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
             self.publish_physical_ids(storage, args, split)
         self.gemm.issue_mma(storage, warp, num_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < self.gemm.epilogue_warps:
-            token = owned_token(split, warp)
+            token = owned_token(self.gemm.splits, split, warp)
             # All that needs no sum is computed before the multiply, off the path that others wait
             # for.
-            candidates = own_candidates(args, token, tile, num_tiles)
+            candidates = own_candidates(args, token, own_places(tile, num_tiles), num_tiles)
             experts = tuple(EXPERT_TILE * tile + lane_expert(half) for half in (0, 1))
             output = output_column(args, token)
             biases = self.read_biases(args, experts)
             inverse_temp = reciprocal(args.gate_temp)
             ranks, unknown = read_ranks(args, token, experts)
-            self.exchange.send(storage, num_blocks, args.num_tokens)
+            self.exchange.multiply_and_send(storage, split, args.num_k_blocks, args.num_tokens)
             self.gemm.free_accumulator(storage, warp)
             if token < args.num_tokens:
                 # Outputs and workspace may be in use until the grid before has ended.
@@ -335,7 +341,7 @@ class RouterDecode:
 
         A physical id takes two dependent reads of HBM, which this warp overlaps with the multiply.
         """
-        if owned_token(split, 0) < args.num_tokens:
+        if owned_token(self.gemm.splits, split, 0) < args.num_tokens:
             # (MAX_EXPERTS / 32,): experts lane, lane + 32, ...
             experts = cute.make_rmem_tensor((MAX_EXPERTS // 32,), Int32)
             for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
@@ -343,7 +349,7 @@ class RouterDecode:
             counts = read_counts(args, experts)
             physical_ids = self.physical_ids(storage)
             for warp in cutlass.range_constexpr(self.max_owned):
-                token = owned_token(split, warp)
+                token = owned_token(self.gemm.splits, split, warp)
                 row = read_physical_ids(args, experts, counts, token)
                 for i in cutlass.range_constexpr(MAX_EXPERTS // 32):
                     physical_ids[experts[i], warp] = row[i]
@@ -388,7 +394,7 @@ class RouterDecode:
         scores = cute.make_rmem_tensor((2,), Float32)
         logits = cute.make_rmem_tensor((2,), Float32)
         for i in cutlass.range_constexpr(2):
-            logits[i] = add_splits(parts[(i, None)])
+            logits[i] = add_terms(parts[(i, None)])
             score = router_score(tempered(logits[i], args.gate_temp, inverse_temp))
             bias = choose(flags & IS_IMAGE != 0, biases[i, 1], biases[i, 0])
             keys[i] = selection_key(score, bias)

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from build_kernels.kernels.shapes import K_BLOCK, MAX_EXPERTS, NUM_SPLITS, TILE_M
+from build_kernels.kernels.shapes import K_BLOCK, MAX_EXPERTS, NUM_SLICES, TILE_M
 
 # The accumulators of an M = 64 tile: one wgmma warpgroup, or the four warps that can read TMEM.
 WARPS_PER_TILE = 4
@@ -22,10 +22,13 @@ W_BLOCK_BYTES = TILE_M * K_BLOCK * 2
 SWIZZLE_REPEAT_BYTES = 1024
 
 
-def k_slice(split: Int32, num_k_blocks: Int32) -> tuple:
-    """Return (first block, number of blocks) of a CTA's slice of K; lengths differ by at most 1."""
-    first = split * num_k_blocks // NUM_SPLITS
-    return first, (split + 1) * num_k_blocks // NUM_SPLITS - first
+def k_slices(first: Int32, count: int, num_k_blocks: Int32) -> tuple:
+    """Return (first block, number of blocks) of `count` slices of K from slice `first` on.
+
+    The lengths of slices differ by at most 1.
+    """
+    first_block = first * num_k_blocks // NUM_SLICES
+    return first_block, (first + count) * num_k_blocks // NUM_SLICES - first_block
 
 
 def shared_bytes(storage: type) -> int:
@@ -83,12 +86,16 @@ class TileGemm:
         chunk: int,
         stages: int,
         m_tiles: int = 1,
+        splits: int = NUM_SLICES,
     ):
         self.layout = layout
         self.token_tile = token_tile
         self.chunk = chunk
         self.stages = stages
         self.m_tiles = m_tiles
+        # CTAs of a cluster, and slices of K of each.
+        self.splits = splits
+        self.slices = NUM_SLICES // splits
         # A ring that does not hold a CTA's slice of K is released as it is multiplied.
         self.releases_chunks = m_tiles > 1 and chunk == 1
         self.epilogue_warps = WARPS_PER_TILE * m_tiles
@@ -182,9 +189,12 @@ class TileGemm:
                 for barrier in barriers:
                     cute.arch.mbarrier_init(getattr(storage, barrier).data_ptr(), 32)
                 cute.arch.mbarrier_init_fence()
-                cute.arch.mbarrier_arrive_and_expect_tx(storage.sums_full.data_ptr(), sums_bytes)
         self.allocate_accumulator(storage, warp)
         cute.arch.sync_threads()
+        # After the barrier that publishes the initialisation, before any peer may send.
+        if warp == self.producer_warp:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(storage.sums_full.data_ptr(), sums_bytes)
         cute.arch.cluster_arrive_relaxed()
 
     @cute.jit

@@ -39,8 +39,11 @@ class TileGemmSm90(TileGemm):
         """Do nothing: the accumulators are registers."""
 
     @cute.jit
-    def accumulators(self, storage, num_blocks: Int32):
-        """Multiply this CTA's slice of K; return FP32 registers and their (row, token)."""
+    def accumulators(self, storage, num_blocks: Int32, first=0, index: cutlass.Constexpr[int] = 0):
+        """Multiply a slice of K; return FP32 registers and their (row, token).
+
+        The slice is number `index` of the CTA and has num_blocks of its K blocks, from `first` on.
+        """
         w_major = OperandMajorMode.K if self.layout == "kmajor" else OperandMajorMode.MN
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
         tiled_mma = cute.make_tiled_mma(
@@ -70,13 +73,13 @@ class TileGemmSm90(TileGemm):
         # (MMA, MMA_M = 1, MMA_N = 1): the (row, token) of each accumulator, and the accumulators
         coordinates = thr_mma.partition_C(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
-        # Zeros also for a CTA whose slice of K is empty.
+        # Zeros also for a slice of K that is empty.
         accumulators.fill(0.0)
 
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         operands = (tiled_mma, accumulators, tCrW, tCrX, m_tile, num_blocks)
         if cutlass.const_expr(self.releases_chunks):
-            self.multiply_by_chunks(storage, *operands)
+            self.multiply_by_chunks(storage, *operands, first)
         else:
             self.multiply_by_turns(storage, *operands)
         return accumulators, coordinates
@@ -123,19 +126,29 @@ class TileGemmSm90(TileGemm):
         tCrX: cute.Tensor,
         m_tile,
         num_blocks: Int32,
+        first,
     ):
         """Multiply a slice of K in chunks of one block, releasing the one before each time."""
-        for block in cutlass.range(num_blocks, unroll=1):
+        for block in cutlass.range(first, first + num_blocks, unroll=1):
             stage = block % self.stages
             cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (block // self.stages) & 1)
             warpgroup.fence()
             self.multiply_block(tiled_mma, accumulators, tCrW, tCrX, stage, 0, m_tile)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if block > 0:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(storage.empty.data_ptr() + (block - 1) % self.stages)
+            if block > first:
+                self.release(storage, block - 1)
         warpgroup.wait_group(0)
+        # The next slice may need its place. After a CTA's only slice no load waits for it.
+        if cutlass.const_expr(self.slices > 1):
+            if num_blocks > 0:
+                self.release(storage, first + num_blocks - 1)
+
+    @cute.jit
+    def release(self, storage, block: Int32):
+        """Let the producer overwrite a block's place in the ring."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(storage.empty.data_ptr() + block % self.stages)
 
     @cute.jit
     def multiply_block(

@@ -5,7 +5,7 @@ their rows of W_gate are read. An expert has to be one row: W_gate with unit str
 
 Decomposition
     The rows of the MMA tile are (token, slot): 8 tokens by 8 slots, and top_k slots are used. Grid
-    (S, ceil(N / 8)): a cluster of S = NUM_SPLITS CTAs per 8 tokens, with K split over it as in
+    (S, ceil(N / 8)): a cluster of S = NUM_SLICES CTAs per 8 tokens, with K split over it as in
     router_decode. Of the 64 x 8 sums of a CTA, the 64 whose row and column are the same token are
     needed. Those of token i go to CTA i of the cluster, which adds the S partial sums in rank order
     as router_decode does: a weight has the bits that the whole gate would give it.
@@ -17,19 +17,19 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.gemm import W_BLOCK_BYTES, TileGemm, k_slice
+from build_kernels.kernels.gemm import W_BLOCK_BYTES, TileGemm, k_slices
 from build_kernels.kernels.hash_table import lookup
 from build_kernels.kernels.masks import forced_expert, is_forced, is_padding, or_repeated
 from build_kernels.kernels.outputs import has_rare_outputs, output_column, store
-from build_kernels.kernels.partial_sums import add_splits
+from build_kernels.kernels.partial_sums import add_terms
 from build_kernels.kernels.physical_ids import read_counts, read_physical_ids
 from build_kernels.kernels.score import bits_of, choose, reciprocal, router_score, tempered
-from build_kernels.kernels.shapes import HASH_TOKEN_TILE, K_BLOCK, MAX_TOP_K, NUM_SPLITS, TILE_M
+from build_kernels.kernels.shapes import HASH_TOKEN_TILE, K_BLOCK, MAX_TOP_K, NUM_SLICES, TILE_M
 
 SLOTS = MAX_TOP_K
 LOAD_WARPS = 8
 # Shared memory for one token's partial sums: FP32 of each slot from every source.
-SUMS_BYTES = NUM_SPLITS * SLOTS * 4
+SUMS_BYTES = NUM_SLICES * SLOTS * 4
 VECTOR = 8  # BF16 elements in 16 bytes
 VECTORS = K_BLOCK // VECTOR
 ROWS_AT_ONCE = 32 * LOAD_WARPS // VECTORS
@@ -90,9 +90,9 @@ class RouterHash:
     def __call__(self, hidden_states: cute.Pointer, args: Arguments):
         tma_atom_x, mX = self.gemm.x_tma(hidden_states)
         self.kernel(tma_atom_x, mX, args).launch(
-            grid=(NUM_SPLITS, (args.num_tokens + HASH_TOKEN_TILE - 1) // HASH_TOKEN_TILE, 1),
+            grid=(NUM_SLICES, (args.num_tokens + HASH_TOKEN_TILE - 1) // HASH_TOKEN_TILE, 1),
             block=(self.num_threads, 1, 1),
-            cluster=(NUM_SPLITS, 1, 1),
+            cluster=(NUM_SLICES, 1, 1),
         )
 
     @cute.kernel
@@ -102,7 +102,7 @@ class RouterHash:
         split, tile, _ = cute.arch.block_idx()
         storage = cutlass.utils.SmemAllocator().allocate(cute.struct(self.shared_storage()))
 
-        first_block, num_blocks = k_slice(split, args.num_k_blocks)
+        first_block, num_blocks = k_slices(split, 1, args.num_k_blocks)
         first_token = tile * HASH_TOKEN_TILE
         # CTA i < HASH_TOKEN_TILE of the cluster owns token i of the tile.
         token = first_token + split
@@ -284,9 +284,9 @@ class RouterHash:
         slot = cute.arch.lane_idx() % SLOTS
         # (slot, source) FP32
         sums = cute.make_tensor(
-            storage.sums.data_ptr(), cute.make_layout((SLOTS, NUM_SPLITS), stride=(1, SLOTS))
+            storage.sums.data_ptr(), cute.make_layout((SLOTS, NUM_SLICES), stride=(1, SLOTS))
         )
-        logit = add_splits(sums[(slot, None)])
+        logit = add_terms(sums[(slot, None)])
         score = router_score(tempered(logit, args.gate_temp, inverse_temp))
         if score != score or cute.arch.lane_idx() >= args.top_k:
             score = Float32(0.0)

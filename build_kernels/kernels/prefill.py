@@ -17,9 +17,9 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import merge, own_candidates, publish
+from build_kernels.kernels.candidates import merge, own_candidates, own_places, publish
 from build_kernels.kernels.decode import RouterDecode
-from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm, k_slice
+from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm, k_slices
 from build_kernels.kernels.hash_table import read_ranks
 from build_kernels.kernels.outputs import output_column, store, store_logits
 from build_kernels.kernels.partial_sums import lane_expert, owned_token
@@ -41,11 +41,12 @@ from build_kernels.kernels.shapes import (
     EXPERT_TILE,
     MAX_PREFILL_TOKENS,
     MAX_TOP_K,
-    NUM_SPLITS,
 )
 from build_kernels.kernels.top_k import PADDING_KEY
 
 Arguments = arguments_of("prefill")
+# Tokens of an epilogue warp whose scores are computed at once.
+BATCH = 2
 
 
 class RouterPrefill(RouterDecode):
@@ -112,12 +113,11 @@ class RouterPrefill(RouterDecode):
         tokens = self.gemm.token_tile
         self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
             grid=(
-                NUM_SPLITS,
-                (args.num_experts + experts - 1) // experts,
+                            (args.num_experts + experts - 1) // experts,
                 (args.num_tokens + tokens - 1) // tokens,
             ),
             block=(self.num_threads, 1, 1),
-            cluster=(NUM_SPLITS, 1, 1),
+            cluster=(self.gemm.splits, 1, 1),
         )
 
     @cute.kernel
@@ -138,11 +138,12 @@ class RouterPrefill(RouterDecode):
 
         # The CTA's expert tiles are tile, tile + 1, ...; those beyond the experts hold none.
         tile, num_tiles = cta_tile * m_tiles, num_owners * m_tiles
-        first_block, num_blocks = k_slice(split, args.num_k_blocks)
+        slices, splits = self.gemm.slices, self.gemm.splits
+        first_block, num_blocks = k_slices(slices * split, slices, args.num_k_blocks)
         first_token = token_tile * self.gemm.token_tile
         num_tokens = cutlass.min(args.num_tokens - first_token, self.gemm.token_tile)
         # Token pairs split, split + S, ... of the tile are this CTA's to sum.
-        num_pairs = ((num_tokens + 1) // 2 - split + NUM_SPLITS - 1) // NUM_SPLITS
+        num_pairs = ((num_tokens + 1) // 2 - split + splits - 1) // splits
 
         if warp == self.gemm.producer_warp:
             cpasync.prefetch_descriptor(tma_atom_w)
@@ -168,7 +169,7 @@ class RouterPrefill(RouterDecode):
             )
         if warp == self.row_flags_warp:
             publish_row_flags(
-                *(storage, self.max_owned, args, split, tile, num_tiles),
+                *(storage, self.max_owned, splits, args, split, tile, num_tiles),
                 *(first_token, m_tiles, MAX_PREFILL_TOKENS),
             )
         self.gemm.issue_mma(storage, warp, num_blocks)
@@ -179,33 +180,81 @@ class RouterPrefill(RouterDecode):
             experts = tuple(EXPERT_TILE * (tile + m_tile) + lane_expert(half) for half in (0, 1))
             biases = self.read_biases(args, experts)
             inverse_temp = reciprocal(args.gate_temp)
-            owned = [first_owned + WARPS_PER_TILE * i for i in range(self.rounds)]
-            tokens = [first_token + owned_token(split, own) for own in owned]
-            tables = [read_ranks(args, token, experts) for token in tokens]
-            place = (tile + m_tile, num_tiles)
-            candidates = [
-                own_candidates(args, token, *place, MAX_PREFILL_TOKENS) for token in tokens
-            ]
-            self.exchange.send(storage, num_blocks, num_tokens, m_tile)
+            places = own_places(tile + m_tile, num_tiles)
+            rows = (args, first_token, split)
+            ahead = ()
+            if cutlass.const_expr(self.rounds <= BATCH):
+                ahead = self.read_ahead(*rows, first_owned, experts, places, num_tiles)
+            self.exchange.multiply_and_send(
+                storage, split, args.num_k_blocks, num_tokens, m_tile
+            )
             self.gemm.free_accumulator(storage, warp)
-            if tokens[0] < args.num_tokens:
+            if first_token + owned_token(self.gemm.splits, split, first_owned) < args.num_tokens:
                 # Outputs and workspace may be in use until the grid before has ended.
                 cute.arch.griddepcontrol_wait()
                 cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 0)
                 # Padding waits too: a peer may not send to a CTA that has ended.
                 cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-                for i in cutlass.range_constexpr(self.rounds):
-                    if tokens[i] < args.num_tokens:
-                        self.publish(
-                            *(storage, args, tokens[i], owned[i], candidates[i], m_tile),
-                            *(experts, biases, *tables[i], inverse_temp),
-                        )
-                for i in cutlass.range_constexpr(self.rounds):
-                    # The M tiles take turns.
-                    if tokens[i] < args.num_tokens and m_tile == (first_owned + i) % m_tiles:
-                        flags = row_flags(storage, self.max_owned)[owned[i]]
+                of_tile = (m_tile, experts, biases, inverse_temp)
+                if cutlass.const_expr(self.rounds <= BATCH):
+                    self.publish_batch(storage, args, ahead, *of_tile)
+                else:
+                    for first in cutlass.range(
+                        first_owned, self.max_owned, BATCH * WARPS_PER_TILE, unroll=1
+                    ):
+                        batch = self.read_ahead(*rows, first, experts, places, num_tiles)
+                        self.publish_batch(storage, args, batch, *of_tile)
+                # The M tiles take turns.
+                turn = (m_tile + first_owned) % m_tiles
+                for i in cutlass.range(turn, self.rounds, m_tiles, unroll=1):
+                    owned = first_owned + WARPS_PER_TILE * i
+                    token = first_token + owned_token(self.gemm.splits, split, owned)
+                    if token < args.num_tokens:
+                        flags = row_flags(storage, self.max_owned)[owned]
                         if flags & MAX_TICKET == num_owners - 1:
-                            self.merge_and_store(args, tokens[i], flags, num_tiles)
+                            self.merge_and_store(args, token, flags, num_tiles)
+
+    def read_ahead(
+        self,
+        args: Arguments,
+        first_token: Int32,
+        split: Int32,
+        first_owned: Int32,
+        experts: tuple,
+        places: tuple,
+        num_tiles: Int32,
+    ) -> tuple:
+        """Read what needs no sum for a batch of an epilogue warp's tokens, from `first_owned` on.
+
+        Return (owned, token, candidates, (ranks, unknown)) of each.
+        """
+        batch = []
+        for i in range(min(self.rounds, BATCH)):
+            owned = first_owned + WARPS_PER_TILE * i
+            token = first_token + owned_token(self.gemm.splits, split, owned)
+            candidates = own_candidates(args, token, places, num_tiles, MAX_PREFILL_TOKENS)
+            batch.append((owned, token, candidates, read_ranks(args, token, experts)))
+        return tuple(batch)
+
+    @cute.jit
+    def publish_batch(
+        self,
+        storage,
+        args: Arguments,
+        batch: tuple,
+        m_tile: Int32,
+        experts: tuple,
+        biases: cute.Tensor,
+        inverse_temp: Float32,
+    ):
+        """Publish the candidates of a batch of tokens; see `read_ahead`."""
+        for i in cutlass.range_constexpr(len(batch)):
+            owned, token, candidates, table = batch[i]
+            if token < args.num_tokens:
+                self.publish(
+                    *(storage, args, token, owned, candidates, m_tile),
+                    *(experts, biases, *table, inverse_temp),
+                )
 
     @cute.jit
     def publish(

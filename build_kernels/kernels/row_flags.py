@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32, Uint32, Uint64
 
 from build_kernels.kernels.candidates import (
     candidates_of,
@@ -27,6 +27,8 @@ from build_kernels.kernels.shapes import EXPERT_TILE, MAX_DECODE_TOKENS, MAX_EXP
 MAX_TILES = MAX_EXPERTS // EXPERT_TILE
 # Rows of forced ids that a warp reads at once, a slot per lane.
 FORCED_ROWS = 32 // MAX_TOP_K
+# Rows of left-over candidates that a warp reads at once.
+LEFT_OVER_ROWS = 8
 # The ticket in the low bits, then the flags. Those of the call spare the epilogue to read the
 # parameters: a cold one took 0.05 us of what comes after the sums.
 MAX_TICKET = MAX_TILES - 1
@@ -48,6 +50,7 @@ def row_flags(storage, max_owned: int) -> cute.Tensor:
 def publish_row_flags(
     storage,
     max_owned: cutlass.Constexpr[int],
+    splits: cutlass.Constexpr[int],
     args,
     split: Int32,
     tile: Int32,
@@ -63,25 +66,25 @@ def publish_row_flags(
     ids and the workspace may be in use until the grid before has ended; input_ids may not.
     """
     lane = cute.arch.lane_idx()
-    token = first_token + owned_token(split, lane)
+    token = first_token + owned_token(splits, split, lane)
     num_owners = num_tiles // m_tiles
     ticket = Int32(0)
-    neighbours = [neighbours_of(tile + i, num_tiles) for i in range(m_tiles)]
+    neighbours = tuple(neighbours_of(tile + i, num_tiles) for i in range(m_tiles))
     has_id = has_image_id(args, token)
     # Always true: makes the wait depend on the division, which the compiler would do after it.
     if neighbours[-1] >= 0:
         cute.arch.griddepcontrol_wait()
     # Read before the tickets are drawn, so before any merge: a word that no owner published cannot
     # pass for a candidate.
-    left_over = []
-    for warp in cutlass.range_constexpr(max_owned):
-        owned = first_token + owned_token(split, warp)
-        for i in cutlass.range_constexpr(m_tiles):
-            left_over += load_neighbours(
-                candidates_of(args.workspace, owned, num_tiles, max_tokens) + neighbours[i],
-                num_tiles > 1 and owned < args.num_tokens,
-            )
-    unknown = publish_forced(storage, max_owned, args, split, first_token)
+    left_over = Uint64(0)
+    last = max(0, max_owned - LEFT_OVER_ROWS)
+    rows = (max_owned, splits, args, first_token, split)
+    of_tiles = (neighbours, num_tiles, max_tokens)
+    for first in cutlass.range(0, last, LEFT_OVER_ROWS, unroll=1):
+        for word in left_over_words(*rows, first, *of_tiles):
+            left_over = left_over | word
+    words = left_over_words(*rows, last, *of_tiles)
+    unknown = publish_forced(storage, max_owned, splits, args, split, first_token)
     if lane < max_owned and token < args.num_tokens:
         ticket = draw_ticket(args.workspace, token, num_owners)
         is_image = has_id | read_mask(args.image_mask, token, args.num_tokens)
@@ -101,9 +104,34 @@ def publish_row_flags(
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
     is_damaged = Uint32(ticket) >= Uint32(num_owners)
-    for word in left_over:
-        is_damaged = is_damaged | (word != 0)
+    for word in words:
+        left_over = left_over | word
+    is_damaged = is_damaged | (left_over != 0)
     trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
+
+
+@cute.jit
+def left_over_words(
+    max_owned: cutlass.Constexpr[int],
+    splits: cutlass.Constexpr[int],
+    args,
+    first_token,
+    split: Int32,
+    first,
+    neighbours: tuple,
+    num_tiles: Int32,
+    max_tokens: cutlass.Constexpr[int],
+):
+    """Load a lane's candidates of LEFT_OVER_ROWS owned tokens from number `first` on, at most."""
+    words = []
+    for i in cutlass.range_constexpr(min(max_owned, LEFT_OVER_ROWS)):
+        token = first_token + owned_token(splits, split, first + i)
+        for j in cutlass.range_constexpr(len(neighbours)):
+            words += load_neighbours(
+                candidates_of(args.workspace, token, num_tiles, max_tokens) + neighbours[j],
+                num_tiles > 1 and token < args.num_tokens,
+            )
+    return tuple(words)
 
 
 def forced_experts(storage, max_owned: int) -> cute.Tensor:
@@ -113,7 +141,12 @@ def forced_experts(storage, max_owned: int) -> cute.Tensor:
 
 @cute.jit
 def publish_forced(
-    storage, max_owned: cutlass.Constexpr[int], args, split: Int32, first_token
+    storage,
+    max_owned: cutlass.Constexpr[int],
+    splits: cutlass.Constexpr[int],
+    args,
+    split: Int32,
+    first_token,
 ) -> Int32:
     """Read the forced ids of the CTA's tokens, one a lane, if there are any.
 
@@ -127,7 +160,7 @@ def publish_forced(
             is_slot = warp < max_owned and slot < args.top_k
             expert = Int32(-1)
             if is_slot:
-                expert = forced_expert(args, first_token + owned_token(split, warp), slot)
+                expert = forced_expert(args, first_token + owned_token(splits, split, warp), slot)
             if warp < max_owned:
                 forced_experts(storage, max_owned)[slot, warp] = expert
             is_wrong = or_repeated(expert < 0, expert, lane - slot, slot)

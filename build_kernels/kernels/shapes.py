@@ -10,8 +10,10 @@ from dsv4_router_runtime.artifacts.limits import MAX_EXPERTS, MAX_TOP_K
 TILE_M = 64
 K_BLOCK = 64
 MMA_K = 16
-# Split-K: each CTA of a cluster takes one slice of K. 16 is the largest cluster there is.
-NUM_SPLITS = 16
+# K is cut into slices. Each is summed from zero, then groups of them, then the groups: see exact.py.
+# The CTAs of a cluster share them, one slice to each of 16, the largest cluster there is.
+NUM_SLICES = 16
+GROUP_SLICES = 4
 MAX_DECODE_TOKENS = 64
 
 # M is an expert in router_decode, and a (token, slot) in router_hash.
@@ -19,7 +21,7 @@ EXPERT_TILE = TILE_M
 HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
 
 # router_prefill: the same for more tokens, in several tiles of them.
-MAX_PREFILL_TOKENS = 896
+MAX_PREFILL_TOKENS = 1920
 
 # The workspace of both: a 4-byte ticket counter per token, then an 8-byte candidate per token
 # and expert.

@@ -95,7 +95,7 @@ WORKSPACE = LaunchParameter(
 )
 # Tickets come first, one per token that some kernel of the role takes, then the candidates of each
 # token, those of the last CTA's whole tile among them.
-TICKETS = {"decode": 64, "prefill": 896}
+TICKETS = {"decode": 64, "prefill": 1920}
 TICKET_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 8
 BIASES = (
     # Null in a hash layer.

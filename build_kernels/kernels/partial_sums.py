@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from build_kernels.kernels.gemm import TileGemm, k_slices
-from build_kernels.kernels.score import bits_of
+from build_kernels.kernels.score import bits_of, choose
 from build_kernels.kernels.shapes import EXPERT_TILE, GROUP_SLICES, NUM_SLICES
 
 NUM_GROUPS = NUM_SLICES // GROUP_SLICES
@@ -81,14 +81,15 @@ class PairExchange:
         """
         first, coordinates = self.slice_sums(storage, split, num_k_blocks, 0)
         if cutlass.const_expr(self.gemm.slices == 2):
-            second, _ = self.slice_sums(storage, split, num_k_blocks, 1)
-            term = split // 2 * 3
-            if split % 2 == 0:
-                add_to(first, second)
-                self.send(storage, first, coordinates, term, num_tokens, m_tile)
-            else:
+            term, is_first = split // 2 * 3, split % 2 == 0
+            # Sent while the second slice is multiplied.
+            if not is_first:
                 self.send(storage, first, coordinates, term + 1, num_tokens, m_tile)
-                self.send(storage, second, coordinates, term + 2, num_tokens, m_tile)
+            second, _ = self.slice_sums(storage, split, num_k_blocks, 1)
+            if is_first:
+                add_to(second, first)
+            term = term + choose(is_first, Int32(0), Int32(2))
+            self.send(storage, second, coordinates, term, num_tokens, m_tile)
         else:
             for index in cutlass.range_constexpr(1, self.gemm.slices):
                 add_to(first, self.slice_sums(storage, split, num_k_blocks, index)[0])
@@ -139,7 +140,7 @@ class PairExchange:
 
 @cute.jit
 def add_to(total: cute.Tensor, addend: cute.Tensor):
-    """Add registers to those of `total`, one by one."""
+    """Add registers to those of `total`, one by one. The sum of two FP32 has no order."""
     for i in cutlass.range_constexpr(cute.size(total)):
         total[i] = total[i] + addend[i]
 

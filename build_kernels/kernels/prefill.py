@@ -30,11 +30,11 @@ from build_kernels.kernels.row_flags import (
     IS_FORCED,
     IS_IMAGE,
     IS_PADDING,
-    MAX_TICKET,
     MAX_TILES,
     publish_row_flags,
     rank_forced,
     row_flags,
+    tickets,
 )
 from build_kernels.kernels.score import choose, reciprocal
 from build_kernels.kernels.shapes import (
@@ -94,6 +94,8 @@ class RouterPrefill(RouterDecode):
             ]
             # (owned token,)
             row_flags: cute.struct.MemRange[Int32, self.max_owned]
+            # (owned token,)
+            tickets: cute.struct.MemRange[Int32, self.max_owned]
             # (slot, owned token)
             forced: cute.struct.MemRange[Int32, MAX_TOP_K * self.max_owned]
             full: gemm.ring_barriers
@@ -170,7 +172,7 @@ class RouterPrefill(RouterDecode):
         if warp == self.row_flags_warp:
             publish_row_flags(
                 *(storage, self.max_owned, splits, args, split, tile, num_tiles),
-                *(first_token, m_tiles, MAX_PREFILL_TOKENS),
+                *(first_token, m_tiles, MAX_PREFILL_TOKENS, True),
             )
         self.gemm.issue_mma(storage, warp, num_blocks)
 
@@ -204,6 +206,7 @@ class RouterPrefill(RouterDecode):
                     ):
                         batch = self.read_ahead(*rows, first, experts, places, num_tiles)
                         self.publish_batch(storage, args, batch, *of_tile)
+                cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 1)
                 # The M tiles take turns.
                 turn = (m_tile + first_owned) % m_tiles
                 for i in cutlass.range(turn, self.rounds, m_tiles, unroll=1):
@@ -211,7 +214,7 @@ class RouterPrefill(RouterDecode):
                     token = first_token + owned_token(self.gemm.splits, split, owned)
                     if token < args.num_tokens:
                         flags = row_flags(storage, self.max_owned)[owned]
-                        if flags & MAX_TICKET == num_owners - 1:
+                        if tickets(storage, self.max_owned)[owned] == num_owners - 1:
                             self.merge_and_store(args, token, flags, num_tiles)
 
     def read_ahead(

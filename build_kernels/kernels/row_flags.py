@@ -58,12 +58,16 @@ def publish_row_flags(
     first_token=0,
     m_tiles: cutlass.Constexpr[int] = 1,
     max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
+    shares_merges: cutlass.Constexpr[bool] = False,
 ):
     """Draw a ticket and read the masks for each of the CTA's tokens, by one warp.
 
     first_token: that of the CTA's token tile. The CTA has m_tiles of a token's num_tiles expert
     tiles, from `tile` on. `row_flags_full` of the storage takes 32 arrivals. The masks, the forced
     ids and the workspace may be in use until the grid before has ended; input_ids may not.
+
+    shares_merges: each owner draws the tickets of an equal share of the tokens late, see
+    `publish_tickets`, so that it draws them last, and merges them, unless it started much earlier.
     """
     lane = cute.arch.lane_idx()
     token = first_token + owned_token(splits, split, lane)
@@ -85,8 +89,12 @@ def publish_row_flags(
             left_over = left_over | word
     words = left_over_words(*rows, last, *of_tiles)
     unknown = publish_forced(storage, max_owned, splits, args, split, first_token)
+    is_late = False
+    if cutlass.const_expr(shares_merges):
+        is_late = lane % num_owners == tile // m_tiles
     if lane < max_owned and token < args.num_tokens:
-        ticket = draw_ticket(args.workspace, token, num_owners)
+        if not is_late:
+            ticket = draw_ticket(args.workspace, token, num_owners)
         is_image = has_id | read_mask(args.image_mask, token, args.num_tokens)
         forced = is_forced(args, token)
         padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
@@ -101,6 +109,9 @@ def publish_row_flags(
             | flag(args.out_logits.toint() != 0, HAS_LOGITS)
         )
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
+    if cutlass.const_expr(shares_merges):
+        is_late = is_late and lane < max_owned and token < args.num_tokens
+        ticket = publish_tickets(storage, max_owned, args, token, num_owners, ticket, is_late)
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
     is_damaged = Uint32(ticket) >= Uint32(num_owners)
@@ -108,6 +119,35 @@ def publish_row_flags(
         left_over = left_over | word
     is_damaged = is_damaged | (left_over != 0)
     trap_if(cute.arch.vote_ballot_sync(is_damaged) != 0)
+
+
+def tickets(storage, max_owned: int) -> cute.Tensor:
+    """Return (owned token,) int32: the tickets, if the merges are shared."""
+    return cute.make_tensor(storage.tickets.data_ptr(), cute.make_layout(max_owned))
+
+
+@cute.jit
+def publish_tickets(
+    storage,
+    max_owned: cutlass.Constexpr[int],
+    args,
+    token: Int32,
+    num_owners: Int32,
+    ticket: Int32,
+    is_late,
+) -> Int32:
+    """Draw the late tickets when the sums are there, while they are scored; publish all tickets.
+
+    It is the second phase of `row_flags_full`. Return a lane's ticket.
+    """
+    cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
+    lane = cute.arch.lane_idx()
+    if is_late:
+        ticket = draw_ticket(args.workspace, token, num_owners)
+    if lane < max_owned:
+        tickets(storage, max_owned)[lane] = ticket
+    cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
+    return ticket
 
 
 @cute.jit

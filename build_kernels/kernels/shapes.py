@@ -4,6 +4,7 @@ MAX_EXPERTS and MAX_TOP_K are the runtime's, which refuses larger problems.
 """
 
 from dsv4_router_runtime.artifacts.limits import MAX_EXPERTS, MAX_TOP_K
+from dsv4_router_runtime.parameters import TICKETS
 
 # The MMA tiler of the decode kernels is (TILE_M, token tile, K_BLOCK). 64 is the M of wgmma and the
 # smallest M of tcgen05.mma; 64 BF16 along K are the 128 bytes that the swizzle spans.
@@ -14,14 +15,14 @@ MMA_K = 16
 # The CTAs of a cluster share them, one slice to each of 16, the largest cluster there is.
 NUM_SLICES = 16
 GROUP_SLICES = 4
-MAX_DECODE_TOKENS = 64
+MAX_DECODE_TOKENS = TICKETS["decode"]
 
 # M is an expert in router_decode, and a (token, slot) in router_hash.
 EXPERT_TILE = TILE_M
 HASH_TOKEN_TILE = TILE_M // MAX_TOP_K
 
 # router_prefill: the same for more tokens, in several tiles of them.
-MAX_PREFILL_TOKENS = 1920
+MAX_PREFILL_TOKENS = TICKETS["prefill"]
 
 # The workspace of both: a 4-byte ticket counter per token, then an 8-byte candidate per token
 # and expert.

@@ -103,6 +103,7 @@ class RouterPrefill(RouterDecode):
             sums_full: gemm.barrier
             accumulator_full: gemm.barrier
             row_flags_full: gemm.barrier
+            tickets_full: gemm.barrier
             tmem_address: gemm.tmem_address
 
         return SharedStorage
@@ -155,7 +156,7 @@ class RouterPrefill(RouterDecode):
             warp,
             1,
             num_pairs * (m_tiles * self.exchange.pair_bytes),
-            ("row_flags_full",),
+            ("row_flags_full", "tickets_full"),
         )
         # Dependents may start now; they wait before they touch memory that this grid writes:
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
@@ -206,7 +207,7 @@ class RouterPrefill(RouterDecode):
                     ):
                         batch = self.read_ahead(*rows, first, experts, places, num_tiles)
                         self.publish_batch(storage, args, batch, *of_tile)
-                cute.arch.mbarrier_wait(storage.row_flags_full.data_ptr(), 1)
+                cute.arch.mbarrier_wait(storage.tickets_full.data_ptr(), 0)
                 # The M tiles take turns.
                 turn = (m_tile + first_owned) % m_tiles
                 for i in cutlass.range(turn, self.rounds, m_tiles, unroll=1):

@@ -138,7 +138,7 @@ def publish_tickets(
 ) -> Int32:
     """Draw the late tickets when the sums are there, while they are scored; publish all tickets.
 
-    It is the second phase of `row_flags_full`. Return a lane's ticket.
+    `tickets_full` of the storage takes 32 arrivals. Return a lane's ticket.
     """
     cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
     lane = cute.arch.lane_idx()
@@ -146,7 +146,7 @@ def publish_tickets(
         ticket = draw_ticket(args.workspace, token, num_owners)
     if lane < max_owned:
         tickets(storage, max_owned)[lane] = ticket
-    cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
+    cute.arch.mbarrier_arrive(storage.tickets_full.data_ptr())
     return ticket
 
 

@@ -93,7 +93,7 @@ LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_w
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
-# Tickets come first, one per token that some kernel of the role takes, then the candidates of each
+# Tickets come first, one per token that a launch of some kernel of the role takes, then the candidates of each
 # token, those of the last CTA's whole tile among them.
 TICKETS = {"decode": 64, "prefill": 1920}
 TICKET_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 8
@@ -146,6 +146,8 @@ OUTPUTS = (
 # The whole gate's logits. A kernel that reads logits has them from the caller's own tensor.
 OUT_LOGITS = _pointer("out_logits", "float32", _FLOAT32, "N", "E", **_PRODUCED)
 NUM_TOKENS = _int32("num_tokens", BROUGHT)
+# The first token of a launch that routes a part of a call's tokens, a multiple of its token tile.
+FIRST_TOKEN = _int32("first_token", LAUNCH, off=0)
 NUM_EXPERTS = _int32("num_experts", BOUND)
 NUM_K_BLOCKS = _int32("num_k_blocks", BOUND)
 TOP_K = _int32("top_k", BOUND)
@@ -189,7 +191,7 @@ _GATE = (
 # Role of a kernel -> its parameters in ABI order.
 ABI: Mapping[str, tuple[LaunchParameter, ...]] = {
     "decode": _GATE,
-    "prefill": _GATE,
+    "prefill": (*_GATE, FIRST_TOKEN),
     "hash": (
         *(X_MAP, W_GATE),
         *(*PADDING, *TABLE, *FORCED, *OUTPUTS),

@@ -226,17 +226,20 @@ def own_candidates(
     token: Int32,
     places: tuple,
     num_tiles: Int32,
+    first_token=0,
     max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
 ) -> tuple:
     """Return pointers to the candidates of a lane's two experts, as the merge addresses them.
 
-    They are prefetched: without a use before the sums ptxas does the division after them, which
+    first_token: the launch's, which has the first place in the workspace. The candidates are prefetched: without a use before the sums ptxas does the division after them, which
     took 0.1 us of a launch.
     """
     is_published = choose(token < args.num_tokens and num_tiles > 1, Int32(1), Int32(0))
     pointers = []
     for half in cutlass.range_constexpr(2):
-        pointer = candidates_of(args.workspace, token, num_tiles, max_tokens) + places[half]
+        pointer = places[half] + candidates_of(
+            args.workspace, token - first_token, num_tiles, max_tokens
+        )
         cute.arch.inline_ptx(
             "{ .reg .pred is_published; setp.ne.s32 is_published, {$r0}, 0; "
             "@is_published prefetch.global.L2 [{$r1}]; }",

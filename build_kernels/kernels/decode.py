@@ -130,7 +130,7 @@ class RouterDecode:
             full: gemm.ring_barriers
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
-            accumulator_full: gemm.barrier
+            accumulator_full: gemm.accumulator_barriers
             row_flags_full: gemm.barrier
             physical_ids_full: gemm.barrier
             tmem_address: gemm.tmem_address
@@ -189,7 +189,7 @@ class RouterDecode:
             publish_row_flags(storage, self.max_owned, NUM_SLICES, args, split, tile, num_tiles)
         if warp == self.physical_ids_warp and args.to_physical.toint() != 0:
             self.publish_physical_ids(storage, args, split)
-        self.gemm.issue_mma(storage, warp, num_blocks)
+        self.gemm.issue_mma(storage, warp, split, args.num_k_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < self.gemm.epilogue_warps:

@@ -56,13 +56,16 @@ class TileGemm:
                            the kernel's arrivals and bytes / mma_arrivals
         sums_full          epilogue warps of the cluster -> owner's epilogue: 1 + the bytes that the
                            kernel announces / used once
-        accumulator_full   MMA -> epilogue on sm_100: 1 commit / used once
+        accumulator_full,  MMA -> epilogue on sm_100, an accumulator per slice or a ring of them:
+        accumulator_empty  1 commit / 1 per epilogue warp
 
     Shared memory: the kernel defines it. These members are required:
         w                  w_ring: stages * chunk * m_tiles * 8 KB
         x                  x_ring: stages * chunk * 128 B per token of the tile
         full, empty        ring_barriers
-        sums_full, accumulator_full   barrier
+        sums_full          barrier
+        accumulator_full   accumulator_barriers
+        accumulator_empty  accumulator_barriers, if a CTA has more slices than accumulators
         tmem_address       tmem_address, used on sm_100
 
     A subclass supplies the constants below and
@@ -96,6 +99,8 @@ class TileGemm:
         # CTAs of a cluster, and slices of K of each.
         self.splits = splits
         self.slices = NUM_SLICES // splits
+        # Accumulators that the MMA may fill before the epilogue takes one.
+        self.accumulator_stages = 1
         # A ring that does not hold a CTA's slice of K is released as it is multiplied.
         self.releases_chunks = m_tiles > 1 and chunk == 1
         self.epilogue_warps = WARPS_PER_TILE * m_tiles
@@ -109,6 +114,22 @@ class TileGemm:
         self.w_ring = _ring(self.ring_blocks * self.w_block_bytes)
         self.x_ring = _ring(stages * self.x_chunk_bytes)
         self.ring_barriers = cute.struct.MemRange[Int64, stages]
+
+    @property
+    def refills_accumulators(self) -> bool:
+        """Whether an accumulator takes more than one slice of K, which is so on sm_100 only."""
+        return self.mma_warp is not None and self.slices > self.accumulator_stages
+
+    @property
+    def accumulator_barriers(self) -> type:
+        """Return the type of `accumulator_full` and of `accumulator_empty`."""
+        return cute.struct.MemRange[Int64, self.accumulator_stages]
+
+    def slice_of(self, split: Int32, index: int, num_k_blocks: Int32) -> tuple:
+        """Return (first, number) of the K blocks of slice `index` of a CTA, in its own blocks."""
+        cta_first, _ = k_slices(self.slices * split, self.slices, num_k_blocks)
+        first, num_blocks = k_slices(self.slices * split + index, 1, num_k_blocks)
+        return first - cta_first, num_blocks
 
     def w_smem_layout(self, rows: int = TILE_M) -> cute.ComposedLayout:
         """Return (rows, K_BLOCK, m_tiles * ring_blocks * TILE_M / rows) BF16, a layout of `w`.
@@ -185,7 +206,12 @@ class TileGemm:
                     cute.arch.mbarrier_init(storage.full.data_ptr() + stage, full_arrivals)
                     cute.arch.mbarrier_init(storage.empty.data_ptr() + stage, self.mma_arrivals)
                 cute.arch.mbarrier_init(storage.sums_full.data_ptr(), 1)
-                cute.arch.mbarrier_init(storage.accumulator_full.data_ptr(), 1)
+                for stage in cutlass.range_constexpr(self.accumulator_stages):
+                    cute.arch.mbarrier_init(storage.accumulator_full.data_ptr() + stage, 1)
+                    if cutlass.const_expr(self.refills_accumulators):
+                        cute.arch.mbarrier_init(
+                            storage.accumulator_empty.data_ptr() + stage, self.epilogue_warps
+                        )
                 for barrier in barriers:
                     cute.arch.mbarrier_init(getattr(storage, barrier).data_ptr(), 32)
                 cute.arch.mbarrier_init_fence()

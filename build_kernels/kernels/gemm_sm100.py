@@ -11,7 +11,7 @@ from build_kernels.kernels.shapes import K_BLOCK, MMA_K, TILE_M
 
 # tcgen05.alloc takes a power of two from 32 on:
 # https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-memory-alloc-manage-instructions
-MIN_TMEM_COLUMNS = 32
+MIN_TMEM_COLUMNS, TMEM_COLUMNS = 32, 512
 
 
 class TileGemmSm100(TileGemm):
@@ -37,6 +37,9 @@ class TileGemmSm100(TileGemm):
         super().__init__(**config)
         self.mma_warp = self.epilogue_warps
         self.producer_warp = self.mma_warp + 1
+        # All of a CTA's slices, or as many as TMEM holds.
+        columns = self.token_tile * self.m_tiles
+        self.accumulator_stages = min(self.slices, TMEM_COLUMNS // columns)
 
     def make_tiled_mma(self) -> cute.TiledMma:
         """Return the MMA. Made inside the kernel: as a parameter it would be 32 opaque bytes."""
@@ -54,14 +57,16 @@ class TileGemmSm100(TileGemm):
             )
         )
 
-    def accumulator(self, storage, tiled_mma: cute.TiledMma, m_tile) -> cute.Tensor:
+    def accumulator(
+        self, storage, tiled_mma: cute.TiledMma, m_tile, stage: int = 0
+    ) -> cute.Tensor:
         """Return an M tile's accumulator in TMEM: row 16 w + r in lane 32 w + r, a token a column.
 
-        The M tiles are beside each other.
+        The M tiles are beside each other, and so are the stages.
         """
         pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.data_ptr())
         if cutlass.const_expr(self.m_tiles > 1):
-            first = Int32(m_tile) * self.token_tile
+            first = (stage * self.m_tiles + Int32(m_tile)) * self.token_tile
             pointer = pointer + cute.assume(first, divby=self.token_tile)
         shape = tiled_mma.partition_shape_C((TILE_M, self.token_tile))
         # (MMA, MMA_M = 1, MMA_N = 1)
@@ -70,7 +75,8 @@ class TileGemmSm100(TileGemm):
     @property
     def tmem_columns(self) -> int:
         """Return the number of TMEM columns to allocate, a power of two."""
-        return max(MIN_TMEM_COLUMNS, 1 << (self.token_tile * self.m_tiles - 1).bit_length())
+        columns = self.token_tile * self.m_tiles * self.accumulator_stages
+        return max(MIN_TMEM_COLUMNS, 1 << (columns - 1).bit_length())
 
     @cute.jit
     def allocate_accumulator(self, storage, warp: Int32):
@@ -89,8 +95,8 @@ class TileGemmSm100(TileGemm):
             cute.arch.dealloc_tmem(pointer, self.tmem_columns)
 
     @cute.jit
-    def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
-        """Multiply every K block in order into one accumulator, by the MMA warp."""
+    def issue_mma(self, storage, warp: Int32, split: Int32, num_k_blocks: Int32):
+        """Multiply the K blocks of each slice in order into an accumulator, by the MMA warp."""
         if warp == self.mma_warp:
             tiled_mma = self.make_tiled_mma()
             mma_tiler = (TILE_M, self.token_tile, K_BLOCK)
@@ -107,42 +113,76 @@ class TileGemmSm100(TileGemm):
             # descriptor per MMA
             tCrW = tiled_mma.make_fragment_A(sW)
             tCrX = tiled_mma.make_fragment_B(sX)
-            tCtAcc = [self.accumulator(storage, tiled_mma, tile) for tile in range(self.m_tiles)]
-
-            num_chunks = (num_blocks + self.chunk - 1) // self.chunk
-            for chunk in cutlass.range(num_chunks, unroll=1):
-                stage = chunk % self.stages
-                cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
-                for block in cutlass.range_constexpr(self.chunk):
-                    if chunk * self.chunk + block < num_blocks:
-                        for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
-                            # The first MMA of a slice overwrites: TMEM is not cleared.
-                            tiled_mma.set(
-                                tcgen05.Field.ACCUMULATE, chunk > 0 if block + k == 0 else True
-                            )
-                            for tile in cutlass.range_constexpr(self.m_tiles):
-                                cute.gemm(
-                                    tiled_mma,
-                                    tCtAcc[tile],
-                                    tCrW[(None, None, k, self.w_block(stage, block, tile))],
-                                    tCrX[(None, None, k, stage * self.chunk + block)],
-                                    tCtAcc[tile],
-                                )
+            for index in cutlass.range_constexpr(self.slices):
+                stage, turn = index % self.accumulator_stages, index // self.accumulator_stages
+                if cutlass.const_expr(turn > 0):
+                    cute.arch.mbarrier_wait(
+                        storage.accumulator_empty.data_ptr() + stage, (turn - 1) & 1
+                    )
+                    cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
+                # (MMA, MMA_M = 1, MMA_N = 1) of each M tile
+                tCtAcc = [
+                    self.accumulator(storage, tiled_mma, tile, stage)
+                    for tile in range(self.m_tiles)
+                ]
+                slice_ = self.slice_of(split, index, num_k_blocks)
+                self.multiply_slice(storage, tiled_mma, tCtAcc, tCrW, tCrX, *slice_)
                 with cute.arch.elect_one():
-                    tcgen05.commit(storage.empty.data_ptr() + stage)
-            with cute.arch.elect_one():
-                tcgen05.commit(storage.accumulator_full.data_ptr())
+                    tcgen05.commit(storage.accumulator_full.data_ptr() + stage)
 
     @cute.jit
-    def accumulators(self, storage, num_blocks: Int32):
-        """Read this CTA's sums out of TMEM; return FP32 registers and their (row, token)."""
+    def multiply_slice(
+        self,
+        storage,
+        tiled_mma: cute.TiledMma,
+        tCtAcc: list,
+        tCrW: cute.Tensor,
+        tCrX: cute.Tensor,
+        first: Int32,
+        num_blocks: Int32,
+    ):
+        """Multiply num_blocks of the CTA's K blocks, from `first` on, which starts a chunk."""
+        end = first + num_blocks
+        first_chunk = first // self.chunk
+        num_chunks = (num_blocks + self.chunk - 1) // self.chunk
+        for chunk in cutlass.range(first_chunk, first_chunk + num_chunks, unroll=1):
+            stage = chunk % self.stages
+            cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, (chunk // self.stages) & 1)
+            for block in cutlass.range_constexpr(self.chunk):
+                if chunk * self.chunk + block < end:
+                    for k in cutlass.range_constexpr(K_BLOCK // MMA_K):
+                        # The first MMA of a slice overwrites: TMEM is not cleared.
+                        tiled_mma.set(
+                            tcgen05.Field.ACCUMULATE,
+                            chunk > first_chunk if block + k == 0 else True,
+                        )
+                        for tile in cutlass.range_constexpr(self.m_tiles):
+                            cute.gemm(
+                                tiled_mma,
+                                tCtAcc[tile],
+                                tCrW[(None, None, k, self.w_block(stage, block, tile))],
+                                tCrX[(None, None, k, stage * self.chunk + block)],
+                                tCtAcc[tile],
+                            )
+            with cute.arch.elect_one():
+                tcgen05.commit(storage.empty.data_ptr() + stage)
+
+    @cute.jit
+    def accumulators(
+        self, storage, first: Int32, num_blocks: Int32, index: cutlass.Constexpr[int] = 0
+    ):
+        """Read the sums of the CTA's slice `index`; return FP32 registers and their (row, token).
+
+        The slice has num_blocks of the CTA's K blocks, from `first` on.
+        """
+        stage, turn = index % self.accumulator_stages, index // self.accumulator_stages
         tiled_mma = self.make_tiled_mma()
         thread, _, _ = cute.arch.thread_idx()
         m_tile = 0
         if cutlass.const_expr(self.m_tiles > 1):
             m_tile = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // WARPS_PER_TILE
             thread = thread % (32 * WARPS_PER_TILE)
-        tCtAcc = self.accumulator(storage, tiled_mma, m_tile)
+        tCtAcc = self.accumulator(storage, tiled_mma, m_tile, stage)
         # https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-matrix-fragments-shape-16256b
         tiled_copy = tcgen05.make_tmem_copy(
             cute.make_copy_atom(
@@ -155,12 +195,16 @@ class TileGemmSm100(TileGemm):
         tTR_tAcc = thr_copy.partition_S(tCtAcc[((None, None), 0, 0)])
         coordinates = thr_copy.partition_D(cute.make_identity_tensor((TILE_M, self.token_tile)))
         accumulators = cute.make_rmem_tensor(coordinates.shape, Float32)
-        # Zeros for a CTA whose slice of K is empty: no MMA has written its TMEM.
+        # Zeros for a slice of K that is empty: no MMA has written its TMEM.
         accumulators.fill(0.0)
-        cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr(), 0)
+        cute.arch.mbarrier_wait(storage.accumulator_full.data_ptr() + stage, turn & 1)
         # The commit's arrival alone does not order tcgen05.ld after the MMAs.
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         if num_blocks > 0:
             cute.copy(tiled_copy, tTR_tAcc, accumulators)
             cute.arch.fence_view_async_tmem_load()
+        if cutlass.const_expr(index + self.accumulator_stages < self.slices):
+            cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(storage.accumulator_empty.data_ptr() + stage)
         return accumulators, coordinates

@@ -31,7 +31,7 @@ class TileGemmSm90(TileGemm):
         """Do nothing: the accumulators are registers."""
 
     @cute.jit
-    def issue_mma(self, storage, warp: Int32, num_blocks: Int32):
+    def issue_mma(self, storage, warp: Int32, split: Int32, num_k_blocks: Int32):
         """Do nothing: the epilogue warps multiply in `accumulators`."""
 
     @cute.jit
@@ -39,7 +39,9 @@ class TileGemmSm90(TileGemm):
         """Do nothing: the accumulators are registers."""
 
     @cute.jit
-    def accumulators(self, storage, num_blocks: Int32, first=0, index: cutlass.Constexpr[int] = 0):
+    def accumulators(
+        self, storage, first: Int32, num_blocks: Int32, index: cutlass.Constexpr[int] = 0
+    ):
         """Multiply a slice of K; return FP32 registers and their (row, token).
 
         The slice is number `index` of the CTA and has num_blocks of its K blocks, from `first` on.

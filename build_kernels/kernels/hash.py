@@ -81,7 +81,7 @@ class RouterHash:
             full: gemm.ring_barriers
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
-            accumulator_full: gemm.barrier
+            accumulator_full: gemm.accumulator_barriers
             tmem_address: gemm.tmem_address
 
         return SharedStorage
@@ -128,7 +128,7 @@ class RouterHash:
         if warp >= self.first_load_warp:
             self.load_w(storage, args, first_token, first_block, num_blocks)
             cute.arch.cluster_wait()
-        self.gemm.issue_mma(storage, warp, num_blocks)
+        self.gemm.issue_mma(storage, warp, split, args.num_k_blocks)
 
         # ---------------------------------------------------------------- reduce and store
         if warp < self.gemm.epilogue_warps:
@@ -267,7 +267,7 @@ class RouterHash:
         """Send the partial sums of each token's slots to the CTA that owns the token."""
         source = cute.arch.block_idx_in_cluster()
         # (MMA, MMA_M, MMA_N)
-        accumulators, coordinates = self.gemm.accumulators(storage, num_blocks)
+        accumulators, coordinates = self.gemm.accumulators(storage, Int32(0), num_blocks)
         for i in cutlass.range_constexpr(cute.size(accumulators)):
             row, token = coordinates[i]
             if row // SLOTS == token and token < num_tokens:

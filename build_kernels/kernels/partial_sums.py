@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from build_kernels.kernels.gemm import TileGemm, k_slices
+from build_kernels.kernels.gemm import TileGemm
 from build_kernels.kernels.score import bits_of, choose
 from build_kernels.kernels.shapes import EXPERT_TILE, GROUP_SLICES, NUM_SLICES
 
@@ -97,10 +97,9 @@ class PairExchange:
 
     def slice_sums(self, storage, split: Int32, num_k_blocks: Int32, index: int) -> tuple:
         """Multiply slice `index` of a CTA; return its sums and their (row, token)."""
-        slices = self.gemm.slices
-        cta_first, _ = k_slices(slices * split, slices, num_k_blocks)
-        first, num_blocks = k_slices(slices * split + index, 1, num_k_blocks)
-        return self.gemm.accumulators(storage, num_blocks, first - cta_first, index)
+        return self.gemm.accumulators(
+            storage, *self.gemm.slice_of(split, index, num_k_blocks), index
+        )
 
     @cute.jit
     def send(self, storage, sums_of_tile, coordinates, term: Int32, num_tokens: Int32, m_tile):

@@ -101,7 +101,8 @@ class RouterPrefill(RouterDecode):
             full: gemm.ring_barriers
             empty: gemm.ring_barriers
             sums_full: gemm.barrier
-            accumulator_full: gemm.barrier
+            accumulator_full: gemm.accumulator_barriers
+            accumulator_empty: gemm.accumulator_barriers
             row_flags_full: gemm.barrier
             tickets_full: gemm.barrier
             tmem_address: gemm.tmem_address
@@ -136,6 +137,8 @@ class RouterPrefill(RouterDecode):
         m_tiles = self.gemm.m_tiles
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         split, cta_tile, token_tile = cute.arch.block_idx()
+        # Of the call's, in which a launch starts at first_token.
+        token_tile = token_tile + args.first_token // self.gemm.token_tile
         _, num_owners, _ = cute.arch.grid_dim()
         storage = cutlass.utils.SmemAllocator().allocate(cute.struct(self.shared_storage()))
 
@@ -173,9 +176,9 @@ class RouterPrefill(RouterDecode):
         if warp == self.row_flags_warp:
             publish_row_flags(
                 *(storage, self.max_owned, splits, args, split, tile, num_tiles),
-                *(first_token, m_tiles, MAX_PREFILL_TOKENS, True),
+                *(first_token, m_tiles, MAX_PREFILL_TOKENS, True, args.first_token),
             )
-        self.gemm.issue_mma(storage, warp, num_blocks)
+        self.gemm.issue_mma(storage, warp, split, args.num_k_blocks)
 
         # ---------------------------------------------------------------- reduce and select
         if warp < self.gemm.epilogue_warps:
@@ -236,7 +239,9 @@ class RouterPrefill(RouterDecode):
         for i in range(min(self.rounds, BATCH)):
             owned = first_owned + WARPS_PER_TILE * i
             token = first_token + owned_token(self.gemm.splits, split, owned)
-            candidates = own_candidates(args, token, places, num_tiles, MAX_PREFILL_TOKENS)
+            candidates = own_candidates(
+                args, token, places, num_tiles, args.first_token, MAX_PREFILL_TOKENS
+            )
             batch.append((owned, token, candidates, read_ranks(args, token, experts)))
         return tuple(batch)
 
@@ -295,7 +300,7 @@ class RouterPrefill(RouterDecode):
     def merge_and_store(self, args: Arguments, token: Int32, flags: Int32, num_tiles: Int32):
         """Merge a token's candidates and store its row, by physical id if mapped."""
         output = output_column(args, token)
-        merged = (args.workspace, token, num_tiles, args.top_k)
+        merged = (args.workspace, token - args.first_token, num_tiles, args.top_k)
         # E up to 256, 384 and 512: as few registers as hold the candidates.
         if num_tiles <= 4:
             best = merge(4, *merged, output.shared_id, MAX_PREFILL_TOKENS)

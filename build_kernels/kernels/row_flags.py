@@ -59,10 +59,12 @@ def publish_row_flags(
     m_tiles: cutlass.Constexpr[int] = 1,
     max_tokens: cutlass.Constexpr[int] = MAX_DECODE_TOKENS,
     shares_merges: cutlass.Constexpr[bool] = False,
+    first_of_launch=0,
 ):
     """Draw a ticket and read the masks for each of the CTA's tokens, by one warp.
 
-    first_token: that of the CTA's token tile. The CTA has m_tiles of a token's num_tiles expert
+    first_token: that of the CTA's token tile. first_of_launch: the token that has the first place
+    in the workspace. The CTA has m_tiles of a token's num_tiles expert
     tiles, from `tile` on. `row_flags_full` of the storage takes 32 arrivals. The masks, the forced
     ids and the workspace may be in use until the grid before has ended; input_ids may not.
 
@@ -83,7 +85,7 @@ def publish_row_flags(
     left_over = Uint64(0)
     last = max(0, max_owned - LEFT_OVER_ROWS)
     rows = (max_owned, splits, args, first_token, split)
-    of_tiles = (neighbours, num_tiles, max_tokens)
+    of_tiles = (neighbours, num_tiles, max_tokens, first_of_launch)
     for first in cutlass.range(0, last, LEFT_OVER_ROWS, unroll=1):
         for word in left_over_words(*rows, first, *of_tiles):
             left_over = left_over | word
@@ -94,7 +96,7 @@ def publish_row_flags(
         is_late = lane % num_owners == tile // m_tiles
     if lane < max_owned and token < args.num_tokens:
         if not is_late:
-            ticket = draw_ticket(args.workspace, token, num_owners)
+            ticket = draw_ticket(args.workspace, token - first_of_launch, num_owners)
         is_image = has_id | read_mask(args.image_mask, token, args.num_tokens)
         forced = is_forced(args, token)
         padding = is_padding(args, token) | choose(forced != 0, unknown, Int32(0))
@@ -111,7 +113,9 @@ def publish_row_flags(
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
     if cutlass.const_expr(shares_merges):
         is_late = is_late and lane < max_owned and token < args.num_tokens
-        ticket = publish_tickets(storage, max_owned, args, token, num_owners, ticket, is_late)
+        ticket = publish_tickets(
+            storage, max_owned, args, token - first_of_launch, num_owners, ticket, is_late
+        )
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
     is_damaged = Uint32(ticket) >= Uint32(num_owners)
@@ -131,19 +135,20 @@ def publish_tickets(
     storage,
     max_owned: cutlass.Constexpr[int],
     args,
-    token: Int32,
+    place: Int32,
     num_owners: Int32,
     ticket: Int32,
     is_late,
 ) -> Int32:
     """Draw the late tickets when the sums are there, while they are scored; publish all tickets.
 
+    place: the token's in the workspace.
     `tickets_full` of the storage takes 32 arrivals. Return a lane's ticket.
     """
     cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
     lane = cute.arch.lane_idx()
     if is_late:
-        ticket = draw_ticket(args.workspace, token, num_owners)
+        ticket = draw_ticket(args.workspace, place, num_owners)
     if lane < max_owned:
         tickets(storage, max_owned)[lane] = ticket
     cute.arch.mbarrier_arrive(storage.tickets_full.data_ptr())
@@ -161,6 +166,7 @@ def left_over_words(
     neighbours: tuple,
     num_tiles: Int32,
     max_tokens: cutlass.Constexpr[int],
+    first_of_launch,
 ):
     """Load a lane's candidates of LEFT_OVER_ROWS owned tokens from number `first` on, at most."""
     words = []
@@ -168,7 +174,8 @@ def left_over_words(
         token = first_token + owned_token(splits, split, first + i)
         for j in cutlass.range_constexpr(len(neighbours)):
             words += load_neighbours(
-                candidates_of(args.workspace, token, num_tiles, max_tokens) + neighbours[j],
+                candidates_of(args.workspace, token - first_of_launch, num_tiles, max_tokens)
+                + neighbours[j],
                 num_tiles > 1 and token < args.num_tokens,
             )
     return tuple(words)

@@ -69,10 +69,10 @@ class Batch:
         """Return weights and ids of a call of these rows, of which the first `count` are valid."""
         weights, ids = self.weights[rows], self.ids[rows]
         if self.map:
-            replicas = self.map["logical_count"][ids.clamp(min=0)]
-            turn = torch.arange(len(ids), device="cuda")[:, None] % replicas
-            physical = self.map["to_physical"][ids.clamp(min=0), turn]
-            ids = torch.where(ids < 0, ids, physical)
+            experts = ids.clamp(min=0).long()
+            row = torch.arange(len(ids), device="cuda")[:, None]
+            replica = row % self.map["logical_count"][experts]
+            ids = torch.where(ids < 0, ids, self.map["to_physical"][experts, replica])
         weights[count:], ids[count:] = 0, -1
         return weights, ids
 

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("--hash", action="store_true", help="a layer with tid2eid")
     call.add_argument("--images", action="store_true", help="a call that may have image rows")
     call.add_argument("--logits", action="store_true", help="a call with out_logits")
+    call.add_argument("--same-bits", action="store_true", help="a Router with same_bits")
     place = call.add_mutually_exclusive_group()
     place.add_argument("--arch", metavar="SM", help="architecture, such as sm_90a")
     place.add_argument("--device", type=int, metavar="N", help="architecture of GPU N (default: 0)")
@@ -102,6 +103,7 @@ def _explain(options: argparse.Namespace) -> int:
         hashed=options.hash,
         images=options.images,
         logits=options.logits,
+        same_bits=options.same_bits,
     )
     artifacts = open_artifacts(options.artifacts)
     arch = _arch(options.device or 0) if options.arch is None else options.arch

@@ -57,6 +57,7 @@ class Binding(LayerSteps):
         *,
         artifacts: ArtifactSet,
         share_captured_scratch: bool = False,
+        same_bits: bool = False,
     ) -> None:
         self.layer = layer
         # The driver's memory of a private copy and the copy, by the name of the argument.
@@ -66,7 +67,7 @@ class Binding(LayerSteps):
         index = layer.device.index
         with _on_gpu(index):
             super().__init__(
-                *(artifacts, _layer_problem(layer), index),
+                *(artifacts, _layer_problem(layer, same_bits), index),
                 Streams(current_stream, is_capturing, is_lasting),
                 has_image_ids=layer.has_image_ids,
                 share_captured_scratch=share_captured_scratch,
@@ -177,7 +178,7 @@ def _logits_of(slot: Slot, num_tokens: int, num_experts: int, device: torch.devi
     return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))
 
 
-def _layer_problem(layer: Layer) -> LayerProblem:
+def _layer_problem(layer: Layer, same_bits: bool) -> LayerProblem:
     return LayerProblem(
         layout=layer.layout,
         tma_loadable=layer.tma_loadable,
@@ -186,6 +187,7 @@ def _layer_problem(layer: Layer) -> LayerProblem:
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
+        same_bits=same_bits,
         dtypes=DTYPES,
     )
 

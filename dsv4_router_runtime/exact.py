@@ -13,8 +13,9 @@ The order of every sum is part of the kernels' contract. This is its statement:
    each rounded to nearest even; see `exact_scores` and `_weights`.
 
 So a logit's bits depend on its row of hidden_states and its column of W_gate alone: not on N, the
-row, the neighbours or the layout. A call of more tokens than a fused kernel takes has the logits of
-torch.mm, which promises no order; `exact_selection` gives the weights and the ids of any logits.
+row, the neighbours or the layout. With `Router(same_bits=True)` this holds in every call. Otherwise
+a call of more tokens than one fused launch takes has the logits of torch.mm, which promises no
+order; `exact_selection` gives the weights and the ids of any logits.
 
 Nothing here is shared with the kernels: tests compare the bits, on a GPU and in the emulator.
 """

@@ -33,7 +33,8 @@ from .artifacts.limits import (
     MAX_TOKENS,
     MAX_TOP_K,
 )
-from .device.launch import grid_of, has_clusters
+from .device.launch import ceil_div, grid_of, has_clusters
+from .errors import NoKernelError
 from .parameters import DTYPES, WORKSPACE
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
@@ -44,7 +45,7 @@ class Question:
     """A call of `num_tokens` rows to a layer whose W_gate [k, num_experts] has no gaps.
 
     hashed: the layer has tid2eid. images: the call may have image rows, by image_mask or by the
-    layer's num_image_ids. logits: the call has out_logits.
+    layer's num_image_ids. logits: the call has out_logits. same_bits: as in `Router`.
     """
 
     num_tokens: int
@@ -55,6 +56,7 @@ class Question:
     hashed: bool = False
     images: bool = False
     logits: bool = False
+    same_bits: bool = False
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -74,6 +76,7 @@ class Question:
     def __str__(self) -> str:
         kind = "hash layer" if self.hashed else "layer"
         kind += ", image rows" * self.images + ", out_logits" * self.logits
+        kind += ", same bits" * self.same_bits
         return (
             f"N={self.num_tokens}, K={self.k}, num_experts={self.num_experts}, "
             f"top_k={self.top_k}, {self.layout} {kind}"
@@ -93,6 +96,7 @@ class Question:
             num_experts=self.num_experts,
             top_k=self.top_k,
             k=self.k,
+            same_bits=self.same_bits,
             dtypes=DTYPES,
         )
 
@@ -101,14 +105,15 @@ class Question:
 class Explanation:
     """The plan of a layer, the step of one call, and every kernel's verdict for that step.
 
-    step_without_clusters: the step of the call in a context that has no room for a cluster.
+    step_without_clusters: the step of the call in a context that has no room for a cluster; None if
+    it is a NoKernelError there.
     """
 
     question: Question
     arch: str
     plan: LayerPlan
     step: Step
-    step_without_clusters: Step
+    step_without_clusters: Step | None
     candidates: tuple[Accepted | Rejected, ...]
     evidence: KernelEvidence | None
 
@@ -118,11 +123,24 @@ class Explanation:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """The launch's CTAs."""
-        asked = self.question
+        """The CTAs of the launch, or of the largest piece."""
         return grid_of(
-            self.kernel.launch, num_tokens=asked.num_tokens, num_experts=asked.num_experts
+            self.kernel.launch,
+            num_tokens=self.tokens_at_once,
+            num_experts=self.question.num_experts,
         )
+
+    @property
+    def tokens_at_once(self) -> int:
+        """The tokens of the largest launch."""
+        num_tokens = self.question.num_tokens
+        return min(num_tokens, self.step.piece_tokens or num_tokens)
+
+    @property
+    def num_launches(self) -> int:
+        """The launches of the call, a matrix product's as one."""
+        pieces = ceil_div(self.question.num_tokens, self.tokens_at_once)
+        return pieces + self.step.is_product_and_select
 
     @property
     def scratch_bytes(self) -> int:
@@ -132,10 +150,9 @@ class Explanation:
     @property
     def capture_bytes(self) -> int:
         """Scratch of one captured launch of the call; each capture has its own."""
-        asked = self.question
         sizes = self._scratch_sizes()
         if WORKSPACE.name in sizes:
-            used = self.kernel.workspace_bytes(asked.num_tokens, asked.num_experts)
+            used = self.kernel.workspace_bytes(self.tokens_at_once, self.question.num_experts)
             sizes[WORKSPACE.name] = min(sizes[WORKSPACE.name], used)
         return sum(sizes.values())
 
@@ -167,16 +184,11 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         raise ValueError(f"arch: expected an architecture such as sm_90a (got {arch!r})")
     plan = plan_layer(artifacts.manifest, question.layer, arch)
     step = _step_of(plan, question)
-    clusters = {
-        kernel.key: "no room for a cluster"
-        for kernel in plan.kernels
-        if has_clusters(kernel.launch)
-    }
     layer = question.layer
     problem = Problem(
         role=step.kernel.role,
         layout=layer.layout if plan.copy_reason is None else "kmajor",
-        num_tokens=question.num_tokens,
+        num_tokens=min(question.num_tokens, step.piece_tokens or question.num_tokens),
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
@@ -189,10 +201,22 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         arch=arch,
         plan=plan,
         step=step,
-        step_without_clusters=_step_of(without(plan, clusters), question),
+        step_without_clusters=_step_without_clusters(plan, question),
         candidates=resolve(artifacts.manifest, problem, arch),
         evidence=read_summary(artifacts.folder).of(step.kernel),
     )
+
+
+def _step_without_clusters(plan: LayerPlan, question: Question) -> Step | None:
+    clusters = {
+        kernel.key: "no room for a cluster"
+        for kernel in plan.kernels
+        if has_clusters(kernel.launch)
+    }
+    try:
+        return _step_of(without(plan, clusters), question)
+    except NoKernelError:
+        return None
 
 
 def _step_of(plan: LayerPlan, question: Question) -> Step:
@@ -206,7 +230,12 @@ def _step_of(plan: LayerPlan, question: Question) -> Step:
 
 def _as_items(steps: tuple[Step, ...]) -> list[dict[str, Any]]:
     return [
-        {"kernel": step.kernel.key, "max_tokens": step.max_tokens, "reason": step.reason}
+        {
+            "kernel": step.kernel.key,
+            "max_tokens": step.max_tokens,
+            "piece_tokens": step.piece_tokens,
+            "reason": step.reason,
+        }
         for step in steps
     ]
 
@@ -219,14 +248,14 @@ def _lines(explained: Explanation, steps: tuple[Step, ...]) -> Iterator[str]:
 
 def as_json(explained: Explanation) -> dict[str, Any]:
     """Return the document of `explain --json`."""
-    evidence = explained.evidence
+    evidence, without_clusters = explained.evidence, explained.step_without_clusters
     return {
         "question": asdict(explained.question),
         "arch": explained.arch,
         "kernel": explained.kernel.key,
         "path": _path(explained),
-        "kernel_without_clusters": explained.step_without_clusters.kernel.key,
-        "launches": 2 if explained.step.is_product_and_select else 1,
+        "kernel_without_clusters": without_clusters and without_clusters.kernel.key,
+        "launches": explained.num_launches,
         "grid": list(explained.grid),
         "cluster": list(explained.kernel.launch.cluster),
         "pdl": explained.kernel.launch.pdl,
@@ -255,9 +284,10 @@ def as_text(explained: Explanation) -> str:
         lines.append("steps of calls with image rows or out_logits, if the layer has bias_vl:")
         lines += _lines(explained, explained.plan.gate_steps)
     if has_clusters(kernel.launch):
-        instead = explained.step_without_clusters.kernel.key
+        other = explained.step_without_clusters
+        instead = "NoKernelError" if other is None else other.kernel.key
         lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")
-    lines.append(f"candidates of role {kernel.role} for N={explained.question.num_tokens}:")
+    lines.append(f"candidates of role {kernel.role} for N={explained.tokens_at_once}:")
     for each, verdict, reason in _verdicts(explained):
         lines.append(f"     {verdict} {each.kernel.key}: {reason}")
     lines += _memory(explained)
@@ -275,6 +305,9 @@ def _path(explained: Explanation) -> str:
         launch += f" in {clusters} cluster{'s' if clusters > 1 else ''} of {cluster}"
     if explained.step.is_product_and_select:
         return f"torch.mm (cuBLAS), then one launch of {launch}"
+    if (number := explained.num_launches) > 1:
+        tokens = explained.tokens_at_once
+        return f"{number} launches, the largest ({tokens} tokens) of {launch}"
     return f"one launch of {launch}"
 
 

@@ -55,8 +55,7 @@ class Router:
     gate_temp: logits are divided by it.
     norm_topk_prob: False leaves weights at score * scale.
     num_shared_slots: 0..8 columns after the top_k, for fused shared experts: ids E, E + 1, ... and
-        weight shared_weight, which the scale does not reach. These ids are the same with a physical
-        map, which has to leave them free.
+        weight shared_weight, which the scale does not reach. A physical map has to leave them free.
     shared_weight: 1.0 by default. An engine that scales the sum of all experts later passes
         1 / routed_scaling_factor.
     tid2eid [vocab, top_k] int32 or int64: makes this a hash layer, whose ids are the row of each
@@ -77,8 +76,11 @@ class Router:
     share_captured_scratch: graphs of all layers with it share one slot of scratch per capture
         stream, as large as their largest call needs, until the last of them is gone. Promise then
         that no two of these graphs run at once, on any streams: torch asks the same of graphs that
-        are captured into one memory pool. Two at once route wrongly, or trap. Without it each graph
-        has scratch of its own, and graphs may run at once.
+        are captured into one memory pool. Two at once route wrongly, or trap.
+
+    same_bits: a token's ids, weights and logits have the same bits at every N. Otherwise they have
+        others from the N on that takes torch.mm, which is faster there. With it, such a call takes
+        several launches of a fused kernel; NoKernelError if there is none, or none that fits.
 
     artifacts: a folder, or an ArtifactSet, instead of the installed one. `open_artifacts(trust=)`
         opens a set under a trust policy; DSV4_ROUTER_TRUST names one for every set.
@@ -101,9 +103,8 @@ class Router:
         row, padding too. If the call takes a matrix product, it is that product's own output. A
         hash layer has it only if it has bias_vl.
 
-    torch.compile: a call breaks the graph, and runs as it does without. fullgraph=True and
-    torch.export refuse it; they trace the operators of `integrations.torch_op`. Dynamo traces this
-    package's own code around the break; `torch.compiler.disable(router)` keeps it out.
+    torch.compile: a call breaks the graph. fullgraph=True and torch.export refuse it; they trace
+    the operators of `integrations.torch_op`. `torch.compiler.disable(router)` keeps Dynamo out.
 
     copy.copy gives the same layer once more. deepcopy and pickle are a TypeError, since a Router is
     bound to memory: leave it out of copies and pickles (in the module's `__deepcopy__` or
@@ -130,6 +131,7 @@ class Router:
         routed_scaling_factor: float,
         pdl: bool = False,
         share_captured_scratch: bool = False,
+        same_bits: bool = False,
         artifacts: str | os.PathLike[str] | ArtifactSet | None = None,
         **given: Unpack[LayerOptions],
     ) -> None:
@@ -148,6 +150,7 @@ class Router:
             )
         check_bool("pdl", pdl)
         check_bool("share_captured_scratch", share_captured_scratch)
+        check_bool("same_bits", same_bits)
         require_gpu(layer.device)
         if not isinstance(artifacts, ArtifactSet):
             artifacts = open_artifacts(artifacts)
@@ -158,6 +161,7 @@ class Router:
             *(W_gate, e_bias, layer, options),
             artifacts=artifacts,
             share_captured_scratch=share_captured_scratch,
+            same_bits=same_bits,
         )
         self._pdl = pdl
         self.W_gate = W_gate
@@ -257,8 +261,8 @@ class Router:
         Writes out_weights (FP32, or BF16 rounded from it to nearest even) and out_ids (int32 or
         int64) in [0:N, 0:top_k + num_shared_slots] and nowhere else; both may be larger. N = 0
         returns at once. Up to 256 tokens of 384 experts (384 of 256) take one launch, more take
-        cuBLAS and one; `explain` prints the steps of a layer. A refused call has launched nothing
-        and touched no output.
+        cuBLAS and one (see same_bits); `explain` prints the steps of a layer. A refused call has
+        launched nothing and touched no output.
 
         The class describes the keywords. pdl: for this call, instead of the Router's.
 

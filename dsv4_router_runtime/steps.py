@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from .artifacts.dispatch import LayerPlan, LayerProblem, kernels_on, plan_layer
@@ -20,9 +21,9 @@ from .artifacts.limits import MAX_TOKENS
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import stream_id
-from .device.launch_site import LayerLaunchSite, NoRoomError
+from .device.launch_site import LayerLaunchSite, NoRoomError, PiecewiseLaunchSite
 from .device.load import LoadedKernel, load_once
-from .device.occupancy import ask_room, note_fallback
+from .device.occupancy import Room, ask_room, note_fallback
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
 from .device.workspace import Slot, workspace_for
 from .errors import INTERRUPTED_CALL, ArtifactError, NoKernelError, RouterError
@@ -46,10 +47,14 @@ class Streams(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _LoadedStep:
-    """One step of the plan with its kernel loaded; the last step takes MAX_TOKENS."""
+    """One step of the plan with its kernel loaded; the last step takes MAX_TOKENS.
+
+    piece_tokens: as in `Step`.
+    """
 
     max_tokens: int
     loaded: LoadedKernel
+    piece_tokens: int | None
 
 
 class LayerSteps(ABC):
@@ -254,43 +259,46 @@ class LayerSteps(ABC):
                 sites = list(self._sites.items())
                 kept = {at: each for at, each in sites if not each.slot.is_evicted}
                 self._sites = kept
-            step = self._step_with_room(index, stream)
-            site = self._sites[index, key, pdl] = self._make_site(*step, stream, pdl, slot)
+            step, room = self._step_with_room(index, stream)
+            site = self._sites[index, key, pdl] = self._make_site(step, room, stream, pdl, slot)
         return site
 
     def _captured_site(
         self, index: int, stream: int, pdl: bool, num_tokens: int
     ) -> LayerLaunchSite:
         """Return a launch site for one launch that is captured."""
-        loaded, exclusive_clusters = self._step_with_room(index, stream)
+        step, room = self._step_with_room(index, stream)
+        # Pieces follow each other on the stream, and one's scratch serves all of them.
+        most_at_once = min(num_tokens, step.piece_tokens or num_tokens)
+        problem = most_at_once, self._problem.num_experts
         slot = self._workspace.captured_slot(
-            stream, loaded.kernel, (num_tokens, self._problem.num_experts), self._pins, self._shares
+            stream, step.loaded.kernel, problem, self._pins, self._shares
         )
-        return self._make_site(loaded, exclusive_clusters, stream, pdl, slot)
+        return self._make_site(step, room, stream, pdl, slot)
 
-    def _step_with_room(self, index: int, stream: int) -> tuple[LoadedKernel, int]:
-        """Return the kernel of the first step from `index` on that fits the stream's context.
-
-        The number is `exclusive_clusters` of its room.
-        """
+    def _step_with_room(self, index: int, stream: int) -> tuple[_LoadedStep, Room]:
+        """Return the first step from `index` on that fits the stream's context, and its room."""
         while True:
-            loaded = self._steps[index].loaded
-            room = ask_room(loaded, stream)
+            step = self._steps[index]
+            room = ask_room(step.loaded, stream)
             if room.reason is None:
-                return loaded, room.exclusive_clusters
-            index = self._step_after(index, loaded, room.reason)
+                return step, room
+            index = self._step_after(index, step.loaded, room.reason)
 
     def _make_site(
-        self, loaded: LoadedKernel, exclusive_clusters: int, stream: int, pdl: bool, slot: Slot
+        self, step: _LoadedStep, room: Room, stream: int, pdl: bool, slot: Slot
     ) -> LayerLaunchSite:
-        site = LayerLaunchSite(
-            loaded,
+        make: Callable[..., LayerLaunchSite] = LayerLaunchSite
+        if step.piece_tokens is not None:
+            make = partial(PiecewiseLaunchSite, piece_tokens=step.piece_tokens)
+        site = make(
+            step.loaded,
             num_experts=self._problem.num_experts,
             k=self._problem.k,
             stream=stream,
             slot=slot,
             pdl=pdl,
-            exclusive_clusters=exclusive_clusters,
+            exclusive_clusters=room.exclusive_clusters,
         )
         self._write_layer(site)
         return site
@@ -299,10 +307,17 @@ class LayerSteps(ABC):
         """Return the step to take instead of the first from `index` on whose kernel is `loaded`."""
         while self._steps[index].loaded is not loaded:
             index += 1
-        if self._steps[index].max_tokens == MAX_TOKENS:
-            raise NoKernelError(f"{loaded.kernel.key}, the last step of this layer: {reason}")
-        note_fallback(loaded, reason, self._steps[index + 1].loaded.kernel.key)
-        return index + 1
+        # The last kernel of a layer with same_bits has two steps.
+        while (step := self._steps[index]).loaded is loaded:
+            if step.max_tokens == MAX_TOKENS:
+                instead = ""
+                if step.piece_tokens is not None:
+                    instead = "; without same_bits, torch.mm and router_topk take such calls"
+                key = loaded.kernel.key
+                raise NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
+            index += 1
+        note_fallback(loaded, reason, step.loaded.kernel.key)
+        return index
 
     def _write_layer(self, site: LayerLaunchSite) -> None:
         blocks = self._problem.k // site.block.kernel.problem.k_multiple
@@ -327,6 +342,7 @@ def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_
         _LoadedStep(
             max_tokens=MAX_TOKENS if step.max_tokens is None else step.max_tokens,
             loaded=load_once(artifacts, step.kernel, device),
+            piece_tokens=step.piece_tokens,
         )
         for step in (*plan.steps, *plan.gate_steps)
     )

@@ -408,6 +408,21 @@ def test_launches_of_a_capture_share_the_largest_slot_so_far(gpu, make):
     assert status().capture_bytes == sizes[0] + sizes[2] + sizes[4] + sizes[5]
 
 
+def test_pieces_of_a_captured_call_share_a_slot_as_large_as_one_needs(gpu, make, artifacts):
+    question = Question(num_tokens=8000, k=K, num_experts=E, top_k=TOP_K, same_bits=True)
+    explained = explain(artifacts, question, "sm_90a")
+    bound = make(same_bits=True)
+    gpu.capture = 1
+    for num_tokens in (8000, 4000, explained.step.piece_tokens):
+        bound(*step(num_tokens))
+    assert len(gpu.launches) > 8
+    assert len({each["workspace"] for each in gpu.launches}) == 1
+    held = status()
+    assert (held.capture_slots, held.capture_bytes) == (1, explained.capture_bytes)
+    assert explained.capture_bytes < explained.scratch_bytes
+    assert (held.streams, gpu.products) == (0, [])
+
+
 def call_in(gpu, capture, router, num_tokens=64, stream=0) -> int:
     """Capture a call; return the address of its scratch."""
     gpu.capture, gpu.stream = capture, stream

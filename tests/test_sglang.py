@@ -17,7 +17,7 @@ if not importlib.util.find_spec("sglang"):
 importlib.import_module("sglang_layers")  # before SGLang, whose imports it makes possible
 
 import torch.nn.functional as F  # noqa: E402
-from gpu_recorder import replace_gpu  # noqa: E402
+from gpu_recorder import Gpu, replace_gpu  # noqa: E402
 from sglang.srt import plugins, runtime_context  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.moe.topk import TopK  # noqa: E402
@@ -200,19 +200,36 @@ def test_maps_are_read_where_sglang_has_them(seed, algorithm) -> None:
             assert routers == bound
 
 
-def test_captured_graphs_share_their_scratch(seed, monkeypatch) -> None:
-    """With a recorder in the GPU's place: what the adapter passes, a real Router launches."""
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    """A recorder in the GPU's place: what the adapter passes, a real Router launches."""
 
     def bind(weight, e_bias, **bound):
         return Router(weight.t(), e_bias, **bound)
 
     monkeypatch.setattr(f"{ServedLayer.__module__}.bind_router", bind)
-    gpu = replace_gpu(monkeypatch)
+    return replace_gpu(monkeypatch)
+
+
+def test_captured_graphs_share_their_scratch(seed, gpu) -> None:
     for gpu.capture in (0, 1, 2):
         routed(build(seed, num_experts=384), *batch(seed, 8))
     eager, *captured = (launch["workspace"] for launch in gpu.launches)
     assert captured == [captured[0]] * 2
     assert eager != captured[0]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_inference_takes_no_matrix_product(
+    seed, gpu, monkeypatch, deterministic
+) -> None:
+    now = runtime_context.get_exec()
+    facts = SimpleNamespace(enable_deterministic_inference=deterministic)
+    config = SimpleNamespace(deterministic=facts, moe=now.moe)
+    monkeypatch.setattr(f"{ServedLayer.__module__}.get_exec", lambda: config)
+    routed(build(seed), *batch(seed, 4000))
+    assert len(gpu.products) == (not deterministic)
+    assert (len(gpu.launches) > 1) == deterministic
 
 
 def test_a_capture_with_other_maps_is_sglangs(seed, monkeypatch, caplog) -> None:

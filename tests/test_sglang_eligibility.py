@@ -34,7 +34,6 @@ TEXT = LayerFacts(
     renormalize=True,
     output_format="STANDARD",
     waterfill=False,
-    deterministic=False,
     simulated=False,
     dispatch=None,
 )
@@ -81,7 +80,6 @@ def test_a_layer_is_served(facts) -> None:
         (replace(TEXT, top_k=9), "up to 8 of 512"),
         (replace(TEXT, num_shared=9), "up to 8 are served"),
         (replace(TEXT, output_format="BYPASSED"), "the format BYPASSED"),
-        (replace(TEXT, deterministic=True), "inference is deterministic"),
         (replace(TEXT, waterfill=True), "waterfill"),
         (replace(TEXT, simulated=True), "SGLANG_SIMULATE"),
         (replace(TEXT, dispatch="lp"), "--ep-dispatch-algorithm is lp"),

@@ -311,6 +311,15 @@ def gpu(registered, monkeypatch) -> Gpu:
     return replace_gpu(monkeypatch)
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_batch_invariance_takes_no_matrix_product(gpu, monkeypatch, invariant) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
+    layer = Layer()
+    layer(layer.batch(4000)[0])
+    assert len(gpu.products) == (not invariant)
+    assert (len(gpu.launches) > 1) == invariant
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_is_one_launch(gpu, kind, ids_dtype) -> None:

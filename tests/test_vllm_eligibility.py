@@ -16,7 +16,7 @@ from dsv4_router_runtime.integrations.vllm import plugin
 from dsv4_router_runtime.integrations.vllm.contract import RELEASE
 from dsv4_router_runtime.integrations.vllm.eligibility import LayerFacts, reasons_against
 
-PLAIN = LayerFacts(max_num_tokens=8192, num_experts=256, first_shared_id=256)
+PLAIN = LayerFacts(num_experts=256, first_shared_id=256)
 
 
 def test_a_plain_layer_is_served():
@@ -39,7 +39,6 @@ def test_a_plain_layer_is_served():
         ({"naive_dispatch": True}, "logits are gathered across ranks"),
         ({"gathered_over_pcp": True}, "logits are gathered across prefill context parallel"),
         ({"padded_hidden_states": True}, "hidden_states are padded"),
-        ({"batch_invariant": True}, "VLLM_BATCH_INVARIANT=1 with batches of up to 8192 tokens"),
         (
             {"shared_experts": 1, "first_shared_id": 264},
             "fused shared experts have ids from 264; the kernels write ids from 256",
@@ -51,14 +50,7 @@ def test_each_fact_against_a_layer_is_a_reason(change, reason):
     assert said.startswith(reason)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"device": "cpu"},
-        {"shared_experts": 2},
-        {"batch_invariant": True, "max_num_tokens": 64},
-    ],
-)
+@pytest.mark.parametrize("change", [{"device": "cpu"}, {"shared_experts": 2}])
 def test_what_the_kernels_do_is_no_reason(change):
     assert reasons_against(dataclasses.replace(PLAIN, **change)) == []
 

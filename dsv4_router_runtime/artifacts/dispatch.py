@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from dsv4_router_runtime.errors import BUILD_COMMAND, NoKernelError
+from dsv4_router_runtime.parameters import ABI, FIRST_TOKEN
 
 from .kernel import Kernel, compute_capability
 from .limits import MAX_TOKENS
@@ -124,8 +125,8 @@ class LayerProblem:
     """The properties of a layer that choose its kernels.
 
     layout: kmajor or emajor, as W_gate was given. tma_loadable: TMA can step by W_gate's rows.
-    hashed: the ids come from a table. has_bias_vl: the ids of image rows do not. dtypes: as in
-    `Problem`.
+    hashed: the ids come from a table. has_bias_vl: the ids of image rows do not. same_bits: no call
+    may take a matrix product, whose logits have other bits. dtypes: as in `Problem`.
     """
 
     layout: str
@@ -135,6 +136,7 @@ class LayerProblem:
     top_k: int
     k: int
     has_bias_vl: bool = False
+    same_bits: bool = False
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
 
@@ -143,11 +145,14 @@ class Step:
     """One kernel of a layer, and the number of tokens up to which it serves; None is no end.
 
     A kernel of role "select" reads logits: the step is a matrix product and that kernel.
+    piece_tokens: the kernel is launched once per so many tokens of a call, a multiple of its token
+    tile; None if one launch takes all of them.
     """
 
     max_tokens: int | None
     kernel: Kernel
     reason: str
+    piece_tokens: int | None = None
 
     @property
     def is_product_and_select(self) -> bool:
@@ -179,17 +184,19 @@ class LayerPlan:
         return self.gate_steps if whole_gate and self.gate_steps else self.steps
 
 
-# The roles that serve a layer, in order: each goes on where the one before it ends.
-_ROLES = {
-    False: ("decode", "prefill", "select"),
-    True: ("hash", "decode", "prefill", "select"),
-}
+# The fused roles that serve a layer, in order: each goes on where the one before it ends. "select"
+# follows.
+_ROLES = {False: ("decode", "prefill"), True: ("hash", "decode", "prefill")}
 _PURPOSE = {
     "hash": "reads the rows of the chosen experts only",
     "decode": "computes the whole gate in one launch",
     "prefill": "computes the whole gate in one launch, by larger tiles",
     "select": "selects from the logits of a matrix product",
 }
+_PURPOSE_IN_PIECES = (
+    "computes the whole gate in launches of {piece} tokens, one after the other, since a matrix "
+    "product would give other bits"
+)
 
 
 def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
@@ -198,7 +205,7 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
     Within a role, the kernel made for the fewest tokens serves them. A role is left where none of
     its kernels accepts the next number of tokens. An image row of a hash layer may choose any
     expert, out_logits has every one, and router_hash reads those of the table only: such calls take
-    the whole gate.
+    the whole gate. With same_bits, the last fused kernel serves all further tokens, in pieces.
     """
     copy_reason = _copy_reason(layer)
     problem = Problem(
@@ -210,17 +217,23 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
         k=layer.k,
         dtypes=layer.dtypes,
     )
-    steps = _steps_of_layer(manifest, problem, _ROLES[layer.hashed], arch)
+    roles, gate_roles = _ROLES[layer.hashed], _ROLES[False]
+    if not layer.same_bits:
+        roles, gate_roles = (*roles, "select"), (*gate_roles, "select")
+    steps = _steps_of_layer(manifest, problem, roles, arch)
     gate_steps: tuple[Step, ...] = ()
     if layer.hashed and layer.has_bias_vl:
-        gate_steps = _steps_of_layer(manifest, problem, _ROLES[False], arch)
+        gate_steps = _steps_of_layer(manifest, problem, gate_roles, arch)
     return LayerPlan(steps=steps, gate_steps=gate_steps, copy_reason=copy_reason)
 
 
 def _steps_of_layer(
     manifest: Manifest, problem: Problem, roles: tuple[str, ...], arch: str
 ) -> tuple[Step, ...]:
-    """Return the steps that take any number of tokens by kernels of `roles`, in their order."""
+    """Return the steps that take any number of tokens by kernels of `roles`, in their order.
+
+    Without a role that has no end, the last step is in pieces.
+    """
     steps: list[Step] = []
     for role in roles:
         layout = None if role == "select" else problem.layout
@@ -236,12 +249,32 @@ def _steps_of_layer(
         if end is None:
             break
         problem = replace(problem, num_tokens=end + 1)
-    if steps[-1].max_tokens is not None:
+    end = steps[-1].max_tokens
+    if end is not None and "select" not in roles:
+        steps.append(_in_pieces(steps[-1].kernel, end, arch))
+    elif end is not None:
         raise NoKernelError(
-            f"no kernel for more than {steps[-1].max_tokens} tokens on {arch}; "
-            f"build them all with `{BUILD_COMMAND}`"
+            f"no kernel for more than {end} tokens on {arch}; build them all with `{BUILD_COMMAND}`"
         )
     return tuple(steps)
+
+
+def _in_pieces(kernel: Kernel, most_tokens: int, arch: str) -> Step:
+    """Return the step of more than most_tokens, those of one launch, by the same kernel."""
+    tile = kernel.launch.token_tile
+    piece = most_tokens // tile * tile
+    if FIRST_TOKEN not in ABI[kernel.role] or piece == 0:
+        raise NoKernelError(
+            f"same_bits: expected a prefill kernel on {arch} for more than {most_tokens} tokens "
+            f"(got {kernel.key}, of role {kernel.role}, for tiles of {tile}, as the last fused "
+            f"one); build them all with `{BUILD_COMMAND}`, or leave same_bits out"
+        )
+    return Step(
+        max_tokens=None,
+        kernel=kernel,
+        reason=f"{most_tokens + 1}.. tokens: {_PURPOSE_IN_PIECES.format(piece=piece)}",
+        piece_tokens=piece,
+    )
 
 
 def without(plan: LayerPlan, unfit: Mapping[str, str]) -> LayerPlan:

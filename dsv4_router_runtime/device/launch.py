@@ -7,7 +7,7 @@ call. The grid and the parameters are computed without it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,12 @@ def grid_of(launch: Launch, *, num_tokens: int, num_experts: int) -> tuple[int, 
 def grid_depends_on_tokens(launch: Launch) -> bool:
     """Return whether `grid_of` changes with the number of tokens, and is set for each call."""
     return "token_tiles" in launch.grid
+
+
+def pieces_of(num_tokens: int, piece_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield the first token and the number of tokens of each launch of a call, in order."""
+    for first in range(0, num_tokens, piece_tokens):
+        yield first, min(piece_tokens, num_tokens - first)
 
 
 def has_clusters(launch: Launch) -> bool:

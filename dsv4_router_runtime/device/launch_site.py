@@ -8,11 +8,18 @@ from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import TensorMapRecipe
 from dsv4_router_runtime.errors import DriverError
-from dsv4_router_runtime.parameters import LOGITS, LOGITS_STRIDE
+from dsv4_router_runtime.parameters import FIRST_TOKEN, LOGITS, LOGITS_STRIDE, NUM_TOKENS
 
 from . import driver
 from .arguments import NO_OPTIONS, NO_RARE, Call, CallOptions, RareOptions
-from .launch import ParameterBlock, grid_depends_on_tokens, grid_of, launch_config, launcher
+from .launch import (
+    ParameterBlock,
+    grid_depends_on_tokens,
+    grid_of,
+    launch_config,
+    launcher,
+    pieces_of,
+)
 from .load import LoadedKernel
 from .occupancy import no_room
 from .tensor_map import TensorMap, map_cache
@@ -191,9 +198,35 @@ class LayerLaunchSite(LaunchSite):
             bfloat16.value = in_bfloat16
             int64.value = in_int64
         if self._grid_follows_tokens and num_tokens != self._grid_tokens:
-            # Forgotten first, as in write_call.
-            self._grid_tokens = 0
-            self.set_grid(
-                grid_of(self._kernel_launch, num_tokens=num_tokens, num_experts=self._num_experts)
-            )
-            self._grid_tokens = num_tokens
+            self._fit_grid(num_tokens)
+
+    def _fit_grid(self, num_tokens: int) -> None:
+        # Forgotten first, as in write_call.
+        self._grid_tokens = 0
+        self.set_grid(
+            grid_of(self._kernel_launch, num_tokens=num_tokens, num_experts=self._num_experts)
+        )
+        self._grid_tokens = num_tokens
+
+
+class PiecewiseLaunchSite(LayerLaunchSite):
+    """The launch site of a step in pieces: a call is one launch per piece_tokens of its tokens.
+
+    The launches follow each other on the stream and use the same scratch.
+    """
+
+    def __init__(self, loaded: LoadedKernel, *, piece_tokens: int, **more: Any) -> None:
+        super().__init__(loaded, **more)
+        self._piece_tokens = piece_tokens
+        self._first_token = self.block.cells[FIRST_TOKEN.name]
+        # A launch's grid is its piece's, not the call's.
+        self._grid_follows_tokens = False
+
+    def launch(self) -> None:
+        """Launch every piece with the present values of `block`."""
+        num_tokens = self.block.cells[NUM_TOKENS.name].value
+        for first, count in pieces_of(num_tokens, self._piece_tokens):
+            self._first_token.value = first
+            if count != self._grid_tokens:
+                self._fit_grid(count)
+            super().launch()

@@ -39,9 +39,11 @@ class CpuRouter:
         top_k: int,
         routed_scaling_factor: float,
         share_captured_scratch: bool = False,
+        same_bits: bool = False,
         **given: Any,
     ) -> None:
         check_bool("share_captured_scratch", share_captured_scratch)
+        check_bool("same_bits", same_bits)
         options = complete_options(cast(LayerOptions, given))
         self._layer = check_layer(
             W_gate,

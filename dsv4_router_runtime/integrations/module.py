@@ -29,7 +29,7 @@ OTHER_NAMES = {
 # Fields of GateConfig that are options of the operator, with the value that is off.
 _NUMBERS_OFF = {
     **{"gate_temp": 1.0, "num_shared_slots": 0, "shared_weight": 1.0, "norm_topk_prob": True},
-    **{"first_image_id": 0, "num_image_ids": 0, "pdl": False},
+    **{"first_image_id": 0, "num_image_ids": 0, "same_bits": False, "pdl": False},
 }
 
 
@@ -40,7 +40,7 @@ class GateConfig:
     hash_vocab_size: the rows of tid2eid, in a hash layer; None in any other layer.
     vision: the layer has bias_vl, for the rows of images.
     first_image_id, num_image_ids: token ids of image rows (see `Router`); used with vision only.
-    gate_temp, num_shared_slots, shared_weight and pdl are `Router`'s; weights_dtype is
+    gate_temp, num_shared_slots, shared_weight, same_bits and pdl are `Router`'s; weights_dtype is
     torch.float32 or torch.bfloat16, ids_dtype torch.int32 or torch.int64.
     """
 
@@ -58,6 +58,7 @@ class GateConfig:
     num_image_ids: int = 0
     weights_dtype: torch.dtype = torch.float32
     ids_dtype: torch.dtype = torch.int32
+    same_bits: bool = False
     pdl: bool = False
 
     @classmethod

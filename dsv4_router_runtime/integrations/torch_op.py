@@ -52,7 +52,7 @@ _OUTPUTS = "Tensor(a!) out_weights, Tensor(b!) out_ids"
 _OPTIONS = (
     "Tensor? bias_vl=None, float gate_temp=1.0, Tensor? tid2eid=None, Tensor? to_physical=None, "
     "Tensor? logical_count=None, int num_shared_slots=0, float shared_weight=1.0, "
-    "bool norm_topk_prob=True, int first_image_id=0, int num_image_ids=0, "
+    "bool norm_topk_prob=True, int first_image_id=0, int num_image_ids=0, bool same_bits=False, "
     "Tensor? image_mask=None, Tensor? padding_mask=None, Tensor? num_tokens=None, "
     "Tensor? input_ids=None, Tensor? forced_ids=None, Tensor? forced_mask=None, bool pdl=False"
 )

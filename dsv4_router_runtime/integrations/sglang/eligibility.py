@@ -43,7 +43,6 @@ class LayerFacts:
     renormalize: bool
     output_format: str | None
     waterfill: bool
-    deterministic: bool
     simulated: bool
     dispatch: str | None
 
@@ -95,8 +94,6 @@ def _reasons_of_tensors(facts: LayerFacts) -> Iterator[str]:
 def _reasons_of_server(facts: LayerFacts) -> Iterator[str]:
     if facts.output_format not in (None, "STANDARD"):
         yield f"its experts take the format {facts.output_format}; STANDARD is served"
-    if facts.deterministic:
-        yield "inference is deterministic, and bits of large batches depend on the number of tokens"
     if facts.waterfill:
         yield "waterfill balances its shared expert"
     if facts.simulated:

@@ -211,6 +211,7 @@ class ServedLayer:
             norm_topk_prob=bool(config.renormalize),
             # SGLang captures all graphs of layers into one memory pool, and replays one at a time.
             share_captured_scratch=True,
+            same_bits=bool(get_exec().deterministic.enable_deterministic_inference),
             **options,
         )
         tensors = (gate.weight, e_bias, bias_vl, tid2eid)
@@ -292,7 +293,6 @@ def facts_of(moe: Any) -> LayerFacts:
         renormalize=bool(config.renormalize),
         output_format=None if output_format is None else output_format.name,
         waterfill=topk.enable_waterfill,
-        deterministic=get_exec().deterministic.enable_deterministic_inference,
         simulated=routing_simulation_enabled(),
         dispatch=get_exec().moe.ep_dispatch_algorithm,
     )

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A token's bits do not depend on its batch in calls of up to this many tokens, of any number of
-# experts: one launch takes them.
-MOST_INVARIANT_TOKENS = 128
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
@@ -31,8 +27,6 @@ class LayerFacts:
     naive_dispatch: bool = False
     gathered_over_pcp: bool = False
     padded_hidden_states: bool = False
-    batch_invariant: bool = False
-    max_num_tokens: int = 0
     num_experts: int = 0
     shared_experts: int = 0
     first_shared_id: int = 0
@@ -57,11 +51,6 @@ def reasons_against(facts: LayerFacts) -> list[str]:
         (f.naive_dispatch, "logits are gathered across ranks (naive dispatch)"),
         (f.gathered_over_pcp, "logits are gathered across prefill context parallel ranks"),
         (f.padded_hidden_states, "hidden_states are padded beyond the gate's"),
-        (
-            f.batch_invariant and f.max_num_tokens > MOST_INVARIANT_TOKENS,
-            f"VLLM_BATCH_INVARIANT=1 with batches of up to {f.max_num_tokens} tokens; a token's "
-            f"bits do not depend on its batch up to {MOST_INVARIANT_TOKENS}",
-        ),
         (
             f.shared_experts > 0 and f.first_shared_id != f.num_experts,
             f"fused shared experts have ids from {f.first_shared_id}; the kernels write ids from "

@@ -31,7 +31,9 @@ class ServedRouter(BaseRouter):
     # one. It calls select_experts if there is none.
     e_score_correction_bias = None
 
-    def __init__(self, stock: FusedTopKBiasRouter, gate: GateLinear) -> None:
+    def __init__(
+        self, stock: FusedTopKBiasRouter, gate: GateLinear, *, same_bits: bool = False
+    ) -> None:
         super().__init__(stock.top_k, stock.global_num_experts, stock.eplb_state)
         self.stock = stock
         self.gate = gate
@@ -68,6 +70,7 @@ class ServedRouter(BaseRouter):
             shared_weight=stock.shared_expert_weight,
             # vLLM captures all graphs of layers into one memory pool, and replays one at a time.
             share_captured_scratch=True,
+            same_bits=same_bits,
         )
 
     @property

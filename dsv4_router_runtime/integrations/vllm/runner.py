@@ -62,7 +62,9 @@ class ServedMoERunner(MoERunner):
             try:
                 reason = "; ".join(reasons_against(facts_of(self)))
                 if not reason:
-                    router = ServedRouter(self.router, self.gate)
+                    router = ServedRouter(
+                        self.router, self.gate, same_bits=bool(envs.VLLM_BATCH_INVARIANT)
+                    )
             except (AttributeError, RouterError, TypeError, ValueError) as error:
                 reason = str(error)
             if not reason:
@@ -97,8 +99,6 @@ def facts_of(runner: MoERunner) -> LayerFacts:
             config.pcp_size > 1 and not config.moe_parallel_config.use_all2all_kernels
         ),
         padded_hidden_states=config.hidden_dim != hidden_size,
-        batch_invariant=envs.VLLM_BATCH_INVARIANT,
-        max_num_tokens=config.max_num_tokens,
         num_experts=num_experts,
         shared_experts=router.num_fused_shared_experts,
         first_shared_id=router.global_num_experts,

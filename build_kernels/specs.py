@@ -38,18 +38,20 @@ from .kernels.shapes import (
 #     32                4.40 / 4.18 / 4.32
 #     64                5.05 / 5.26 / 5.43
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
-# router_prefill: (experts, tokens) of a CTA -> (K blocks per chunk, stages of the ring). An H200
-# holds 7 of its clusters, and a launch of more takes up to twice as long. us on one H200, PDL,
-# weights cold, W_gate still in boxes of 64 experts; in brackets launches of more than 7 clusters,
-# and the product with router_topk. README has the figures of the boxes of 128:
-#                 7168x384                          4096x256
-#     N           65     128    192     256         128    256     384     512
-#     128 x 64    6.79   7.12   (11.6)  (13.5)      5.20   (9.40)  (11.0)  (15.1)
-#     128 x 128   7.75   8.88   9.33    9.72        7.41   7.71    8.29    (14.3)
-#     192 x 128   9.83   11.8   12.0    11.8        9.59   9.83    10.6    (19.1)
-#     (product)   10.1   10.9           11.3
-# Two CTAs per SM, with 3 to 6 stages and the partial sums in the ring's place, took 0.5 to 1.2 us
-# longer up to 7 clusters, and up to 22 % less beyond.
+# router_prefill: (experts, tokens, CTAs of a cluster) -> (K blocks per chunk, stages of the ring),
+# and the clusters of a launch, all that an H200 holds at once: a launch of more takes up to twice
+# as long. us on one H200, PDL, weights cold, each column the same run; in brackets beyond that:
+#                    7168x384                                    4096x256
+#     N              128    256    320    512    640    1024     128    256    384    512    960
+#     128 x 64, 16   7.37   (9.6)                                5.16   (7.4)
+#     128 x 128, 16  8.84   9.59                                 7.4    7.37   8.14
+#     128 x 64, 8    7.95   9.58   10.4                          6.48   6.86   7.90
+#     128 x 64, 4    11.3   10.9   11.2   13.5   14.6                   8.85   9.10   9.30   10.8
+#     128 x 128, 8   12     13.0          13.8   14.4                   11.2   11.3   11.4
+#     128 x 128, 4   20     20     20     20     18.0   19.3            15     15     16     15.9
+#     (product)      9.7    10.5   14     14.2   13.7   18.7     9.7    9.9    10.9   10.6   13.4
+# Of a cluster of 8, 5.7 us are the products with the loads, 3 the exchange of the sums, 1.6 the
+# scores and 1 the merges (128 x 128, N = 512); shared memory of other CTAs took 17 B per cycle.
 PREFILL_TILES = {
     (128, 64, 16): ((2, 4), 7),
     (128, 128, 16): ((1, 4), 7),
@@ -57,6 +59,8 @@ PREFILL_TILES = {
     (128, 64, 4): ((1, 8), 30),
     (128, 128, 4): ((1, 5), 30),
 }
+# Above the tokens of the others the product is faster.
+SAME_BITS_ONLY = ((128, 128, 4),)
 # router_hash: all of K up to 8192 is one chunk. An H200 holds 7 of its clusters, so 56 tokens. us
 # on one H200 at N = 64:
 #                         7168x384, PDL   4096x256, PDL   7168x384   4096x256
@@ -205,6 +209,7 @@ def _gate(
     ring: tuple[int, int],
     splits: int = NUM_SLICES,
     most: int | None = None,
+    same_bits_only: bool | None = None,
 ) -> KernelSpec:
     """Return a kernel that computes the whole gate in tiles of experts by tokens.
 
@@ -237,6 +242,7 @@ def _gate(
             top_k=IntRange(low=1, high=MAX_TOP_K),
             k_multiple=K_BLOCK,
             dtypes=tensor_dtypes(role),
+            same_bits_only=same_bits_only,
         ),
         parameters=_parameters(
             role,
@@ -272,7 +278,13 @@ def _prefill(layout: str, shape: tuple[int, int, int]) -> KernelSpec:
     suffix = f"n{tokens}" if splits == NUM_SLICES else f"n{tokens}_k{splits}"
     tile = (experts, tokens)
     return _gate(
-        "prefill", layout, suffix=suffix, tile=tile, ring=ring, splits=splits, most=most
+        *("prefill", layout),
+        suffix=suffix,
+        tile=tile,
+        ring=ring,
+        splits=splits,
+        most=most,
+        same_bits_only=True if shape in SAME_BITS_ONLY else None,
     )
 
 

@@ -93,8 +93,8 @@ LOGITS = _pointer("logits", "float32", _FLOAT32, "N", "E", given=LAUNCH, after_w
 WORKSPACE = LaunchParameter(
     name="workspace", kind="pointer", given=LAUNCH, element_type="uint32", after_wait=True
 )
-# Tickets come first, one per token that a launch of some kernel of the role takes, then the candidates of each
-# token, those of the last CTA's whole tile among them.
+# Tickets come first, one per token that a launch of some kernel of the role takes, then the
+# candidates of each token, those of the last CTA's whole tile among them.
 TICKETS = {"decode": 64, "prefill": 1920}
 TICKET_BYTES, TILE_EXPERTS, CANDIDATE_BYTES = 4, 64, 8
 BIASES = (

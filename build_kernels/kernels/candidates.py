@@ -231,8 +231,9 @@ def own_candidates(
 ) -> tuple:
     """Return pointers to the candidates of a lane's two experts, as the merge addresses them.
 
-    first_token: the launch's, which has the first place in the workspace. The candidates are prefetched: without a use before the sums ptxas does the division after them, which
-    took 0.1 us of a launch.
+    first_token: the launch's, which has the first place in the workspace. The candidates are
+    prefetched: without a use before the sums ptxas does the division after them, which took 0.1 us
+    of a launch.
     """
     is_published = choose(token < args.num_tokens and num_tiles > 1, Int32(1), Int32(0))
     pointers = []

@@ -2,10 +2,10 @@
 
 Decomposition, the same on every architecture
     Experts are the M of the MMA tiler, in tiles of 64; tokens are its N. Grid (S, T): S =
-    NUM_SLICES splits of K by T = ceil(E / 64) expert tiles. The S CTAs of one expert tile form a
+    NUM_SLICES slices of K by T = ceil(E / 64) expert tiles. The S CTAs of one expert tile form a
     cluster. CTA (s, t) multiplies its slice of W_gate by its slice of hidden_states. It sends each
     token's 64 partial sums to the CTA of its cluster that owns the token; pairs of tokens go round
-    the S ranks. The owner adds the S partial sums in rank order and computes the scores. One of a
+    the S ranks. The owner adds the S partial sums (see add_terms) and computes the scores. One of a
     token's T owners merges the tiles and selects. The order of every sum depends on K alone: a
     token's bits depend neither on N nor on its row.
 

@@ -23,12 +23,13 @@ class TileGemmSm100(TileGemm):
         epilogue_warps  tcgen05.ld 16x256b, warp w of an M tile rows 16 w .. 16 w + 15;
                         warp 0 allocates and frees the TMEM
         mma_warp        after the epilogue's: four tcgen05.mma per K block and M tile; after each
-                        chunk a commit to the stage's `empty`, after the last one a commit to
+                        chunk a commit to the stage's `empty`, after each slice a commit to
                         `accumulator_full`
         producer_warp   after mma_warp
 
-    TMEM: max(32, token_tile * m_tiles) columns, to a power of two, from before the cluster sync to
-    after the last tcgen05.ld.
+    TMEM: token_tile * m_tiles columns for each slice of K, or a ring of accumulators if that is
+    more than 512; 32 at least, a power of two; from before the cluster sync to after the last
+    tcgen05.ld.
     """
 
     mma_arrivals = 1  # one tcgen05.commit
@@ -57,9 +58,7 @@ class TileGemmSm100(TileGemm):
             )
         )
 
-    def accumulator(
-        self, storage, tiled_mma: cute.TiledMma, m_tile, stage: int = 0
-    ) -> cute.Tensor:
+    def accumulator(self, storage, tiled_mma: cute.TiledMma, m_tile, stage: int = 0) -> cute.Tensor:
         """Return an M tile's accumulator in TMEM: row 16 w + r in lane 32 w + r, a token a column.
 
         The M tiles are beside each other, and so are the stages.

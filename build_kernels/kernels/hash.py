@@ -7,7 +7,7 @@ Decomposition
     The rows of the MMA tile are (token, slot): 8 tokens by 8 slots, and top_k slots are used. Grid
     (S, ceil(N / 8)): a cluster of S = NUM_SLICES CTAs per 8 tokens, with K split over it as in
     router_decode. Of the 64 x 8 sums of a CTA, the 64 whose row and column are the same token are
-    needed. Those of token i go to CTA i of the cluster, which adds the S partial sums in rank order
+    needed. Those of token i go to CTA i of the cluster, which adds the S partial sums
     as router_decode does: a weight has the bits that the whole gate would give it.
 """
 

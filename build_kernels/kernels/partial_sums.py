@@ -113,9 +113,9 @@ class PairExchange:
                 # st.async completes its bytes on the owner's barrier:
                 # https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-st-async
                 cute.arch.store_async_dsmem(
-                    cute.domain_offset(
-                        (expert, 0, term, pair // self.splits), sums
-                    ).iterator.align(16),
+                    cute.domain_offset((expert, 0, term, pair // self.splits), sums).iterator.align(
+                        16
+                    ),
                     tuple(Int32(bits_of(sums_of_tile[i + j])) for j in (0, 2, 1, 3)),
                     storage.sums_full.data_ptr(),
                     pair % self.splits,

@@ -1,14 +1,18 @@
 """router_prefill: hidden_states and W_gate to weights and ids for N > 64 tokens, in one launch.
 
-router_decode with larger tiles and several token tiles. Grid (S, T, Z): S = NUM_SPLITS splits of K
-by T = ceil(E / (64 m_tiles)) expert tiles by Z = ceil(N / token_tile) token tiles. A CTA multiplies
-m_tiles tiles of 64 experts, a group of four warps each. The slices of K, the order in a slice and
-the order in which slices are added are router_decode's, so a token has the same bits in both.
+router_decode with larger tiles and several token tiles. Grid (S, T, Z): S = 16, 8 or 4 CTAs that
+share K by T = ceil(E / (64 m_tiles)) expert tiles by Z token tiles. A CTA multiplies m_tiles tiles
+of 64 experts, a group of four warps each. The slices of K and the order in which they are added are
+router_decode's, so a token has the same bits in both. Of 8 CTAs each has two slices, of 4 a group
+of four; see PairExchange for what they send.
 
-See decode.py for the exchanges. What differs: a CTA owns up to 8 tokens, so an epilogue warp sums
+A launch routes the call's tokens from `first_token` on, as many as its grid has tiles for: a call
+of more tokens than fit the workspace is several launches.
+
+See decode.py for the exchanges. What differs: a CTA owns up to 32 tokens, so an epilogue warp sums
 its token of each `round`, and publishes all of them before it merges one. A token has one ticket
 per CTA that owns it. In the CTA that draws the last one, its warps of the m_tiles take turns to
-merge.
+merge. If a CTA owns many tokens, each owner draws the tickets of its share late: see row_flags.py.
 """
 
 import cutlass
@@ -67,12 +71,17 @@ class RouterPrefill(RouterDecode):
         sums_full             cluster's epilogue -> owner's: 1 + 512 B per source, token pair and M
                               tile; used once
         accumulator_full      see TileGemm
-        row_flags_full        row-flags warp -> epilogue: 32 lanes; used once
+        row_flags_full,       row-flags warp -> epilogue: 32 lanes; used once
+        tickets_full
 
-    Shared memory, of which the partial sums take 8 KB per owned token pair and M tile:
-        experts x tokens   ring           partial sums   CTA
-        128 x 64           4 x 48 KB      32 KB          225 KB
-        128 x 128          4 x 32 KB      64 KB          192 KB
+    Shared memory, of which the terms take 512 B each per owned token pair and M tile:
+        experts x tokens, S   ring        terms   CTA
+        128 x 64, 16          8 x 24 KB   32 KB   225 KB
+        128 x 128, 16         4 x 32 KB   64 KB   192 KB
+        128 x 64, 8           7 x 24 KB   48 KB   217 KB
+        128 x 64, 4           8 x 24 KB   32 KB   226 KB
+        128 x 128, 4          5 x 32 KB   64 KB   226 KB
+    TMEM, on sm_100: see TileGemmSm100.
 
     Timeline: router_decode's.
     """
@@ -122,7 +131,7 @@ class RouterPrefill(RouterDecode):
         tokens = self.gemm.token_tile
         self.kernel(tma_atom_w, mW, tma_atom_x, mX, args).launch(
             grid=(
-                            (args.num_experts + experts - 1) // experts,
+                (args.num_experts + experts - 1) // experts,
                 (args.num_tokens + tokens - 1) // tokens,
             ),
             block=(self.num_threads, 1, 1),
@@ -199,9 +208,7 @@ class RouterPrefill(RouterDecode):
             ahead = ()
             if cutlass.const_expr(self.rounds <= BATCH):
                 ahead = self.read_ahead(*rows, first_owned, experts, places, num_tiles)
-            self.exchange.multiply_and_send(
-                storage, split, args.num_k_blocks, num_tokens, m_tile
-            )
+            self.exchange.multiply_and_send(storage, split, args.num_k_blocks, num_tokens, m_tile)
             self.gemm.free_accumulator(storage, warp)
             if first_token + owned_token(self.gemm.splits, split, first_owned) < args.num_tokens:
                 # Outputs and workspace may be in use until the grid before has ended.

@@ -112,11 +112,6 @@ def publish_row_flags(
             | flag(args.out_logits.toint() != 0, HAS_LOGITS)
         )
     cute.arch.mbarrier_arrive(storage.row_flags_full.data_ptr())
-    if cutlass.const_expr(shares_merges):
-        is_late = is_late and lane < max_owned and token < args.num_tokens
-        ticket = publish_tickets(
-            storage, max_owned, args, token - first_of_launch, num_owners, ticket, is_late
-        )
     # After the arrival, which the epilogue waits for. With a ticket out of range perhaps no warp
     # merges. One test outside the branch: ptxas compiled what follows a trap in it twice.
     is_damaged = Uint32(ticket) >= Uint32(num_owners)
@@ -130,62 +125,6 @@ def publish_row_flags(
             storage, max_owned, args, token - first_of_launch, num_owners, ticket, is_late
         )
         trap_if(cute.arch.vote_ballot_sync(Uint32(ticket) >= Uint32(num_owners)) != 0)
-
-
-def tickets(storage, max_owned: int) -> cute.Tensor:
-    """Return (owned token,) int32: the tickets, if the merges are shared."""
-    return cute.make_tensor(storage.tickets.data_ptr(), cute.make_layout(max_owned))
-
-
-@cute.jit
-def publish_tickets(
-    storage,
-    max_owned: cutlass.Constexpr[int],
-    args,
-    place: Int32,
-    num_owners: Int32,
-    ticket: Int32,
-    is_late,
-) -> Int32:
-    """Draw the late tickets when the sums are there, while they are scored; publish all tickets.
-
-    place: the token's in the workspace.
-    `tickets_full` of the storage takes 32 arrivals. Return a lane's ticket.
-    """
-    cute.arch.mbarrier_wait(storage.sums_full.data_ptr(), 0)
-    lane = cute.arch.lane_idx()
-    if is_late:
-        ticket = draw_ticket(args.workspace, place, num_owners)
-    if lane < max_owned:
-        tickets(storage, max_owned)[lane] = ticket
-    cute.arch.mbarrier_arrive(storage.tickets_full.data_ptr())
-    return ticket
-
-
-@cute.jit
-def left_over_words(
-    max_owned: cutlass.Constexpr[int],
-    splits: cutlass.Constexpr[int],
-    args,
-    first_token,
-    split: Int32,
-    first,
-    neighbours: tuple,
-    num_tiles: Int32,
-    max_tokens: cutlass.Constexpr[int],
-    first_of_launch,
-):
-    """Load a lane's candidates of LEFT_OVER_ROWS owned tokens from number `first` on, at most."""
-    words = []
-    for i in cutlass.range_constexpr(min(max_owned, LEFT_OVER_ROWS)):
-        token = first_token + owned_token(splits, split, first + i)
-        for j in cutlass.range_constexpr(len(neighbours)):
-            words += load_neighbours(
-                candidates_of(args.workspace, token - first_of_launch, num_tiles, max_tokens)
-                + neighbours[j],
-                num_tiles > 1 and token < args.num_tokens,
-            )
-    return tuple(words)
 
 
 def tickets(storage, max_owned: int) -> cute.Tensor:

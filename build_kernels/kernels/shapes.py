@@ -11,8 +11,8 @@ from dsv4_router_runtime.parameters import TICKETS
 TILE_M = 64
 K_BLOCK = 64
 MMA_K = 16
-# K is cut into slices. Each is summed from zero, then groups of them, then the groups: see exact.py.
-# The CTAs of a cluster share them, one slice to each of 16, the largest cluster there is.
+# K is cut into slices. Each is summed from zero, then groups of them, then the groups: exact.py has
+# the order. The CTAs of a cluster share the slices. 16 is the largest cluster there is.
 NUM_SLICES = 16
 GROUP_SLICES = 4
 MAX_DECODE_TOKENS = TICKETS["decode"]

@@ -25,9 +25,9 @@ class Problem:
     """One routing problem for a kernel of one role.
 
     role: one of the manifest's ROLES. layout: W_gate's, one of LAYOUTS; None for a kernel that
-    reads logits. dtypes: every dtype that each tensor may come in, e.g.
-    {"out_ids": ("int32", "int64")}; a kernel has to take them all. A tensor that the kernel or the
-    problem leaves out is not compared.
+    reads logits. same_bits: as in `LayerProblem`. dtypes: every dtype that each tensor may come in,
+    e.g. {"out_ids": ("int32", "int64")}; a kernel has to take them all. A tensor that the kernel or
+    the problem leaves out is not compared.
     """
 
     role: str
@@ -36,6 +36,7 @@ class Problem:
     num_experts: int
     top_k: int
     k: int
+    same_bits: bool = False
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
@@ -96,6 +97,8 @@ def _reason_against(kernel: Kernel, problem: Problem, device: str) -> str | None
         return f"built for {kernel.arch}, this GPU is {device}"
     if kernel.role != problem.role:
         return f"its role is {kernel.role}, this step needs {problem.role}"
+    if accepts.same_bits_only and not problem.same_bits:
+        return "slower than a matrix product; it serves layers that ask for same_bits"
     if accepts.layout != problem.layout:
         return f"reads layout {accepts.layout}, W_gate is {problem.layout}"
     for name, value, allowed in (
@@ -215,6 +218,7 @@ def plan_layer(manifest: Manifest, layer: LayerProblem, arch: str) -> LayerPlan:
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
+        same_bits=layer.same_bits,
         dtypes=layer.dtypes,
     )
     roles, gate_roles = _ROLES[layer.hashed], _ROLES[False]

@@ -68,7 +68,9 @@ class IntRange:
 class ProblemRange:
     """The problems a kernel accepts.
 
-    layout: W_gate's; None for a kernel that reads logits, whose `k_multiple` is 1.
+    layout: W_gate's; None for a kernel that reads logits, whose `k_multiple` is 1. same_bits_only:
+    a matrix product and router_topk are faster, so that only a layer that asks for the same bits at
+    every N takes it; None for every other kernel.
     """
 
     layout: str | None
@@ -78,6 +80,7 @@ class ProblemRange:
     k_multiple: int
     # tensor name -> those of torch's dtype names that it may have, e.g. {"out_ids": ("int32",)}
     dtypes: Mapping[str, tuple[str, ...]] = field(hash=False)
+    same_bits_only: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -290,10 +290,10 @@ def _check_maps(node: JsonNode, kernel: Kernel) -> None:
 
 
 def _problem(node: JsonNode, role: str) -> ProblemRange:
-    names = {item.name for item in fields(ProblemRange)}
+    names = {item.name for item in fields(ProblemRange)} - {"same_bits_only"}
     # The layout is W_gate's, which a kernel that selects from logits does not read.
     names -= {"layout"} if role == "select" else set()
-    at = node.members(*names)
+    at = node.members(*names, optional=("same_bits_only",))
     return ProblemRange(
         layout=at["layout"].choice(LAYOUTS) if "layout" in at else None,
         num_tokens=_int_range(at["num_tokens"], MAX_TOKENS, endless=True),
@@ -301,6 +301,7 @@ def _problem(node: JsonNode, role: str) -> ProblemRange:
         top_k=_int_range(at["top_k"], MAX_TOP_K),
         k_multiple=at["k_multiple"].integer(low=1, high=MAX_K_BLOCKS),
         dtypes=at["dtypes"].mapping(_dtype_names, keys=tuple(DTYPES)),
+        same_bits_only=at["same_bits_only"].boolean() if "same_bits_only" in at else None,
     )
 
 

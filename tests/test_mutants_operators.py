@@ -19,6 +19,7 @@ pytest.importorskip("torch", reason="needs the extra `torch`")
 from builds import kernel_set
 from click.testing import CliRunner
 
+from build_kernels.binaries.ptx.parser import parse
 from build_kernels.emulator import Launch, emulate
 from build_kernels.evidence.artifact import load_artifact
 from build_kernels.evidence.document import EvidenceError
@@ -30,6 +31,7 @@ from build_kernels.mutants.operators.judge import KILLED, SURVIVED, UNREACHED, V
 from build_kernels.mutants.operators.judge import _cpu_limit as cpu_limit
 from build_kernels.mutants.operators.judge import _TimeUp as TimeUp
 from build_kernels.mutants.operators.mutation import Mutation, mutations_of, sample
+from build_kernels.mutants.operators.ranges import NOTHING, Facts, Interval, facts_of
 from build_kernels.mutants.operators.results import Results
 
 KEY = "router_topk.sm_90a"
@@ -163,10 +165,8 @@ def test_a_change_that_cannot_be_decoded_is_no_mutant() -> None:
 def test_a_dropped_instruction_leaves_no_semicolon() -> None:
     """As ptxas refuses one that stands alone."""
     text = MODULE.format(body="mov.b32 %r1, 0;")
-    (mutation,) = [m for m in mutations_of("k.sm_90a", text, "sm_90a") if m.operator == "dropped"][
-        :1
-    ]
-    assert mutation.applied(text) == MODULE.format(body="")
+    (first,) = [m for m in mutations_of("k.sm_90a", text, "sm_90a") if m.operator == "dropped"][:1]
+    assert first.applied(text) == MODULE.format(body="")
 
 
 @pytest.fixture(scope="module")
@@ -176,24 +176,164 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def all_of_topk(folder: Path) -> list[Mutation]:
-    return mutations_of(KEY, load_artifact(folder, KEY).ptx, "sm_90a")
-
-
-def test_the_enumeration_and_the_sample_are_deterministic(
-    folder: Path, all_of_topk: list[Mutation]
-) -> None:
-    again = mutations_of(KEY, load_artifact(folder, KEY).ptx, "sm_90a")
-    assert again == all_of_topk
-    assert len({mutation.name for mutation in again}) == len(again) > 5000
-    assert sample(again, 40, 7) == sample(all_of_topk, 40, 7) != sample(again, 40, 8)
+def test_the_enumeration_and_the_sample_are_deterministic() -> None:
+    text = MODULE.format(body="@%p1 add.s32 %r1, %r2, 3;\n" * 9)
+    first = mutations_of(KEY, text, "sm_90a")
+    again = mutations_of(KEY, text, "sm_90a")
+    assert again == first
+    assert len({mutation.name for mutation in again}) == len(again) > 40
+    assert sample(again, 20, 7) == sample(first, 20, 7) != sample(again, 20, 8)
     assert sample(again, None, 0) == again
-    # Not an instruction without a mutant.
-    assert {m.index for m in again} == set(range(max(m.index for m in again) + 1))
 
 
-def of(before: str, after: str, operator: str, *, unread: bool = False) -> Mutation:
+@pytest.mark.slow
+def test_every_instruction_of_a_kernel_has_a_mutant(folder: Path) -> None:
+    artifact = load_artifact(folder, KEY)
+    found = mutations_of(KEY, artifact.ptx, "sm_90a", facts_of(artifact.kernel))
+    assert {m.index for m in found} == set(range(max(m.index for m in found) + 1))
+    assert len({mutation.name for mutation in found}) == len(found) > 5000
+    text = sample(found, 1, 0)[0].applied(artifact.ptx)
+    assert text != artifact.ptx
+    assert parse(text).name == parse(artifact.ptx).name
+
+
+def excused(body: str, facts: Facts = NOTHING, *, of: int = 0) -> dict[tuple[str, str], str | None]:
+    """Return why each mutant of instruction `of` is equivalent, by operator and new text."""
+    found = mutations_of("k.sm_90a", MODULE.format(body=body), "sm_90a", facts)
+    return {(m.operator, m.after_words): why_equivalent(m) for m in found if m.index == of}
+
+
+READ = "st.global.b32 [%rd1], %r1; @%p1 st.global.b32 [%rd1], %r2;"
+WAIT = "mbarrier.try_wait.parity.shared.b64 %p1, [%r1], %r2, {};"
+SHUFFLE = "shfl.sync.idx.b32 %r1, %r2, {};"
+
+
+def test_a_prefetch_and_a_result_that_nothing_reads_are_excused() -> None:
+    assert all(excused("prefetch.global.L2 [%rd1];").values())
+    assert all(excused("@%p1 prefetch.global.L2 [%rd1];").values())
+    assert not any(excused("st.global.b32 [%rd1], %r1;").values())
+    unread = excused("add.s32 %r1, %r2, 1;")
+    assert all(unread.values())
+    assert not any(excused(f"add.s32 %r1, %r2, 1; {READ}").values())
+    assert not any(excused("ld.global.b32 %r1, [%rd1];").values()), "its address may be wrong"
+
+
+def test_the_hint_of_a_wait_is_excused_and_the_wait_is_not() -> None:
+    found = excused(WAIT.format(10000000))
+    assert {key for key, reason in found.items() if reason} == {
+        ("immediate", WAIT.format(n)[:-1]) for n in (9999999, 10000001)
+    }
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize(
+    ("lane", "clamps"),
+    [("0", {"30", "32"}), ("30", {"30"}), ("31", set()), ("%r3", set())],
+)
+def test_a_clamp_is_excused_that_the_lane_lies_within(lane: str, clamps: set[str]) -> None:
+    found = excused(SHUFFLE.format(f"{lane}, 31, -1") + READ)
+    expected = {SHUFFLE.format(f"{lane}, {clamp}, -1")[:-1] for clamp in clamps}
+    assert {text for (_, text), reason in found.items() if reason} == expected
+
+
+def test_an_order_that_a_sign_check_has_decided_is_excused() -> None:
+    text = "setp.lt.s64 %p1, %rd1, 0; setp.ge.s64 %p2, %rd1, %rd2; or.pred %p3, %p1, {}; "
+    text += "@%p3 st.global.b32 [%rd1], %r1; @%p2 st.global.b32 [%rd1], %r1; " + READ
+    changed = ("signedness", "setp.ge.u64 %p2, %rd1, %rd2")
+    assert excused(text.format("%p2"), of=1)[changed]
+    assert not excused(text.format("%p1"), of=1)[changed]
+
+
+def test_the_wait_of_the_first_round_may_be_made() -> None:
+    text = "setp.eq.b32 %p1, %r3, 0; @%p1 bra DONE; not.b32 %r4, %r3; and.b32 %r2, %r4, {}; "
+    text += WAIT.format(10000000) + " DONE: " + READ
+    assert excused(text.format(1), of=1)["dropped", ""]
+    assert not excused(text.format(2), of=1)["dropped", ""]
+    assert not excused(text.format(1), of=1)["other-guard", "@!%p1 bra DONE"]
+
+
+def test_the_last_place_of_a_coefficient_is_excused_and_a_small_number_is_not() -> None:
+    assert excused("mov.b32 %r1, 984588981;" + READ)["immediate", "mov.b32 %r1, 984588982"]
+    assert not excused("mov.b32 %r1, 98458898;" + READ)["immediate", "mov.b32 %r1, 98458899"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "then", "changes"),
+    [
+        (14, "and.b64 %rd3, %rd2, -16;", {13, 15}),
+        (16, "and.b64 %rd3, %rd2, -16;", {17}),
+        (14, "and.b64 %rd3, %rd2, 16;", set()),
+        (14, "and.b64 %rd3, %rd1, -16;", set()),
+        (14, "and.b64 %rd3, %rd2, -16; st.global.b64 [%rd1], %rd2;", set()),
+    ],
+    ids=["both", "one", "no mask", "another sum", "read once more"],
+)
+def test_an_offset_that_is_rounded_away_is_excused(
+    offset: int, then: str, changes: set[int]
+) -> None:
+    text = f"add.s64 %rd2, %rd1, {offset}; {then} st.global.b64 [%rd3], %rd1;"
+    found = excused(text + "@%p1 st.global.b64 [%rd3], %rd2;" * ("%rd1, -16" in then))
+    assert {text for (_, text), reason in found.items() if reason} == {
+        f"add.s64 %rd2, %rd1, {change}" for change in changes
+    }
+
+
+LOAD = "ld.param.u32 %r3, [out]; "
+USES = "@%p1 st.global.b32 [%rd1], %r2; @%p3 st.global.b32 [%rd1], %r4;"
+SIZES = Facts(parameters={0: Interval(1, 8)}, specials={"%tid.x": Interval(0, 1023)})
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "proven"),
+    [
+        # An unsigned order is the signed one of numbers that are not negative.
+        ("setp.lt.s32 %p1, %r3, %r3;", ("signedness", "setp.lt.u32 %p1, %r3, %r3"), True),
+        ("setp.lt.s32 %p1, %r5, %r3;", ("signedness", "setp.lt.u32 %p1, %r5, %r3"), False),
+        # A predicate that every allowed number decides alike.
+        ("setp.lt.s32 %p1, %r3, 1;", ("immediate", "setp.lt.s32 %p1, %r3, 0"), True),
+        ("setp.lt.s32 %p1, %r3, 1;", ("immediate", "setp.lt.s32 %p1, %r3, 2"), False),
+        ("setp.gt.s32 %p1, %r3, 8;", ("comparison", "setp.ge.s32 %p1, %r3, 8"), False),
+        ("setp.gt.s32 %p1, %r3, 9;", ("comparison", "setp.ge.s32 %p1, %r3, 9"), True),
+    ],
+)
+def test_a_result_that_no_launch_changes_is_excused(
+    text: str, changed: tuple[str, str], proven: bool
+) -> None:
+    assert (excused(LOAD + text + USES, SIZES, of=1)[changed] is not None) == proven
+    assert excused(LOAD + text + USES, of=1)[changed] is None, "nothing is known of the parameter"
+
+
+def test_what_another_operand_decides_is_excused() -> None:
+    """As the correction of a quotient that is rounded down, for a dividend that may be negative."""
+    never = "setp.lt.s32 %p1, %r3, 0; "
+    text = (
+        LOAD + never + "setp.ne.b32 %p2, %r5, 3; and.pred %p3, %p1, %p2; selp.b32 %r4, -1, 0, %p3; "
+    )
+    of_other = excused(text + USES, SIZES, of=2)
+    assert of_other["comparison", "setp.eq.b32 %p2, %r5, 3"]
+    of_select = excused(text + USES, SIZES, of=4)
+    assert of_select["immediate", "selp.b32 %r4, -2, 0, %p3"]
+    assert not of_select["immediate", "selp.b32 %r4, -1, 1, %p3"]
+    assert not of_select["swap", "selp.b32 %r4, 0, -1, %p3"]
+    assert not excused(text + USES, of=2)["comparison", "setp.eq.b32 %p2, %r5, 3"]
+    read_elsewhere = text + USES + " @%p2 st.global.b32 [%rd1], %r4;"
+    assert not excused(read_elsewhere, SIZES, of=2)["comparison", "setp.eq.b32 %p2, %r5, 3"]
+
+
+def test_a_counter_that_may_wrap_is_not_taken_for_a_count() -> None:
+    text = "mov.b32 %r1, 0; LOOP: add.s32 %r1, %r1, 1; setp.lt.s32 %p1, %r1, %r3; @%p1 bra LOOP;"
+    assert not excused(LOAD + text + READ, SIZES, of=3)["signedness", "setp.lt.u32 %p1, %r1, %r3"]
+
+
+def test_every_reason_has_a_condition() -> None:
+    for each in equivalents():
+        assert each.reason
+        assert set(each.operators) <= set(OPERATORS), each.reason
+        conditions = (each.before != ".*", each.after != ".*", each.around != "")
+        assert any((*conditions, each.unread, each.rounded, each.same_result)), each.reason
+
+
+def mutation(before: str, after: str, operator: str) -> Mutation:
     return Mutation(
         artifact=KEY,
         line=1,
@@ -203,44 +343,11 @@ def of(before: str, after: str, operator: str, *, unread: bool = False) -> Mutat
         after=after,
         span=(0, 0),
         index=0,
-        unread=unread,
+        unread=False,
+        rounded=False,
+        same_result=False,
+        around="",
     )
-
-
-WAIT = "mbarrier.try_wait.parity.shared.b64 P1, [%r78], %r79, {}"
-
-
-@pytest.mark.parametrize(
-    ("mutation", "reason"),
-    [
-        (of("prefetch.tensormap [%rd1]", "", "dropped"), "a prefetch has no result"),
-        (of("@%p1 prefetch.global.L2 [%rd1]", "", "dropped"), "a prefetch has no result"),
-        (of("ld.global.b32 %r1, [%rd1]", "", "dropped", unread=True), None),
-        (of("add.s32 %r1, %r2, 1", "", "dropped", unread=True), "nothing reads the result"),
-        (of("add.s32 %r1, %r2, 1", "", "dropped"), None),
-        (of(WAIT.format(10000000), WAIT.format(9999999), "immediate"), "the suspend-time hint"),
-        (of(WAIT.format(10000000), "", "dropped"), None),
-        (
-            of(WAIT.format(10000000), WAIT.format(10000000).replace("%r79", "%r80"), "register"),
-            None,
-        ),
-    ],
-)
-def test_an_equivalent_has_a_reason_and_a_fault_none(
-    mutation: Mutation, reason: str | None
-) -> None:
-    found = why_equivalent(mutation)
-    assert found is None if reason is None else found is not None and found.startswith(reason)
-
-
-def test_every_pattern_of_equivalents_is_of_a_part_of_the_mutants() -> None:
-    """One of every text would excuse all survivors."""
-    fault = of("st.global.b32 [%rd1], %r1", "", "dropped")
-    for each in equivalents():
-        assert each.reason
-        assert not each.matches(fault)
-        assert set(each.operators) <= set(OPERATORS), each.reason
-        assert each.unread or each.before != ".*" or each.after != ".*", each.reason
 
 
 @pytest.fixture
@@ -261,14 +368,17 @@ def invoke(folder: Path, results: Path, *options: str) -> Any:
 
 def test_a_survivor_is_reported_and_fails(
     folder: Path,
-    all_of_topk: list[Mutation],
     tmp_path: Path,
     in_this_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = next(m for m in all_of_topk if m.operator == "dropped" and "st.global" in m.before)
+    instructions = parse(load_artifact(folder, KEY).ptx).instructions
+    last = [each for each in instructions if each.opcode == "st.global.u32"][-1]
+    store = replace(
+        mutation(last.text[:-1], "", "dropped"), span=last.span, index=last.index, line=last.line
+    )
     nothing = replace(store, operator="no-fence", after=store.before)
-    monkeypatch.setattr(command, "mutations_of", lambda *_: [store, nothing])
+    monkeypatch.setattr(command, "mutations_of", lambda *_, **__: [store, nothing])
     result = invoke(folder, tmp_path / "results")
     assert result.exit_code == 1, result.stderr
     assert f"survived: {nothing.name}: no complaint in" in result.stdout
@@ -288,8 +398,8 @@ def test_a_survivor_is_reported_and_fails(
 def test_a_mutant_of_an_instruction_that_no_case_executes_survives(
     folder: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beyond = replace(of("trap", "", "dropped"), index=10**6)
-    monkeypatch.setattr(command, "mutations_of", lambda *_: [beyond])
+    beyond = replace(mutation("trap", "", "dropped"), index=10**6)
+    monkeypatch.setattr(command, "mutations_of", lambda *_, **__: [beyond])
     result = invoke(folder, tmp_path / "results")
     assert result.exit_code == 1
     assert f"survived: {beyond.name}: {UNREACHED}" in result.stdout
@@ -298,21 +408,21 @@ def test_a_mutant_of_an_instruction_that_no_case_executes_survives(
 def test_results_are_of_one_text_one_checker_and_one_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, mutation = tmp_path / "results", of("ret", "", "dropped")
+    path, known_one = tmp_path / "results", mutation("ret", "", "dropped")
     verdict = Verdict(word=SURVIVED, scope="quick", reason="no complaint in 2 runs")
-    Results(path).add("a" * 64, mutation, verdict)
+    Results(path).add("a" * 64, known_one, verdict)
     known = Results(path)
-    assert known.of("a" * 64, mutation, "quick") == verdict
-    assert known.of("b" * 64, mutation, "quick") is None
-    assert known.of("a" * 64, replace(mutation, after="exit"), "quick") is None
-    assert known.of("a" * 64, mutation, "full") is None, "the full cases may kill it"
+    assert known.of("a" * 64, known_one, "quick") == verdict
+    assert known.of("b" * 64, known_one, "quick") is None
+    assert known.of("a" * 64, replace(known_one, after="exit"), "quick") is None
+    assert known.of("a" * 64, known_one, "full") is None, "the full cases may kill it"
     killed = replace(verdict, word=KILLED)
-    known.add("a" * 64, mutation, killed)
-    assert Results(path).of("a" * 64, mutation, "full") == killed
+    known.add("a" * 64, known_one, killed)
+    assert Results(path).of("a" * 64, known_one, "full") == killed
     monkeypatch.setattr(
         "build_kernels.evidence.rungs.rung.Rung.present_checker", lambda self: "emulated 0"
     )
-    assert Results(path).of("a" * 64, mutation, "quick") is None
+    assert Results(path).of("a" * 64, known_one, "quick") is None
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"word": "killed"}'])
@@ -336,7 +446,10 @@ def test_options_that_do_not_fit_are_refused(options: list[str], message: str) -
     assert message in result.stderr
 
 
-def test_a_name_that_no_mutant_has_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_name_that_no_mutant_has_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "mutations_of", lambda *_, **__: [mutation("ret", "", "dropped")])
     result = invoke(folder, tmp_path / "results", "--only", "no such")
     assert result.exit_code == 2
     assert "no mutant's name contains it" in result.stderr

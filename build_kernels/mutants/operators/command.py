@@ -19,6 +19,7 @@ from dsv4_router_runtime.artifacts.manifest import Kernel
 
 from .judge import Verdict
 from .mutation import Mutation, mutations_of, sample
+from .ranges import facts_of
 from .report import document, summary, survivors, table
 from .results import Results
 from .run import KernelMutants, counts, judge_all, one_per_role
@@ -92,7 +93,13 @@ def _kernels(folder: Path, choice: Choice) -> list[Kernel]:
 
 def _mutants(folder: Path, kernel: Kernel, choice: Choice) -> KernelMutants:
     artifact = load_artifact(folder, kernel.key)
-    found = mutations_of(kernel.key, artifact.ptx, kernel.arch, kernel.launch.dynamic_shared_bytes)
+    found = mutations_of(
+        kernel.key,
+        artifact.ptx,
+        kernel.arch,
+        facts_of(kernel),
+        dynamic_shared_bytes=kernel.launch.dynamic_shared_bytes,
+    )
     named = [m for m in found if not choice.only or any(part in m.name for part in choice.only)]
     size = choice.sample
     if size is None and choice.quick and not choice.only:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from build_kernels.binaries.ptx.syntax import TYPE_BITS
 
-from .statement import Statement
+from .statement import Statement, writes_first
 
 Operator = Callable[[Statement], Iterator[str]]
 
@@ -25,11 +25,6 @@ _OTHER_ORDERS = {
     "volatile": "",
 }
 _NARROWER = {"sys": "gpu", "gpu": "cta", "cluster": "cta"}
-# Those whose first operand is read.
-_NO_RESULT = (
-    *("st", "red", "bra", "bar", "barrier", "fence", "membar", "cp", "prefetch", "wgmma"),
-    *("tcgen05", "griddepcontrol", "discard", "multimem", "setmaxnreg", "nanosleep"),
-)
 _BARRIERS = ("bar", "barrier")
 
 
@@ -129,7 +124,7 @@ def lane(s: Statement) -> Iterator[str]:
 def register(s: Statement) -> Iterator[str]:
     """Read another register of the type that is in use."""
     places = s.operands()
-    results = 0 if s.instruction.words[0] in _NO_RESULT else 1
+    results = int(writes_first(s.instruction))
     for number, operand in enumerate(places):
         is_address = s.tokens[operand[0]].text == "["
         if number < results and not is_address:

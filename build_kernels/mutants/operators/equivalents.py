@@ -22,13 +22,19 @@ class Equivalent:
     operators: tuple[str, ...] = tuple(OPERATORS)
     before: str = ".*"
     after: str = ".*"
+    around: str = ""
     unread: bool = False
+    rounded: bool = False
+    same_result: bool = False
 
     def matches(self, mutation: Mutation) -> bool:
         """Return whether the reason holds for a mutant."""
         return (
             mutation.operator in self.operators
             and (mutation.unread or not self.unread)
+            and (mutation.rounded or not self.rounded)
+            and (mutation.same_result or not self.same_result)
+            and re.search(self.around, mutation.around) is not None
             and re.fullmatch(self.before, mutation.before) is not None
             and re.fullmatch(self.after, mutation.after_words) is not None
         )

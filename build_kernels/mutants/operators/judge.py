@@ -100,17 +100,18 @@ def judge(
 def _runs(
     artifact: Artifact, cases: Sequence[tuple[Case, float]], scope: str
 ) -> Iterator[tuple[str, tuple[str, int, bool], Case, float]]:
+    """Yield the runs: first those of a quick climb, and last the schedules that it leaves out."""
     quick = set(cases_of(artifact.kernel, quick=True))
-    done = set()
-    for schedule in emulated.QUICK_SCHEDULES:
-        for case, seconds in cases:
-            if case in quick:
-                done.add((schedule, case))
-                yield QUICK, schedule, case, seconds
-    for schedule in emulated.FULL_SCHEDULES if scope == FULL else ():
-        for case, seconds in cases:
-            if (schedule, case) not in done:
-                yield FULL, schedule, case, seconds
+    others = [each for each in emulated.FULL_SCHEDULES if each not in emulated.QUICK_SCHEDULES]
+    stages = [
+        (QUICK, emulated.QUICK_SCHEDULES, [each for each in cases if each[0] in quick]),
+        (FULL, emulated.QUICK_SCHEDULES, [each for each in cases if each[0] not in quick]),
+        (FULL, others, cases),
+    ]
+    for stage, schedules, of_stage in stages if scope == FULL else stages[:1]:
+        for schedule in schedules:
+            for case, seconds in of_stage:
+                yield stage, schedule, case, seconds
 
 
 def _complaint(

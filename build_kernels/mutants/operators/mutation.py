@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from build_kernels.binaries.ptx.parser import parse, parse_module
 from build_kernels.binaries.ptx.syntax import (
-    Address,
     Instruction,
     Negated,
     Operand,
-    Pair,
     Register,
     Symbol,
     UnsupportedPtx,
-    Vector,
 )
 from build_kernels.emulator.instructions.decoding import Context
+from build_kernels.emulator.instructions.lookahead import mentioned
 from build_kernels.emulator.instructions.table import context_of, decode, make_program
 from build_kernels.emulator.launch.variables import place_variables
 
 from .edits import OPERATORS
+from .ranges import NOTHING, Facts, Ranges, changes_nothing, rounds_to_the_same
 from .statement import Statement, statements_of
 
 
@@ -32,7 +31,9 @@ class Mutation:
 
     artifact, line, operator, number: its name; number counts an operator's changes of a line.
     before, after: the statement, without its semicolon. span: its place in the text. index: the
-    instruction's number. unread: nothing reads the results of the instruction.
+    instruction's number. unread: no result of the instruction is read where it matters.
+    rounded, same_result: the changed one has its result in every launch, after the next
+    instruction rounds it or already. around: see `Statement`.
     """
 
     artifact: str
@@ -44,6 +45,9 @@ class Mutation:
     span: tuple[int, int]
     index: int
     unread: bool
+    rounded: bool
+    same_result: bool
+    around: str
 
     @property
     def place(self) -> str:
@@ -65,7 +69,7 @@ class Mutation:
 
 
 def mutations_of(
-    artifact: str, ptx: str, arch: str, dynamic_shared_bytes: int = 0
+    artifact: str, ptx: str, arch: str, facts: Facts = NOTHING, *, dynamic_shared_bytes: int = 0
 ) -> list[Mutation]:
     """Return the mutants of every instruction, in the order of the text.
 
@@ -76,12 +80,15 @@ def mutations_of(
     layout = place_variables(kernel, dynamic_shared_bytes)
     program = make_program(kernel, layout, arch, {})
     context = context_of(kernel, arch, layout.shared, layout.addresses, {})
+    ranges = Ranges(kernel, facts)
     found: list[Mutation] = []
     numbers: dict[tuple[int, str], int] = {}
     for statement in statements_of(program, ptx):
+        following = program.code[statement.instruction.index + 1].instruction
         seen = {_words(statement.text)}
         for operator, text in _texts(statement):
-            if _words(text) in seen or not _is_valid(statement, text, context):
+            changed = None if _words(text) in seen else _read(statement, text, context)
+            if changed is None:
                 continue
             seen.add(_words(text))
             line = statement.instruction.line
@@ -96,7 +103,10 @@ def mutations_of(
                     after=text,
                     span=statement.instruction.span,
                     index=statement.instruction.index,
-                    unread=_is_unread(statement),
+                    unread=_is_unread(statement, ranges),
+                    rounded=_is_rounded(statement, changed, ranges, following),
+                    same_result=_has_same_result(statement, changed, ranges),
+                    around=statement.around,
                 )
             )
     return found
@@ -125,11 +135,9 @@ def _words(text: str) -> str:
     return " ".join(text.split())
 
 
-def _is_valid(statement: Statement, text: str, context: Context) -> bool:
-    """Return whether the text can be read and decoded with the statement's names."""
-    names = dict(_declared(statement.instruction))
-    names |= {other: names[name] for name, other in statement.others.items() if name in names}
-    body = [f".reg .{kind} {name};" for name, kind in names.items()]
+def _read(statement: Statement, text: str, context: Context) -> list[Instruction] | None:
+    """Return the instructions of a statement's new text; None if it is refused."""
+    body = [f".reg .{each.type} {name};" for name, each in statement.registers.items()]
     body += [_closed(text), *(f"{label}:" for label in _labels(statement.instruction))]
     lines = (".version 8.0", f".target {context.arch}", ".entry one() {", *body, "}")
     try:
@@ -137,27 +145,8 @@ def _is_valid(statement: Statement, text: str, context: Context) -> bool:
         for instruction in kernel.instructions:
             decode(instruction, context)
     except UnsupportedPtx:
-        return False
-    return True
-
-
-def _declared(instruction: Instruction) -> Iterator[tuple[str, str]]:
-    """Yield the name and type of each register of an instruction."""
-    if instruction.guard is not None:
-        yield instruction.guard[0].name, instruction.guard[0].type
-    todo: list[Operand] = list(instruction.operands)
-    while todo:
-        operand = todo.pop(0)
-        if isinstance(operand, Register):
-            yield operand.name, operand.type
-        elif isinstance(operand, Negated):
-            yield operand.register.name, operand.register.type
-        elif isinstance(operand, Pair):
-            todo += [operand.first, operand.second]
-        elif isinstance(operand, Vector):
-            todo += operand.items
-        elif isinstance(operand, Address):
-            todo += [operand.base, *(operand.coordinates or ())]
+        return None
+    return kernel.instructions
 
 
 def _labels(instruction: Instruction) -> list[str]:
@@ -166,11 +155,39 @@ def _labels(instruction: Instruction) -> list[str]:
     return [operand.name for operand in instruction.operands if isinstance(operand, Symbol)]
 
 
-def _is_unread(statement: Statement) -> bool:
-    """Return whether an instruction has results in registers and nothing reads one."""
-    results = [name for name, _ in _declared(_first_operand(statement.instruction))]
-    return bool(results) and not any(name in statement.read_later for name in results)
+def _is_unread(statement: Statement, ranges: Ranges) -> bool:
+    """Return whether an instruction has results in registers, and none is read and decides."""
+    results = mentioned(statement.instruction.operands[:1])
+    registers = {register.index: register for register in statement.registers.values()}
+    unread = [
+        registers[index].name not in statement.read_later or ranges.is_ignored(registers[index])
+        for index in results
+    ]
+    return bool(unread) and all(unread)
 
 
-def _first_operand(instruction: Instruction) -> Instruction:
-    return Instruction(0, 0, "", "", instruction.operands[:1])
+def _has_same_result(statement: Statement, changed: Sequence[Instruction], ranges: Ranges) -> bool:
+    before = statement.instruction
+    return len(changed) == 1 and changes_nothing(ranges, before, _renamed(statement, changed[0]))
+
+
+def _is_rounded(
+    statement: Statement, changed: Sequence[Instruction], ranges: Ranges, following: Instruction
+) -> bool:
+    if len(changed) != 1 or len(changed[0].operands) != 3:
+        return False
+    after = _renamed(statement, changed[0])
+    return rounds_to_the_same(ranges, statement.instruction, after, following)
+
+
+def _renamed(statement: Statement, instruction: Instruction) -> Instruction:
+    """Return an instruction that was read alone, with the kernel's registers."""
+    known = statement.registers
+
+    def renamed(operand: Operand) -> Operand:
+        if isinstance(operand, Register):
+            return known[operand.name]
+        return Negated(known[operand.register.name]) if isinstance(operand, Negated) else operand
+
+    guard = instruction.guard and (known[instruction.guard[0].name], instruction.guard[1])
+    return replace(instruction, operands=tuple(map(renamed, instruction.operands)), guard=guard)

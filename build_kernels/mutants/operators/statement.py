@@ -11,19 +11,33 @@ from build_kernels.binaries.ptx.tokens import Token, tokenise
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.instructions.lookahead import live_registers, mentioned
 
+_NO_RESULT = (
+    *("st", "red", "bra", "bar", "barrier", "fence", "membar", "cp", "prefetch", "wgmma"),
+    *("tcgen05", "griddepcontrol", "discard", "multimem", "setmaxnreg", "nanosleep"),
+)
+
+
+def writes_first(instruction: Instruction) -> bool:
+    """Return whether an instruction writes its first operand and does not read it."""
+    return instruction.words[0] not in _NO_RESULT
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
     """One instruction as it stands in the text, without its semicolon.
 
     others: for a register, another one of its type that is written before and read after.
-    read_later: registers that a thread may read after this instruction.
+    registers: those of the instruction and these, by name. read_later: the names of those that a
+    thread may read after this instruction. around: it with `>` before it, amid the four statements
+    before and after, a line each.
     """
 
     instruction: Instruction
     text: str
     others: Mapping[str, str]
+    registers: Mapping[str, Register]
     read_later: frozenset[str]
+    around: str
 
     @cached_property
     def tokens(self) -> tuple[Token, ...]:
@@ -67,29 +81,34 @@ def statements_of(program: Program, ptx: str) -> Iterator[Statement]:
     """Yield the statements of a decoded kernel, in the order of its text."""
     live = live_registers(program.code)
     registers = program.kernel.registers
+    spans = [step.instruction.span for step in program.code[:-1]]
+    texts = [ptx[start : end - 1] for start, end in spans]
+    lines = [" ".join(text.split()) for text in texts]
     # Those of an inner block have names of their own, which say nothing elsewhere.
     outer = sum(1 << register.index for register in registers if register.name.startswith("%"))
     written = 0
-    for step in program.code[:-1]:
-        instruction = step.instruction
-        start, end = instruction.span
+    for at, text in enumerate(texts):
+        instruction = program.code[at].instruction
         own = set(mentioned(instruction.operands))
         if instruction.guard is not None:
             own.add(instruction.guard[0].index)
-        after = live[step.instruction.index + 1]
-        at_hand = after & written & outer & ~sum(1 << index for index in own)
+        at_hand = live[at + 1] & written & outer & ~sum(1 << index for index in own)
+        others = {
+            index: other
+            for index in own
+            if (other := _next(at_hand, registers[index], registers)) is not None
+        }
         yield Statement(
             instruction=instruction,
-            text=ptx[start : end - 1],
-            others={
-                registers[index].name: registers[other].name
-                for index in own
-                if (other := _next(at_hand, registers[index], registers)) is not None
-            },
-            read_later=frozenset(registers[index].name for index in own if after >> index & 1),
+            text=text,
+            others={registers[i].name: registers[other].name for i, other in others.items()},
+            registers={registers[i].name: registers[i] for i in (*own, *others.values())},
+            read_later=frozenset(registers[i].name for i in own if live[at + 1] >> i & 1),
+            around="\n".join(
+                [*lines[max(at - 4, 0) : at], f">{lines[at]}", *lines[at + 1 : at + 5]]
+            ),
         )
-        if instruction.operands:
-            written |= sum(1 << index for index in set(mentioned(instruction.operands[:1])))
+        written |= sum(1 << index for index in set(mentioned(instruction.operands[:1])))
 
 
 def _next(bits: int, register: Register, registers: Sequence[Register]) -> int | None:

@@ -33,6 +33,7 @@ from build_kernels.mutants.operators.judge import _TimeUp as TimeUp
 from build_kernels.mutants.operators.mutation import Mutation, mutations_of, sample
 from build_kernels.mutants.operators.ranges import NOTHING, Facts, Interval, facts_of
 from build_kernels.mutants.operators.results import Results
+from build_kernels.workers import WorkerDiedError
 
 KEY = "router_topk.sm_90a"
 MODULE = """
@@ -252,6 +253,14 @@ def test_the_wait_of_the_first_round_may_be_made() -> None:
     assert not excused(text.format(1), of=1)["other-guard", "@!%p1 bra DONE"]
 
 
+def test_the_value_of_a_block_that_is_not_there_is_excused() -> None:
+    text = "mov.b32 %r1, 0; mov.b32 %r2, 0; setp.lt.s32 %p1, %r3, 2; @%p1 bra NONE; "
+    text += "add.s64 %rd2, %rd1, 14; and.b64 %rd3, %rd2, -16; "
+    text += "ld.global.v4.b32 {{%r1, {}, %r4, %r5}}, [%rd3]; NONE: " + READ
+    assert excused(text.format("%r2"), of=1)["immediate", "mov.b32 %r2, 1"]
+    assert not excused(text.format("%r6"), of=1)["immediate", "mov.b32 %r2, 1"]
+
+
 def test_the_last_place_of_a_coefficient_is_excused_and_a_small_number_is_not() -> None:
     assert excused("mov.b32 %r1, 984588981;" + READ)["immediate", "mov.b32 %r1, 984588982"]
     assert not excused("mov.b32 %r1, 98458898;" + READ)["immediate", "mov.b32 %r1, 98458899"]
@@ -385,7 +394,7 @@ def test_a_survivor_is_reported_and_fails(
     assert f"survived: {store.name}" not in result.stdout
     assert "1 of 2 mutants killed (0.500)" in result.stdout
     # The same command again finds both in the file, and judges none.
-    monkeypatch.setattr(run, "judge_one", None)
+    monkeypatch.setattr(run, "judge", None)
     as_json = invoke(folder, tmp_path / "results", "--json")
     assert as_json.exit_code == 1
     document = json.loads(as_json.stdout)
@@ -403,6 +412,26 @@ def test_a_mutant_of_an_instruction_that_no_case_executes_survives(
     result = invoke(folder, tmp_path / "results")
     assert result.exit_code == 1
     assert f"survived: {beyond.name}: {UNREACHED}" in result.stdout
+
+
+def test_a_mutant_whose_process_died_survives_and_is_judged_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def all_die(function: Any, tasks: Mapping[Any, Any], *, jobs: int) -> Iterator[Any]:
+        yield ((key, WorkerDiedError()) for key in tasks)
+
+    monkeypatch.setattr(command, "mutations_of", lambda *_, **__: [mutation("ret", "", "dropped")])
+    monkeypatch.setattr(run, "_record", lambda *_, **__: {KEY: []})
+    monkeypatch.setattr(run, "run_tasks", all_die)
+    for _ in range(2):
+        result = invoke(folder, tmp_path / "results")
+        assert result.exit_code == 1
+        assert "1 of them to judge" in result.stderr
+        assert (
+            "survived: router_topk.sm_90a:1 dropped 1: not judged: its process died"
+            in result.stdout
+        )
 
 
 def test_results_are_of_one_text_one_checker_and_one_change(

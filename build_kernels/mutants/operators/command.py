@@ -22,7 +22,7 @@ from .mutation import Mutation, mutations_of, sample
 from .ranges import facts_of
 from .report import document, summary, survivors, table
 from .results import Results
-from .run import KernelMutants, counts, judge_all, one_per_role
+from .run import KernelMutants, counts, judge_waiting, one_per_role, settle
 
 QUICK_SAMPLE = 40
 
@@ -52,18 +52,26 @@ def run_operators(
     if choice.only and not any(each.chosen for each in kernels):
         raise click.UsageError(f"--only {choice.only}: no mutant's name contains it")
     kept = Results(results or folder.resolve().with_name(f".{folder.resolve().name}.mutants.jsonl"))
-    waiting = sum(len(each.chosen) for each in kernels)
-    say(f"{sum(sum(each.counts.values()) for each in kernels)} mutants, {waiting} chosen")
-    done = 0
+    waiting = settle(kernels, kept, choice.scope)
+    todo, done = sum(map(len, waiting.values())), 0
+    say(
+        f"{sum(sum(each.counts.values()) for each in kernels)} mutants, "
+        f"{sum(len(each.chosen) for each in kernels)} chosen, {todo} of them to judge"
+    )
 
     def on_verdict(mutation: Mutation, verdict: Verdict) -> None:
         nonlocal done
         done += 1
-        say(f"[{done}/{waiting}] {verdict.word}: {mutation.name}: {verdict.reason[:160]}")
+        say(f"[{done}/{todo}] {verdict.word}: {mutation.name}: {verdict.reason[:160]}")
 
     interrupted = False
     try:
-        judge_all(folder, kernels, kept, scope=choice.scope, jobs=jobs, on_verdict=on_verdict)
+        judge_waiting(
+            *(folder, kernels, waiting, kept),
+            scope=choice.scope,
+            jobs=jobs,
+            on_verdict=on_verdict,
+        )
     except KeyboardInterrupt:
         interrupted = True
     if as_json:

@@ -26,7 +26,7 @@ SURVIVED = "survived"
 EQUIVALENT = "equivalent"
 UNREACHED = "no case executes it"
 # A mutant that does not end: CPU time beyond the kernel's own. A deadlock is found before.
-_TIMES, _SECONDS = 30, 30
+_TIMES, _SECONDS = 20, 10
 
 
 class _TimeUp(Exception):
@@ -70,7 +70,7 @@ def record(folder: Path, key: str, case: Case) -> Reach:
 
 
 def judge(
-    folder: Path, mutation: Mutation, cases: Sequence[tuple[Case, float]], *, scope: str
+    folder: Path, mutation: Mutation, cases: Sequence[tuple[Case, float]], scope: str
 ) -> Verdict:
     """Run the quick cases under the quick schedules, then all if the scope is full.
 

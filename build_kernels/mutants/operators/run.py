@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from build_kernels.evidence.artifact import Artifact
-from build_kernels.evidence.cases import cases_of
+from build_kernels.evidence.cases import Case, cases_of
 from build_kernels.evidence.result import QUICK
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.manifest import Kernel
@@ -45,16 +44,10 @@ def one_per_role(kernels: Sequence[Kernel], seed: int) -> list[Kernel]:
     return [draw.choice(of_role) for of_role in by_role.values()]
 
 
-def judge_all(
-    folder: Path,
-    kernels: Sequence[KernelMutants],
-    results: Results,
-    *,
-    scope: str,
-    jobs: int,
-    on_verdict: Callable[[Mutation, Verdict], None],
-) -> None:
-    """Give every chosen mutant its verdict: a reason, a stored one, or that of a worker."""
+def settle(
+    kernels: Sequence[KernelMutants], results: Results, scope: str
+) -> dict[str, list[Mutation]]:
+    """Give the mutants their verdict that have a reason or a stored one; return the others."""
     waiting: dict[str, list[Mutation]] = {}
     for each in kernels:
         for mutation in each.chosen:
@@ -66,6 +59,20 @@ def judge_all(
                 each.verdicts[mutation.place] = known
             else:
                 waiting.setdefault(mutation.artifact, []).append(mutation)
+    return waiting
+
+
+def judge_waiting(
+    folder: Path,
+    kernels: Sequence[KernelMutants],
+    waiting: Mapping[str, Sequence[Mutation]],
+    results: Results,
+    *,
+    scope: str,
+    jobs: int,
+    on_verdict: Callable[[Mutation, Verdict], None],
+) -> None:
+    """Judge mutants in processes, and keep each verdict when it is found."""
     by_key = {each.artifact.kernel.key: each for each in kernels}
     asked = [by_key[key].artifact.kernel for key in waiting]
     reaches = _record(folder, asked, scope=scope, jobs=jobs)
@@ -74,21 +81,15 @@ def judge_all(
         for key, mutations in waiting.items()
         for mutation in mutations
     }
-    with run_tasks(judge_one, calls, jobs=jobs) as found:
+    with run_tasks(judge, calls, jobs=jobs) as found:
         for (key, place), verdict in found:
+            each, mutation = by_key[key], calls[key, place][1]
             if isinstance(verdict, WorkerDiedError):
                 verdict = Verdict(word=SURVIVED, scope=scope, reason=f"not judged: {verdict}")
-            each, mutation = by_key[key], calls[key, place][1]
+            else:
+                results.add(each.artifact.ptx_sha256, mutation, verdict)
             each.verdicts[place] = verdict
-            results.add(each.artifact.ptx_sha256, mutation, verdict)
             on_verdict(mutation, verdict)
-
-
-def judge_one(
-    folder: Path, mutation: Mutation, cases: Sequence[tuple[Any, float]], scope: str
-) -> Verdict:
-    """Judge in a process of the pool."""
-    return judge(folder, mutation, cases, scope=scope)
 
 
 def _record(
@@ -109,7 +110,7 @@ def _record(
     return {key: sorted(each, key=lambda reach: reach.steps) for key, each in found.items()}
 
 
-def _cases(reaches: Sequence[Reach], mutation: Mutation) -> list[tuple[Any, float]]:
+def _cases(reaches: Sequence[Reach], mutation: Mutation) -> list[tuple[Case, float]]:
     return [(r.case, r.seconds) for r in reaches if mutation.index in r.instructions]
 
 

@@ -11,6 +11,7 @@ from build_kernels.binaries.ptx.tokens import Token, tokenise
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.instructions.lookahead import live_registers, mentioned
 
+AROUND = 10
 _NO_RESULT = (
     *("st", "red", "bra", "bar", "barrier", "fence", "membar", "cp", "prefetch", "wgmma"),
     *("tcgen05", "griddepcontrol", "discard", "multimem", "setmaxnreg", "nanosleep"),
@@ -28,7 +29,7 @@ class Statement:
 
     others: for a register, another one of its type that is written before and read after.
     registers: those of the instruction and these, by name. read_later: the names of those that a
-    thread may read after this instruction. around: it with `>` before it, amid the four statements
+    thread may read after this instruction. around: it with `>` before it, amid AROUND statements
     before and after, a line each.
     """
 
@@ -105,7 +106,7 @@ def statements_of(program: Program, ptx: str) -> Iterator[Statement]:
             registers={registers[i].name: registers[i] for i in (*own, *others.values())},
             read_later=frozenset(registers[i].name for i in own if live[at + 1] >> i & 1),
             around="\n".join(
-                [*lines[max(at - 4, 0) : at], f">{lines[at]}", *lines[at + 1 : at + 5]]
+                [*lines[max(at - AROUND, 0) : at], f">{lines[at]}", *lines[at + 1 :][:AROUND]]
             ),
         )
         written |= sum(1 << index for index in set(mentioned(instruction.operands[:1])))

@@ -325,11 +325,20 @@ def test_what_another_operand_decides_is_excused() -> None:
     assert not of_select["immediate", "selp.b32 %r4, -1, 1, %p3"]
     assert not of_select["swap", "selp.b32 %r4, 0, -1, %p3"]
     assert not excused(text + USES, of=2)["comparison", "setp.eq.b32 %p2, %r5, 3"]
-    read_elsewhere = text + USES + " @%p2 st.global.b32 [%rd1], %r4;"
-    assert not excused(read_elsewhere, SIZES, of=2)["comparison", "setp.eq.b32 %p2, %r5, 3"]
+    for read in ("@%p2 st.global.b32 [%rd1], %r4;", "selp.b32 %r5, 1, 2, %p2;"):
+        read_elsewhere = f"{text} {read} st.global.b32 [%rd1], %r5; {USES}"
+        assert not excused(read_elsewhere, SIZES, of=2)["comparison", "setp.eq.b32 %p2, %r5, 3"]
 
 
-def test_a_counter_that_may_wrap_is_not_taken_for_a_count() -> None:
+@pytest.mark.parametrize(("most", "proven"), [(8, True), (2**31 - 1, False)])
+def test_a_sum_that_may_wrap_is_not_taken_for_a_count(most: int, proven: bool) -> None:
+    facts = Facts(parameters={0: Interval(1, most)}, specials={})
+    text = LOAD + "add.s32 %r1, %r3, 1; setp.lt.s32 %p1, %r1, %r3; " + READ
+    reason = excused(text, facts, of=2)["signedness", "setp.lt.u32 %p1, %r1, %r3"]
+    assert (reason is not None) == proven
+
+
+def test_a_counter_of_a_loop_is_not_taken_for_a_count() -> None:
     text = "mov.b32 %r1, 0; LOOP: add.s32 %r1, %r1, 1; setp.lt.s32 %p1, %r1, %r3; @%p1 bra LOOP;"
     assert not excused(LOAD + text + READ, SIZES, of=3)["signedness", "setp.lt.u32 %p1, %r1, %r3"]
 

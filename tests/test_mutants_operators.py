@@ -219,6 +219,35 @@ def test_a_prefetch_and_a_result_that_nothing_reads_are_excused() -> None:
     assert not any(excused("ld.global.b32 %r1, [%rd1];").values()), "its address may be wrong"
 
 
+def test_a_cache_hint_is_excused_and_the_copy_is_not() -> None:
+    copy = "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes"
+    copy += ".L2::cache_hint [%r1], [%rd1, {%r2, %r2}], [%r3], %rd2"
+    text = "mov.b64 %rd3, 5; mov.b64 %rd2, {}; {}; st.global.b64 [%rd1], %rd3;"
+    of_hint = excused(text.format(0, copy), of=1)
+    assert of_hint["immediate", "mov.b64 %rd2, 1"]
+    assert of_hint["dropped", ""]
+    assert not excused(text.format(5, copy), of=1)["immediate", "mov.b64 %rd2, 6"]
+    of_copy = excused(text.format(0, copy), of=2)
+    assert of_copy["register", copy[:-1] + "3"]
+    assert {reason for (name, _), reason in of_copy.items() if name != "register"} == {None}
+    assert sum(reason is not None for reason in of_copy.values()) == 1
+
+
+def test_the_correction_of_a_negative_quotient_is_excused() -> None:
+    text = "and.b32 %r4, %r3, -8; setp.ne.b32 %p1, %r3, %r4; setp.lt.s32 %p2, %r5, {}; "
+    text += "and.pred %p3, %p2, %p1; selp.b32 %r2, -1, 0, %p3; " + READ
+    changes = (
+        (0, ("immediate", "and.b32 %r4, %r3, -7")),
+        (1, ("comparison", "setp.eq.b32 %p1, %r3, %r4")),
+        (4, ("immediate", "selp.b32 %r2, 0, 0, %p3")),
+    )
+    for at, change in changes:
+        assert excused(text.format(-7), of=at)[change], change
+        assert not excused(text.format(7), of=at)[change], change
+    assert not excused(text.format(-7), of=4)["immediate", "selp.b32 %r2, -1, 1, %p3"]
+    assert not excused(text.format(-7), of=3)["dropped", ""]
+
+
 def test_the_hint_of_a_wait_is_excused_and_the_wait_is_not() -> None:
     found = excused(WAIT.format(10000000))
     assert {key for key, reason in found.items() if reason} == {
@@ -347,8 +376,8 @@ def test_every_reason_has_a_condition() -> None:
     for each in equivalents():
         assert each.reason
         assert set(each.operators) <= set(OPERATORS), each.reason
-        conditions = (each.before != ".*", each.after != ".*", each.around != "")
-        assert any((*conditions, each.unread, each.rounded, each.same_result)), each.reason
+        patterns = (each.change != ".*", each.around != "")
+        assert any((*patterns, each.unread, each.rounded, each.same_result)), each.reason
 
 
 def mutation(before: str, after: str, operator: str) -> Mutation:

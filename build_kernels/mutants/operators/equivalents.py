@@ -20,8 +20,7 @@ class Equivalent:
 
     reason: str
     operators: tuple[str, ...] = tuple(OPERATORS)
-    before: str = ".*"
-    after: str = ".*"
+    change: str = ".*"
     around: str = ""
     unread: bool = False
     rounded: bool = False
@@ -35,8 +34,8 @@ class Equivalent:
             and (mutation.rounded or not self.rounded)
             and (mutation.same_result or not self.same_result)
             and re.search(self.around, mutation.around) is not None
-            and re.fullmatch(self.before, mutation.before) is not None
-            and re.fullmatch(self.after, mutation.after_words) is not None
+            and re.fullmatch(self.change, f"{mutation.before} -> {mutation.after_words}")
+            is not None
         )
 
 

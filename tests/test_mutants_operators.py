@@ -349,6 +349,7 @@ def test_what_another_operand_decides_is_excused() -> None:
     )
     of_other = excused(text + USES, SIZES, of=2)
     assert of_other["comparison", "setp.eq.b32 %p2, %r5, 3"]
+    assert not of_other["dropped", ""], "it would read a register that nothing wrote"
     of_select = excused(text + USES, SIZES, of=4)
     assert of_select["immediate", "selp.b32 %r4, -2, 0, %p3"]
     assert not of_select["immediate", "selp.b32 %r4, -1, 1, %p3"]

@@ -31,7 +31,8 @@ class Mutation:
 
     artifact, line, operator, number: its name; number counts an operator's changes of a line.
     before, after: the statement, without its semicolon. span: its place in the text. index: the
-    instruction's number. unread: no result of the instruction is read where it matters.
+    instruction's number. unread: no result of the instruction is read, or,
+    if it still has one, where it decides.
     rounded, same_result: the changed one has its result in every launch, after the next
     instruction rounds it or already. around: see `Statement`.
     """
@@ -103,7 +104,7 @@ def mutations_of(
                     after=text,
                     span=statement.instruction.span,
                     index=statement.instruction.index,
-                    unread=_is_unread(statement, ranges),
+                    unread=_is_unread(statement, None if operator == "dropped" else ranges),
                     rounded=_is_rounded(statement, changed, ranges, following),
                     same_result=_has_same_result(statement, changed, ranges),
                     around=statement.around,
@@ -155,13 +156,16 @@ def _labels(instruction: Instruction) -> list[str]:
     return [operand.name for operand in instruction.operands if isinstance(operand, Symbol)]
 
 
-def _is_unread(statement: Statement, ranges: Ranges) -> bool:
-    """Return whether an instruction has results in registers, and none is read and decides."""
-    results = mentioned(statement.instruction.operands[:1])
+def _is_unread(statement: Statement, ranges: Ranges | None) -> bool:
+    """Return whether an instruction has results in registers, and none is read and decides.
+
+    ranges: None if a result that is read must be written, whatever decides.
+    """
     registers = {register.index: register for register in statement.registers.values()}
+    results = [registers[index] for index in mentioned(statement.instruction.operands[:1])]
     unread = [
-        registers[index].name not in statement.read_later or ranges.is_ignored(registers[index])
-        for index in results
+        each.name not in statement.read_later or (ranges is not None and ranges.is_ignored(each))
+        for each in results
     ]
     return bool(unread) and all(unread)
 

@@ -8,5 +8,7 @@ A mutant that both accept must carry the proof that it does no harm.
 
 prints the table mutant x rung and fails if one survives; `table.txt` holds the last one.
 
+`operators/` changes every instruction instead, one at a time: `build-kernels mutants --operators`.
+
 Importing this imports nothing, so that `__main__` can name the missing extra.
 """

@@ -14,8 +14,15 @@ from typing import Any
 import click
 
 from build_kernels.cli.console import say, stop_like_interrupt
+from build_kernels.cli.errors import reported_errors
 from build_kernels.cli.extras import why_missing
-from build_kernels.cli.options import artifacts_option, jobs_option, json_option
+from build_kernels.cli.options import (
+    arch_option,
+    artifacts_option,
+    jobs_option,
+    json_option,
+    kernel_option,
+)
 from build_kernels.evidence.artifact import NO_PTX, ArtifactReadError, carries_ptx, load_artifact
 from build_kernels.evidence.rungs import RUNGS
 from build_kernels.workers import WorkerDiedError, run_tasks
@@ -38,6 +45,32 @@ Verdicts = dict[tuple[str, str], Verdict]
     help="Climb only this rung; repeatable. Default: each mutant's own, the ones to reject it.",
 )
 @click.option("--only", multiple=True, help="Only mutants whose name contains this; repeatable.")
+@click.option(
+    "--operators",
+    is_flag=True,
+    help="Mutate every instruction of the kernels by operators; the emulated rung judges.",
+)
+@kernel_option
+@arch_option
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="With --operators: the quick cases, one kernel per role, 40 mutants of each.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    help="With --operators: judge so many mutants per kernel, at random. Default: all.",
+)
+@click.option(
+    "--seed", default=0, help="With --operators: of the random choice.", show_default=True
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --operators: the file of verdicts to go on with and to add to. "
+    "Default: .artifacts.mutants.jsonl beside the folder artifacts.",
+)
 @artifacts_option(
     "The folder of built kernels and their PTX. Default: artifacts/ of this checkout."
 )
@@ -46,19 +79,58 @@ Verdicts = dict[tuple[str, str], Verdict]
 def mutants_command(
     rungs: tuple[str, ...],
     only: tuple[str, ...],
+    operators: bool,
+    names: tuple[str, ...],
+    archs: tuple[str, ...],
+    quick: bool,
+    sample: int | None,
+    seed: int,
+    results: Path | None,
     artifacts: Path | None,
     jobs: int | None,
     as_json: bool,
 ) -> None:
     """Put known faults into the built PTX and show which rung rejects each.
 
-    The emulated rung must accept a mutant that is stated to be harmless.
+    The emulated rung must accept a mutant that is stated to be harmless. Fails if a fault, or with
+    --operators a mutant without a reason in equivalents.toml, survives.
     """
+    processes = jobs or len(os.sched_getaffinity(0))
+    if operators:
+        if rungs:
+            raise click.UsageError("--operators: the emulated rung judges; leave --rung out")
+        require_packages({"emulated"})
+        from .operators.command import Choice, run_operators
+
+        choice = Choice(
+            kernels=names, archs=archs, only=only, quick=quick, sample=sample, seed=seed
+        )
+        stop_like_interrupt()
+        with reported_errors():
+            folder = artifacts or find_artifacts()
+            require_ptx(folder)
+            run_operators(folder, choice, results=results, jobs=processes, as_json=as_json)
+        return
+    if names or archs or quick or sample is not None or seed or results:
+        raise click.UsageError(
+            "--kernel, --arch, --quick, --sample, --seed and --results go with --operators"
+        )
+    run_listed(only, rungs, artifacts, processes, as_json=as_json)
+
+
+def run_listed(
+    only: Sequence[str],
+    rungs: Sequence[str],
+    artifacts: Path | None,
+    processes: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Judge the mutants of `faults` and print the table; exit 1 if one is not as it must be."""
     started = time.monotonic()
     chosen = choose(only)
     tasks = [(mutant, rung) for mutant in chosen for rung in rungs or own_rungs(mutant)]
     require_packages({rung for _, rung in tasks})
-    processes = jobs or len(os.sched_getaffinity(0))
     verdicts: Verdicts = {}
 
     def on_verdict(verdict: Verdict) -> None:
@@ -71,9 +143,7 @@ def mutants_command(
     interrupted = False
     try:
         folder = artifacts or find_artifacts()
-        open_artifacts(folder)
-        if not carries_ptx(folder):
-            raise ArtifactReadError(f"{folder}: {NO_PTX}")
+        require_ptx(folder)
         judge_all(folder, tasks, jobs=processes, on_verdict=on_verdict)
     except (ArtifactReadError, RouterError, OSError) as error:
         say(f"error: {error}")
@@ -121,6 +191,13 @@ def require_packages(rungs: Collection[str]) -> None:
             if (problem := why_missing(package)) is not None:
                 say(f"error: the {rung} rung: {problem}")
                 sys.exit(1)
+
+
+def require_ptx(folder: Path) -> None:
+    """Raise an error unless the folder is a set of kernels with their PTX."""
+    open_artifacts(folder)
+    if not carries_ptx(folder):
+        raise ArtifactReadError(f"{folder}: {NO_PTX}")
 
 
 def own_rungs(mutant: Mutant) -> tuple[str, ...]:

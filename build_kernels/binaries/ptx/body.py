@@ -103,8 +103,10 @@ class BodyReader:
             if len(operands) != 1 or not isinstance(operands[0], syntax.Symbol):
                 raise cursor.error("a branch takes one label", line)
             self._branches.append((index, operands[0].name, scope, line))
-        text = cursor.source(start)
-        instructions.append(syntax.Instruction(index, line, text, opcode, tuple(operands), guard))
+        text, span = cursor.source(start), cursor.span(start)
+        instructions.append(
+            syntax.Instruction(index, line, text, opcode, tuple(operands), guard, span=span)
+        )
 
     def _operand(self, scope: _Scope) -> syntax.Operand:
         first = self._simple(scope)

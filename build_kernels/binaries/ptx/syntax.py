@@ -88,7 +88,10 @@ Operand = Register | Immediate | Special | Symbol | Sink | Negated | Pair | Vect
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `target` is the index that a branch goes to, `guard` (register, negated)."""
+    """One instruction; `target` is the index that a branch goes to, `guard` (register, negated).
+
+    span: where it begins and ends in the module's text, with its guard and its semicolon.
+    """
 
     index: int
     line: int
@@ -97,6 +100,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: tuple[Register, bool] | None = None
     target: int | None = None
+    span: tuple[int, int] = (0, 0)
 
     @cached_property
     def words(self) -> tuple[str, ...]:

@@ -23,11 +23,12 @@ _BIT_PATTERNS = {"0f": ("<I", "<f"), "0d": ("<Q", "<d")}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token; `kind` is "number", "string", "name" or "punct"."""
+    """One token; `kind` is "number", "string", "name" or "punct", `start` its place in the text."""
 
     text: str
     kind: str
     line: int
+    start: int
 
 
 def tokenise(text: str) -> list[Token]:
@@ -38,7 +39,7 @@ def tokenise(text: str) -> list[Token]:
             raise UnsupportedPtx(f"PTX line {line}: unreadable text {text[at : at + 20]!r}")
         kind = match.lastgroup or ""
         if kind not in ("space", "newline", "comment"):
-            tokens.append(Token(match.group(), kind, line))
+            tokens.append(Token(match.group(), kind, line, at))
         line += match.group().count("\n")
         at = match.end()
     return tokens
@@ -108,6 +109,11 @@ class TokenCursor:
         except ValueError:
             raise self.error(f"expected a literal (got {word!r})", line) from None
         return Immediate(-value if negative else value)
+
+    def span(self, start: int) -> tuple[int, int]:
+        """Return where a statement lies in the text: from a token to the one just read."""
+        last = self._tokens[self.at - 1]
+        return self._tokens[start].start, last.start + len(last.text)
 
     def source(self, start: int) -> str:
         """Return the source lines from a token to the one before the next, on one line."""

@@ -91,14 +91,15 @@ def make_blocks(program: Program) -> None:
             _ = step.block.function
 
 
-# Launches of one kernel share its code: decoding is half of a small launch's time.
-@lru_cache(maxsize=4)
-def _decode_all(
-    kernel: Kernel, arch: str, *tables: tuple[tuple[str, Any], ...]
-) -> tuple[DecodedInstruction, ...]:
-    shared, addresses, approximate = map(dict, tables)
-    end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
-    context = Context(
+def context_of(
+    kernel: Kernel,
+    arch: str,
+    shared: Mapping[str, int],
+    addresses: Mapping[str, int],
+    approximate: Mapping[str, Callable[[Array], Array]],
+) -> Context:
+    """Return the names that a kernel's instructions may use."""
+    return Context(
         arch=arch,
         shared=shared,
         parameters={p.name: p.offset for p in kernel.parameters},
@@ -106,6 +107,15 @@ def _decode_all(
         addresses=addresses,
         approximate=approximate,
     )
+
+
+# Launches of one kernel share its code: decoding is half of a small launch's time.
+@lru_cache(maxsize=4)
+def _decode_all(
+    kernel: Kernel, arch: str, *tables: tuple[tuple[str, Any], ...]
+) -> tuple[DecodedInstruction, ...]:
+    end = Instruction(len(kernel.instructions), kernel.line, "the end of the kernel", "ret", ())
+    context = context_of(kernel, arch, *map(dict, tables))
     instructions = (*kernel.instructions, end)
     runs = [decode(instruction, context) for instruction in instructions]
     blocks = blocks_of(runs, instructions)

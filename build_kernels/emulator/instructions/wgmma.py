@@ -151,6 +151,8 @@ def mma_async(d: Decoding) -> Run:
     signs = (int(flags[0] or 0), int(flags[1] or 0))
     if any(sign not in (1, -1) for sign in signs):
         raise d.error("scales of A and B are 1 or -1")
+    if any(flag not in (0, 1) for flag in flags[2:]):
+        raise d.error("transposes of A and B are 0 or 1")
     a_mn_major = not in_registers and bool(flags[2])
     shape = Shape(n, kind == "bf16", a_mn_major, bool(flags[-1]), signs[0] * signs[1])
     inputs = registers_of(a) if in_registers else ()
@@ -225,8 +227,8 @@ def commit_group(w: Warp) -> None:
 
 def wait_group(d: Decoding) -> Run:
     count = d.source(d.operands[0], "u32").constant
-    if not isinstance(count, int):
-        raise d.error("needs a literal count")
+    if not isinstance(count, int) or not 0 <= count <= 7:
+        raise d.error("needs a literal count from 0 to 7")
 
     def run(w: Warp) -> Interruption:
         groups = w.groups.setdefault("wgmma groups", [])

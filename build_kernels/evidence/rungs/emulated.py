@@ -62,7 +62,7 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     for package in PACKAGES:
         if (problem := why_missing(package)) is not None:
             return not_run(problem)
-    from build_kernels.emulator import EmulatorError, Schedule
+    from build_kernels.emulator import EmulatorError
 
     kernel, scope = artifact.kernel, QUICK if quick else FULL
     cases = cases_of(kernel, quick=quick)
@@ -72,11 +72,10 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     for case in cases:
         inputs = make_inputs(kernel, case)
         for policy, seed, alone in schedules:
-            schedule = Schedule(policy=policy, seed=seed)
-            if alone:
-                schedule = replace(schedule, resident_ctas=prod(kernel.launch.cluster))
             try:
-                outcome = run(kernel, artifact.ptx, inputs, schedule)
+                outcome = run(
+                    kernel, artifact.ptx, inputs, schedule_of(kernel, policy, seed, alone)
+                )
             except EmulatorError as error:
                 return Result(status=FAILED, scope=scope, reason=f"{case}: refused: {error}")
             if outcome.problems:
@@ -99,6 +98,14 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
         "worst_weight_error": float(f"{worst:.2g}"),
     }
     return Result(status=PASSED, scope=scope, figures=figures)
+
+
+def schedule_of(kernel: Kernel, policy: str, seed: int, alone: bool) -> Schedule:
+    """Return one of the schedules above for a kernel."""
+    from build_kernels.emulator import Schedule
+
+    schedule = Schedule(policy=policy, seed=seed)
+    return replace(schedule, resident_ctas=prod(kernel.launch.cluster)) if alone else schedule
 
 
 @dataclass(frozen=True, kw_only=True)

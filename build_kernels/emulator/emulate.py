@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.access.thread_access import ThreadAccess
+from build_kernels.emulator.coverage import Coverage
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
 from build_kernels.emulator.findings import Finding, PtxError
@@ -55,6 +56,7 @@ def emulate(
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
     on_load: OnLoad | None = None,
+    coverage: Coverage | None = None,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -64,7 +66,7 @@ def emulate(
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
     launch goes; it may fork the process, and the child finishes the launch with other contents
-    than the parent.
+    than the parent. coverage: records what the launch reaches of its kernel.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -72,7 +74,9 @@ def emulate(
     findings of the result, not exceptions.
     """
     with _garbage_kept():
-        return _emulate(ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load)
+        return _emulate(
+            ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load, coverage
+        )
 
 
 @contextmanager
@@ -95,6 +99,7 @@ def _emulate(
     schedule: Schedule,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
     on_load: OnLoad | None,
+    coverage: Coverage | None,
 ) -> Result:
     """Run a kernel: see `emulate`."""
     try:
@@ -104,7 +109,10 @@ def _emulate(
         packed = pack(kernel, arguments)
         layout = place_variables(kernel, launch.dynamic_shared_bytes)
         program = make_program(kernel, layout, launch.arch, approximate)
-        machine = Machine(program, launch, packed, schedule)
+        watched = program
+        if coverage is not None:
+            watched = replace(program, code=coverage.watch(kernel, program.code))
+        machine = Machine(watched, launch, packed, schedule)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             make_blocks(program)  # before a fork: not in each child

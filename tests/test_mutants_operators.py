@@ -21,7 +21,6 @@ from click.testing import CliRunner
 from small_ptx import MODULE
 
 from build_kernels.binaries.ptx.parser import parse
-from build_kernels.emulator import Launch, emulate
 from build_kernels.evidence.artifact import load_artifact
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.mutants.command import mutants_command
@@ -332,18 +331,3 @@ def test_a_mutant_that_does_not_end_is_stopped() -> None:
     with pytest.raises(TimeUp), cpu_limit(0.05):
         for _ in itertools.count():
             pass
-
-
-def test_the_emulator_notes_what_is_executed() -> None:
-    body = """
-    mov.u32 %r1, 1;
-    setp.eq.s32 %p1, %r1, 1;
-    @%p1 bra END;
-    mov.b32 %r2, 0;
-    add.s32 %r2, %r2, 1;
-    END:
-    """
-    reached: set[int] = set()
-    launch = Launch(grid=(1, 1, 1), block=(32, 1, 1), arch="sm_90a")
-    emulate(MODULE.format(body=body), launch, [0], reached=reached)
-    assert reached == {0, 1, 2, 5}

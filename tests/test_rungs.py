@@ -23,9 +23,10 @@ from build_kernels.binaries.ptx.parser import parse
 from build_kernels.building import compilers
 from build_kernels.evidence import Evidence, Result, outputs, validated_on
 from build_kernels.evidence.artifact import Artifact, load_artifact
-from build_kernels.evidence.cases import VOCABULARY, Case, cases_of, decode_cases, topk_cases
+from build_kernels.evidence.cases import VOCABULARY, Case, decode_cases
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
+from build_kernels.evidence.picked import cases_of
 from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, structure
 from build_kernels.specs import KERNELS
 
@@ -415,7 +416,7 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
     inputs = make_inputs(topk.kernel, Case(num_tokens=3, num_experts=70, top_k=4))
     beside = {
         "out_weights": np.full((3, outputs.WEIGHT_CANARIES), outputs.CANARY_FLOAT, np.float32),
-        "out_ids": np.full((3, outputs.ID_CANARIES), outputs.CANARY_INT),
+        "out_ids": np.full((3, outputs.ID_CANARIES), outputs.CANARY_INT, np.int32),
     }
     right = {"out_weights": inputs.weights.astype(np.float32), "out_ids": inputs.ids}
 
@@ -450,8 +451,7 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     pytest.importorskip("build_kernels.emulator")
     result = emulated.climb(topk, quick=True)
     assert (result.status, result.reason) == ("passed", "")
-    cases = topk_cases(topk.kernel, quick=True)
-    assert result.figures["runs"] == len(cases) * len(emulated.QUICK_SCHEDULES)
+    assert result.figures["runs"] == len(cases_of(topk.kernel, quick=True))
     # The weights are multiplied by gate_temp, which is 1, instead of the scale.
     scale, one = (_named(topk, name) for name in ("routed_scaling_factor", "gate_temp"))
     assert scale in topk.ptx
@@ -494,7 +494,7 @@ def test_decode_cases_are_those_that_the_evidence_promises() -> None:
         case
         for layout in ("kmajor", "emajor")
         for tile in (8, 32, 64)
-        for case in decode_cases(decode_kernel("sm_100a", layout, tile), quick=False)
+        for case in decode_cases(decode_kernel("sm_100a", layout, tile))
     ]
     assert len(cases) >= 20
     assert {case.num_tokens for case in cases} >= {1, 6, 7, 16, 64}

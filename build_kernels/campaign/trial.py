@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.cases import Case
 from build_kernels.evidence.inputs import Inputs, make_inputs
-from build_kernels.evidence.outputs import CANARY_INT, against_reference, scratch_not_zero
+from build_kernels.evidence.outputs import against_reference, id_canary, scratch_not_zero
 from build_kernels.evidence.rungs.emulated import emulate_case
 from dsv4_router_runtime.artifacts.kernel import Kernel
 
@@ -234,7 +234,7 @@ def _torn_rows(torn: Sequence[int], inputs: Inputs, memory: Mapping[str, Any]) -
     problems = []
     for row in torn:
         ids, weights = memory["out_ids"][row, :columns], memory["out_weights"][row, :columns]
-        if (ids == CANARY_INT).any():
+        if (ids == id_canary(ids)).any():
             problems.append(f"the torn row {row} was not written")
         elif (ids == -1).any():
             if (ids != -1).any() or weights.any():

@@ -9,6 +9,7 @@ from build_kernels.bench.command import bench_command
 from build_kernels.building.compilers import CompileError, toolchain_versions
 from build_kernels.campaign.command import faults_command
 from build_kernels.evidence import verify_command
+from build_kernels.evidence.coverage_command import coverage_command
 from build_kernels.mutants.command import mutants_command
 from build_kernels.release.keys import keygen_command
 from build_kernels.release.reproduce import reproduce_command
@@ -51,7 +52,7 @@ def main() -> None:
 
 for command in (
     *(build_command, clean_command, list_command, inspect_command),
-    *(verify_command, mutants_command, faults_command, bench_command),
+    *(verify_command, coverage_command, mutants_command, faults_command, bench_command),
     *(diff_command, budget_command, reproduce_command),
     *(keygen_command, sign_command, verify_signature_command),
 ):

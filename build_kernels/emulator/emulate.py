@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.access.thread_access import ThreadAccess
+from build_kernels.emulator.coverage import Coverage
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
-from build_kernels.emulator.execution.warp import DecodedInstruction
 from build_kernels.emulator.findings import Finding, PtxError
 from build_kernels.emulator.instructions.ld_st import Load
 from build_kernels.emulator.instructions.lookahead import Code, Lookahead, live_registers
@@ -56,7 +56,7 @@ def emulate(
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
     on_load: OnLoad | None = None,
-    reached: set[int] | None = None,
+    coverage: Coverage | None = None,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -66,7 +66,7 @@ def emulate(
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
     launch goes; it may fork the process, and the child finishes the launch with other contents
-    than the parent. reached: gets the indexes of the instructions that a warp came to.
+    than the parent. coverage: records what the launch reaches of its kernel.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -75,7 +75,7 @@ def emulate(
     """
     with _garbage_kept():
         return _emulate(
-            ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load, reached
+            ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load, coverage
         )
 
 
@@ -99,7 +99,7 @@ def _emulate(
     schedule: Schedule,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
     on_load: OnLoad | None,
-    reached: set[int] | None,
+    coverage: Coverage | None,
 ) -> Result:
     """Run a kernel: see `emulate`."""
     try:
@@ -109,9 +109,10 @@ def _emulate(
         packed = pack(kernel, arguments)
         layout = place_variables(kernel, launch.dynamic_shared_bytes)
         program = make_program(kernel, layout, launch.arch, approximate)
-        if reached is not None:
-            program = replace(program, code=_Fetched(program.code, reached))
-        machine = Machine(program, launch, packed, schedule)
+        watched = program
+        if coverage is not None:
+            watched = replace(program, code=coverage.watch(kernel, program.code))
+        machine = Machine(watched, launch, packed, schedule)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             make_blocks(program)  # before a fork: not in each child
@@ -154,23 +155,6 @@ def _place_arrays(grid: Grid, packed: PackedArguments) -> dict[DeviceArray, Memo
     for offset, described in packed.tensor_maps.items():
         grid.tensor_maps[offset] = (described, place(described.array))
     return arrays
-
-
-class _Fetched(tuple[DecodedInstruction, ...]):
-    """Code that notes which of its instructions are fetched."""
-
-    _reached: set[int]
-
-    def __new__(cls, code: tuple[DecodedInstruction, ...], reached: set[int]) -> _Fetched:
-        self = super().__new__(cls, code)
-        self._reached = reached
-        return self
-
-    def __getitem__(self, at: Any) -> Any:
-        step = super().__getitem__(at)
-        if at not in self._reached:
-            self._reached.update(range(at, at + (step.block.length if step.block else 1)))
-        return step
 
 
 class _Loads:

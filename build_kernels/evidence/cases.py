@@ -1,4 +1,4 @@
-"""List the cases for the emulated rung: sizes, kinds of inputs, and options."""
+"""List cases for the emulated rung by hand: sizes, kinds of inputs, and options."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ SHARED_SLOTS = 2
 # temperature   gate_temp
 # padding       a padding_mask, whose rows hold NaN
 # count         num_tokens on the device, two less than the rows; the last two rows hold NaN
-# physical      to_physical and logical_count, some of them out of range
+# physical      to_physical and logical_count, most of them out of range
+# few           with physical: fewer replicas than a warp has lanes
 # shared        SHARED_SLOTS, of a weight that is not 1
 # unnormed      norm_topk_prob is off
 # int64         int64 ids, and int64 token ids if there are any
 # table         tid2eid and input_ids, for a kernel that does not need them
-# unknown       some of input_ids outside the table, by 2^32 if they are int64
+# unknown       some of input_ids outside the table, by one, and by 2^32 if they are int64
+# stray         with a table, of router_topk alone: some of its experts out of range
 # image_ids     image rows by token id, with bias_vl and input_ids
 # forced        forced_ids for every second row, some of them no row of experts; int64 with int64
+# all_forced    the same for every row, without a mask
+# empty         num_tokens on the device, 0
 # mapped64      to_physical and logical_count in int64, with physical
 # logical       out_logical_ids
 # logits        out_logits
@@ -47,8 +51,10 @@ class Case:
     crowded    the best experts are neighbours, in some rows with equal logits
     biased     integers, with biases near 8 as real checkpoints have
     extreme    logits beyond +-100
-    low        all logits near -100: softplus would be denormal, and epsilon counts
+    spread     the same, with the best experts in as many tiles and lanes as there are
+    low        all logits near -100: softplus would be denormal, and epsilon counts; biases below 0
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
+    nans       about half of all experts' weights NaN
     """
 
     num_tokens: int
@@ -77,7 +83,7 @@ def _crowded(num_experts: int, k: int, *, top_k: tuple[int, ...]) -> tuple[Case,
     return tuple(replace(case, top_k=each) for each in top_k)
 
 
-def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+def decode_cases(kernel: Kernel) -> tuple[Case, ...]:
     """Return N from 1 to the tile, ragged E, several K, a V4-Flash and a V4-Pro layer.
 
     K of 16 blocks gives each CTA of the cluster one; of 33, one of them a third; of one block, 15
@@ -87,7 +93,8 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     one = kernel.problem.k_multiple
     images = ("image_ids", "logits", *ENGINE_OPTIONS)
-    first = (
+    served = ("temperature", "physical", "shared")
+    return (
         Case(num_tokens=min(7, tile), num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=1, num_experts=132, top_k=4, k=one, kind="biased"),
         *_crowded(132, one, top_k=(6, 8)),
@@ -97,12 +104,6 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=7, num_experts=132, top_k=6, k=block, options=GATE_OPTIONS),
         Case(num_tokens=7, num_experts=72, top_k=6, k=block, options=MIXED_OPTIONS),
         Case(num_tokens=7, num_experts=68, top_k=6, k=block, options=images),
-    )
-    if quick:
-        return first
-    served = ("temperature", "physical", "shared")
-    return (
-        *first,
         Case(num_tokens=tile, num_experts=40, top_k=8, k=one, options=("table", *images)),
         Case(num_tokens=5, num_experts=200, top_k=3, k=one, options=("int64", "forced", "logits")),
         Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=block, options=("table", "images")),
@@ -122,7 +123,7 @@ def decode_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
-def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+def prefill_cases(kernel: Kernel) -> tuple[Case, ...]:
     """Return N below, at and above a token tile; E that leaves M tiles ragged or empty.
 
     With 9 K blocks each, the rings of 4 and of 8 blocks are in a later turn.
@@ -131,20 +132,15 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     one = kernel.problem.k_multiple
     images = ("image_ids", "logits", *ENGINE_OPTIONS)
-    first = (
+    served = ("temperature", "physical", "shared")
+    most = kernel.problem.num_experts.high or experts
+    return (
         Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=one, kind="biased"),
         Case(num_tokens=7, num_experts=100, top_k=4, k=9 * block),
         *_crowded(132, one, top_k=(6, 8)),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
         Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
-    )
-    if quick:
-        return first
-    served = ("temperature", "physical", "shared")
-    most = kernel.problem.num_experts.high or experts
-    return (
-        *first,
         Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=one, options=("table", *images)),
         Case(num_tokens=tile, num_experts=experts, top_k=8, k=block),
         Case(num_tokens=2 * tile, num_experts=2 * experts - 1, top_k=6, k=2 * block + one),
@@ -161,23 +157,18 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
-def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+def hash_cases(kernel: Kernel) -> tuple[Case, ...]:
     """Return N below, at and above a cluster's tokens; K of one block per CTA and of many."""
     tile = kernel.launch.token_tile
     block = kernel.problem.k_multiple * kernel.launch.k_splits
     one = kernel.problem.k_multiple
-    first = (
+    served = ("temperature", "physical", "shared")
+    return (
         Case(num_tokens=tile + 1, num_experts=60, top_k=6, k=2 * block + one),
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=tile + 3, num_experts=40, top_k=6, k=block, options=TABLE_OPTIONS),
         Case(num_tokens=tile - 1, num_experts=40, top_k=6, k=one, options=ENGINE_OPTIONS),
-    )
-    if quick:
-        return first
-    served = ("temperature", "physical", "shared")
-    return (
-        *first,
         Case(num_tokens=tile + 2, num_experts=40, top_k=3, k=one, options=("int64", "forced")),
         Case(num_tokens=5, num_experts=72, top_k=8, k=one, options=("unknown", "shared")),
         Case(num_tokens=1, num_experts=512, top_k=1, k=block),
@@ -188,10 +179,10 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
-def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
+def topk_cases(kernel: Kernel) -> tuple[Case, ...]:
     """Return N below, at and above a block's tokens; each number of register groups."""
     images = ("image_ids", *ENGINE_OPTIONS)
-    first = (
+    return (
         Case(num_tokens=7, num_experts=132, top_k=6),
         Case(num_tokens=4, num_experts=512, top_k=8, kind="biased"),
         Case(num_tokens=3, num_experts=8, top_k=8, kind="nan"),
@@ -199,11 +190,6 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=7, num_experts=132, top_k=6, options=GATE_OPTIONS),
         Case(num_tokens=7, num_experts=40, top_k=6, options=MIXED_OPTIONS),
         Case(num_tokens=7, num_experts=68, top_k=6, options=images),
-    )
-    if quick:
-        return first
-    return (
-        *first,
         Case(num_tokens=9, num_experts=40, top_k=8, options=("table", *images)),
         Case(num_tokens=5, num_experts=200, top_k=3, options=("int64", "forced")),
         Case(num_tokens=9, num_experts=384, top_k=3, kind="biased", options=GATE_OPTIONS),
@@ -218,12 +204,12 @@ def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
     )
 
 
-def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
-    """Return the kernel's cases."""
+def listed_cases(kernel: Kernel) -> tuple[Case, ...]:
+    """Return the kernel's cases by hand: sizes of real layers, and what a pipeline's turns need."""
     cases = {
         "decode": decode_cases,
         "prefill": prefill_cases,
         "hash": hash_cases,
         "select": topk_cases,
     }
-    return cases[kernel.role](kernel, quick=quick)
+    return cases[kernel.role](kernel)

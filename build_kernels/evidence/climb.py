@@ -62,7 +62,7 @@ def verify(
     outcome when its climb ends, `on_unkept` the reason if no evidence can be stored.
     """
     listed = open_artifacts(artifacts_dir).manifest.kernels
-    chosen = _choose(artifacts_dir, listed, archs, kernels)
+    chosen = choose_kernels(artifacts_dir, listed, archs, kernels)
     loaded = [load_artifact(artifacts_dir, kernel.key) for kernel in chosen]
     _refuse_strangers(records, listed)
     kept = _open_evidence(
@@ -113,7 +113,7 @@ def _joined(
                 yield task, join_parts(task[0], parts[task])
 
 
-def _choose(
+def choose_kernels(
     folder: Path, listed: Sequence[Kernel], archs: Sequence[str], names: Sequence[str]
 ) -> list[Kernel]:
     """Return the listed kernels that were requested; ArtifactReadError if there are none."""

@@ -24,7 +24,11 @@ SHARED_WEIGHT = 0.4
 # Token ids of images, of VOCABULARY.
 FIRST_IMAGE_ID, NUM_IMAGE_IDS = 3, 4
 # More than the lanes of a warp: above 32 a kernel finds the replica in another way.
-REPLICAS = 36
+REPLICAS, FEW_REPLICAS = 36, 3
+
+
+class UnclearError(ValueError):
+    """A case of so many keys that some two are always too near each other for FP32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
     hashed = kernel.role == "hash" or "table" in case.options
     options = _draw_options(generator, case, hashed=hashed)
+    stray = options.pop("stray", None)
     images = options.get("bias_vl"), _image_rows(case, options)
     for _ in range(100):
         hidden, weight, logits, bias = _draw(generator, kernel, case)
@@ -74,7 +79,7 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
         if float(margin.min()) > CLEAR_MARGIN:
             break
     else:
-        raise ValueError(f"{case}: no inputs with clear margins in 100 draws")
+        raise UnclearError(f"{case}: no inputs with clear margins in 100 draws")
     padded = _padded(case, options)
     for rows in (hidden, logits):
         if rows is not None:
@@ -84,6 +89,8 @@ def make_inputs(kernel: Kernel, case: Case) -> Inputs:
     unmapped["ids_dtype"] = torch.int32
     logical = select_reference(logits, None if hashed else bias, SCALE, case.top_k, **unmapped)
     tensors = {} if hashed else {"e_bias": bias.float().numpy()}
+    if stray is not None:
+        options["tid2eid"] = stray
     option_tensors, numbers = _kernel_options(options)
     tensors |= option_tensors
     if hidden is None or weight is None:
@@ -121,32 +128,43 @@ def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]
         rows = [torch.randperm(e, generator=generator)[: case.top_k] for _ in range(VOCABULARY)]
         ids = integers(0, VOCABULARY - 1, n)
         if "unknown" in case.options:
-            beyond = VOCABULARY if "int64" not in case.options else 2**32 + 3
-            ids[::4] = torch.tensor([-1, beyond] * n)[: len(ids[::4])]
+            beyond = [2**32 + 3] if "int64" in case.options else []
+            outside = torch.tensor([VOCABULARY, -1, *beyond])
+            known = torch.arange(n) % 4 == 3
+            ids = torch.where(known, ids, outside.repeat(n)[:n])
         drawn["tid2eid"] = torch.stack(rows).to(int32)
+        if "stray" in case.options:
+            # Taken for the last expert, as an unsigned number.
+            experts = torch.tensor([e, 2**31 - 1])[torch.arange(VOCABULARY) % 2]
+            drawn["stray"] = drawn["tid2eid"].clone()
+            drawn["stray"][:, case.top_k // 2] = experts.to(int32)
+            drawn["tid2eid"][:, case.top_k // 2] = e - 1
         drawn["input_ids"] = ids if "int64" in case.options else ids.to(int32)
     elif "image_ids" in case.options:
-        drawn["input_ids"] = integers(-1, VOCABULARY, n).to(int32)
+        ids = integers(-1, VOCABULARY, n)
+        drawn["input_ids"] = ids if "int64" in case.options else ids.to(int32)
     for option in case.options:
         if option == "images":
-            drawn["bias_vl"] = (integers(-8, 8, e) / 4).float()
+            drawn["bias_vl"] = _draw_bias(generator, case).float()
             drawn["image_mask"] = torch.arange(n) % 2 == 0
         if option == "image_ids":
-            drawn["bias_vl"] = (integers(-8, 8, e) / 4).float()
+            drawn["bias_vl"] = _draw_bias(generator, case).float()
             drawn |= {"first_image_id": FIRST_IMAGE_ID, "num_image_ids": NUM_IMAGE_IDS}
         if option == "forced":
             drawn["forced_ids"] = _draw_forced(generator, case)
             drawn["forced_mask"] = torch.arange(n) % 2 == 1
+        if option == "all_forced":
+            drawn["forced_ids"] = _draw_forced(generator, case)
         if option == "temperature":
             drawn["gate_temp"] = 1.5
         if option == "padding":
             drawn["padding_mask"] = torch.arange(n) % 3 == 1
         if option == "count":
             drawn["num_tokens"] = torch.tensor([n - 2], dtype=int32)
+        if option == "empty":
+            drawn["num_tokens"] = torch.tensor([0], dtype=int32)
         if option == "physical":
-            of_map = torch.int64 if "mapped64" in case.options else int32
-            drawn["to_physical"] = integers(0, 1 << 20, e, REPLICAS).to(of_map)
-            drawn["logical_count"] = integers(-1, REPLICAS + 2, e).to(of_map)
+            drawn |= _draw_map(generator, case)
         if option == "shared":
             drawn |= {"num_shared_slots": SHARED_SLOTS, "shared_weight": SHARED_WEIGHT}
         if option == "unnormed":
@@ -156,14 +174,37 @@ def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]
     return drawn
 
 
+def _draw_map(generator: Any, case: Case) -> dict[str, Any]:
+    """Draw to_physical and logical_count: beyond both ends, at them and between for neighbours.
+
+    Of an int64 the high word is noise: kernels take the low one.
+    """
+    import torch
+
+    experts, replicas = case.num_experts, FEW_REPLICAS if "few" in case.options else REPLICAS
+    physical = torch.randint(0, 1 << 20, (experts, replicas), generator=generator)
+    ends = torch.tensor([-(2**31), 0, 1, 2, replicas, replicas + 1, 2**31 - 1])
+    count = ends[torch.randint(0, len(ends), (experts,), generator=generator)]
+    if "mapped64" in case.options:
+        high = torch.randint(-5, 5, (experts,), generator=generator) << 32
+        return {
+            "to_physical": physical + high[:, None],
+            "logical_count": (count & 2**32 - 1) + high,
+        }
+    return {"to_physical": physical.to(torch.int32), "logical_count": count.to(torch.int32)}
+
+
 def _draw_forced(generator: Any, case: Case) -> Any:
-    """Draw [N, top_k] experts, but one twice in rows 3, 9, ... and none in rows 5, 11, ..."""
+    """Draw [N, top_k] experts, but one twice in rows 3, 7, ... and none in rows 5, 13, ..."""
     import torch
 
     rows = [torch.randperm(case.num_experts, generator=generator) for _ in range(case.num_tokens)]
     ids = torch.stack(rows)[:, : case.top_k].contiguous()
-    ids[3::6, -1] = ids[3::6, 0]
-    ids[5::6, case.top_k // 2] = 2**32 if "int64" in case.options else case.num_experts
+    if case.top_k > 1:
+        for row in ids[3::4]:
+            first, second = torch.randperm(case.top_k, generator=generator)[:2]
+            row[second] = row[first]
+    ids[5::8, case.top_k // 2] = 2**32 if "int64" in case.options else case.num_experts
     return ids if "int64" in case.options else ids.to(torch.int32)
 
 
@@ -205,6 +246,21 @@ def _kernel_options(options: Mapping[str, Any]) -> tuple[dict[str, Array], dict[
     return tensors, numbers
 
 
+def _draw_bias(generator: Any, case: Case) -> Any:
+    """Draw FP64 biases [E] for the kind of inputs."""
+    import torch
+
+    experts = case.num_experts
+    if case.kind in ("ties", *_NEIGHBOURS):
+        return torch.zeros(experts).double()
+    if case.kind == "low":
+        # No two keys alike, and all below that of a logit of 0 without a bias.
+        return -(1 + torch.randperm(experts, generator=generator)).double() / 4
+    if case.kind == "biased":
+        return 8.0 + torch.randint(-16, 17, (experts,), generator=generator).double() / 64
+    return torch.randint(-8, 9, (experts,), generator=generator).double() / 4
+
+
 def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
     """Draw hidden_states, W_gate (None for a kernel that reads logits), FP64 logits, e_bias."""
     import torch
@@ -214,21 +270,19 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high + 1, shape, generator=generator).double()
 
-    bias = integers(-8, 8, e) / 4
-    if case.kind == "biased":
-        bias = 8.0 + integers(-16, 16, e) / 64
-    if case.kind in ("ties", "crowded"):
-        bias = torch.zeros(e).double()
+    bias = _draw_bias(generator, case)
     if kernel.role == "select":
         logits = integers(-6, 6, n, e)
         if case.kind == "extreme":
             logits *= 40
         if case.kind == "ties":
             logits[:] = 1.0
-        if case.kind == "crowded":
-            logits = _crowded(n, e)
+        if case.kind in _NEIGHBOURS:
+            logits = _crowded(n, e, case.kind)
         if case.kind == "low":
-            logits[:] = -100.0 - torch.arange(e)
+            logits[:] = -100.0 - torch.arange(e) % 8
+        if case.kind == "nans":
+            logits[integers(0, 1, n, e) == 1] = torch.nan
         if case.kind == "nan":
             logits[:, 1] = torch.nan
             logits[-1, 0] = torch.inf
@@ -241,12 +295,14 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
         hidden *= 5 if kernel.role == "hash" else 16
     if case.kind == "ties":
         weight[:] = weight[:, :1]
-    if case.kind == "crowded":
+    if case.kind in _NEIGHBOURS:
         hidden[:], weight[:] = 0.0, 0.0
-        hidden[:, :n], weight[:n] = torch.eye(n), _crowded(n, e)
+        hidden[:, :n], weight[:n] = torch.eye(n), _crowded(n, e, case.kind)
     if case.kind == "low":
         hidden[:], weight[:] = 0.0, 0.0
-        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e)
+        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e) % 8
+    if case.kind == "nans":
+        weight[:, integers(0, 1, e) == 1] = torch.nan
     if case.kind == "nan":
         weight[:, 1] = torch.nan
         hidden[-1, :] = 0.0
@@ -255,11 +311,14 @@ def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, An
     return hidden, weight, hidden @ weight, bias
 
 
-def _crowded(n: int, e: int) -> Any:
+_NEIGHBOURS = ("crowded", "spread")
+
+
+def _crowded(n: int, e: int, kind: str) -> Any:
     """Return FP64 [n, e]: the best twelve logits of each row are neighbours, some of them equal.
 
     Row 0 has equal ones with a larger and a smaller one between them, row 1 in twos from an odd
-    expert on, so of two lanes, row 2 none.
+    expert on, so of two lanes, row 2 none, row 3 all. `spread`: a twelfth of all experts apart.
     """
     import torch
 
@@ -267,11 +326,13 @@ def _crowded(n: int, e: int) -> Any:
         (8, 1, 9, 8, 1, 1, 7, 6, 4, 1, 5, 4),
         [12 - i // 2 for i in range(12)],
         range(12, 0, -1),
+        [8] * 12,
     )
     best = torch.tensor([list(row) for row in rows])
     row, expert = torch.arange(n)[:, None], torch.arange(e)
-    place = (expert - 5 * row) % e
-    return torch.where(place < 12, best[row % 3, place.clamp(max=11)], -1).double()
+    place, apart = (expert - 5 * row) % e, max(1, e // 12) if kind == "spread" else 1
+    is_best = (place % apart == 0) & (place < 12 * apart)
+    return torch.where(is_best, best[row % 4, (place // apart).clamp(max=11)], -1).double()
 
 
 def _bf16_bits(values: Any) -> Array:

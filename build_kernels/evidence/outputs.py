@@ -20,6 +20,8 @@ CANARY_FLOAT = -12345.0
 # As BF16 bits cut off CANARY_FLOAT.
 CANARY_BFLOAT16 = -12288.0
 CANARY_INT = -77
+# Its high word is not -1, that of a padded row's id.
+CANARY_INT64 = 0x5A5A_0000_0000 + 77
 # Different, so that one output's stride is wrong for the other output.
 WEIGHT_CANARIES = 3
 ID_CANARIES = 5
@@ -48,13 +50,19 @@ def new_outputs(case: Case) -> dict[str, Array]:
     weights = full("out_weights", CANARY_FLOAT, np.float32)
     if "bfloat16" in case.options:
         weights = (weights.view(np.uint32) >> 16).astype(np.uint16)
-    ids = full("out_ids", CANARY_INT, np.int64 if "int64" in case.options else np.int32)
+    wide = "int64" in case.options
+    ids = full("out_ids", CANARY_INT64 if wide else CANARY_INT, np.int64 if wide else np.int32)
     outputs = {"out_weights": weights, "out_ids": ids}
     if "logical" in case.options:
         outputs["out_logical_ids"] = full("out_logical_ids", CANARY_INT, np.int32)
     if "logits" in case.options:
         outputs["out_logits"] = full("out_logits", CANARY_FLOAT, np.float32)
     return outputs
+
+
+def id_canary(ids: Array) -> int:
+    """Return the canary of ids of this dtype."""
+    return CANARY_INT64 if ids.dtype.itemsize == 8 else CANARY_INT
 
 
 def against_reference(
@@ -86,7 +94,7 @@ def against_reference(
     if error > WEIGHT_TOLERANCE:
         problems.append(f"a weight is off by {error:.2g} of its value")
     canary = CANARY_FLOAT if memory["out_weights"].dtype == np.float32 else CANARY_BFLOAT16
-    if (weights[:, columns:] != canary).any() or (ids[:, columns:] != CANARY_INT).any():
+    if (weights[:, columns:] != canary).any() or (ids[:, columns:] != id_canary(ids)).any():
         problems.append("something was written beside the outputs")
     return problems + _wrong_copies(inputs, memory, compared), error
 

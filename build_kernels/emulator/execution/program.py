@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from build_kernels.binaries.ptx.syntax import Kernel
@@ -15,4 +16,4 @@ class Program:
 
     kernel: Kernel
     layout: VariableLayout
-    code: tuple[DecodedInstruction, ...]
+    code: Sequence[DecodedInstruction]

@@ -54,7 +54,8 @@ NOWHERE = 1 << 30  # beyond every program counter
 class DecodedInstruction:
     """An instruction ready to run; `guard` and `target` are -1 if it has none.
 
-    block: this and those that follow, to run at once.
+    block: this and those that follow, to run at once. probe: called with the warp, the lanes that
+    came here and those that the guard lets execute it.
     """
 
     instruction: Instruction
@@ -63,6 +64,7 @@ class DecodedInstruction:
     guard: int = -1
     negated: bool = False
     target: int = -1
+    probe: Callable[[Warp, int, int], None] | None = None
 
 
 @dataclass(eq=False)
@@ -286,6 +288,8 @@ class Warp(WarpClocks):
                 self.budget -= 1
                 if step.guard >= 0:
                     bits &= self._guard(step, fragment)
+                if step.probe is not None:
+                    step.probe(self, fragment.mask, bits)
                 if step.target >= 0:
                     if self._branch(fragment, step.target, bits) or others:
                         break

@@ -53,7 +53,7 @@ _ONE_WORD = Edit(
     replacement=r"mov.b32\1;",
 )
 # What `take_top_k` leaves to `take_one_by_one`.
-_TWO_LANES = Edit(
+TWO_LANES = Edit(
     pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
     replacement=r"\1mov.b32\3, \2;",
 )
@@ -89,7 +89,7 @@ DECODE = (
     *of_kind(
         *(sm100, "tie rule reversed"),
         ("equal keys go to the higher register", _TIES, TIES, WRONG_IDS),
-        ("equal keys of two lanes are not noticed", _TWO_LANES, CROWDED, WRONG_IDS),
+        ("equal keys of two lanes are not noticed", TWO_LANES, CROWDED, WRONG_IDS),
         (
             "equal keys of one lane are not noticed",
             *(_ONE_LANE, replace(THREE_TILES, top_k=6), WRONG_IDS),

@@ -12,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
+from build_kernels.binaries.ptx.parser import parse
 from build_kernels.emulator import EmulatorError
+from build_kernels.emulator.coverage import Coverage
 from build_kernels.evidence.artifact import Artifact, load_artifact
-from build_kernels.evidence.cases import Case, cases_of
+from build_kernels.evidence.cases import Case
 from build_kernels.evidence.inputs import Inputs, make_inputs
+from build_kernels.evidence.picked import cases_of
 from build_kernels.evidence.result import FULL, QUICK
 from build_kernels.evidence.rungs import emulated
 
@@ -58,15 +61,16 @@ class Verdict:
 
 def record(folder: Path, key: str, case: Case) -> Reach:
     """Run a case under the quick schedules and note the instructions."""
-    artifact, reached = _artifact(folder, key), set[int]()
+    artifact = _artifact(folder, key)
+    coverage = Coverage(parse(artifact.ptx))
     kernel, inputs = artifact.kernel, _inputs(folder, key, case)
     started, steps = time.process_time(), 0
     for each in emulated.QUICK_SCHEDULES:
         schedule = emulated.schedule_of(kernel, *each)
-        run = emulated.emulate_case(kernel, artifact.ptx, inputs, schedule, reached=reached)
+        run = emulated.emulate_case(kernel, artifact.ptx, inputs, schedule, coverage=coverage)
         steps += run.steps
     seconds = (time.process_time() - started) / len(emulated.QUICK_SCHEDULES)
-    return Reach(case=case, steps=steps, seconds=seconds, instructions=frozenset(reached))
+    return Reach(case=case, steps=steps, seconds=seconds, instructions=coverage.instructions)
 
 
 def judge(

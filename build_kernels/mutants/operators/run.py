@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_kernels.evidence.artifact import Artifact
-from build_kernels.evidence.cases import Case, cases_of
+from build_kernels.evidence.cases import Case
+from build_kernels.evidence.picked import cases_of
 from build_kernels.evidence.result import QUICK
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.manifest import Kernel

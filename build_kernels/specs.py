@@ -40,21 +40,20 @@ from .kernels.shapes import (
 DECODE_TILES = {8: (4, 2), 32: (2, 4), 64: (1, 8)}
 # router_prefill: (experts, tokens, CTAs of a cluster) -> (K blocks per chunk, stages of the ring),
 # and the clusters of a launch, all that an H200 holds at once: a launch of more takes up to twice
-# as long. us on one H200, PDL, weights cold, each column the same run; in brackets beyond that:
-#                    7168x384                                    4096x256
-#     N              128    256    320    512    640    1024     128    256    384    512    960
-#     128 x 64, 16   7.37   (9.6)                                5.16   (7.4)
-#     128 x 128, 16  8.84   9.59                                 7.4    7.37   8.14
-#     128 x 64, 8    7.95   9.58   10.4                          6.48   6.86   7.90
-#     128 x 64, 4    11.3   10.9   11.2   13.5   14.6                   8.85   9.10   9.30   10.8
-#     128 x 128, 8   12     13.0          13.8   14.4                   11.2   11.3   11.4
-#     128 x 128, 4   20     20     20     20     18.0   19.3            15     15     16     15.9
-#     (product)      9.7    10.5   14     14.2   13.7   18.7     9.7    9.9    10.9   10.6   13.4
-# Of a cluster of 8, 5.7 us are the products with the loads, 3 the exchange of the sums, 1.6 the
-# scores and 1 the merges (128 x 128, N = 512); shared memory of other CTAs took 17 B per cycle.
+# as long. us on one H200, PDL, weights cold:
+#                        7168x384                                   4096x256
+#     N                  128   192   256   320   512   640   1024   128   256   384   512   960
+#     128 x 64, 16       7.4                                        5.2
+#     128 x 128, 16      8.8   9.3   9.6                                  7.4   8.1
+#     128 x 64, 8        7.9   8.8   9.6   10.4                     6.5   6.9   7.9
+#     128 x 64, 4        11.3  11.3  10.9  10.9  13.5  14.6         8.9   8.9   9.1   9.3   10.8
+#     128 x 128, 8                   13.0        13.8  14.4               11.2  11.3  11.4
+#     128 x 128, 4       20    20    20    20    20    18.0  19.3   15    15    15    15    15.9
+#     (product)          9.7   11.4  10.5  13.6  14.2  13.7  18.7   9.7   9.9   10.9  10.6  13.4
+# Of 128 x 128 by clusters of 8 at N = 512, products and loads take 8.3 us, the exchange of the sums
+# 3, the scores 1.6, the merges 1: an SM gets 17 B a cycle from the shared memory of others.
 PREFILL_TILES = {
     (128, 64, 16): ((2, 4), 7),
-    (128, 128, 16): ((1, 4), 7),
     (128, 64, 8): ((1, 7), 15),
     (128, 64, 4): ((1, 8), 30),
     (128, 128, 4): ((1, 5), 30),

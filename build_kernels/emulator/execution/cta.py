@@ -14,6 +14,7 @@ from build_kernels.emulator.memory.windows import SHARED_RANK_SHIFT
 from build_kernels.emulator.ordering.barriers import ClusterBarrier, NamedBarrier
 from build_kernels.emulator.ordering.clocks import Clock
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
+from build_kernels.emulator.ordering.warp_clocks import WarpClocks
 
 Dim = tuple[int, int, int]
 
@@ -52,7 +53,8 @@ class Cta:
 
     index: its place in the grid; place, rank: in the cluster. slot: its slot on the machine;
     first_actor, last_actor, first_tick: the actors of its threads, and the tick of its start.
-    touched_by: operations on its memories, which its threads must wait for before they exit.
+    living: the lanes of each warp that have not exited. touched_by: operations on its memories,
+    which its threads must wait for before they exit.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class Cta:
         self.shared = Memory(f"shared memory of cta {index}", shared_end)
         self.tensor_memory = TensorMemory(f"tensor memory of cta {index}")
         self.mbarriers: dict[int, Mbarrier] = {}
-        self.barriers = [NamedBarrier(zero) for _ in range(NAMED_BARRIERS)]
+        self.living: dict[WarpClocks, int] = {}
+        self.barriers = [NamedBarrier(zero, self.living) for _ in range(NAMED_BARRIERS)]
         self.touched_by: list[Touch] = []
         self.slot = self.first_actor = self.last_actor = self.first_tick = 0
         self.exited = False

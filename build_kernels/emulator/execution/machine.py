@@ -168,10 +168,16 @@ class Machine:
         grid.events += 1
         if warp.live == 0:
             warp.publish((1 << min(LANES, cta.threads - warp.index * LANES)) - 1)
+        if warp.live:
+            cta.living[warp] = warp.live
+        else:
+            del cta.living[warp]
+        for named in cta.barriers:
+            named.settle()
         cta.cluster.living -= bits.bit_count()
-        cta.cluster.barrier.settle(cta.cluster.living)
+        cta.cluster.barrier.leave(warp.waits_for_cluster(bits).bit_count(), cta.cluster.living)
         warps = self._warps[cta]
-        if not any(w.live for w in warps):
+        if not cta.living:
             cta.exited = True
             cta.cluster.exited = all(each.exited for each in cta.cluster.ctas)
             check_exit(grid, cta, warps)

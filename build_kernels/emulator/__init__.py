@@ -27,6 +27,15 @@ Findings by kind
     out-of-bounds, misaligned, read-only, tensor-map, inactive-lane, member-mask, trap
     deadlock                    with the event that each thread waits for
 
+Findings by the letter (`Finding.by_the_letter`): the PTX ISA forbids it, compilers emit it, and
+hardware or ptxas guards against its effect. `emulate` reports them unless by_the_letter is False.
+The run goes on with the values of the hardware, so that none hides another fault.
+    unwaited-register           result of tcgen05.ld: the scoreboard holds its use
+    missing-tcgen05-fence       between a tcgen05.ld and another operation
+    missing-wgmma-fence         a constant or an accumulator that was moved behind the fence
+    race                        lanes of a warp that store the same bytes to the same place by one
+                                bulk store
+
 A trap ends the launch (`Result.trapped`). Time passes with the steps of the warps. If all that is
 left to run are warps that spin and look at %globaltimer, it leaps ahead, so that a bounded wait
 ends. `emulate`'s on_load changes arrays between two loads of one launch.

@@ -17,7 +17,7 @@ from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
-from build_kernels.emulator.findings import Finding, PtxError
+from build_kernels.emulator.findings import Finding, FindingLog, PtxError
 from build_kernels.emulator.instructions.ld_st import Load
 from build_kernels.emulator.instructions.lookahead import Code, Lookahead, live_registers
 from build_kernels.emulator.instructions.table import make_blocks, make_program
@@ -55,6 +55,7 @@ def emulate(
     *,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
     on_load: OnLoad | None = None,
+    by_the_letter: bool = True,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -64,7 +65,8 @@ def emulate(
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
     launch goes; it may fork the process, and the child finishes the launch with other contents
-    than the parent.
+    than the parent. by_the_letter: report faults by the letter of the ISA too, against whose
+    effect hardware or ptxas guards (see the package); it changes no result and no other finding.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -72,7 +74,15 @@ def emulate(
     findings of the result, not exceptions.
     """
     with _garbage_kept():
-        return _emulate(ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load)
+        return _emulate(
+            ptx,
+            launch,
+            arguments,
+            schedule or Schedule(),
+            approximate or {},
+            on_load,
+            FindingLog(by_the_letter=by_the_letter),
+        )
 
 
 @contextmanager
@@ -95,6 +105,7 @@ def _emulate(
     schedule: Schedule,
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
     on_load: OnLoad | None,
+    log: FindingLog,
 ) -> Result:
     """Run a kernel: see `emulate`."""
     try:
@@ -104,7 +115,7 @@ def _emulate(
         packed = pack(kernel, arguments)
         layout = place_variables(kernel, launch.dynamic_shared_bytes)
         program = make_program(kernel, layout, launch.arch, approximate)
-        machine = Machine(program, launch, packed, schedule)
+        machine = Machine(program, launch, packed, schedule, log)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             make_blocks(program)  # before a fork: not in each child

@@ -58,13 +58,14 @@ class Grid:
         launch: Launch,
         packed: PackedArguments,
         schedule: Schedule,
+        log: FindingLog,
     ) -> None:
         self.kernel = kernel
         self.layout = layout
         self.launch = launch
         self.schedule = schedule
         self.random = random.Random(schedule.seed)
-        self.log = FindingLog()
+        self.log = log
         self.memory = layout.memory
         self.parameters = Memory(
             "parameters",

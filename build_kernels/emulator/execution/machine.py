@@ -13,6 +13,7 @@ from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.interruption import Trapped
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.execution.warp import Warp
+from build_kernels.emulator.findings import FindingLog
 from build_kernels.emulator.lanes import LANES, lowest
 from build_kernels.emulator.launch.arguments import PackedArguments
 from build_kernels.emulator.launch.launch import Launch, Schedule
@@ -31,10 +32,15 @@ class Machine:
     """Run the warps of one grid."""
 
     def __init__(
-        self, program: Program, launch: Launch, packed: PackedArguments, schedule: Schedule
+        self,
+        program: Program,
+        launch: Launch,
+        packed: PackedArguments,
+        schedule: Schedule,
+        log: FindingLog,
     ) -> None:
         self.program = program
-        self.grid = Grid(program.kernel, program.layout, launch, packed, schedule)
+        self.grid = Grid(program.kernel, program.layout, launch, packed, schedule, log)
         self._policy = schedule.policy
         self._random = self.grid.random
         self._runnable: deque[Warp] = deque()

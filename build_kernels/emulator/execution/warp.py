@@ -176,6 +176,7 @@ class Warp(WarpClocks):
             f"{self.grid.kernel.registers[register].name} is used before the wait for "
             f"{pending.what}",
             other=pending.owner.instruction,
+            by_the_letter=pending.owner.guarded,
         )
         pending.owner.settle()
         self.t[register] = pending.taint

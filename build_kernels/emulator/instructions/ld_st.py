@@ -141,8 +141,8 @@ def store(d: Decoding) -> Run:
     def run(w: Warp) -> None:
         w.grid.events += 1
         w.poisoned("the address", where.registers)
+        states = value_states(w, sources, unit)  # first: it ends loads that nothing waited for
         data = value_bytes(w, sources, unit)
-        states = value_states(w, sources, unit)
         for place in locate(w, space, where.get(w), size):
             state = VALID if states is None else states[place.lanes]
             write_bytes(w, place, place.bytes(size), data[place.lanes], state, scope)

@@ -119,7 +119,7 @@ class Memory:
         self._writes[offsets] = access.records(len(offsets))
 
     def _check(self, row: Ints, offsets: Ints, access: Access, what: str) -> None:
-        """Report the first byte whose record conflicts with the access."""
+        """Report the first byte of each record that conflicts with the access."""
         before = row[offsets]
         if access.is_one and len(before) > 1 and all_of(before == before[0]):
             before = before[:1]
@@ -131,8 +131,10 @@ class Memory:
         late = np.flatnonzero(~ordered)
         excused = {one: access.excused(one) for one in set(before[late].tolist())}
         late = late[[not excused[one] for one in before[late].tolist()]]
-        if len(late):
-            access.conflict(self, int(offsets[late[0]]), int(before[late[0]]), what)
+        # Each of them: one by the letter of the ISA must not hide another.
+        for one in dict.fromkeys(before[late].tolist()):
+            first = int(late[np.flatnonzero(before[late] == one)[0]])
+            access.conflict(self, int(offsets[first]), one, what)
 
     def records(self, where: Ints | slice) -> Ints:
         """Return the distinct records at these offsets."""

@@ -115,13 +115,17 @@ def join(left: Clock, right: Clock) -> Clock:
 
 @dataclass(frozen=True)
 class Issue:
-    """The origin of an operation, kept for as long as its records may matter."""
+    """The origin of an operation, kept for as long as its records may matter.
+
+    twin: equal for operations that do the same to the same bytes, issued by one instruction.
+    """
 
     thread: Thread
     issuer: int
     issue_tick: int
     warp: object
     reduces: bool
+    twin: object = None
 
 
 _REMEMBERED = 32

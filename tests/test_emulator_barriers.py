@@ -139,3 +139,22 @@ def test_lanes_of_a_warp_may_be_a_generation_of_the_cluster_barrier_apart(schedu
     """
     _, result = run_threads(body + STORE, threads=32, schedule=schedule, **CLUSTER)
     assert result.findings == ()
+
+
+@pytest.mark.parametrize(("count", "expected"), [(32, set()), (31, {"arrivals-leftover"})])
+def test_arrivals_that_end_no_phase_are_found_at_exit(count, expected):
+    body = f"""
+        .shared .align 8 .b64 bars[1];
+        mov.u32 %r1, bars;
+        setp.ne.u32 %p1, %r0, 0;
+        @%p1 bra READY;
+        mbarrier.init.shared.b64 [%r1], {count};
+    READY:
+        bar.sync 0;
+        mbarrier.arrive.shared.b64 %rd9, [%r1];
+    WAITS:
+        mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0;
+        @!%p3 bra WAITS;
+    """
+    _, result = run_threads(body + STORE)
+    assert kinds(result) == expected

@@ -21,6 +21,7 @@ Findings by kind
     phase-overrun               an mbarrier's phase may end before a wait for the last one is over
     barrier-uninitialised, -reinitialised, -overflow, -mismatch, mbarrier-as-data
     tx-leftover, tx-overflow    transaction bytes pending at exit, or beyond the counter
+    arrivals-leftover           some arrivals of a phase, but not all of them, at exit
     unfinished-at-exit          no thread of a CTA waited for an operation on the CTA's memory
     exited-peer, peer-not-started, not-own-shared      distributed shared memory
     tmem-lane, -unallocated, -allocation, -leak        tensor memory
@@ -46,8 +47,7 @@ Not modelled
     caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
     the grid that griddepcontrol starts; the elements of one lane's vector access acting one by
-    one (the lanes of a strong access do, under random schedules); order between lanes beyond
-    .sync collectives, each of which is taken to order its lanes' memory accesses
+    one (the lanes of a strong access do, under random schedules)
 """
 
 from build_kernels.emulator.emulate import Result, emulate

@@ -50,7 +50,6 @@ class Operation(Task, Reporter):
         self.issuer = warp.actor + lane
         self.issue_tick = warp.tick
         warp.tick += 1
-        warp.touch()
         self.pipe = pipe
         if pipe >= 0:
             after = self.grid.pipes.get((self.cta, pipe))
@@ -70,8 +69,11 @@ class Operation(Task, Reporter):
         cta.touched_by.append(Touch(self.slot.actor, self.tick, self.instruction, self.thread()))
 
     def completion(self) -> Clock:
-        """Return the clock that the operation hands over when it completes."""
+        """Return the clock that the operation hands over when it completes.
+
+        It includes what the issuer did before: that was before the operation."""
         generic = self.clock[GENERIC].with_tick(self.slot.actor, self.tick)
+        generic = generic.with_tick(self.issuer, self.issue_tick)
         return self.clock.replaced(GENERIC, generic)
 
     def records(self, count: int) -> Ints:

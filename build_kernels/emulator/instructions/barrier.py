@@ -61,7 +61,7 @@ def _wait_for_named(w: Warp, index: int, generation: int, before: Clock) -> Inte
 
 
 def warp_sync(d: Decoding) -> Run:
-    return among(d, lambda w, members: None)
+    return among(d, lambda w, members: w.converge(members))
 
 
 def cluster_arrive(d: Decoding) -> Run:

@@ -37,6 +37,9 @@ The run goes on with the values of the hardware, so that none hides another faul
     race                        lanes of a warp that store the same bytes to the same place by one
                                 bulk store
 
+The first strong load after a strong write that is not ordered before it finds the value before the
+write, as PTX allows: code that does not wait for the new value is wrong in every run.
+
 A trap ends the launch (`Result.trapped`). Time passes with the steps of the warps. If all that is
 left to run are warps that spin and look at %globaltimer, it leaps ahead, so that a bounded wait
 ends. `emulate`'s on_load changes arrays between two loads of one launch.

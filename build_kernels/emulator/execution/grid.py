@@ -45,7 +45,8 @@ class Task(ABC):
 class Grid:
     """Own global memory, parameters, clocks, asynchronous operations and findings.
 
-    released: the clocks of strong writes, by memory and offset. events: counts whatever another
+    released: the clocks of strong writes, by memory and offset. released_before: what
+    they replaced. events: counts whatever another
     warp may be waiting for. steps: instructions of all warps, about. nanoseconds: of %globaltimer,
     beside one for each step. timer_reads: its reads so far. lull: all that is left are warps that
     spin. poison: the registers of a warp at its start.
@@ -75,6 +76,7 @@ class Grid:
         )
         self.tensor_maps: dict[int, tuple[TensorMap, Memory]] = {}
         self.released: dict[tuple[Memory, int], Released] = {}
+        self.released_before: dict[tuple[Memory, int], Released | None] = {}
         self.events = 0
         self.steps = 0
         self.nanoseconds = 0

@@ -63,7 +63,8 @@ class Machine:
         origins = itertools.product(
             *(range(0, g, c) for g, c in zip(launch.grid[::-1], launch.cluster[::-1], strict=True))
         )
-        waiting = deque((x, y, z) for z, y, x in origins)
+        waiting = grid.waiting
+        waiting.extend((x, y, z) for z, y, x in origins)
         with np.errstate(all="ignore"):
             while waiting or self._active:
                 while waiting and len(self._active) < grid.resident:

@@ -34,7 +34,7 @@ RECORD = {
     "arch": "sm_90a",
     "driver": "580.0",
     "date": "2026-01-31",
-    "cases": {"test_models": 24, "test_ties": 8},
+    "cases": {"test_models[n8-K=64]": 24, "test_ties": 8},
     "failed": [],
 }
 # By the present checker of the rung that most results here are of.

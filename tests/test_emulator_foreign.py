@@ -156,3 +156,24 @@ def test_mapa_to_no_cta_is_a_fault_at_its_use_only():
     """
     assert run_threads(body.replace("LIMIT", "1"))[1].findings == ()
     assert "poison" in kinds(run_threads(body.replace("LIMIT", "2"))[1])
+
+
+ALLOCATE = """
+    .shared .align 4 .b32 slot[1];
+    mov.u32 %r1, %cluster_ctarank;
+    setp.eq.u32 %p1, %r1, 1;
+    @LEAVE exit;
+    tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [slot], 64;
+    bar.warp.sync -1;
+    ld.shared.b32 %r2, [slot];
+    tcgen05.dealloc.cta_group::2.sync.aligned.b32 %r2, 64;
+"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(("leave", "expected"), [("!%p2", set()), ("%p1", {"deadlock"})])
+def test_the_ctas_of_a_pair_allocate_together(leave, expected, schedule):
+    text = "setp.eq.u32 %p2, 0, 0;" + ALLOCATE.replace("LEAVE", leave)
+    pair = {"grid": (2, 1, 1), "cluster": (2, 1, 1)}
+    _, result = run_threads(text, target="sm_100a", schedule=schedule, **pair)
+    assert kinds(result) == expected

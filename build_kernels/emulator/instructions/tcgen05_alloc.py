@@ -43,17 +43,16 @@ def allocate(d: Decoding) -> Run:
         if start is None:
             return Wait(lambda: f"{columns} free columns of tensor memory")
         w.grid.events += 1
-        memory.allocated += 1
-        memory.signal.notify()
-        w.fragment.token = (start, memory.allocated)
+        w.cta.allocated += 1
+        w.cta.allocation.notify()
+        w.fragment.token = (start, w.cta.allocated)
         return finish(w, *w.fragment.token)
 
     def finish(w: Warp, start: int, number: int) -> Interruption:
         """Wait for the peer: the two CTAs of a pair allocate together; write the address."""
         for peer in w.cta.cluster.ctas[w.cta.rank & ~1 :][:2] if group == 2 else ():
-            memory = peer.tensor_memory
-            if memory.allocated < number:
-                return Wait(lambda: "the other CTA of the pair to allocate", (memory.signal,))
+            if peer.allocated < number:
+                return Wait(lambda: "the other CTA of the pair to allocate", (peer.allocation,))
         w.fragment.token = None
         whole = w.bits
         w.activate(1 << w.first_lane())

@@ -14,7 +14,6 @@ from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import Reporter
 from build_kernels.emulator.lanes import Ints
 from build_kernels.emulator.memory.memory import POISON, Memory
-from build_kernels.emulator.ordering.barriers import Signal
 
 ROWS, COLUMNS = 128, 512
 SMALLEST = 32  # columns that can be allocated
@@ -41,14 +40,12 @@ class TensorMemory:
     """One CTA's tensor memory; its cells are made at their first use.
 
     allocations: start -> (columns, the tcgen05.alloc). relinquished: the instruction that gave up
-    the CTA's right to allocate. allocated: how often it has; signal notifies of one more.
+    the CTA's right to allocate.
     """
 
     def __init__(self, name: str) -> None:
         self.allocations: dict[int, tuple[int, Instruction]] = {}
         self.relinquished: Instruction | None = None
-        self.allocated = 0
-        self.signal = Signal()
         self._owned = np.zeros(COLUMNS, dtype=bool)
         self._name = name
         self._cells: TensorCells | None = None

@@ -15,7 +15,7 @@ from build_kernels.emulator.findings import Reporter, Thread
 from build_kernels.emulator.lanes import Ints, Mask
 from build_kernels.emulator.memory.access_records import WEAK, actor_of, actors_of, pack, ticks_of
 from build_kernels.emulator.memory.memory import READER_SLOTS, Memory
-from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, Clock, Issue
+from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, TENSOR, Clock, Issue
 
 
 class Operation(Task, Reporter):
@@ -71,10 +71,10 @@ class Operation(Task, Reporter):
     def completion(self) -> Clock:
         """Return the clock that the operation hands over when it completes.
 
-        It includes what the issuer did before: that was before the operation."""
+        What the issuer did before is executed by then, which orders none of its accesses."""
         generic = self.clock[GENERIC].with_tick(self.slot.actor, self.tick)
-        generic = generic.with_tick(self.issuer, self.issue_tick)
-        return self.clock.replaced(GENERIC, generic)
+        executed = self.clock[TENSOR].with_tick(self.issuer, self.issue_tick)
+        return self.clock.replaced(GENERIC, generic).replaced(TENSOR, executed)
 
     def records(self, count: int) -> Ints:
         return pack(self.tick, self.slot.actor, WEAK, self.instruction.index)

@@ -6,7 +6,8 @@ before the clock's owner. The four rows are four kinds of order:
 GENERIC  ordinary causality order (PTX ISA, "Memory Consistency Model")
 ASYNC    writes that a fence.proxy.async made visible to the async proxy ("Proxies")
 INIT     mbarrier initialisations that a fence.mbarrier_init published
-TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over
+TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over; of a thread, the
+         tick up to which it has executed, which orders no access
 
 Rows and their parts are never changed: a change makes new ones, so that all others are shared.
 """

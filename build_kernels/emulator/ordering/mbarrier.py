@@ -120,7 +120,7 @@ class Mbarrier:
         Parity tells two phases apart, not three: a waiter that is not ordered before the end of
         the next phase may miss its own."""
         for seen in self.observations:
-            lane = seen.missing(self.gathered[GENERIC])
+            lane = seen.missing(self.gathered)
             if lane is not None:
                 by.report(
                     "phase-overrun",

@@ -13,6 +13,7 @@ from build_kernels.emulator.lanes import (
     ALL,
     LANE_INDEX,
     LANES,
+    Ints,
     indices_of,
     lanes_of,
     lowest,
@@ -25,9 +26,14 @@ from build_kernels.emulator.ordering.clocks import (
     TENSOR,
     Clock,
     ClockSpace,
-    Row,
+    Ticks,
     join,
 )
+
+
+def _executed(clock: Clock, actors: Ints) -> Ticks:
+    """Return the ticks up to which threads have executed before an event with this clock."""
+    return np.maximum(clock[GENERIC].ticks(actors), clock[TENSOR].ticks(actors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +49,15 @@ class Observation:
     instruction: Instruction
     meetings: list[tuple[int, int]] = field(default_factory=list)
 
-    def missing(self, row: Row) -> int | None:
+    def missing(self, clock: Clock) -> int | None:
         """Return a lane whose wait need not be over when an event with this order happens."""
         lanes = indices_of(self.bits)
-        late = row.ticks(self.warp.actors[lanes]) < self.tick
+        late = _executed(clock, self.warp.actors[lanes]) < self.tick
         if not late.any():
             return None
         missing = sum(1 << int(lane) for lane in lanes[late])
         for bits, tick in self.meetings:
-            if (row.ticks(self.warp.actors[lanes_of(bits)]) >= tick).any():
+            if (_executed(clock, self.warp.actors[lanes_of(bits)]) >= tick).any():
                 missing &= ~bits
         return lowest(missing) if missing else None
 

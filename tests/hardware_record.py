@@ -34,12 +34,12 @@ class Tally:
             self._counted[artifact] += number
         self._launched.clear()
 
-    def end(self, test: str, name: str, *, failed: bool) -> None:
-        """The test is over; what it launched and did not count is one case. name: the item's."""
+    def end(self, name: str, *, failed: bool) -> None:
+        """The test, named with its parameters, is over; if it counted nothing it is one case."""
         for artifact in self._launched - set(self._counted):
             self._counted[artifact] = 1
         for artifact, number in self._counted.items():
-            self.cases[artifact][test] += number
+            self.cases[artifact][name] += number
             if failed:
                 self.failed[artifact].add(name)
         self.forget()
@@ -76,7 +76,7 @@ class HardwareRecord:
         report = yield
         is_case = item.get_closest_marker("gpu") and not item.get_closest_marker("timing")
         if call.when == "call" and is_case:
-            self.tally.end(item.originalname, item.name, failed=report.failed)
+            self.tally.end(item.name, failed=report.failed)
         if call.when == "teardown":
             self.tally.forget()
         return report

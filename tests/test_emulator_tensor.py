@@ -252,8 +252,8 @@ def as_bf16(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None):
-    """Returns (result, expected)."""
+def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None, **options):
+    """Returns (result, expected); options: keywords of `emulate`."""
     rng = np.random.default_rng(a.rows * b.rows + blocks)
     depth = blocks * K_BLOCK
     arrays, maps, values = [], [], []
@@ -282,6 +282,7 @@ def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None):
         ),
         [*maps, out],
         schedule,
+        **options,
     )  # fmt: skip
     return result, values[0] @ values[1].T
 

@@ -34,7 +34,7 @@ RECORD = {
     "arch": "sm_90a",
     "driver": "580.0",
     "date": "2026-01-31",
-    "cases": {"test_models": 24, "test_ties": 8},
+    "cases": {"test_models[n8-K=64]": 24, "test_ties": 8},
     "failed": [],
 }
 # By the present checker of the rung that most results here are of.
@@ -324,6 +324,37 @@ def test_no_file_is_no_evidence(tmp_path: Path) -> None:
     assert standing(Evidence(), KERNEL) == dict.fromkeys(
         ("structure", "lint", "protocol", "emulated", "faults", "hardware"), "not run"
     )
+
+
+@pytest.mark.parametrize(
+    "part", [{"launch": {"token_tile": 64}}, {"problem": {"k_multiple": 3}}, {"parameters": ()}]
+)
+def test_evidence_does_not_outlive_the_launch(part: dict, tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    record = result_of(KERNEL, [record_of()])
+    assert record is not None
+    evidence = Evidence().with_result(KERNEL, "protocol", PASSED)
+    write_evidence(path, evidence.with_result(KERNEL, "hardware", record))
+    evidence = read_evidence(path)
+    assert validated_on(evidence, KERNEL) == "NVIDIA H200"
+    ((name, value),) = part.items()
+    changed = replace(getattr(KERNEL, name), **value) if value else value
+    edited = replace(KERNEL, **{name: changed})
+    assert evidence.of(edited) == {}
+    assert validated_on(evidence, edited) == "nowhere"
+    assert set(evidence.with_result(edited, "lint", PASSED).stored(edited)) == {"lint"}
+
+
+def test_two_kinds_of_gpu_are_two_records() -> None:
+    h200 = result_of(KERNEL, [record_of()])
+    both = result_of(KERNEL, [record_of(gpu="NVIDIA H100 80GB HBM3")], h200)
+    assert both is not None
+    evidence = Evidence().with_result(KERNEL, "hardware", both)
+    assert validated_on(evidence, KERNEL) == "NVIDIA H100 80GB HBM3, NVIDIA H200"
+    assert [run["gpu"] for run in both.figures["records"]] == [
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H200",
+    ]
 
 
 @pytest.mark.parametrize("hash_name", ["cubin_sha256", "ptx_sha256"])

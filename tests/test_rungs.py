@@ -355,23 +355,23 @@ def test_cases_are_counted_by_what_was_launched() -> None:
     tally = Tally()
     tally.launched("a")
     tally.launched("b")
-    tally.end("test_one", "test_one[1]", failed=False)
+    tally.end("test_one[1]", failed=False)
     for artifact in ("a", "a", "b"):
         tally.launched(artifact)
         tally.count()
     tally.launched("a")  # no case of its own: the test counts
     tally.launched("c")
-    tally.end("test_many", "test_many[2]", failed=True)
+    tally.end("test_many[2]", failed=True)
     tally.launched("a")  # by a fixture's teardown
     tally.forget()
-    tally.end("test_nothing", "test_nothing", failed=True)
+    tally.end("test_nothing", failed=True)
     tally.launched("a")
     tally.count(9)
-    tally.end("test_one", "test_one[2]", failed=False)
+    tally.end("test_one[2]", failed=False)
     assert tally.cases == {
-        "a": {"test_one": 10, "test_many": 2},
-        "b": {"test_one": 1, "test_many": 1},
-        "c": {"test_many": 1},
+        "a": {"test_one[1]": 1, "test_many[2]": 2, "test_one[2]": 9},
+        "b": {"test_one[1]": 1, "test_many[2]": 1},
+        "c": {"test_many[2]": 1},
     }
     assert tally.failed == {artifact: {"test_many[2]"} for artifact in "abc"}
 

@@ -21,11 +21,24 @@ Findings by kind
     phase-overrun               an mbarrier's phase may end before a wait for the last one is over
     barrier-uninitialised, -reinitialised, -overflow, -mismatch, mbarrier-as-data
     tx-leftover, tx-overflow    transaction bytes pending at exit, or beyond the counter
+    arrivals-leftover           some arrivals of a phase, but not all of them, at exit
     unfinished-at-exit          no thread of a CTA waited for an operation on the CTA's memory
     exited-peer, peer-not-started, not-own-shared      distributed shared memory
     tmem-lane, -unallocated, -allocation, -leak        tensor memory
     out-of-bounds, misaligned, read-only, tensor-map, inactive-lane, member-mask, trap
     deadlock                    with the event that each thread waits for
+
+Findings by the letter (`Finding.by_the_letter`): the PTX ISA forbids it, compilers emit it, and
+hardware or ptxas guards against its effect. `emulate` reports them unless by_the_letter is False.
+The run goes on with the values of the hardware, so that none hides another fault.
+    unwaited-register           result of tcgen05.ld: the scoreboard holds its use
+    missing-tcgen05-fence       between a tcgen05.ld and another operation
+    missing-wgmma-fence         a constant or an accumulator that was moved behind the fence
+    race                        lanes of a warp that store the same bytes to the same place by one
+                                bulk store
+
+The first strong load after a strong write that is not ordered before it finds the value before the
+write, as PTX allows: code that does not wait for the new value is wrong in every run.
 
 A trap ends the launch (`Result.trapped`). Time passes with the steps of the warps. If all that is
 left to run are warps that spin and look at %globaltimer, it leaps ahead, so that a bounded wait
@@ -37,8 +50,7 @@ Not modelled
     caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
     the grid that griddepcontrol starts; the elements of one lane's vector access acting one by
-    one (the lanes of a strong access do, under random schedules); order between lanes beyond
-    .sync collectives, each of which is taken to order its lanes' memory accesses
+    one (the lanes of a strong access do, under random schedules)
 """
 
 from build_kernels.emulator.emulate import Result, emulate

@@ -18,7 +18,7 @@ from build_kernels.emulator.access.thread_access import ThreadAccess
 from build_kernels.emulator.coverage import Coverage
 from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.machine import Machine
-from build_kernels.emulator.findings import Finding, PtxError
+from build_kernels.emulator.findings import Finding, FindingLog, PtxError
 from build_kernels.emulator.instructions.ld_st import Load
 from build_kernels.emulator.instructions.lookahead import Code, Lookahead, live_registers
 from build_kernels.emulator.instructions.table import make_blocks, make_program
@@ -57,6 +57,7 @@ def emulate(
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] | None = None,
     on_load: OnLoad | None = None,
     coverage: Coverage | None = None,
+    by_the_letter: bool = True,
 ) -> Result:
     """Run a kernel of a PTX module on the CPU.
 
@@ -66,7 +67,9 @@ def emulate(
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
     launch goes; it may fork the process, and the child finishes the launch with other contents
-    than the parent. coverage: records what the launch reaches of its kernel.
+    than the parent. coverage: records what the launch reaches of its kernel. by_the_letter: report
+    faults by the letter of the ISA too, against whose effect hardware or ptxas guards (see the
+    package); it changes no result and no other finding.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a
@@ -75,7 +78,14 @@ def emulate(
     """
     with _garbage_kept():
         return _emulate(
-            ptx, launch, arguments, schedule or Schedule(), approximate or {}, on_load, coverage
+            ptx,
+            launch,
+            arguments,
+            schedule or Schedule(),
+            approximate or {},
+            on_load,
+            coverage,
+            FindingLog(by_the_letter=by_the_letter),
         )
 
 
@@ -100,6 +110,7 @@ def _emulate(
     approximate: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]],
     on_load: OnLoad | None,
     coverage: Coverage | None,
+    log: FindingLog,
 ) -> Result:
     """Run a kernel: see `emulate`."""
     try:
@@ -112,7 +123,7 @@ def _emulate(
         watched = program
         if coverage is not None:
             watched = replace(program, code=coverage.watch(kernel, program.code))
-        machine = Machine(watched, launch, packed, schedule)
+        machine = Machine(watched, launch, packed, schedule, log)
         arrays = _place_arrays(machine.grid, packed)
         if on_load is not None:
             make_blocks(program)  # before a fork: not in each child

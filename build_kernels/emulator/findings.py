@@ -56,6 +56,7 @@ class Finding:
 
     kind: a short stable word, e.g. "race"; message: the fault, in words;
     line, text: the PTX line (1-based) and its text; address: the location, with its memory's name.
+    by_the_letter: the PTX ISA forbids it, but hardware or ptxas guards against its effect.
     """
 
     kind: str
@@ -66,9 +67,11 @@ class Finding:
     address: str = ""
     other: Party | None = None
     count: int = 1
+    by_the_letter: bool = False
 
     def __str__(self) -> str:
-        parts = [f"{self.kind}: {self.message}", f"line {self.line} `{self.text}`"]
+        kind = f"{self.kind} (by the letter)" if self.by_the_letter else self.kind
+        parts = [f"{kind}: {self.message}", f"line {self.line} `{self.text}`"]
         if self.thread:
             parts.append(f"by {self.thread}")
         if self.address:
@@ -81,10 +84,14 @@ class Finding:
 
 
 class FindingLog:
-    """Collect findings; one entry per (kind, line, other line), with a count."""
+    """Collect findings; one entry per (kind, line, other line), with a count.
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, int, int], Finding] = {}
+    by_the_letter: collect those by the letter of the ISA too.
+    """
+
+    def __init__(self, *, by_the_letter: bool = True) -> None:
+        self._found: dict[tuple[str, bool, int, int], Finding] = {}
+        self._by_the_letter = by_the_letter
 
     def report(
         self,
@@ -96,10 +103,13 @@ class FindingLog:
         address: str = "",
         other: Instruction | None = None,
         other_thread: Thread | None = None,
+        by_the_letter: bool = False,
     ) -> None:
         """Add a finding, or count one more of its kind at these lines."""
+        if by_the_letter and not self._by_the_letter:
+            return
         line, text = instruction.line, instruction.text[:TEXT_LIMIT]
-        key = (kind, line, other.line if other else 0)
+        key = (kind, by_the_letter, line, other.line if other else 0)
         if (seen := self._found.get(key)) is not None:
             self._found[key] = replace(seen, count=seen.count + 1)
             return
@@ -114,6 +124,7 @@ class FindingLog:
             thread=thread,
             address=address,
             other=party,
+            by_the_letter=by_the_letter,
         )
 
     def findings(self) -> tuple[Finding, ...]:
@@ -142,6 +153,7 @@ class Reporter(ABC):
         address: str = "",
         other: Instruction | None = None,
         other_thread: Thread | None = None,
+        by_the_letter: bool = False,
     ) -> None:
         """Add a finding about the present instruction."""
         self.log.report(
@@ -152,4 +164,5 @@ class Reporter(ABC):
             address=address,
             other=other,
             other_thread=other_thread,
+            by_the_letter=by_the_letter,
         )

@@ -1,17 +1,19 @@
 """The evidence file: the results of the rungs, by the bytes that they were found on.
 
-Evidence belongs to a pair of hashes, the cubin's and its PTX's. It is stale after the bytes change,
-or if another checker than the present one found it (see `rungs.rung.Checker`). Stale evidence
-counts as none. This module runs no rung.
+Evidence belongs to a pair of hashes, the cubin's and its PTX's, and to the launch that the manifest
+states. It is stale after the bytes or the launch change, or if another checker than the present one
+found it (see `rungs.rung.Checker`). Stale evidence counts as none. This module runs no rung.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from build_kernels.files import replace_file
@@ -28,12 +30,23 @@ _ADVICE = "{}; restore it with git (git checkout -- evidence.json in its folder)
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactEvidence:
-    """The stored results for one pair of hashes; `artifact` names it for readers of the file."""
+    """The stored results for one pair of hashes; `artifact` names it for readers of the file.
+
+    launch_sha256: of the launch that they were found with; empty in entries of before it was kept.
+    """
 
     artifact: str
     cubin_sha256: str
     ptx_sha256: str
     rungs: Mapping[str, Result]
+    launch_sha256: str = ""
+
+
+def launch_sha256(kernel: Kernel) -> str:
+    """Hash all that a manifest entry says about a launch: problem, launch and parameters."""
+    entry = asdict(kernel)
+    said = [entry[name] for name in ("problem", "launch", "parameters")]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,11 @@ class Evidence:
         }
 
     def stored(self, kernel: Kernel) -> Mapping[str, Result]:
-        """Return the results for exactly these bytes by any checker, by rung."""
+        """Return the results for exactly these bytes and this launch by any checker, by rung."""
         entry = self.entries.get((kernel.cubin_sha256, kernel.ptx_sha256))
-        return entry.rungs if entry else {}
+        if entry is None or entry.launch_sha256 not in ("", launch_sha256(kernel)):
+            return {}
+        return entry.rungs
 
     def with_result(self, kernel: Kernel, rung: str, result: Result) -> Evidence:
         """Return this evidence with one more result, unless a stored one shows more."""
@@ -68,6 +83,7 @@ class Evidence:
             cubin_sha256=kernel.cubin_sha256,
             ptx_sha256=kernel.ptx_sha256,
             rungs={**self.stored(kernel), rung: result},
+            launch_sha256=launch_sha256(kernel),
         )
         return Evidence({**self.entries, (kernel.cubin_sha256, kernel.ptx_sha256): entry})
 
@@ -125,6 +141,7 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
             "cubin_sha256": entry.cubin_sha256,
             "ptx_sha256": entry.ptx_sha256,
             "rungs": {rung: result_json(entry.rungs[rung]) for rung in entry.rungs},
+            **({"launch_sha256": entry.launch_sha256} if entry.launch_sha256 else {}),
         }
         for entry in entries
     ]
@@ -146,7 +163,8 @@ def _parse_evidence(node: JsonNode) -> Evidence:
 
 
 def _parse_artifact(node: JsonNode) -> ArtifactEvidence:
-    at = node.members("artifact", "cubin_sha256", "ptx_sha256", "rungs")
+    launch = "launch_sha256"
+    at = node.members("artifact", "cubin_sha256", "ptx_sha256", "rungs", optional=(launch,))
     results = at["rungs"].mapping(parse_result, keys=tuple(RUNGS))
     by_rung = {rung: results[rung] for rung in RUNGS if rung in results}
     for rung, result in by_rung.items():
@@ -156,6 +174,7 @@ def _parse_artifact(node: JsonNode) -> ArtifactEvidence:
         cubin_sha256=at["cubin_sha256"].string(*SHA256),
         ptx_sha256=at["ptx_sha256"].string(*SHA256),
         rungs=by_rung,
+        launch_sha256=at[launch].string(*SHA256) if launch in at else "",
     )
 
 

@@ -9,6 +9,7 @@ TYPE_BITS = {
     "pred": 1,
     **{f"{k}{n}": n for k in "bsu" for n in (8, 16, 32, 64)},
     "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32": 32, "f64": 64,
+    "f32x2": 64, "b128": 128,
 }  # fmt: skip
 
 
@@ -149,6 +150,33 @@ class Kernel:
     registers: list[Register] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def moved_accumulators(self) -> frozenset[int]:
+        """Return the registers that only wgmma, and moves of such registers or constants, write."""
+        moves: dict[int, list[Operand]] = {}
+        others: set[int] = set()
+        for instruction in self.instructions:
+            if instruction.words[0] == "wgmma" or not instruction.operands:
+                continue
+            target = instruction.operands[0]
+            if instruction.words[0] == "mov" and isinstance(target, Register):
+                moves.setdefault(target.index, []).append(instruction.operands[1])
+                continue
+            parts = target.items if isinstance(target, Vector) else (target,)
+            others |= {part.index for part in parts if isinstance(part, Register)}
+        kept = {register.index for register in self.registers} - others
+        while True:
+            bad = {
+                index
+                for index in kept & moves.keys()
+                for origin in moves[index]
+                if not isinstance(origin, Immediate)
+                and not (isinstance(origin, Register) and origin.index in kept)
+            }
+            if not bad:
+                return frozenset(kept)
+            kept -= bad
 
     @property
     def parameter_bytes(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from build_kernels.emulator.access.state_spaces import Place
 from build_kernels.emulator.execution.cta import Released
 from build_kernels.emulator.execution.warp import Warp
@@ -11,10 +14,18 @@ from build_kernels.emulator.ordering.clocks import join
 SCOPES = {"cta": CTA_SCOPE, "cluster": CLUSTER_SCOPE, "gpu": GPU_SCOPE, "sys": GPU_SCOPE}
 
 
-def synchronise_read(w: Warp, place: Place, acquire: bool, scope: int) -> None:
-    """Acquire the clock that the location's last strong store released."""
+def synchronise_read(
+    w: Warp,
+    place: Place,
+    acquire: bool,
+    scope: int,
+    old: Mapping[int, Released | None] = MappingProxyType({}),
+) -> None:
+    """Acquire the clock that the location's last strong store released.
+
+    old: what lanes acquire that read an older value."""
     for lane, offset in zip(place.lanes, place.offsets, strict=True):
-        entry = w.grid.released.get((place.memory, int(offset)))
+        entry = old.get(lane, w.grid.released.get((place.memory, int(offset))))
         if entry is None or not entry.reaches(scope, w.cta):
             continue
         if acquire:

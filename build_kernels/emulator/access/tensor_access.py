@@ -58,12 +58,23 @@ class TensorAccess:
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         operation = self.operation
         kind, why = "race", f"{what} conflict with no order between the two"
-        if operation.clock[GENERIC].tick(actor_of(record)) >= tick_of(record):
+        instruction, thread = operation.grid.author_of(record)
+        known = operation.clock[GENERIC].tick(actor_of(record)) >= tick_of(record)
+        if known:
             kind = "missing-tcgen05-fence"
             why = (
                 "ordered by a synchronisation, but without tcgen05.fence::before_thread_sync "
                 "and ::after_thread_sync around it"
             )
-        instruction, thread = operation.grid.author_of(record)
-        address = memory.describe(offset)
-        operation.report(kind, why, address=address, other=instruction, other_thread=thread)
+        # An ordered tcgen05.ld has read: the scoreboard holds what uses its registers.
+        load = "tcgen05.ld."
+        operation.report(
+            kind,
+            why,
+            address=memory.describe(offset),
+            other=instruction,
+            other_thread=thread,
+            by_the_letter=known
+            and load
+            in (instruction.opcode[: len(load)], operation.instruction.opcode[: len(load)]),
+        )

@@ -37,7 +37,6 @@ class ThreadAccess:
 
     def records(self, count: int) -> Ints:
         warp = self.warp
-        warp.touch()
         same = int(pack(warp.tick, 0, self.scope, warp.instruction.index))
         return (warp.first_records[self.lanes] + same).repeat(self.size)
 

@@ -11,9 +11,10 @@ from build_kernels.emulator.memory.access_records import CLUSTER_SCOPE, CTA_SCOP
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.memory.tensor_memory import TensorMemory
 from build_kernels.emulator.memory.windows import SHARED_RANK_SHIFT
-from build_kernels.emulator.ordering.barriers import ClusterBarrier, NamedBarrier
+from build_kernels.emulator.ordering.barriers import ClusterBarrier, NamedBarrier, Signal
 from build_kernels.emulator.ordering.clocks import Clock
 from build_kernels.emulator.ordering.mbarrier import Mbarrier
+from build_kernels.emulator.ordering.warp_clocks import WarpClocks
 
 Dim = tuple[int, int, int]
 
@@ -52,7 +53,9 @@ class Cta:
 
     index: its place in the grid; place, rank: in the cluster. slot: its slot on the machine;
     first_actor, last_actor, first_tick: the actors of its threads, and the tick of its start.
-    touched_by: operations on its memories, which its threads must wait for before they exit.
+    allocated: how often it has allocated tensor memory; allocation notifies of one more.
+    living: the lanes of each warp that have not exited. touched_by: operations on its memories,
+    which its threads must wait for before they exit.
     """
 
     def __init__(
@@ -67,8 +70,11 @@ class Cta:
         self.shared_end = shared_end
         self.shared = Memory(f"shared memory of cta {index}", shared_end)
         self.tensor_memory = TensorMemory(f"tensor memory of cta {index}")
+        self.allocated = 0
+        self.allocation = Signal()
         self.mbarriers: dict[int, Mbarrier] = {}
-        self.barriers = [NamedBarrier(zero) for _ in range(NAMED_BARRIERS)]
+        self.living: dict[WarpClocks, int] = {}
+        self.barriers = [NamedBarrier(zero, self.living) for _ in range(NAMED_BARRIERS)]
         self.touched_by: list[Touch] = []
         self.slot = self.first_actor = self.last_actor = self.first_tick = 0
         self.exited = False

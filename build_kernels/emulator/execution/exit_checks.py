@@ -55,6 +55,15 @@ def _check_mbarriers(
                 thread=thread,
                 address=barrier.describe(),
             )
+        if barrier.pending != barrier.expected:
+            grid.log.report(
+                "arrivals-leftover",
+                f"the last phase has {barrier.expected - barrier.pending} of {barrier.expected} "
+                "arrivals at exit",
+                instruction=barrier.init_instruction,
+                thread=thread,
+                address=barrier.describe(),
+            )
         for actor, tick, touch in barrier.foreign_touches:
             if known.tick(actor) < tick:
                 grid.log.report(

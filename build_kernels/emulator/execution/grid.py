@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections import deque
 
 import numpy as np
 
@@ -45,10 +46,11 @@ class Task(ABC):
 class Grid:
     """Own global memory, parameters, clocks, asynchronous operations and findings.
 
-    released: the clocks of strong writes, by memory and offset. events: counts whatever another
-    warp may be waiting for. steps: instructions of all warps, about. nanoseconds: of %globaltimer,
-    beside one for each step. timer_reads: its reads so far. lull: all that is left are warps that
-    spin. poison: the registers of a warp at its start.
+    released: the clocks of strong writes, by memory and offset. released_before: what
+    they replaced. waiting: the first CTAs of clusters that have not started. events: counts
+    whatever another warp may be waiting for. steps: instructions of all warps, about. nanoseconds:
+    of %globaltimer, beside one for each step. timer_reads: its reads so far. lull: all that is left
+    are warps that spin. poison: the registers of a warp at its start.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class Grid:
         launch: Launch,
         packed: PackedArguments,
         schedule: Schedule,
+        log: FindingLog,
     ) -> None:
         self.kernel = kernel
         self.layout = layout
         self.launch = launch
         self.schedule = schedule
         self.random = random.Random(schedule.seed)
-        self.log = FindingLog()
+        self.log = log
         self.memory = layout.memory
         self.parameters = Memory(
             "parameters",
@@ -74,6 +77,8 @@ class Grid:
         )
         self.tensor_maps: dict[int, tuple[TensorMap, Memory]] = {}
         self.released: dict[tuple[Memory, int], Released] = {}
+        self.released_before: dict[tuple[Memory, int], Released | None] = {}
+        self.waiting: deque[tuple[int, int, int]] = deque()
         self.events = 0
         self.steps = 0
         self.nanoseconds = 0

@@ -13,6 +13,7 @@ from build_kernels.emulator.execution.grid import Grid
 from build_kernels.emulator.execution.interruption import Trapped
 from build_kernels.emulator.execution.program import Program
 from build_kernels.emulator.execution.warp import Warp
+from build_kernels.emulator.findings import FindingLog
 from build_kernels.emulator.lanes import LANES, lowest
 from build_kernels.emulator.launch.arguments import PackedArguments
 from build_kernels.emulator.launch.launch import Launch, Schedule
@@ -25,21 +26,29 @@ LULL_TURN = 16  # as many turns in one: a bounded wait may look once in a thousa
 LEAP = 60_000_000_000  # ns: beyond the bound of any wait of a kernel
 MAX_LEAPS = 4  # without an event; a spin that goes on is endless
 EAGERNESS = 0.3  # chance per turn that an operation finishes, under random schedules
+FREEZING = 0.01  # chance per turn that a CTA or a cluster is frozen, under schedules that freeze
 
 
 class Machine:
     """Run the warps of one grid."""
 
     def __init__(
-        self, program: Program, launch: Launch, packed: PackedArguments, schedule: Schedule
+        self,
+        program: Program,
+        launch: Launch,
+        packed: PackedArguments,
+        schedule: Schedule,
+        log: FindingLog,
     ) -> None:
         self.program = program
-        self.grid = Grid(program.kernel, program.layout, launch, packed, schedule)
+        self.grid = Grid(program.kernel, program.layout, launch, packed, schedule, log)
         self._policy = schedule.policy
         self._random = self.grid.random
         self._runnable: deque[Warp] = deque()
         self._active: list[Cluster] = []
         self._warps: dict[Cta, list[Warp]] = {}
+        self._frozen: tuple[Cta, ...] = ()
+        self._held: list[Warp] = []  # of the frozen CTAs, which would run
         self.trapped = False
 
     def run(self) -> None:
@@ -54,7 +63,8 @@ class Machine:
         origins = itertools.product(
             *(range(0, g, c) for g, c in zip(launch.grid[::-1], launch.cluster[::-1], strict=True))
         )
-        waiting = deque((x, y, z) for z, y, x in origins)
+        waiting = grid.waiting
+        waiting.extend((x, y, z) for z, y, x in origins)
         with np.errstate(all="ignore"):
             while waiting or self._active:
                 while waiting and len(self._active) < grid.resident:
@@ -94,7 +104,7 @@ class Machine:
                 reads, leaps = grid.timer_reads, 0
             if self._policy == "random" and grid.pending and self._random.random() < EAGERNESS:
                 grid.perform_one()
-            if runnable and idle > IDLE_TURNS * len(runnable) and grid.perform_one():
+            if idle > IDLE_TURNS * len(runnable) and (grid.perform_one() or self._thaw()):
                 continue
             grid.lull = idle > LULL_TURNS * max(1, len(runnable))
             if grid.lull and grid.timer_reads > reads and leaps < MAX_LEAPS:
@@ -106,7 +116,7 @@ class Machine:
             if runnable:
                 idle += LULL_TURN if grid.lull else 1
                 self._turn()
-            elif not grid.perform_one():
+            elif not grid.perform_one() and not self._thaw():
                 # All are blocked. A try_wait may give up; if that changes nothing, all is lost.
                 if stuck_at == grid.events or not self._time_out():
                     self._report_stuck("goes round and round")
@@ -123,6 +133,9 @@ class Machine:
         if self.grid.lull:
             quantum = LULL_TURN * QUANTUM
         warp = runnable.popleft() if policy != "latest" else runnable.pop()
+        if self.grid.schedule.freezes and self._is_frozen(warp):
+            self._held.append(warp)
+            return
         if warp.rest:
             warp.rest -= 1
             runnable.append(warp)
@@ -137,6 +150,21 @@ class Machine:
             runnable.appendleft(warp)
         else:
             runnable.append(warp)
+
+    def _is_frozen(self, warp: Warp) -> bool:
+        """Freeze the warp's CTA or cluster by chance; return whether the warp may not run."""
+        if not self._frozen and self._random.random() < FREEZING:
+            whole = self._random.random() < 0.5
+            self._frozen = tuple(warp.cta.cluster.ctas) if whole else (warp.cta,)
+        return warp.cta in self._frozen
+
+    def _thaw(self) -> bool:
+        """Let frozen CTAs go on, now that the rest stands still; False if none is frozen."""
+        thawed = bool(self._frozen)
+        self._runnable.extend(self._held)
+        self._frozen, self._held = (), []
+        self.grid.events += thawed
+        return thawed
 
     def _time_out(self) -> bool:
         """Let every try_wait give up; False if there is none."""
@@ -168,10 +196,16 @@ class Machine:
         grid.events += 1
         if warp.live == 0:
             warp.publish((1 << min(LANES, cta.threads - warp.index * LANES)) - 1)
+        if warp.live:
+            cta.living[warp] = warp.live
+        else:
+            del cta.living[warp]
+        for named in cta.barriers:
+            named.settle()
         cta.cluster.living -= bits.bit_count()
-        cta.cluster.barrier.settle(cta.cluster.living)
+        cta.cluster.barrier.leave(warp.waits_for_cluster(bits).bit_count(), cta.cluster.living)
         warps = self._warps[cta]
-        if not any(w.live for w in warps):
+        if not cta.living:
             cta.exited = True
             cta.cluster.exited = all(each.exited for each in cta.cluster.ctas)
             check_exit(grid, cta, warps)

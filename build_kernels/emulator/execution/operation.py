@@ -15,7 +15,7 @@ from build_kernels.emulator.findings import Reporter, Thread
 from build_kernels.emulator.lanes import Ints, Mask
 from build_kernels.emulator.memory.access_records import WEAK, actor_of, actors_of, pack, ticks_of
 from build_kernels.emulator.memory.memory import READER_SLOTS, Memory
-from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, Clock, Issue
+from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, TENSOR, Clock, Issue
 
 
 class Operation(Task, Reporter):
@@ -24,7 +24,7 @@ class Operation(Task, Reporter):
     what: its name in findings. pipe: the number of its in-order unit in the CTA, or -1; operations
     of one pipe act in issue order, so no two of them conflict. proxied: it goes through the async
     proxy, which needs a fence.proxy.async to see ordinary writes (PTX ISA, "Proxies").
-    reduces: its writes commute with others of their kind.
+    reduces: its writes commute with others of their kind. twin: see Issue.
     """
 
     what = "asynchronous operation"
@@ -32,7 +32,14 @@ class Operation(Task, Reporter):
     reduces = False
     is_one = True
 
-    def __init__(self, warp: Warp, lane: int, after: Task | None = None, pipe: int = -1) -> None:
+    def __init__(
+        self,
+        warp: Warp,
+        lane: int,
+        after: Task | None = None,
+        pipe: int = -1,
+        twin: object = None,
+    ) -> None:
         self.grid = warp.grid
         self.log = warp.log
         self.warp = warp
@@ -43,15 +50,15 @@ class Operation(Task, Reporter):
         self.issuer = warp.actor + lane
         self.issue_tick = warp.tick
         warp.tick += 1
-        warp.touch()
         self.pipe = pipe
         if pipe >= 0:
             after = self.grid.pipes.get((self.cta, pipe))
             self.grid.pipes[self.cta, pipe] = self
         super().__init__(self.grid.slot_for(self.cta, pipe), after)
         self.tick = self.slot.begin(
-            Issue(self.thread(), self.issuer, self.issue_tick, warp, self.reduces)
+            Issue(self.thread(), self.issuer, self.issue_tick, warp, self.reduces, twin)
         )
+        self.twin = twin
         self.reader_slot = self.slot.actor % READER_SLOTS
 
     def thread(self, lane: int | None = None) -> Thread:
@@ -62,9 +69,12 @@ class Operation(Task, Reporter):
         cta.touched_by.append(Touch(self.slot.actor, self.tick, self.instruction, self.thread()))
 
     def completion(self) -> Clock:
-        """Return the clock that the operation hands over when it completes."""
+        """Return the clock that the operation hands over when it completes.
+
+        What the issuer did before is executed by then, which orders none of its accesses."""
         generic = self.clock[GENERIC].with_tick(self.slot.actor, self.tick)
-        return self.clock.replaced(GENERIC, generic)
+        executed = self.clock[TENSOR].with_tick(self.issuer, self.issue_tick)
+        return self.clock.replaced(GENERIC, generic).replaced(TENSOR, executed)
 
     def records(self, count: int) -> Ints:
         return pack(self.tick, self.slot.actor, WEAK, self.instruction.index)
@@ -98,9 +108,19 @@ class Operation(Task, Reporter):
         if self._known(np.array([record], dtype=np.int64))[0][0]:
             kind = "missing-proxy-fence"
             why = "the async proxy meets an ordinary write with no fence.proxy.async between"
+        issue = self.grid.clocks.issue(record)
+        twins = issue is not None and issue.twin is not None and issue.twin == self.twin
+        if twins:
+            why = "several lanes of a warp store the same bytes to the same place"
         instruction, thread = self.grid.author_of(record)
-        address = memory.describe(offset)
-        self.report(kind, why, address=address, other=instruction, other_thread=thread)
+        self.report(
+            kind,
+            why,
+            address=memory.describe(offset),
+            other=instruction,
+            other_thread=thread,
+            by_the_letter=twins,
+        )
 
     def _known(self, records: Ints) -> tuple[Mask, Ints, Ints]:
         """Return which records are ordered before in general, their actors and their ticks."""

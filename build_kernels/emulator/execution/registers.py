@@ -25,9 +25,11 @@ class Pending:
 class Writer(Protocol):
     """An asynchronous operation that writes registers.
 
-    moves: register moves that came before the wait; they are executed after it.
+    moves: register moves that came before the wait; they are executed after it. guarded: hardware
+    holds what uses the registers until they are written, wait or no wait.
     """
 
+    guarded: bool
     instruction: Instruction
     moves: list[Move]
 

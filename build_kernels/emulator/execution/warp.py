@@ -30,6 +30,7 @@ from build_kernels.emulator.lanes import (
     any_of,
     bits_of,
     lanes_of,
+    numbers_of,
 )
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
@@ -88,6 +89,8 @@ class Warp(WarpClocks):
     r, t: value and taint (poison, or pending) of each register. groups: asynchronous work of the
     warp, owned by the modules that issue it. runnable: the queue of warps that may run. leave:
     called with the lanes that exited. unfenced: the relaxed reads of each lane since its fence.
+    cluster_arrived: the lanes that have arrived at the cluster's barrier and not waited;
+    cluster_generations: the one that each of them waits for.
     """
 
     def __init__(
@@ -123,7 +126,8 @@ class Warp(WarpClocks):
         self.groups: dict[str, Any] = {}
         self.unfenced: list[list[Released]] = [[] for _ in range(LANES)]
         self.cluster_arrived = 0
-        self.cluster_generation = 0
+        self.cluster_generations = [0] * LANES
+        cta.living[self] = self.live
         self.queued = True
         self.rest = 0
         self.budget = 0
@@ -174,6 +178,7 @@ class Warp(WarpClocks):
             f"{self.grid.kernel.registers[register].name} is used before the wait for "
             f"{pending.what}",
             other=pending.owner.instruction,
+            by_the_letter=pending.owner.guarded,
         )
         pending.owner.settle()
         self.t[register] = pending.taint
@@ -359,6 +364,15 @@ class Warp(WarpClocks):
                 other.wait = None
         self._leave(self, bits)
         return not fragment.mask
+
+    def waits_for_cluster(self, bits: int) -> int:
+        """Return those of these lanes that the cluster's barrier counts in its generation."""
+        present = self.cta.cluster.barrier.generation
+        return sum(
+            1 << lane
+            for lane in numbers_of(bits & self.cluster_arrived)
+            if self.cluster_generations[lane] == present
+        )
 
     def converged(self, required: int) -> Wait | None:
         """Return a wait unless all live lanes of `required` execute this instruction now."""

@@ -29,6 +29,8 @@ _SUMS: dict[str, tuple[Compute, Compute]] = {
 def add_sub_mul(d: Decoding) -> Run:
     kind = d.type()
     exact, rounded = _SUMS[d.name]
+    if kind == "f32x2":
+        return _on_pairs(d, 2, partial(rounded, rounding=d.one_of(*floats.ROUNDINGS) or "rn"))
     if kind in FLOATS:
         mode = d.one_of(*floats.ROUNDINGS) or "rn"
         if kind == "f32":
@@ -44,6 +46,18 @@ def add_sub_mul(d: Decoding) -> Run:
         result, product = _multiply(d, kind, part)
         return build(d, result, [kind, kind], product, signless=part == "lo")
     return build(d, kind, [kind, kind], exact, signless=True)
+
+
+def _on_pairs(d: Decoding, arity: int, compute: Compute) -> Run:
+    """Decode a function of two .f32 in 64 bits (sm_100)."""
+    if d.context.arch.startswith("sm_90"):
+        raise d.error("f32x2 exists on sm_100 and above")
+    function = float_compute(d, "f32", compute)
+
+    def run(*pairs: Array) -> Array:
+        return function(*(pair.view(np.float32) for pair in pairs)).view(np.uint64)
+
+    return build(d, "b64", ["b64"] * arity, run)
 
 
 def _multiply(d: Decoding, kind: str, part: str) -> tuple[str, Compute]:
@@ -70,7 +84,7 @@ def _multiply(d: Decoding, kind: str, part: str) -> tuple[str, Compute]:
 
 def mad(d: Decoding) -> Run:
     kind = d.type()
-    if kind in FLOATS:
+    if kind in FLOATS or kind == "f32x2":
         return fma(d)
     part = d.need("lo", "hi", "wide")
     result, product = _multiply(d, kind, part)
@@ -81,6 +95,8 @@ def mad(d: Decoding) -> Run:
 def fma(d: Decoding) -> Run:
     kind = d.type()
     mode = d.need(*floats.ROUNDINGS)
+    if kind == "f32x2":
+        return _on_pairs(d, 3, partial(floats.fma32, rounding=mode))
     if kind in HALVES:
         return on_halves(d, kind, 3, lambda a, b, c: a * b + c)
     plain: Compute = floats.fma64 if kind == "f64" else partial(floats.fma32, rounding=mode)

@@ -10,6 +10,7 @@ import numpy as np
 
 from build_kernels.binaries.ptx.syntax import TYPE_BITS, Sink
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
+from build_kernels.emulator.access.staleness import remember
 from build_kernels.emulator.access.state_spaces import Place, locate
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, registers_of
@@ -69,8 +70,9 @@ class Update:
             new = values[1][lane] if old == values[0][lane] else old
         else:
             new = combine(self.kind, self.name, old, values[0][lane])
-        memory.data[at] = np.array([new], dtype=dtype).view(np.uint8)
         one = Place(memory, place.lanes[turn : turn + 1], place.offsets[turn : turn + 1])
+        remember(w, one, one.bytes(dtype.itemsize), dtype.itemsize)
+        memory.data[at] = np.array([new], dtype=dtype).view(np.uint8)
         synchronise_read(w, one, self.order in ("acquire", "acq_rel"), self.scope)
         synchronise_write(w, one, self.order in ("release", "acq_rel"), self.scope, rmw=True)
         return old

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from build_kernels.emulator.execution.cta import NAMED_BARRIERS
-from build_kernels.emulator.execution.interruption import Interruption, Wait
+from build_kernels.emulator.execution.interruption import Interruption, Partial, Wait
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import among, converge, together
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding
-from build_kernels.emulator.lanes import LANES
+from build_kernels.emulator.lanes import LANES, numbers_of
 from build_kernels.emulator.ordering.clocks import Clock
 
 
@@ -34,11 +34,11 @@ def barrier(d: Decoding) -> Run:
         expected = int(threads.get(w)[w.first_lane()]) if threads is not None else whole
         if expected % LANES or expected == 0:
             w.report("barrier-mismatch", f"{expected} threads are no multiple of a warp")
-        # Barriers count whole warps (PTX ISA, "bar": "in multiples of warp size").
-        arriving = LANES if aligned else w.bits.bit_count()
         w.grid.events += 1
         before = w.clocks[w.first_lane()]
-        mine = w.cta.barriers[index].arrive(w, arriving, expected, w.publish(w.bits))
+        mine = w.cta.barriers[index].arrive(
+            w, expected, w.publish(w.bits), all_threads=threads is None
+        )
         if mode == "arrive":
             return None
         w.fragment.token = (index, mine, before)
@@ -61,7 +61,7 @@ def _wait_for_named(w: Warp, index: int, generation: int, before: Clock) -> Inte
 
 
 def warp_sync(d: Decoding) -> Run:
-    return among(d, lambda w, members: None)
+    return among(d, lambda w, members: w.converge(members))
 
 
 def cluster_arrive(d: Decoding) -> Run:
@@ -75,7 +75,9 @@ def cluster_arrive(d: Decoding) -> Run:
         clock = w.publish(w.bits, release=strong)
         w.grid.events += 1
         w.cluster_arrived |= w.bits
-        w.cluster_generation = cluster.barrier.arrive(w.bits.bit_count(), clock, cluster.living)
+        mine = cluster.barrier.arrive(w.bits.bit_count(), clock, cluster.living)
+        for lane in numbers_of(w.bits):
+            w.cluster_generations[lane] = mine
 
     return together(arrive) if aligned else arrive
 
@@ -89,7 +91,10 @@ def cluster_wait(d: Decoding) -> Run:
         if w.bits & ~w.cluster_arrived:
             w.report("barrier-mismatch", "barrier.cluster.wait with no arrive before it")
             return None
-        if cluster.barrier.generation == w.cluster_generation:
+        early = w.waits_for_cluster(w.bits)
+        if early and early != w.bits:
+            w.activate(w.bits & ~early)
+        elif early:
             return Wait(
                 lambda: (
                     f"the cluster barrier ({cluster.barrier.arrived} of {cluster.living} threads "
@@ -99,7 +104,7 @@ def cluster_wait(d: Decoding) -> Run:
             )
         w.cluster_arrived &= ~w.bits
         w.acquire(w.bits, cluster.barrier.released)
-        return None
+        return Partial(early, 0) if early else None
 
     return together(wait) if aligned else wait
 

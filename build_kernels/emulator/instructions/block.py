@@ -74,7 +74,7 @@ class _Text:
     def add(self, part: Elementwise) -> None:
         """Add the lines of an instruction."""
         if part.collective:
-            self.lines.append(f"w.converge({ALL})")
+            self.lines.append(f"if w.observed: w.meet({ALL})")
         sources = ", ".join([self.source(source) for source in part.sources])
         value = sources if part.compute is same else f"{self.name(part.compute)}({sources})"
         targets = [f"v{len(self.lines)}_{i}" for i in range(len(part.targets))]

@@ -89,8 +89,10 @@ class BulkStoreWrite(Operation):
 
     what = "bulk store (write)"
 
-    def __init__(self, warp: Warp, lane: int, reader: BulkStoreRead, target: GlobalBytes) -> None:
-        super().__init__(warp, lane, after=reader)
+    def __init__(
+        self, warp: Warp, lane: int, reader: BulkStoreRead, target: GlobalBytes, twin: object
+    ) -> None:
+        super().__init__(warp, lane, after=reader, twin=twin)
         self.reader = reader
         self.target = target
 
@@ -121,9 +123,12 @@ def groups_of_lane(w: Warp, lane: int) -> list[list[Operation]]:
     return found
 
 
-def issue_store(w: Warp, lane: int, target: GlobalBytes, offsets: Ints) -> None:
+def issue_store(
+    w: Warp, lane: int, target: GlobalBytes, offsets: Ints, same: tuple[object, ...]
+) -> None:
+    """Issue a lane's store. same: equal for lanes that store the same bytes to the same place."""
     reader = BulkStoreRead(w, lane, offsets)
-    writer = BulkStoreWrite(w, lane, reader, target)
+    writer = BulkStoreWrite(w, lane, reader, target, (w, w.grid.steps, w.budget, same))
     groups_of_lane(w, lane)[-1] += [reader, writer]
     w.grid.issue(reader)
     w.grid.issue(writer)

@@ -38,7 +38,9 @@ def members_of(d: Decoding) -> int | None:
 
 
 def among(d: Decoding, act: Callable[[Warp, int], None]) -> Run:
-    """Take .sync; return a function that lets the members of the mask, the last operand, act."""
+    """Take .sync; return a function that lets the members of the mask, the last operand, act.
+
+    They meet. That orders no memory: bar.warp.sync alone does (PTX ISA, "bar.warp.sync")."""
     d.need("sync")
     mask = d.source(d.operands[-1], "u32")
     constant = members_of(d)
@@ -54,7 +56,8 @@ def among(d: Decoding, act: Callable[[Warp, int], None]) -> Run:
                 f"lanes {w.bits & ~members:#010x} execute this but are not in its mask "
                 f"{members:#010x}",
             )
-        w.converge(w.bits)
+        if w.observed:
+            w.meet(w.bits)
         act(w, members & w.bits)
         return None
 
@@ -67,10 +70,10 @@ def _members(w: Warp, mask: Source) -> int:
 
 
 def converge(w: Warp) -> Wait | None:
-    """Return a wait until every live lane of the warp is here; order them."""
+    """Return a wait until every live lane of the warp is here."""
     wait = w.converged(ALL)
-    if wait is None:
-        w.converge(w.bits)
+    if wait is None and w.observed:
+        w.meet(w.bits)
     return wait
 
 

@@ -70,7 +70,7 @@ def linear_copy(d: Decoding) -> Run:
             _, offset = split_shared(where if load else read)
             offsets = offset + np.arange(length)
             if barrier is None:
-                issue_store(w, lane, far, offsets)
+                issue_store(w, lane, far, offsets, (where, read, length))
                 continue
             at = int(barrier.get(w)[lane])
             if mask is None:
@@ -162,7 +162,7 @@ class TensorCopy:
             w.report("misaligned", why, lane=lane, address=f"shared {where:#x}")
         offsets = described.shared_bytes(offset)
         if self.barrier is None:
-            issue_store(w, lane, box, offsets)
+            issue_store(w, lane, box, offsets, (memory, *self._start(w, lane), offset))
             return
         at = int(self.barrier.get(w)[lane])
         if self.mask is None:
@@ -172,9 +172,11 @@ class TensorCopy:
             targets = multicast_targets(w, lane, ranks, at, offsets, pair=self.pair)
         w.grid.issue(BulkLoad(w, lane, box, targets))
 
+    def _start(self, w: Warp, lane: int) -> tuple[int, ...]:
+        return tuple(int(c.get(w)[lane]) for c in self.coordinates)
+
     def _box(self, w: Warp, lane: int, described: TensorMap, memory: Memory) -> GlobalBytes:
-        start = tuple(int(c.get(w)[lane]) for c in self.coordinates)
-        elements, inside = described.global_bytes(start)
+        elements, inside = described.global_bytes(self._start(w, lane))
         size = described.element_bytes
         offsets = (elements[:, None] + np.arange(size)).reshape(-1)
         return GlobalBytes(memory, offsets, np.repeat(inside, size))

@@ -29,7 +29,9 @@ def convert_address(d: Decoding) -> Run:
 
 
 def map_address(d: Decoding) -> Run:
-    """Decode mapa: the address of the same variable in another CTA of the cluster."""
+    """Decode mapa: the address of the same variable in another CTA of the cluster.
+
+    With a rank outside the cluster it is poison: only its use is a fault."""
     kind = d.type()
     shared = d.one_of("shared::cluster") is not None
     inner = d.source(d.operands[1], kind)
@@ -42,11 +44,12 @@ def map_address(d: Decoding) -> Run:
 
     def run(w: Warp) -> None:
         ranks = rank.get(w)
-        size = len(w.cta.cluster.ctas)
-        if (ranks[w.active] >= size).any():
-            w.report("out-of-bounds", f"mapa to a rank outside the cluster of {size}")
+        taint = w.taint(registers)
+        outside = ranks >= len(w.cta.cluster.ctas)
+        if outside.any():
+            taint = outside if taint is None else outside | taint
         base = (inner.get(w) & low) + (ranks.astype(dtype) << dtype(SHARED_RANK_SHIFT))
-        write(w, base + window, w.taint(registers))
+        write(w, base + window, taint)
 
     return run
 

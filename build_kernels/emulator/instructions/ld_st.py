@@ -9,7 +9,9 @@ import numpy as np
 
 from build_kernels.binaries.ptx.syntax import TYPE_BITS
 from build_kernels.emulator.access.release import synchronise_read, synchronise_write
+from build_kernels.emulator.access.staleness import forget, read_old, remember
 from build_kernels.emulator.access.state_spaces import locate
+from build_kernels.emulator.execution.cta import Released
 from build_kernels.emulator.execution.interruption import Interruption
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.decoding import (
@@ -62,7 +64,10 @@ def load(d: Decoding) -> Run:
             note_read(w, place, offsets, scope)
             found, poison = place.memory.data[offsets], read_states(w, place, offsets)
             if scope:
-                synchronise_read(w, place, order == "acquire", scope)
+                old: dict[int, Released | None] = {}
+                if place.memory.old is not None:
+                    found, poison, old = read_old(w, place, offsets, found, poison, unit)
+                synchronise_read(w, place, order == "acquire", scope, old)
                 w.budget -= POLL_COST
             if len(found) == LANES:
                 data, bad = found, poison
@@ -141,11 +146,16 @@ def store(d: Decoding) -> Run:
     def run(w: Warp) -> None:
         w.grid.events += 1
         w.poisoned("the address", where.registers)
+        states = value_states(w, sources, unit)  # first: it ends loads that nothing waited for
         data = value_bytes(w, sources, unit)
-        states = value_states(w, sources, unit)
         for place in locate(w, space, where.get(w), size):
             state = VALID if states is None else states[place.lanes]
-            write_bytes(w, place, place.bytes(size), data[place.lanes], state, scope)
+            offsets = place.bytes(size)
+            if scope:
+                remember(w, place, offsets, unit)
+            else:
+                forget(place, offsets)
+            write_bytes(w, place, offsets, data[place.lanes], state, scope)
             if scope:
                 synchronise_write(w, place, order == "release", scope, rmw=False)
             elif w.grid.released:

@@ -16,6 +16,7 @@ from build_kernels.emulator.instructions import (
     atom_red,
     barrier,
     bits,
+    cluster_launch,
     collectives,
     control_flow,
     cp_async_bulk,
@@ -29,6 +30,7 @@ from build_kernels.emulator.instructions import (
     prefetch,
     shfl,
     st_async,
+    stmatrix,
     tcgen05_alloc,
     tcgen05_commit_fence,
     tcgen05_ld_st,
@@ -41,13 +43,13 @@ from build_kernels.emulator.lanes import Array
 from build_kernels.emulator.launch.variables import VariableLayout
 
 FAMILIES = (
-    arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, cvta_mapa, prefetch,
-    cp_async_bulk, shfl, collectives, control_flow, griddepcontrol, fence, barrier, mbarrier,
-    tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
+    arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, stmatrix, cvta_mapa, prefetch,
+    cp_async_bulk, cluster_launch, shfl, collectives, control_flow, griddepcontrol, fence, barrier,
+    mbarrier, tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
 )  # fmt: skip
 
 # The targets that have an instruction, by the start of their names; the others are everywhere.
-_TARGETS = {"tcgen05": "sm_10", "wgmma": "sm_90a"}
+_TARGETS = {"tcgen05": "sm_10", "wgmma": "sm_90a", "clusterlaunchcontrol": "sm_10"}
 
 
 def merge(families: Iterable[ModuleType]) -> Mapping[str, Decoder]:

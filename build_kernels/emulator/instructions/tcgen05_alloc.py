@@ -27,8 +27,10 @@ def allocate(d: Decoding) -> Run:
     count = d.source(d.operands[1], "u32")
 
     def run(w: Warp) -> Interruption:
-        w.poisoned("an operand of tcgen05.alloc", where.registers + count.registers)
         memory = w.cta.tensor_memory
+        if w.fragment.token is not None:
+            return finish(w, *w.fragment.token)
+        w.poisoned("an operand of tcgen05.alloc", where.registers + count.registers)
         columns = int(count.get(w)[w.first_lane()])
         if columns not in _SIZES:
             w.report("tmem-allocation", f"{columns} columns: a power of two in 32..512")
@@ -41,6 +43,17 @@ def allocate(d: Decoding) -> Run:
         if start is None:
             return Wait(lambda: f"{columns} free columns of tensor memory")
         w.grid.events += 1
+        w.cta.allocated += 1
+        w.cta.allocation.notify()
+        w.fragment.token = (start, w.cta.allocated)
+        return finish(w, *w.fragment.token)
+
+    def finish(w: Warp, start: int, number: int) -> Interruption:
+        """Wait for the peer: the two CTAs of a pair allocate together; write the address."""
+        for peer in w.cta.cluster.ctas[w.cta.rank & ~1 :][:2] if group == 2 else ():
+            if peer.allocated < number:
+                return Wait(lambda: "the other CTA of the pair to allocate", (peer.allocation,))
+        w.fragment.token = None
         whole = w.bits
         w.activate(1 << w.first_lane())
         for place in locate(w, space, where.get(w), 4):

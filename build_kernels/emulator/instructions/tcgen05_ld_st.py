@@ -24,6 +24,7 @@ class TensorMemoryLoad(TensorOperation):
 
     what = "tcgen05.ld"
     proxied = False
+    guarded = True
 
     def __init__(self, warp: Warp, cells: Ints, targets: Sequence[int]) -> None:
         super().__init__(warp, warp.first_lane(), cells)

@@ -46,6 +46,7 @@ class WarpgroupMma(Operation):
     """One warp's quarter of a wgmma.mma_async: rows 16 (w mod 4) .. + 15 of 64."""
 
     what = "wgmma.mma_async"
+    guarded = False
 
     def __init__(
         self,
@@ -212,8 +213,8 @@ def _check_fenced(w: Warp, registers: Sequence[int]) -> None:
                 f"{name} was written since the last wgmma.fence"
                 if fenced is not None
                 else "no wgmma.fence came before the first wgmma.mma_async",
+                by_the_letter=fenced is not None and register in w.grid.kernel.moved_accumulators,
             )
-            return
 
 
 def fence(w: Warp) -> None:

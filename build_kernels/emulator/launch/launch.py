@@ -61,15 +61,19 @@ class Schedule:
     policy: "earliest" (an operation finishes as it is issued), "latest" (only when every warp is
     blocked) or "random" (any legal moment, drawn from `seed`). The same schedule gives the same
     run. resident_ctas: maximum number of CTAs on the machine; at least one cluster runs.
+    freezes: a CTA or a cluster is held up at random moments, until the rest stands still.
     """
 
     seed: int = 0
     policy: str = "random"
     resident_ctas: int = 64
+    freezes: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise LaunchError(f"schedule.policy: expected one of {POLICIES} (got {self.policy!r})")
+        if self.freezes and self.policy != "random":
+            raise LaunchError(f"schedule.freezes: the policy must be random (got {self.policy!r})")
         if self.resident_ctas < 1:
             raise LaunchError(f"schedule.resident_ctas: must be >= 1 (got {self.resident_ctas})")
 

@@ -21,13 +21,17 @@ ELEMENT_BYTES = {
     "uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2,
     "uint32": 4, "int32": 4, "float32": 4, "uint64": 8, "int64": 8, "float64": 8,
 }  # fmt: skip
-SWIZZLES = {"none": 0, "32B": 32, "64B": 64, "128B": 128}
+# The span and the bytes that stay together.
+SWIZZLES = {
+    "none": (0, 16), "32B": (32, 16), "64B": (64, 16), "128B": (128, 16),
+    "128B_atom_32B": (128, 32),
+}  # fmt: skip
 
 
-def swizzle(addresses: NDArray[Any], span: int) -> NDArray[Any]:
-    """Swizzle byte addresses: XOR 3, 2 or 1 bits from bit 4 with those from bit 7, by the span."""
-    mask = {0: 0, 32: 1, 64: 3, 128: 7}[span]
-    return addresses ^ (((addresses >> 7) & mask) << 4)
+def swizzle(addresses: NDArray[Any], span: int, atom: int = 16) -> NDArray[Any]:
+    """Swizzle byte addresses: XOR the number of an atom in its span with the bits from bit 7."""
+    mask = max(span // atom - 1, 0)
+    return addresses ^ (((addresses >> 7) & mask) * atom)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,8 +39,8 @@ class TensorMap:
     """A tiled tensor map, as cuTensorMapEncodeTiled takes it.
 
     array: the allocation. offset: bytes into it. element_type: e.g. "bfloat16". dims: elements,
-    fastest first. strides: bytes of dims 1.. . box: elements. swizzle: "none", "32B", "64B" or
-    "128B". Interleave is none, out-of-bounds fill zeros, and element strides are 1.
+    fastest first. strides: bytes of dims 1.. . box: elements. swizzle: "none", "32B", "64B",
+    "128B" or "128B_atom_32B". Interleave is none, out-of-bounds fill zeros, element strides are 1.
     """
 
     array: DeviceArray
@@ -78,7 +82,7 @@ class TensorMap:
         inner = self.box[0] * self.element_bytes
         if inner % 16:
             raise LaunchError(f"{where}.box: rows of {inner} bytes are no multiple of 16")
-        span = SWIZZLES[self.swizzle]
+        span, _ = SWIZZLES[self.swizzle]
         if span and inner > span:
             raise LaunchError(
                 f"{where}.box: a row of {inner} bytes is wider than the {self.swizzle} swizzle"
@@ -115,7 +119,7 @@ class TensorMap:
 
     def shared_bytes(self, base: int) -> Ints:
         """Return [n * element_bytes] the shared-memory offset of each byte of a box at `base`."""
-        return swizzle(base + _ramp(self.box_bytes), SWIZZLES[self.swizzle])
+        return swizzle(base + _ramp(self.box_bytes), *SWIZZLES[self.swizzle])
 
 
 @lru_cache(maxsize=64)

@@ -45,14 +45,24 @@ class Access(Protocol):
         ...
 
 
+class OldValues:
+    """The bytes and states before the last strong write of each, and how many loads find them."""
+
+    def __init__(self, size: int) -> None:
+        self.data = np.zeros(size, dtype=np.uint8)
+        self.state = np.zeros(size, dtype=np.uint8)
+        self.reads = np.zeros(size, dtype=np.uint8)
+
+
 class Memory:
     """Hold bytes, the state of each, and records of the accesses to each.
 
     name: for findings. initial: contents, valid from the start; else `size` bytes of poison.
     tracked: keep access records; read-only memory needs none. always_valid: no byte is ever poison
     or an mbarrier. dependent: the grid before this one may still write it. foreign: threads of a
-    CTA that does not own it have records here. on_load: called before each read, with the offsets
-    of the bytes and the access; it may change `data`.
+    CTA that does not own it have records here. old: see access/staleness; None before the first
+    strong write. on_load: called before each read, with the offsets of the bytes and the access; it
+    may change `data`.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class Memory:
         self.tracked = tracked and not read_only
         self.foreign = False
         self.always_valid = read_only and initial is not None
+        self.old: OldValues | None = None
         self.on_load: Callable[[Ints, Access], None] | None = None
         if initial is None:
             self.data = np.full(size, POISON_BYTE, dtype=np.uint8)
@@ -86,6 +97,16 @@ class Memory:
         # one slot, only the later is remembered.
         self._writes: Ints | None = None
         self._reads: list[Ints | None] = [None] * READER_SLOTS
+
+    def old_values(self) -> OldValues:
+        """Return the values before strong writes, with room for them from the first one on."""
+        if self.old is None:
+            self.old = OldValues(self.size)
+        return self.old
+
+    def last_writes(self, offsets: Ints) -> Ints:
+        """Return the record of each byte's last write."""
+        return np.zeros(len(offsets), np.int64) if self._writes is None else self._writes[offsets]
 
     def describe(self, offset: int) -> str:
         if self.base:
@@ -119,7 +140,7 @@ class Memory:
         self._writes[offsets] = access.records(len(offsets))
 
     def _check(self, row: Ints, offsets: Ints, access: Access, what: str) -> None:
-        """Report the first byte whose record conflicts with the access."""
+        """Report the first byte of each record that conflicts with the access."""
         before = row[offsets]
         if access.is_one and len(before) > 1 and all_of(before == before[0]):
             before = before[:1]
@@ -131,8 +152,10 @@ class Memory:
         late = np.flatnonzero(~ordered)
         excused = {one: access.excused(one) for one in set(before[late].tolist())}
         late = late[[not excused[one] for one in before[late].tolist()]]
-        if len(late):
-            access.conflict(self, int(offsets[late[0]]), int(before[late[0]]), what)
+        # Each of them: one by the letter of the ISA must not hide another.
+        for one in dict.fromkeys(before[late].tolist()):
+            first = int(late[np.flatnonzero(before[late] == one)[0]])
+            access.conflict(self, int(offsets[first]), one, what)
 
     def records(self, where: Ints | slice) -> Ints:
         """Return the distinct records at these offsets."""

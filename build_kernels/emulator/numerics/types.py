@@ -14,9 +14,13 @@ DTYPE: dict[str, Any] = {
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
     "f16x2": np.uint32, "bf16x2": np.uint32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
+    "f32x2": np.uint64, "b128": np.complex128,
 }  # fmt: skip
 
-STORAGE: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+# complex128 is the type of 16 bytes that NumPy moves without a look at them.
+STORAGE: dict[int, Any] = {
+    1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.complex128,
+}  # fmt: skip
 
 FLOATS = ("f32", "f64")
 HALVES = ("f16", "bf16", "f16x2", "bf16x2")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from build_kernels.binaries.ptx.syntax import Instruction
+from build_kernels.emulator.lanes import LANES
 from build_kernels.emulator.ordering.clocks import Clock, join
 from build_kernels.emulator.ordering.warp_clocks import WarpClocks
 
@@ -52,16 +54,26 @@ class ThreadBarrier:
 
 
 class NamedBarrier(ThreadBarrier):
-    """One of a CTA's 16 barriers (PTX ISA, "bar")."""
+    """One of a CTA's 16 barriers (PTX ISA, "bar").
 
-    def __init__(self, zero: Clock) -> None:
+    It counts whole warps: one has arrived when all its living lanes have. living: the lanes of each
+    warp of the CTA that have not exited.
+    """
+
+    def __init__(self, zero: Clock, living: Mapping[WarpClocks, int]) -> None:
         super().__init__(zero)
         self.expected = 0
         self.opener: Instruction | None = None
+        self._living = living
+        self._lanes: dict[WarpClocks, int] = {}  # of warps that have not arrived as a whole
+        self._warps: set[WarpClocks] = set()  # those that have
+        self._all = False  # an arrival named no count, so that every living warp must arrive
 
-    def arrive(self, warp: WarpClocks, threads: int, expected: int, clock: Clock) -> int:
-        """Count a warp's threads; return the generation to wait for."""
-        if self.arrived == 0:
+    def arrive(self, warp: WarpClocks, expected: int, clock: Clock, *, all_threads: bool) -> int:
+        """Count a warp's lanes; return the generation to wait for.
+
+        expected: a count of threads, that of the CTA's if all of them must arrive."""
+        if not self._warps and not self._lanes:
             self.expected, self.opener = expected, warp.instruction
         elif self.expected != expected:
             warp.report(
@@ -69,26 +81,50 @@ class NamedBarrier(ThreadBarrier):
                 f"expects {expected} threads, but an earlier arrival expects {self.expected}",
                 other=self.opener,
             )
-        mine = self._gather(threads, clock)
-        if self.arrived > self.expected:
-            warp.report(
-                "barrier-overflow",
-                f"{self.arrived} threads arrived, but {self.expected} are expected",
-                other=self.opener,
-            )
-        if self.arrived >= self.expected:
-            self._open()
+        self._all |= all_threads
+        self._lanes[warp] = self._lanes.get(warp, 0) | warp.bits
+        mine = self._gather(0, clock)
+        self.settle()
         return mine
+
+    def settle(self) -> None:
+        """Count the warps that have arrived by now, and open if they suffice."""
+        for warp, lanes in list(self._lanes.items()):
+            if self._living.get(warp, 0) & ~lanes:
+                continue
+            del self._lanes[warp]
+            self._warps.add(warp)
+            self.arrived += LANES
+            if self.arrived > self.expected:
+                warp.report(
+                    "barrier-overflow",
+                    f"{self.arrived} threads arrived, but {self.expected} are expected",
+                    other=self.opener,
+                )
+        if not self._warps:
+            return
+        if self.arrived >= self.expected or (self._all and self._living.keys() <= self._warps):
+            self._warps.clear()
+            self._all = False
+            self._open()
 
 
 class ClusterBarrier(ThreadBarrier):
-    """barrier.cluster (PTX ISA): opens when all living threads of the cluster arrived."""
+    """barrier.cluster (PTX ISA): opens when all living threads of the cluster arrived.
+
+    arrived: living threads.
+    """
 
     def arrive(self, threads: int, clock: Clock, living: int) -> int:
         """Count threads; return the generation to wait for."""
         mine = self._gather(threads, clock)
         self.settle(living)
         return mine
+
+    def leave(self, arrived: int, living: int) -> None:
+        """Go on without threads that exited. arrived: how many of them had arrived."""
+        self.arrived -= arrived
+        self.settle(living)
 
     def settle(self, living: int) -> None:
         """Open if every living thread has arrived."""

@@ -6,7 +6,8 @@ before the clock's owner. The four rows are four kinds of order:
 GENERIC  ordinary causality order (PTX ISA, "Memory Consistency Model")
 ASYNC    writes that a fence.proxy.async made visible to the async proxy ("Proxies")
 INIT     mbarrier initialisations that a fence.mbarrier_init published
-TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over
+TENSOR   tcgen05 operations that a tcgen05.fence::before_thread_sync handed over; of a thread, the
+         tick up to which it has executed, which orders no access
 
 Rows and their parts are never changed: a change makes new ones, so that all others are shared.
 """
@@ -115,13 +116,17 @@ def join(left: Clock, right: Clock) -> Clock:
 
 @dataclass(frozen=True)
 class Issue:
-    """The origin of an operation, kept for as long as its records may matter."""
+    """The origin of an operation, kept for as long as its records may matter.
+
+    twin: equal for operations that do the same to the same bytes, issued by one instruction.
+    """
 
     thread: Thread
     issuer: int
     issue_tick: int
     warp: object
     reduces: bool
+    twin: object = None
 
 
 _REMEMBERED = 32

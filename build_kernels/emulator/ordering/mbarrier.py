@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
 
 from build_kernels.binaries.ptx.syntax import Instruction
 from build_kernels.emulator.findings import Reporter
-from build_kernels.emulator.lanes import indices_of, lanes_of
 from build_kernels.emulator.memory.memory import Memory
 from build_kernels.emulator.ordering.barriers import Signal
 from build_kernels.emulator.ordering.clocks import ASYNC, GENERIC, INIT, Clock, join
-from build_kernels.emulator.ordering.warp_clocks import WarpClocks
+from build_kernels.emulator.ordering.warp_clocks import Observation, WarpClocks
 
 MAX_COUNT = (1 << 20) - 1
 
@@ -24,16 +20,6 @@ class Home(Protocol):
     shared: Memory
     mbarriers: dict[int, Mbarrier]
     exited: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """A wait that saw a phase end: its lanes, tick and instruction."""
-
-    warp: WarpClocks
-    bits: int
-    tick: int
-    instruction: Instruction
 
 
 class Mbarrier:
@@ -123,6 +109,8 @@ class Mbarrier:
         self.pending = self.expected
         self.released = self.gathered
         self.gathered = self._zero
+        for seen in self.observations:
+            seen.warp.observed.pop(seen, None)
         self.observations = []
         self.signal.notify()
 
@@ -132,10 +120,8 @@ class Mbarrier:
         Parity tells two phases apart, not three: a waiter that is not ordered before the end of
         the next phase may miss its own."""
         for seen in self.observations:
-            actors = seen.warp.actors[lanes_of(seen.bits)]
-            late = self.gathered[GENERIC].ticks(actors) < seen.tick
-            if late.any():
-                lane = int(indices_of(seen.bits)[np.flatnonzero(late)[0]])
+            lane = seen.missing(self.gathered)
+            if lane is not None:
                 by.report(
                     "phase-overrun",
                     f"phase {self.phase} ends with no order after a wait for phase "
@@ -155,5 +141,4 @@ class Mbarrier:
         if acquire:
             warp.acquire(bits, self.released)
         if self.phase:
-            self.observations.append(Observation(warp, bits, warp.tick, warp.instruction))
-            warp.touch()
+            self.observations.append(warp.observe(bits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,12 +13,53 @@ from build_kernels.emulator.lanes import (
     ALL,
     LANE_INDEX,
     LANES,
+    Ints,
+    indices_of,
     lanes_of,
     lowest,
     numbers_of,
 )
 from build_kernels.emulator.memory.access_records import WEAK, pack
-from build_kernels.emulator.ordering.clocks import GENERIC, INIT, TENSOR, Clock, ClockSpace, join
+from build_kernels.emulator.ordering.clocks import (
+    GENERIC,
+    INIT,
+    TENSOR,
+    Clock,
+    ClockSpace,
+    Ticks,
+    join,
+)
+
+
+def _executed(clock: Clock, actors: Ints) -> Ticks:
+    """Return the ticks up to which threads have executed before an event with this clock."""
+    return np.maximum(clock[GENERIC].ticks(actors), clock[TENSOR].ticks(actors))
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A wait that saw an mbarrier's phase end: its lanes, tick and instruction.
+
+    meetings: lanes that met after it, and when.
+    """
+
+    warp: WarpClocks
+    bits: int
+    tick: int
+    instruction: Instruction
+    meetings: list[tuple[int, int]] = field(default_factory=list)
+
+    def missing(self, clock: Clock) -> int | None:
+        """Return a lane whose wait need not be over when an event with this order happens."""
+        lanes = indices_of(self.bits)
+        late = _executed(clock, self.warp.actors[lanes]) < self.tick
+        if not late.any():
+            return None
+        missing = sum(1 << int(lane) for lane in lanes[late])
+        for bits, tick in self.meetings:
+            if (_executed(clock, self.warp.actors[lanes_of(bits)]) >= tick).any():
+                missing &= ~bits
+        return lowest(missing) if missing else None
 
 
 class WarpClocks(Reporter):
@@ -25,6 +67,7 @@ class WarpClocks(Reporter):
 
     index: the warp's number in its CTA. actor: the actor of lane 0. first_tick: the CTA's start;
     the lanes' accesses have later ticks. instruction, bits: the present one and its lanes.
+    observed: the waits that some of their lanes may still be at, for all that the others can tell.
     """
 
     def __init__(
@@ -54,8 +97,8 @@ class WarpClocks(Reporter):
         self.fence_scope = [WEAK] * LANES
         # Per actor: the last tcgen05 operation that the warp may follow without a fence.
         self.tensor = space.zero[TENSOR]
+        self.observed: dict[Observation, None] = {}
         self._cta = cta
-        self._settled = 0
         self._started = 0  # lanes whose clocks have their own start in INIT
         self.first_records = pack(0, self.actors, WEAK, 0)
 
@@ -102,14 +145,12 @@ class WarpClocks(Reporter):
             started = np.maximum(clock[INIT].ticks(mine), self.first_tick)
             clock = clock.replaced(INIT, clock[INIT].with_ticks(mine, started))
         self.tick += 1
-        self._settled = 0
         return clock
 
     def acquire(self, bits: int, incoming: Clock, within: Clock | None = None) -> None:
         """Join a clock into those of these lanes. within: a clock that it already includes."""
         for clock, lanes in self.groups_of(bits):
             self._set(lanes, incoming if clock is within else join(clock, incoming))
-        self._settled = 0
 
     def order_after(self, bits: int, actor: int, tick: int) -> None:
         """Order these lanes after an agent's operation."""
@@ -117,28 +158,33 @@ class WarpClocks(Reporter):
             generic = clock[GENERIC]
             if generic.tick(actor) < tick:
                 self._set(lanes, clock.replaced(GENERIC, generic.with_tick(actor, tick)))
-        self._settled = 0
 
     def replace_clocks(self, bits: int, change: Callable[[Clock], Clock]) -> None:
         """Replace each of these lanes' clocks by what `change` makes of it."""
         for clock, lanes in self.groups_of(bits):
             self._set(lanes, change(clock))
-        self._settled = 0
 
     def converge(self, bits: int) -> None:
-        """Order everything that these lanes did before everything that they do next.
-
-        PTX promises that for bar.warp.sync only. Every .sync collective is taken so, because code
-        everywhere relies on it (elect.sync, then one lane signals for the warp)."""
-        if bits & ~self._settled == 0:
-            return
+        """Order everything that these lanes did before everything that they do next."""
         self._set(bits, self.publish(bits))
-        self._settled = bits
         self._started |= bits
 
-    def touch(self) -> None:
-        """Note that an access was recorded at the present tick."""
-        self._settled = 0
+    def observe(self, bits: int) -> Observation:
+        """Return a wait of these lanes that is over, which their next meetings hand on."""
+        seen = Observation(self, bits, self.tick, self.instruction)
+        if bits & (bits - 1):
+            self.observed[seen] = None
+        return seen
+
+    def meet(self, bits: int) -> None:
+        """Note that these lanes execute one instruction together: their waits are over.
+
+        That orders no memory, but it holds for what each of them does next."""
+        for seen in list(self.observed):
+            if seen.bits & bits:
+                seen.meetings.append((bits, self.tick))
+            if not seen.bits & ~bits:
+                del self.observed[seen]
 
     def _set(self, bits: int, clock: Clock) -> None:
         if bits == ALL:

@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 
 PACKAGES = ("numpy", "torch")
 
-# (policy, seed, alone). Earliest completes an asynchronous operation at issue, latest if all warps
-# are blocked. alone: one cluster runs at a time and the next starts after it, so that a CTA that
+ALONE, FROZEN = ", a cluster at a time", ", a CTA or a cluster frozen"
+# (policy, seed, more). Earliest completes an asynchronous operation at issue, latest if all warps
+# are blocked. ALONE: one cluster runs at a time and the next starts after it, so that a CTA that
 # waits for one not yet started never ends.
 FULL_SCHEDULES = (
-    *(("earliest", 0, False), ("latest", 0, False)),
-    *(("random", 1, False), ("random", 2, False), ("random", 3, False)),
-    ("random", 4, True),
+    *(("earliest", 0, ""), ("latest", 0, ""), ("random", 1, ""), ("random", 2, "")),
+    *(("random", 3, FROZEN), ("random", 4, ALONE)),
 )
 # In turn, one per case.
-QUICK_SCHEDULES = (("latest", 0, False), ("random", 1, True))
+QUICK_SCHEDULES = (("latest", 0, ""), ("random", 1, ALONE))
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
@@ -73,11 +73,9 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
     worst = 0.0
     for number, case in enumerate(cases):
         inputs = make_inputs(kernel, case)
-        for policy, seed, alone in [schedules[number % 2]] if quick else schedules:
+        for policy, seed, more in [schedules[number % 2]] if quick else schedules:
             try:
-                outcome = run(
-                    kernel, artifact.ptx, inputs, schedule_of(kernel, policy, seed, alone)
-                )
+                outcome = run(kernel, artifact.ptx, inputs, schedule_of(kernel, policy, seed, more))
             except EmulatorError as error:
                 return Result(status=FAILED, scope=scope, reason=f"{case}: refused: {error}")
             if outcome.problems:
@@ -85,29 +83,28 @@ def climb(artifact: Artifact, *, quick: bool) -> Result:
                 return Result(
                     status=FAILED,
                     scope=scope,
-                    reason=f"{case}, schedule {policy} {seed}: {problems}",
+                    reason=f"{case}, schedule {policy} {seed}{more}: {problems}",
                     figures={"runs_before": runs},
                 )
             runs += 1
             worst = max(worst, outcome.weight_error)
     figures = {
         "cases": [str(case) for case in cases],
-        "schedules": [
-            f"{policy} {seed}" + ", a cluster at a time" * alone
-            for policy, seed, alone in schedules
-        ],
+        "schedules": [f"{policy} {seed}{more}" for policy, seed, more in schedules],
         "runs": runs,
         "worst_weight_error": float(f"{worst:.2g}"),
     }
     return Result(status=PASSED, scope=scope, figures=figures)
 
 
-def schedule_of(kernel: Kernel, policy: str, seed: int, alone: bool) -> Schedule:
+def schedule_of(kernel: Kernel, policy: str, seed: int, more: str) -> Schedule:
     """Return one of the schedules above for a kernel."""
     from build_kernels.emulator import Schedule
 
-    schedule = Schedule(policy=policy, seed=seed)
-    return replace(schedule, resident_ctas=prod(kernel.launch.cluster)) if alone else schedule
+    schedule = Schedule(policy=policy, seed=seed, freezes=more == FROZEN)
+    if more == ALONE:
+        schedule = replace(schedule, resident_ctas=prod(kernel.launch.cluster))
+    return schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 RUNG = Rung(
     name="faults",
     climbs=tuple(partial(climb, part=part) for part in range(PARTS)),
-    checker=Checker(number=3),
+    checker=Checker(number=4),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=5,
     figures={"faults": lambda node: node.items("a list of faults"), "runs": JsonNode.integer},

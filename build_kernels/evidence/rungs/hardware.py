@@ -28,7 +28,8 @@ from dsv4_router_runtime.artifacts.kernel import Kernel
 from .rung import Reads, Rung, counted
 
 _ARCH = r"sm_[1-9][0-9]{1,2}[af]?", "an architecture such as sm_90a"
-_TEST_NAMES = r"[A-Za-z_][A-Za-z0-9_]{0,199}"
+# With the parameters, except in records of before.
+_TEST_NAMES = r"[A-Za-z_][A-Za-z0-9_]{0,199}(\[[ -~]{0,200}\])?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Record:
 
     gpu: the device's name. arch: its architecture by the driver, such as sm_90a. driver: the
     version of the CUDA driver or of the kernel module. date: YYYY-MM-DD. cases: the number of cases
-    on this artifact by test. failed: the tests that failed, with their parameters.
+    on this artifact by test, with its parameters. failed: the tests that failed.
     """
 
     artifact: str

@@ -10,7 +10,6 @@ from .edits import ARRIVE, WAIT, arrivals, deleted, no_wait
 from .kernels import (
     BEFORE_ROW_FLAGS,
     BOTH,
-    PROTOCOL,
     WRAPS,
     WRAPS_BOTH,
     emajor,
@@ -104,8 +103,7 @@ DECODE = (
         ("full needs two arrivals", arrivals(2, 0), BEFORE_ROW_FLAGS),
         ("empty needs two arrivals", arrivals(2, 1), BEFORE_ROW_FLAGS),
         ("row_flags_full needs 33 arrivals", arrivals(33, _ROW_FLAGS_FULL), BEFORE_ROW_FLAGS),
-        # In the emulator the lanes of a warp arrive together.
-        ("row_flags_full needs 31 arrivals", arrivals(31, _ROW_FLAGS_FULL), PROTOCOL),
+        ("row_flags_full needs 31 arrivals", arrivals(31, _ROW_FLAGS_FULL), BOTH),
     ),
     *of_kind(
         *(_decode, "stage off by one"),
@@ -118,8 +116,6 @@ DECODE = (
     ),
 )
 
-# A count of 31 would drop one lane's ids. No rung finds it: in the emulator the lanes of a warp
-# arrive together, and SentryWard runs no options.
 PHYSICAL_IDS = (
     _physical(
         "epilogue does not wait for the physical ids", "dropped wait", no_wait(_PHYSICAL_IDS_WAIT)
@@ -130,6 +126,10 @@ PHYSICAL_IDS = (
     _physical(
         *("physical_ids_full needs 33 arrivals", "wrong arrive count"),
         arrivals(33, _PHYSICAL_IDS_FULL),
+    ),
+    _physical(
+        *("physical_ids_full needs 31 arrivals", "wrong arrive count"),
+        arrivals(31, _PHYSICAL_IDS_FULL),
     ),
 )
 

@@ -10,7 +10,6 @@ from .edits import deleted
 from .kernels import (
     BOTH,
     ONE_BLOCK,
-    PROTOCOL,
     TWO_TILES,
     WRAPS,
     WRAPS_BOTH,
@@ -41,6 +40,7 @@ def _of(what: str) -> str:
 
 _WAIT_GROUP = r"(wgmma\.wait_group\.sync\.aligned \t)0;"
 
+_NO_WARP_BARRIER = deleted(r"bar\.warp\.sync[^;]*;")
 _NO_WAIT_GROUP = deleted(_WAIT_GROUP)
 _ONE_LATE = Edit(pattern=_WAIT_GROUP, replacement=r"\g<1>1;")
 _NO_CLUSTER_BARRIER = deleted(r"barrier\.cluster\.(arrive\.relaxed|wait);")
@@ -88,6 +88,11 @@ SM90 = of_kind(
 
 HASH = (
     hash_layer(
+        *("hash: no barrier between storing W_gate and the arrival", "missing warp barrier"),
+        _NO_WARP_BARRIER,
+        complaint="race",
+    ),
+    hash_layer(
         *("hash: no fence between storing W_gate and multiplying", "missing proxy fence"),
         deleted(r"fence\.proxy\.async\.shared::cta;"),
         case=WRAPS,
@@ -109,10 +114,10 @@ HASH = (
     ),
 )
 
-# In the emulator the lanes of a warp run in step.
 TOPK_BARRIER = topk(
     *("top-k: no barrier between writing keys and reading them", "missing warp barrier"),
-    deleted(r"bar\.warp\.sync[^;]*;"),
-    rejected_by=PROTOCOL,
+    _NO_WARP_BARRIER,
+    rejected_by=BOTH,
+    complaint="race",
 )
 TOPK_GRID = topk("top-k: logits read before the grid dependency", _GRID, deleted(_GRID_WAIT))

@@ -52,6 +52,12 @@ _ONE_WORD = Edit(
     pattern=r"min\.u32( \t%r\d+, %r\d+), %r\d+;(?=(?:\s+min\.u32[^;]*;){3,6}\s+setp\.eq)",
     replacement=r"mov.b32\1;",
 )
+# The test of the tree's root for a candidate that is not there yet.
+_NOBODY = Edit(
+    pattern=r"(min\.u32[^;]*;\s+setp\.eq\.b32[^;]*, 0;\s+)vote\.sync\.ballot\.b32( \t%r\d+), "
+    r"%p\d+, -1;",
+    replacement=r"\1mov.b32\2, 0;",
+)
 # What `take_top_k` leaves to `take_one_by_one`.
 TWO_LANES = Edit(
     pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
@@ -105,6 +111,13 @@ DECODE = (
     *of_kind(
         *(sm100, "scratch not zeroed"),
         ("the merger leaves its entries behind", deleted(_ZEROS), TWO_TILES),
+    ),
+    sm100(
+        *("the merger waits for nobody", "dropped wait", _NOBODY),
+        case=TWO_TILES,
+        # Each one finds it.
+        schedules=(("earliest", 0),),
+        complaint=WRONG_IDS,
     ),
     sm100(
         *("the merger waits for one word of each pair", "half of a pair", _ONE_WORD),

@@ -103,7 +103,7 @@ def judge(
 
 def _runs(
     artifact: Artifact, cases: Sequence[tuple[Case, float]], scope: str
-) -> Iterator[tuple[str, tuple[str, int, bool], Case, float]]:
+) -> Iterator[tuple[str, tuple[str, int, str], Case, float]]:
     """Yield the runs: first those of a quick climb, and last the schedules that it leaves out."""
     quick = set(cases_of(artifact.kernel, quick=True))
     others = [each for each in emulated.FULL_SCHEDULES if each not in emulated.QUICK_SCHEDULES]
@@ -119,7 +119,7 @@ def _runs(
 
 
 def _complaint(
-    artifact: Artifact, ptx: str, inputs: Inputs, schedule: tuple[str, int, bool], limit: float
+    artifact: Artifact, ptx: str, inputs: Inputs, schedule: tuple[str, int, str], limit: float
 ) -> str:
     """Return the first complaint of the emulated rung, empty for none.
 

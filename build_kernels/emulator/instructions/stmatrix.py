@@ -1,0 +1,67 @@
+"""stmatrix: a warp stores 8 x 8 matrices of 16-bit elements (PTX ISA, "stmatrix")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from build_kernels.emulator.access.staleness import forget
+from build_kernels.emulator.access.state_spaces import locate
+from build_kernels.emulator.execution.warp import Run, Warp
+from build_kernels.emulator.instructions.convergence import aligned
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items
+from build_kernels.emulator.instructions.generic_access import (
+    value_bytes,
+    value_states,
+    write_bytes,
+)
+from build_kernels.emulator.lanes import ALL, LANES, Array, Ints
+from build_kernels.emulator.memory.memory import VALID
+
+ROW = 16  # bytes; lane 8 i + r gives the address of row r of matrix i
+
+
+def _places(count: int, transposed: bool) -> Ints:
+    """Return [lanes, ROW]: the byte of [lanes, 4 * count] that each byte of a row comes from."""
+    lane, byte = np.meshgrid(np.arange(8 * count), np.arange(ROW), indexing="ij")
+    matrix, row, column = lane // 8, lane % 8, byte // 2
+    if transposed:
+        row, column = column, row
+    # Lane t holds columns 2 (t mod 4) and the next of row t / 4.
+    return (4 * row + column // 2) * 4 * count + 4 * matrix + column % 2 * 2 + byte % 2
+
+
+def store_matrix(d: Decoding) -> Run:
+    d.need("m8n8")
+    count = int(d.need("x1", "x2", "x4")[1:])
+    places = _places(count, d.take("trans"))
+    space = d.need("shared", "shared::cta")
+    d.need("b16")
+    where = d.address(d.operands[0])
+    sources = [d.source(each, "b32") for each in items(d.operands[1])]
+    if len(sources) != count:
+        raise d.error(f"needs {count} registers (got {len(sources)})")
+
+    def rows(values: Array) -> Array:
+        found = np.zeros((LANES, ROW), dtype=np.uint8)
+        found[: 8 * count] = values.reshape(-1)[places]
+        return found
+
+    def run(w: Warp) -> None:
+        w.grid.events += 1
+        w.poisoned("the address", where.registers)
+        states = value_states(w, sources, 4)  # first: it ends loads that nothing waited for
+        data = rows(value_bytes(w, sources, 4))
+        of_rows = None if states is None else rows(states)
+        whole = w.bits
+        w.activate(whole & ALL >> LANES - 8 * count)
+        for place in locate(w, space, where.get(w), ROW):
+            offsets = place.bytes(ROW)
+            forget(place, offsets)
+            state = VALID if of_rows is None else of_rows[place.lanes]
+            write_bytes(w, place, offsets, data[place.lanes], state, 0)
+        w.activate(whole)
+
+    return aligned(d, run)
+
+
+INSTRUCTIONS: dict[str, Decoder] = {"stmatrix": store_matrix}

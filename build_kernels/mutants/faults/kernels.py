@@ -24,6 +24,8 @@ BLOCKS_OF_BOTH_STAGES = 13
 BLOCK_K = 64 * 16
 
 ONE_BLOCK = Case(num_tokens=7, num_experts=60, top_k=6, k=BLOCK_K)
+# Of 16 slices of K all but the last are empty.
+EMPTY_SLICES = replace(ONE_BLOCK, k=64)
 WRAPS = replace(ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_A_WRAP)
 WRAPS_BOTH = replace(ONE_BLOCK, k=BLOCK_K * BLOCKS_OF_BOTH_STAGES)
 TWO_TILES = replace(ONE_BLOCK, num_experts=100)

@@ -9,6 +9,7 @@ from build_kernels.mutants.mutant import Edit
 from .edits import deleted
 from .kernels import (
     BOTH,
+    EMPTY_SLICES,
     ONE_BLOCK,
     TWO_TILES,
     WRAPS,
@@ -63,6 +64,8 @@ DECODE = (
     *of_kind(
         *(sm100, _CLUSTER),
         ("epilogue does not wait for the cluster", _NO_CLUSTER_WAIT, "barrier-uninitialised"),
+        # The epilogue of a CTA with K blocks comes after loads, which wait for the cluster.
+        case=EMPTY_SLICES,
     ),
     *(
         sm100(f"{what} before the grid dependency", _GRID, edit, case=case, complaint=_of(what))

@@ -67,12 +67,16 @@ DECODE_CASES = [
     decode_case(31, 256, 4096, "biased"),
     decode_case(3, 96, 1024, "extreme"),
 ]
-# Of each tile of tokens, by layout: two token tiles of few experts, and two expert tiles.
+# Of each kernel, by layout: two token tiles of few experts, or two expert tiles.
 PREFILL_CASES = [
-    (64, "kmajor", decode_case(65, 60, 1024, "biased")),
-    (64, "emajor", decode_case(65, 136, 1024, "integers")),
-    (128, "emajor", decode_case(129, 56, 1024, "biased")),
-    (128, "kmajor", decode_case(65, 132, 1024, "integers")),
+    ("n64", "kmajor", decode_case(65, 60, 1024, "biased")),
+    ("n64", "emajor", decode_case(65, 136, 1024, "integers")),
+    ("n64_k8", "emajor", decode_case(65, 56, 1024, "biased")),
+    ("n64_k8", "kmajor", decode_case(70, 132, 2048, "biased")),
+    ("n64_k4", "kmajor", decode_case(65, 60, 2048, "biased")),
+    ("n64_k4", "emajor", decode_case(70, 136, 1024, "biased")),
+    ("n128_k4", "emajor", decode_case(129, 56, 1024, "biased")),
+    ("n128_k4", "kmajor", decode_case(100, 132, 2048, "biased")),
 ]
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
@@ -96,7 +100,13 @@ def on_gpu(inputs: Inputs, layout: str, *prefill: str) -> tuple[np.ndarray, np.n
         item for item in found.manifest.kernels if item.role != "prefill" or item.name in prefill
     ]
     kept = replace(found, manifest=replace(found.manifest, kernels=tuple(kernels)))
-    router = Router(weight, bias, top_k=case.top_k, routed_scaling_factor=SCALE, artifacts=kept)
+    router = Router(
+        *(weight, bias),
+        top_k=case.top_k,
+        routed_scaling_factor=SCALE,
+        artifacts=kept,
+        same_bits=bool(prefill),
+    )
     assert set(prefill) <= {key.split(".")[0] for key in router.kernels}
     router(hidden, weights, ids)
     torch.cuda.synchronize()
@@ -128,11 +138,11 @@ def test_decode_gives_the_bits_that_the_emulator_gives(
     assert_same_bits(emulation, *on_gpu(inputs, layout))
 
 
-@pytest.mark.parametrize(("tile", "layout", "case"), PREFILL_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "layout", "case"), PREFILL_CASES, ids=str)
 def test_prefill_gives_the_bits_that_the_emulator_gives(
-    tile: int, layout: str, case: Case, approximate: dict
+    shape: str, layout: str, case: Case, approximate: dict
 ) -> None:
-    name = f"router_prefill_{layout}_n{tile}"
+    name = f"router_prefill_{layout}_{shape}"
     artifact = load_artifact(find_artifacts(), f"{name}.{arch_of_device(0)}")
     inputs = make_inputs(artifact.kernel, case)
     emulation = emulated.run(

@@ -49,6 +49,8 @@ class Case:
     extreme    logits beyond +-100
     low        all logits near -100: softplus would be denormal, and epsilon counts
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
+
+    first_token: of the call's, that of a prefill launch; a multiple of its token tile.
     """
 
     num_tokens: int
@@ -57,13 +59,19 @@ class Case:
     k: int = 0
     kind: str = "integers"
     options: tuple[str, ...] = ()
+    first_token: int = 0
 
     def __str__(self) -> str:
         k = f" K={self.k}" if self.k else ""
         options = f" with {', '.join(self.options)}" if self.options else ""
-        return (
-            f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k} {self.kind}{options}"
-        )
+        first = f" from token {self.first_token}" if self.first_token else ""
+        sizes = f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k}"
+        return f"{sizes} {self.kind}{options}{first}"
+
+    @property
+    def launched_tokens(self) -> int:
+        """Return the number of tokens that the launch routes."""
+        return self.num_tokens - self.first_token
 
     @property
     def columns(self) -> int:
@@ -138,6 +146,8 @@ def prefill_cases(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
         Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
+        # A call's second launch, with two owners: the workspace counts from its first token.
+        Case(num_tokens=2 * tile + 3, num_experts=experts + 4, top_k=6, k=one, first_token=tile),
     )
     if quick:
         return first

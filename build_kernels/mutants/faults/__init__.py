@@ -6,7 +6,17 @@ kernels, then the harmless changes.
 
 from __future__ import annotations
 
-from . import barriers, harmless, layouts, options, ordering, prefill, prefill_pipelines, selection
+from . import (
+    barriers,
+    harmless,
+    layouts,
+    options,
+    ordering,
+    prefill,
+    prefill_pipelines,
+    prefill_slices,
+    selection,
+)
 
 MUTANTS = (
     *barriers.DECODE,
@@ -34,6 +44,8 @@ MUTANTS = (
     *prefill_pipelines.PIPELINES,
     *prefill_pipelines.OPTIONS,
     *prefill_pipelines.SM100,
+    *prefill_slices.SLICES,
+    *prefill_slices.SECOND_LAUNCHES,
     *harmless.DECODE,
     *prefill_pipelines.HARMLESS,
 )

@@ -192,6 +192,7 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
+        same_bits=layer.same_bits,
         dtypes=layer.dtypes,
     )
     if step.is_product_and_select:

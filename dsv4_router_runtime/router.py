@@ -260,7 +260,7 @@ class Router:
 
         Writes out_weights (FP32, or BF16 rounded from it to nearest even) and out_ids (int32 or
         int64) in [0:N, 0:top_k + num_shared_slots] and nowhere else; both may be larger. N = 0
-        returns at once. Up to 256 tokens of 384 experts (384 of 256) take one launch, more take
+        returns at once. Up to 640 tokens of 384 experts (960 of 256) take one launch, more take
         cuBLAS and one (see same_bits); `explain` prints the steps of a layer. A refused call has
         launched nothing and touched no output.
 

@@ -108,7 +108,10 @@ def test_a_kernel_takes_no_more_tokens_than_its_clusters(manifest, num_tokens, n
     assert judge(kernel, problem, "sm_90a") == Rejected(kernel=kernel, reason=reason)
     fewer = replace(problem, num_tokens=num_tokens - 1)
     assert judge(kernel, fewer, "sm_90a") == Accepted(kernel=kernel)
-    without_larger = tuple(item for item in manifest.kernels if "n128" not in item.name)
+    others = ("n128", "_k8", "_k4")
+    without_larger = tuple(
+        item for item in manifest.kernels if not any(word in item.name for word in others)
+    )
     with pytest.raises(NoKernelError, match=f"router_prefill_kmajor_n64.sm_90a: {reason}"):
         select_kernel(replace(manifest, kernels=without_larger), problem, "sm_90a")
 
@@ -198,6 +201,15 @@ LAYER = LayerProblem(
 )
 
 
+# Of a K-contiguous gate of 384 experts.
+PREFILL_STEPS = (
+    (128, "router_prefill_kmajor_n64"),
+    (256, "router_prefill_kmajor_n128"),
+    (320, "router_prefill_kmajor_n64_k8"),
+    (640, "router_prefill_kmajor_n64_k4"),
+)
+
+
 def steps(manifest, layer=LAYER, arch="sm_90a"):
     return [(step.max_tokens, step.kernel.name) for step in plan_layer(manifest, layer, arch).steps]
 
@@ -207,17 +219,18 @@ def test_a_plain_layers_steps(manifest):
         (8, "router_decode_kmajor_n8"),
         (32, "router_decode_kmajor_n32"),
         (64, "router_decode_kmajor_n64"),
-        (128, "router_prefill_kmajor_n64"),
-        (256, "router_prefill_kmajor_n128"),
+        *PREFILL_STEPS,
         (None, "router_topk"),
     ]
     plan = plan_layer(manifest, LAYER, "sm_90a")
-    assert [step.is_product_and_select for step in plan.steps] == [*[False] * 5, True]
+    assert [step.is_product_and_select for step in plan.steps] == [*[False] * 7, True]
     assert [step.reason for step in plan.steps[2:]] == [
         "33..64 tokens: computes the whole gate in one launch",
         "65..128 tokens: computes the whole gate in one launch, by larger tiles",
         "129..256 tokens: computes the whole gate in one launch, by larger tiles",
-        "257.. tokens: selects from the logits of a matrix product",
+        "257..320 tokens: computes the whole gate in one launch, by larger tiles",
+        "321..640 tokens: computes the whole gate in one launch, by larger tiles",
+        "641.. tokens: selects from the logits of a matrix product",
     ]
     assert plan.copy_reason is None
 
@@ -226,16 +239,16 @@ def test_a_plain_layers_steps(manifest):
 @pytest.mark.parametrize(
     ("num_experts", "ends"),
     [
-        (60, {"n64": 448, "n128": 896}),
-        (128, {"n64": 448, "n128": 896}),
-        (129, {"n64": 192, "n128": 384}),
-        (130, {"n64": 192, "n128": 384}),
-        (256, {"n64": 192, "n128": 384}),
-        (257, {"n64": 128, "n128": 256}),
-        (384, {"n64": 128, "n128": 256}),
+        (60, {"n64": 448, "n128": 896, "n64_k8": 960, "n64_k4": 1920}),
+        (128, {"n64": 448, "n128": 896, "n64_k8": 960, "n64_k4": 1920}),
+        (129, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
+        (130, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
+        (256, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
+        (257, {"n64": 128, "n128": 256, "n64_k8": 320, "n64_k4": 640}),
+        (384, {"n64": 128, "n128": 256, "n64_k8": 320, "n64_k4": 640}),
         # One token tile of 64 is decode's.
-        (385, {"n128": 128}),
-        (512, {"n128": 128}),
+        (385, {"n128": 128, "n64_k8": 192, "n64_k4": 448}),
+        (512, {"n128": 128, "n64_k8": 192, "n64_k4": 448}),
     ],
 )
 def test_prefill_serves_what_fits_in_its_clusters(manifest, layout, num_experts, ends):
@@ -258,22 +271,43 @@ def test_a_set_without_prefill_kernels_multiplies_beyond_decode(manifest):
     ]
 
 
-@pytest.mark.parametrize(("tile", "end"), [(64, 128), (128, 256)])
-def test_a_set_with_one_prefill_tile_serves_what_that_takes(manifest, tile, end):
-    other = 192 - tile
-    few = [item for item in manifest.kernels if f"prefill_kmajor_n{other}" not in item.name]
-    assert steps(replace(manifest, kernels=tuple(few)))[3:] == [
-        (end, f"router_prefill_kmajor_n{tile}"),
-        (None, "router_topk"),
+@pytest.mark.parametrize(("end", "name"), PREFILL_STEPS)
+def test_a_set_with_one_prefill_kernel_serves_what_that_takes(manifest, end, name):
+    few = [item for item in manifest.kernels if item.role != "prefill" or item.name == name]
+    assert steps(replace(manifest, kernels=tuple(few)))[3:] == [(end, name), (None, "router_topk")]
+
+
+@pytest.mark.parametrize("layout", ["kmajor", "emajor"])
+@pytest.mark.parametrize(
+    ("num_experts", "ends"),
+    [
+        # n128_k4 takes no more tokens than n64_k4.
+        (128, {"n64_k8": 960, "n64_k4": 1920}),
+        (256, {"n64_k8": 448, "n64_k4": 960, "n128_k4": 1920}),
+        (384, {"n64_k8": 320, "n64_k4": 640, "n128_k4": 1280}),
+        (512, {"n64_k8": 192, "n64_k4": 448, "n128_k4": 896}),
+    ],
+)
+def test_one_kernel_serves_same_bits_alone(manifest, layout, num_experts, ends):
+    layer = replace(LAYER, layout=layout, num_experts=num_experts, same_bits=True)
+    *fused, last = plan_layer(manifest, layer, "sm_90a").steps
+    assert [(step.kernel.name, step.max_tokens) for step in fused[-len(ends) :]] == [
+        (f"router_prefill_{layout}_{tile}", end) for tile, end in ends.items()
     ]
+    assert (last.kernel, last.piece_tokens) == (fused[-1].kernel, fused[-1].max_tokens)
+    kernel = sample_kernel(f"router_prefill_{layout}_n128_k4")
+    problem = replace(PROBLEM, role="prefill", layout=layout, num_experts=num_experts)
+    reason = "slower than a matrix product; it serves layers that ask for same_bits"
+    assert judge(kernel, problem, "sm_90a") == Rejected(kernel=kernel, reason=reason)
+    same_bits = replace(problem, same_bits=True)
+    assert judge(kernel, same_bits, "sm_90a") == Accepted(kernel=kernel)
 
 
 def test_a_hash_layer_goes_on_with_the_whole_gate(manifest):
     assert steps(manifest, replace(LAYER, hashed=True)) == [
         (56, "router_hash"),
         (64, "router_decode_kmajor_n64"),
-        (128, "router_prefill_kmajor_n64"),
-        (256, "router_prefill_kmajor_n128"),
+        *PREFILL_STEPS,
         (None, "router_topk"),
     ]
 
@@ -290,8 +324,7 @@ def test_a_hash_layers_calls_with_images_take_the_whole_gate(manifest):
     assert [kernel.name for kernel in mixed.kernels] == [
         "router_hash",
         "router_decode_kmajor_n64",
-        "router_prefill_kmajor_n64",
-        "router_prefill_kmajor_n128",
+        *(name for _, name in PREFILL_STEPS),
         "router_topk",
         "router_decode_kmajor_n8",
         "router_decode_kmajor_n32",
@@ -336,10 +369,9 @@ def test_a_step_before_a_gap_hands_over_to_the_next_role(manifest, change):
         if kernel.name == "router_decode_kmajor_n64":
             late = replace(kernel.problem, num_tokens=IntRange(low=33, high=64))
             manifest = change(manifest, at, problem=late)
-    prefill = [(128, "router_prefill_kmajor_n64"), (256, "router_prefill_kmajor_n128")]
     assert steps(manifest) == [
         (8, "router_decode_kmajor_n8"),
-        *prefill,
+        *PREFILL_STEPS,
         (None, "router_topk"),
     ]
     few = tuple(kernel for kernel in manifest.kernels if kernel.role != "prefill")
@@ -353,10 +385,9 @@ def test_a_step_before_a_gap_hands_over_to_the_next_role(manifest, change):
 def test_a_hash_layer_hands_over_a_gap_to_the_next_role_too(manifest, is_prefill_there):
     few = [kernel for kernel in manifest.kernels if "decode_kmajor_n64" not in kernel.name]
     few = [kernel for kernel in few if is_prefill_there or kernel.role != "prefill"]
-    prefill = [(128, "router_prefill_kmajor_n64"), (256, "router_prefill_kmajor_n128")]
     assert steps(replace(manifest, kernels=tuple(few)), replace(LAYER, hashed=True)) == [
         (56, "router_hash"),
-        *(prefill if is_prefill_there else []),
+        *(PREFILL_STEPS if is_prefill_there else []),
         (None, "router_topk"),
     ]
 
@@ -365,7 +396,7 @@ def test_a_hash_layer_hands_over_a_gap_to_the_next_role_too(manifest, is_prefill
     ("missing", "message"),
     [
         ("decode", "no kernel for role=decode, num_tokens=1"),
-        ("select", "no kernel for role=select, num_tokens=257"),
+        ("select", "no kernel for role=select, num_tokens=641"),
     ],
 )
 def test_a_layer_that_no_kernels_serve_is_refused(manifest, missing, message):

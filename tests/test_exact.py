@@ -80,8 +80,13 @@ def logit(x: list[float], w: list[float]) -> float:
         for k in range(64 * (index * blocks // 16), 64 * ((index + 1) * blocks // 16), 16):
             accumulator = step(accumulator, list(zip(x[k : k + 16], w[k : k + 16], strict=True)))
         sums.append(accumulator)
-    total = sums[0]
-    for each in sums[1:]:
+    return added([added(sums[first : first + 4]) for first in range(0, 16, 4)])
+
+
+def added(terms: list[float]) -> float:
+    """The FP32 sum of FP32 numbers, from left to right."""
+    total = terms[0]
+    for each in terms[1:]:
         # FP64 has the bits to round a sum of two FP32 numbers twice without harm.
         total = to_nearest(total + each)
     return total

@@ -16,7 +16,11 @@ from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.explain import Question, as_json, as_text, explain
 
 # The first and the last number of tokens of each step, for any number of experts.
-PREFILL_ENDS = (128, 129, 192, 193, 256, 257, 384, 385, 448, 449, 896, 897)
+PREFILL_ENDS = tuple(
+    end + more
+    for end in (128, 192, 256, 320, 384, 448, 640, 896, 960, 1280, 1920)
+    for more in (0, 1)
+)
 ENDS = (1, 8, 9, 32, 33, 56, 57, 64, 65, *PREFILL_ENDS)
 QUESTION = Question(num_tokens=48, k=7168, num_experts=384, top_k=6)
 
@@ -156,14 +160,14 @@ def test_prefill_names_its_clusters_scratch_and_bound(artifacts):
 
 
 def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
-    question = replace(QUESTION, num_tokens=400, num_experts=132, layout="emajor", hashed=True)
+    question = replace(QUESTION, num_tokens=1000, num_experts=132, layout="emajor", hashed=True)
     text = as_text(explain(artifacts, question, "sm_90a"))
-    assert "N=400, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
+    assert "N=1000, K=7168, num_experts=132, top_k=6, emajor hash layer on sm_90a" in text
     assert "path: torch.mm (cuBLAS), then one launch of router_topk.sm_90a, " in text
-    assert "-> 385.. tokens: selects from the logits of a matrix product: router_topk" in text
+    assert "-> 961.. tokens: selects from the logits of a matrix product: router_topk" in text
     assert "copies: W_gate, 1892352 bytes per layer, since TMA cannot step" in text
     assert "copies: tid2eid as int32" in text
-    assert f"scratch: {400 * 132 * 4} bytes of logits per stream" in text
+    assert f"scratch: {1000 * 132 * 4} bytes of logits per stream" in text
     assert "pdl: allowed" in text
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
 

@@ -71,7 +71,11 @@ def test_a_launch_may_be_of_any_number_of_clusters(manifest):
     launches = [kernel["launch"] for kernel in json.loads(text)["kernels"]]
     bounds = [launch.get("max_clusters") for launch in launches]
     assert bounds == [kernel.launch.max_clusters for kernel in manifest.kernels]
-    assert bounds == [7 if kernel.role == "prefill" else None for kernel in manifest.kernels]
+    clusters = {16: 7, 8: 15, 4: 30}
+    assert bounds == [
+        clusters[kernel.launch.k_splits] if kernel.role == "prefill" else None
+        for kernel in manifest.kernels
+    ]
     assert all("max_clusters" not in launches[at] for at in (0, HASH, TOPK))
     kernel = parse_manifest(altered(manifest, MAX_CLUSTERS, ...)).kernels[PREFILL]
     assert kernel.launch.max_clusters is None
@@ -89,7 +93,7 @@ PARAMETER = "kernels/0/parameters"
 W_MAP = f"{PARAMETER}/0/tensor_map"
 X_MAP = f"{PARAMETER}/1/tensor_map"
 # router_hash, router_prefill_kmajor_n128 and router_topk for sm_100a.
-HASH, PREFILL, TOPK = 12, 18, 22
+HASH, PREFILL, TOPK = 12, 24, 34
 MAX_CLUSTERS = f"kernels/{PREFILL}/launch/max_clusters"
 
 
@@ -151,7 +155,7 @@ MAX_CLUSTERS = f"kernels/{PREFILL}/launch/max_clusters"
         ("kernels/1/problem/layout", ..., "kernels[1].problem.layout: missing"),
         ("kernels/1/role", "select", 'problem: unknown key "layout"'),
         ("kernels/1/role", "dense", "role: expected one of decode, prefill, hash, select"),
-        (MAX_CLUSTERS, 0, "kernels[18].launch.max_clusters: expected an int from 1 to 1024"),
+        (MAX_CLUSTERS, 0, "kernels[24].launch.max_clusters: expected an int from 1 to 1024"),
         (MAX_CLUSTERS, "7", 'launch.max_clusters: expected an int from 1 to 1024 (got "7")'),
         (MAX_CLUSTERS, 7.0, "launch.max_clusters: expected an int from 1 to 1024 (got 7.0)"),
         (MAX_CLUSTERS, True, "launch.max_clusters: expected an int from 1 to 1024"),
@@ -259,7 +263,7 @@ RESOURCES = "kernels/1/resources"
         (
             f"kernels/{PREFILL}/parameters/0/tensor_map/box",
             [64, 64],
-            "[18].parameters[0].tensor_map.box: expected 128 along E",
+            "[24].parameters[0].tensor_map.box: expected 128 along E",
         ),
         (f"{X_MAP}/box/1", 8, "tensor_map.box: expected 32 along N, launch.token_tile (got [64, 8"),
         (f"{LAUNCH}/wait_limit_ms", -1, "launch.wait_limit_ms: expected an int from 0 to 600000"),

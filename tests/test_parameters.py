@@ -13,6 +13,7 @@ from dsv4_router_runtime.parameters import (
     BIASES,
     BOUND,
     BROUGHT,
+    FIRST_TOKEN,
     IMAGE_IDS,
     LAUNCH,
     OUT_LOGITS,
@@ -49,6 +50,9 @@ def test_every_kernel_takes_every_option(role: str) -> None:
     reads them from out_logits.
     """
     options = {item.name for item in ALL.values() if item.off is not None}
+    # No option: a launch's place in its call.
+    options.discard(FIRST_TOKEN.name)
+    assert (FIRST_TOKEN in ABI[role]) == (role == "prefill")
     if role not in ("decode", "prefill"):
         options -= {OUT_LOGITS.name, OUT_LOGITS_STRIDE.name}
     if role == "hash":

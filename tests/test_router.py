@@ -204,10 +204,19 @@ def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, 
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
 @pytest.mark.parametrize(
-    ("num_tokens", "tile", "token_tiles"), [(65, 64, 2), (448, 64, 7), (449, 128, 4), (896, 128, 7)]
+    ("num_tokens", "shape", "splits", "box", "token_tiles"),
+    [
+        (65, "n64", 16, (64, 64, 2), 2),
+        (448, "n64", 16, (64, 64, 2), 7),
+        (449, "n128", 16, (64, 128, 1), 4),
+        (896, "n128", 16, (64, 128, 1), 7),
+        (897, "n64_k8", 8, (64, 64, 1), 15),
+        (961, "n64_k4", 4, (64, 64, 1), 16),
+        (1920, "n64_k4", 4, (64, 64, 1), 30),
+    ],
 )
 def test_prefill_is_one_launch_with_decodes_parameters(
-    gpu, make, layout, num_tokens, tile, token_tiles
+    gpu, make, layout, num_tokens, shape, splits, box, token_tiles
 ):
     bound = make(layout)
     bound(*step(64))
@@ -215,19 +224,20 @@ def test_prefill_is_one_launch_with_decodes_parameters(
     bound(x, w, ids)
     decode, last = gpu.launches
     assert gpu.products == []
-    assert last["kernel"] == f"router_prefill_{layout}_n{tile}.sm_90a"
+    assert last["kernel"] == f"router_prefill_{layout}_{shape}.sm_90a"
     # 80 experts are one tile of 128.
-    assert last["grid"] == (16, 1, token_tiles)
+    assert last["grid"] == (splits, 1, token_tiles)
     assert (last["num_tokens"], last["num_experts"], last["num_k_blocks"]) == (num_tokens, E, 8)
     assert (last["out_weights"], last["out_ids"]) == (w.data_ptr(), ids.data_ptr())
     assert (last["out_weights_stride"], last["out_ids_stride"]) == (9, 9)
-    assert set(last) == set(decode)
+    assert set(last) == {*decode, "first_token"}
+    assert last["first_token"] == 0
     # Of W_gate a K-contiguous box is as wide as the tile: a map of the kernel's own.
     assert (last["w_map"] == decode["w_map"]) == (layout == "emajor")
-    assert (gpu.maps[-1].dims, gpu.maps[-1].box) == ((64, num_tokens, 8), (64, tile, 128 // tile))
+    assert (gpu.maps[-1].dims, gpu.maps[-1].box) == ((64, num_tokens, 8), box)
 
 
-@pytest.mark.parametrize("num_tokens", [897, 2000])
+@pytest.mark.parametrize("num_tokens", [1921, 4000])
 def test_more_tokens_are_a_product_and_a_selection(gpu, make, num_tokens):
     bound = make()
     x, w, ids = step(num_tokens)
@@ -247,9 +257,9 @@ def test_more_tokens_are_a_product_and_a_selection(gpu, make, num_tokens):
 
 def test_selections_grid_follows_n_and_logits_only_grow(gpu, make):
     bound = make()
-    for num_tokens in (1000, 2000, 1000):
+    for num_tokens in (2000, 4000, 2000):
         bound(*step(num_tokens))
-    assert [item["grid"][0] for item in gpu.launches] == [250, 500, 250]
+    assert [item["grid"][0] for item in gpu.launches] == [500, 1000, 500]
     small, large, again = (item["logits"] for item in gpu.launches)
     assert small != large == again
 
@@ -338,7 +348,7 @@ def test_call_from_another_current_device_runs_on_the_layers_own(gpu, make, monk
 def test_a_call_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
     """Another layer's call on the stream writes the same logits: it must not come between."""
     bound = make()
-    bound(*step(1000))
+    bound(*step(2000))
     [slot] = workspace_of(bound).slots.values()
     held = []
     product, launch = binding.multiply, LaunchSite.launch
@@ -352,13 +362,13 @@ def test_a_call_holds_the_slot_from_product_to_launch(gpu, make, monkeypatch):
         launch(site)
 
     monkeypatch.setattr(LaunchSite, "launch", launched)
-    second(*step(1000))
+    second(*step(2000))
     assert gpu.launches[0]["logits"] == gpu.launches[1]["logits"]
     assert held == [True, True]
     assert not slot.lock._is_owned()
 
 
-@pytest.mark.parametrize(("num_tokens", "scratch"), [(100, "counters"), (1000, "logits")])
+@pytest.mark.parametrize(("num_tokens", "scratch"), [(100, "counters"), (2000, "logits")])
 def test_a_capture_leaves_the_eager_scratch_alone(gpu, make, num_tokens, scratch):
     bound = make()
     bound(*step(num_tokens))
@@ -374,7 +384,7 @@ def test_a_capture_leaves_the_eager_scratch_alone(gpu, make, num_tokens, scratch
 def test_scratch_made_in_inference_mode_can_be_used_outside(gpu, make):
     bound = make()
     with torch.inference_mode():
-        bound(*step(1000))
+        bound(*step(2000))
     assert not gpu.products[0][2].is_inference()
 
 
@@ -386,13 +396,15 @@ def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
         "router_decode_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n128.sm_90a",
+        "router_prefill_kmajor_n64_k8.sm_90a",
+        "router_prefill_kmajor_n64_k4.sm_90a",
         "router_topk.sm_90a",
     ]
     assert bound.kernels == tuple(gpu.loads)
     make()
-    for num_tokens in (4, 100, 1000):
+    for num_tokens in (4, 100, 2000):
         bound(*step(num_tokens))
-    assert len(gpu.loads) == 6
+    assert len(gpu.loads) == 8
 
 
 def test_same_bytes_under_changed_metadata_are_loaded_as_it_says(gpu, make, artifacts):
@@ -437,9 +449,9 @@ def test_unaligned_rows_are_copied_k_contiguous(gpu, make):
     assert bound.kernels[0] == "router_decode_kmajor_n8.sm_90a"
     assert copy.stride() == (1, K)
     assert gpu.maps[0].address == copy.data_ptr()
-    bound(*step(384))
-    assert gpu.last["kernel"] == "router_prefill_kmajor_n128.sm_90a"
-    bound(*step(385))
+    bound(*step(960))
+    assert gpu.last["kernel"] == "router_prefill_kmajor_n64_k4.sm_90a"
+    bound(*step(961))
     assert gpu.products[0][1] is copy
     assert not make().weights_copied
 
@@ -484,7 +496,7 @@ def test_pdl_is_a_bool(gpu, make, pdl):
     with pytest.raises(TypeError, match=rf"^pdl: expected a bool \(got {got}\)"):
         make(pdl=pdl)
     router = make()
-    for num_tokens in (4, 100, 1000, 0):
+    for num_tokens in (4, 100, 2000, 0):
         with pytest.raises(TypeError, match=rf"^pdl: expected a bool, or None .*\(got {got}\)"):
             router(*step(num_tokens), pdl=pdl)
     assert gpu.launches == gpu.products == []
@@ -642,14 +654,14 @@ def hash_table(vocab=20):
     return torch.arange(TOP_K).expand(vocab, TOP_K)
 
 
-@pytest.mark.parametrize("num_tokens", [4, 100, 1000])
+@pytest.mark.parametrize("num_tokens", [4, 100, 2000])
 def test_options_that_are_off_are_null(gpu, make, num_tokens):
     make()(*step(num_tokens))
     assert of(gpu.last, OPTION_DEFAULTS) == OPTION_DEFAULTS
     assert of(gpu.last, TABLE_DEFAULTS) == TABLE_DEFAULTS
 
 
-@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 1000])
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 2000])
 def test_options_of_a_layer_reach_the_launch(gpu, make, num_tokens):
     to_physical, logical_count = physical()
     bound = make(
@@ -675,7 +687,7 @@ def test_options_of_a_layer_reach_the_launch(gpu, make, num_tokens):
     assert of(gpu.last, expected) == expected
 
 
-@pytest.mark.parametrize("num_tokens", [4, 100, 1000])
+@pytest.mark.parametrize("num_tokens", [4, 100, 2000])
 def test_image_token_ids_reach_the_launch_of_any_layer(gpu, make, num_tokens):
     bound = make(bias_vl=torch.zeros(E), first_image_id=-5, num_image_ids=7)
     tokens = torch.zeros(num_tokens, dtype=torch.int64)
@@ -694,7 +706,7 @@ def test_image_token_ids_reach_the_launch_of_any_layer(gpu, make, num_tokens):
 
 
 @pytest.mark.parametrize(
-    ("hashed", "num_tokens"), [(False, 4), (False, 100), (False, 1000), (True, 4), (True, 100)]
+    ("hashed", "num_tokens"), [(False, 4), (False, 100), (False, 2000), (True, 4), (True, 100)]
 )
 def test_a_physical_map_in_int64_is_read_in_place(gpu, make, hashed, num_tokens):
     to_physical, logical_count = (tensor.long() for tensor in physical())
@@ -711,7 +723,7 @@ def test_a_physical_map_in_int64_is_read_in_place(gpu, make, hashed, num_tokens)
     assert of(gpu.last, expected) == expected
 
 
-@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 1000])
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 2000])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_rare_options_of_a_call_reach_that_launch_and_no_other(gpu, make, ids_dtype, num_tokens):
     bound = make()
@@ -757,15 +769,15 @@ def test_logits_of_a_decode_call_are_written_by_the_kernel(gpu, make):
 def test_logits_of_more_tokens_are_the_products_own_output(gpu, make):
     """And the next call has scratch again: its address, and its stride."""
     bound = make()
-    x, w, ids = step(1000)
-    logits = torch.zeros(1001, E + 3)
+    x, w, ids = step(2000)
+    logits = torch.zeros(2001, E + 3)
     bound(x, w, ids)
     for _ in range(2):
         bound(x, w, ids, out_logits=logits)
         bound(x, w, ids)
     scratch, asked, *_ = (out for _, _, out in gpu.products)
     assert (asked.data_ptr(), asked.shape, asked.stride()) == (
-        *(logits.data_ptr(), (1000, E)),
+        *(logits.data_ptr(), (2000, E)),
         (E + 3, 1),
     )
     own = (scratch.data_ptr(), E)
@@ -792,7 +804,7 @@ def test_logits_may_be_an_inference_tensor():
     [
         (4, "router_hash", "router_decode_kmajor_n8"),
         (100, "router_prefill_kmajor_n64", "router_prefill_kmajor_n64"),
-        (1000, "router_topk", "router_topk"),
+        (2000, "router_topk", "router_topk"),
     ],
 )
 def test_a_hash_layer_takes_the_whole_gate_for_logits_and_for_image_token_ids(
@@ -811,7 +823,7 @@ def test_a_hash_layer_takes_the_whole_gate_for_logits_and_for_image_token_ids(
     assert gpu.last["num_image_ids"] == 1
 
 
-@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 1000])
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 100, 2000])
 def test_options_of_a_call_reach_that_launch_and_no_other(gpu, make, num_tokens):
     bound = make(bias_vl=torch.zeros(E))
     x, w, ids = step(num_tokens)
@@ -941,7 +953,8 @@ def test_refused_options_launch_nothing(gpu, make):
         (64, "router_decode_kmajor_n64"),
         (65, "router_prefill_kmajor_n64"),
         (449, "router_prefill_kmajor_n128"),
-        (897, "router_topk"),
+        (1920, "router_prefill_kmajor_n64_k4"),
+        (1921, "router_topk"),
     ],
 )
 def test_image_rows_of_a_hash_layer_take_the_whole_gate(gpu, make, num_tokens, of_images, layout):
@@ -990,6 +1003,8 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         "router_decode_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n128.sm_90a",
+        "router_prefill_kmajor_n64_k8.sm_90a",
+        "router_prefill_kmajor_n64_k4.sm_90a",
         "router_topk.sm_90a",
     )
     x, w, ids = step(num_tokens, columns=TOP_K + 1)
@@ -1027,6 +1042,7 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         (64, "router_decode_kmajor_n64"),
         (65, "router_prefill_kmajor_n64"),
         (896, "router_prefill_kmajor_n128"),
+        (1920, "router_prefill_kmajor_n64_k4"),
     ],
 )
 def test_a_hash_layer_of_more_tokens_takes_the_whole_gate(gpu, make, num_tokens, kernel):
@@ -1056,8 +1072,8 @@ def test_a_hash_layer_without_decode_kernels_is_refused(gpu, artifacts, make):
 
 def test_a_hash_layers_selection_is_by_the_table(gpu, make):
     bound = make(tid2eid=hash_table())
-    tokens = torch.zeros(1000, dtype=torch.int64)
-    bound(*step(1000), input_ids=tokens)
+    tokens = torch.zeros(2000, dtype=torch.int64)
+    bound(*step(2000), input_ids=tokens)
     expected = OPTION_DEFAULTS | {
         "e_bias": 0,
         "tid2eid": table_of(bound).data_ptr(),
@@ -1083,13 +1099,13 @@ def test_an_e_contiguous_gate_of_a_hash_layer_is_copied(gpu, make, e):
     copy = w_copy_of(bound)
     assert bound.weights_copied
     assert copy.stride() == (1, K)
-    tokens = torch.zeros(1000, dtype=torch.int32)
+    tokens = torch.zeros(2000, dtype=torch.int32)
     bound(*step(4), input_ids=tokens[:4])
     assert (gpu.last["w_gate"], gpu.last["w_stride"]) == (copy.data_ptr(), K)
     bound(*step(100), input_ids=tokens[:100])
     assert gpu.last["w_map"] != 0
     assert gpu.maps[0].address == copy.data_ptr()
-    bound(*step(1000), input_ids=tokens)
+    bound(*step(2000), input_ids=tokens)
     assert gpu.products[0][1] is copy
     bound.W_gate.add_(1)
     with pytest.raises(ValueError, match=r"W_gate: .*modified in place.*make a new Router"):
@@ -1265,7 +1281,7 @@ def test_the_artifacts_built_here_can_be_bound():
                 dtypes=DTYPES,
             )
             ends = [step.max_tokens for step in plan_layer(artifacts.manifest, layer, arch).steps]
-            assert ends == [*([56] if hashed else [8, 32]), 64, 128, 256, None]
+            assert ends == [*([56] if hashed else [8, 32]), 64, 128, 256, 320, 640, None]
 
 
 class Step(torch.nn.Module):
@@ -1290,7 +1306,7 @@ def compiled():
 
 def test_a_compiled_model_launches_at_every_call(gpu, make, compiled):
     model = compiled(Step(make()))
-    for calls, num_tokens in enumerate((4, 4, 5, 40, 100, 1000, 4), start=1):
+    for calls, num_tokens in enumerate((4, 4, 5, 40, 100, 2000, 4), start=1):
         x, out, ids = step(num_tokens)
         model(x, out, ids)
         assert len(gpu.launches) == calls

@@ -58,14 +58,19 @@ def test_decode_covers_1_to_64_tokens_in_both_layouts(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["kmajor", "emajor"])
-def test_prefill_takes_the_tokens_of_seven_clusters_in_both_layouts(layout: str) -> None:
-    """As many clusters of 16 CTAs as an H200 holds at once."""
+def test_prefill_takes_the_tokens_of_an_h200s_clusters_in_both_layouts(layout: str) -> None:
+    """As many clusters of 16, 8 or 4 CTAs as an H200 holds at once."""
     prefill = [spec for spec in KERNELS if spec.role == "prefill" and spec.problem.layout == layout]
-    assert [(spec.expert_tile, spec.token_tile) for spec in prefill] == [(128, 64), (128, 128)]
+    assert [(spec.token_tile, spec.k_splits) for spec in prefill] == [
+        *((64, 16), (128, 16), (64, 8), (64, 4), (128, 4))
+    ]
     for spec in prefill:
-        assert spec.max_clusters == 7
-        assert spec.problem.num_tokens == IntRange(low=1, high=7 * spec.token_tile)
-        assert spec.problem.num_tokens.high <= shapes.MAX_PREFILL_TOKENS
+        assert spec.expert_tile == 128
+        assert spec.cluster == (spec.k_splits, 1, 1)
+        assert spec.max_clusters == {16: 7, 8: 15, 4: 30}[spec.k_splits]
+        most = min(spec.max_clusters * spec.token_tile, shapes.MAX_PREFILL_TOKENS)
+        assert spec.problem.num_tokens == IntRange(low=1, high=most)
+        assert bool(spec.problem.same_bits_only) == (spec.name.endswith("n128_k4"))
 
 
 def test_the_hash_kernel_covers_the_tokens_of_seven_clusters() -> None:

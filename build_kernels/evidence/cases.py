@@ -55,6 +55,8 @@ class Case:
     low        all logits near -100: softplus would be denormal, and epsilon counts; biases below 0
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
     nans       about half of all experts' weights NaN
+
+    first_token: of the call's, that of a prefill launch; a multiple of its token tile.
     """
 
     num_tokens: int
@@ -63,13 +65,19 @@ class Case:
     k: int = 0
     kind: str = "integers"
     options: tuple[str, ...] = ()
+    first_token: int = 0
 
     def __str__(self) -> str:
         k = f" K={self.k}" if self.k else ""
         options = f" with {', '.join(self.options)}" if self.options else ""
-        return (
-            f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k} {self.kind}{options}"
-        )
+        first = f" from token {self.first_token}" if self.first_token else ""
+        sizes = f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k}"
+        return f"{sizes} {self.kind}{options}{first}"
+
+    @property
+    def launched_tokens(self) -> int:
+        """Return the number of tokens that the launch routes."""
+        return self.num_tokens - self.first_token
 
     @property
     def columns(self) -> int:
@@ -141,6 +149,7 @@ def prefill_cases(kernel: Kernel) -> tuple[Case, ...]:
         Case(num_tokens=3, num_experts=8, top_k=8, k=block, kind="nan"),
         Case(num_tokens=tile + 7, num_experts=72, top_k=6, k=one, options=MIXED_OPTIONS),
         Case(num_tokens=9, num_experts=experts + 4, top_k=6, k=block, options=images),
+        second_launch(kernel),
         Case(num_tokens=tile - 1, num_experts=40, top_k=8, k=one, options=("table", *images)),
         Case(num_tokens=tile, num_experts=experts, top_k=8, k=block),
         Case(num_tokens=2 * tile, num_experts=2 * experts - 1, top_k=6, k=2 * block + one),
@@ -154,6 +163,21 @@ def prefill_cases(kernel: Kernel) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=33, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
         Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
+    )
+
+
+def second_launch(kernel: Kernel) -> Case:
+    """Return the second launch of a call to a prefill kernel, with two owners of each token.
+
+    Its workspace counts from its first token.
+    """
+    tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
+    return Case(
+        num_tokens=2 * tile + 3,
+        num_experts=experts + 4,
+        top_k=6,
+        k=kernel.problem.k_multiple,
+        first_token=tile,
     )
 
 

@@ -16,7 +16,7 @@ from .kernel import Kernel, compute_capability
 from .limits import MAX_TOKENS
 from .manifest import Manifest
 
-# Candidates that a NoKernelError lists: twice those of every build so far, and a screen or two.
+# Candidates that a NoKernelError lists: more than every build so far has, and a screen or two.
 MAX_LISTED = 64
 
 
@@ -345,12 +345,15 @@ def _accepted(candidates: tuple[Accepted | Rejected, ...]) -> list[Kernel]:
 
 
 def _least(kernels: list[Kernel], problem: Problem) -> Kernel:
-    """Return the kernel that is made for the fewest tokens, and not for a whole family of GPUs."""
+    """Return the kernel that is made for the fewest tokens, and not for a whole family of GPUs.
 
-    def rank(kernel: Kernel) -> tuple[int, bool]:
+    Of equal ones it is that of the smaller token tile, which fills more of a GPU.
+    """
+
+    def rank(kernel: Kernel) -> tuple[int, bool, int]:
         most = kernel.most_tokens(problem.num_experts)
         tokens = MAX_TOKENS if most is None else min(most, MAX_TOKENS)
-        return tokens, not kernel.arch.endswith("a")
+        return tokens, not kernel.arch.endswith("a"), kernel.launch.token_tile
 
     return min(kernels, key=rank)
 

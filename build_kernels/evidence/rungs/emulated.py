@@ -173,7 +173,7 @@ def emulate_case(
     arrays = _device_arrays(kernel, inputs)
     for name, change in contents.items():
         arrays[name] = replace(arrays[name], data=change(arrays[name].data))
-    grid = grid_of(launch, num_tokens=case.num_tokens, num_experts=case.num_experts)
+    grid = grid_of(launch, num_tokens=case.launched_tokens, num_experts=case.num_experts)
     return emulate(
         ptx,
         Launch(
@@ -200,7 +200,7 @@ def check_fit(kernel: Kernel, case: Case) -> None:
 
     problem, launch = kernel.problem, kernel.launch
     for what, value, allowed in (
-        ("num_tokens", case.num_tokens, problem.num_tokens),
+        ("num_tokens", case.launched_tokens, problem.num_tokens),
         ("num_experts", case.num_experts, problem.num_experts),
         ("top_k", case.top_k, problem.top_k),
     ):
@@ -312,6 +312,7 @@ def _arguments(
         "e_bias": 0,
         **inputs.numbers,
         "num_tokens": case.num_tokens,
+        "first_token": case.first_token,
         "num_experts": case.num_experts,
         "num_k_blocks": case.k // kernel.problem.k_multiple,
         "top_k": case.top_k,

@@ -15,6 +15,7 @@ from . import (
     ordering,
     prefill,
     prefill_pipelines,
+    prefill_slices,
     selection,
 )
 
@@ -46,6 +47,8 @@ MUTANTS = (
     *prefill_pipelines.SM100,
     *cases.DECODE,
     *cases.TOPK_FAULTS,
+    *prefill_slices.SLICES,
+    *prefill_slices.SECOND_LAUNCHES,
     *harmless.DECODE,
     *prefill_pipelines.HARMLESS,
 )

@@ -44,8 +44,12 @@ _OTHER_EXPERTS = Edit(
     pattern=r"shl\.b32 \t(%r\d+), (%r\d+), 6;(\s+add\.s32 \t%r\d+, \1, %r\d+;\s+mov\.u32)",
     replacement=r"xor.b32 \t\1, \2, 1; shl.b32 \t\1, \1, 6;\3",
 )
-_TURN = r"setp\.ne\.b32( \t(%p\d+), %r\d+, %r\d+;\s+)@\2 bra[^;]*;(\s+ld\.shared\.b32)"
-_LAST = r"(and\.b32 \t%r\d+, %r\d+, 7;\s+add\.s32 \t%r\d+, %r\d+, )-1;"
+# The first round of an M tile's warp, 0 or 1.
+TURN = r"sub\.s32( \t(%r\d+), %r\d+, %r\d+;)(\s+setp\.gt\.s32 \t%p\d+, \2, 0;)"
+_LAST = (
+    r"(add\.s32 \t%r\d+, %r\d+, )-1(;(?:\s+(?:add|shl)[^;]*;)+\s+ld\.shared\.b32[^;]*;"
+    r"\s+and\.b32 \t%r\d+, %r\d+, 7;)"
+)
 _OWNERS = r"(add\.s32 \t%r\d+, %r\d+, )-1(;\s+// begin inline asm\s+atom)"
 COUNTS_M_TILES = written(_OWNERS, "1")
 
@@ -79,8 +83,8 @@ M_TILES = (
     ),
     *of_kind(
         *(n64, "election"),
-        ("both M tiles merge a token", Edit(pattern=_TURN, replacement=r"setp.ne.b32\1\3")),
-        ("no M tile merges a token", Edit(pattern=_LAST, replacement=r"\g<1>-2;")),
+        ("both M tiles merge a token", Edit(pattern=TURN, replacement=r"mov.b32 \t\2, 0;\3")),
+        ("no M tile merges a token", written(_LAST, "-2")),
         ("tickets count one owner too few", written(_OWNERS, "-2"), TWO_OWNERS),
         ("tickets count M tiles, not owners", COUNTS_M_TILES, TWO_OWNERS),
     ),
@@ -133,8 +137,8 @@ ROUNDS = (
         (
             "the second round publishes as the first one's token",
             Edit(
-                pattern=r"(mad\.lo\.s32 \t%r\d+, (%r\d+), (%r\d+), 448;[\s\S]*?"
-                r"mad\.lo\.s32 \t%r\d+, \2, )%r\d+(, 448;\s+mul\.wide)",
+                pattern=r"(mad\.lo\.s32 \t%r\d+, (%r\d+), (%r\d+), 960;(?:(?!960;)[\s\S])*?"
+                r"is_published[\s\S]*?mad\.lo\.s32 \t%r\d+, \2, )%r\d+(, 960;\s+mul\.wide)",
                 replacement=r"\1\3\4",
             ),
         ),
@@ -145,7 +149,7 @@ ROUNDS = (
         ),
         (
             "the second round has the first one's forced ids",
-            written(r"(ld\.shared\.v4\.b32 \t\{[^}]*\}, \[%r\d+\+)196768(\])", "196640"),
+            written(r"(ld\.shared\.v4\.b32 \t\{[^}]*\}, \[%r\d+\+)196800(\])", "196672"),
             given("forced", case=TWO_ROUNDS),
             WRONG_IDS,
         ),
@@ -155,17 +159,14 @@ ROUNDS = (
         ),
         (
             "forced ids of the second round are not read",
-            deleted(r"st\.shared\.b32 \t\[%r\d+\+196640\], [^;]*;", 1),
+            deleted(r"st\.shared\.b32 \t\[%r\d+\+196672\], [^;]*;", 1),
             given("forced", case=TWO_ROUNDS),
         ),
     ),
 )
 
 # Where the first token of the tile is added.
-_FLAGS_TOKEN = (
-    r"add\.s32( \t(%r\d+)), %r\d+, (%r\d+);"
-    r"(\s+add\.s32 \t%r\d+, \2, %r\d+;\s+shl\.b32 \t%r\d+, %r\d+, 7;)"
-)
+_FLAGS_TOKEN = r"add\.s32( \t(%r\d+)), (%r\d+), %r\d+;(\s+shl\.b32 \t%r\d+, %r\d+, 7;\s+shl\.b32)"
 _EPILOGUE_TOKEN = (
     r"add\.s32( \t(%r\d+)), %r\d+, (%r\d+);"
     r"(\s+add\.s32 \t(%r\d+), \2, %r\d+;\s+add\.s32 \t%r\d+, \5, %r\d+;\s+setp)"
@@ -181,7 +182,7 @@ _FIRST_LEFT_OUT = Edit(
     pattern=r"sub\.s32( \t(%r\d+), %r\d+), %r\d+;(\s+min\.s32 \t%r\d+, \2, 64;)",
     replacement=r"add.s32\1, 0;\3",
 )
-FEWER_TICKETS = written(r"(, )448(;)", "32")
+FEWER_TICKETS = written(r"(, )960(;)", "32")
 TOKEN_TILES = (
     *of_kind(
         *(n64, "first token left out"),
@@ -225,7 +226,10 @@ TOKEN_TILES = (
         ),
         (
             "outputs are stored as a tile's rows",
-            _local(r"(mul\.wide\.s32 \t%rd\d+, )(%r\d+)(, %r\d+;)(?=\s+cvt\.u64\.u32)", 1),
+            _local(
+                r"(mul\.wide\.s32 \t%rd\d+, )(%r\d+)(, %r\d+;)"
+                r"(?=\s+add\.s64 [^;]*;\s+shl\.b64 [^;]*, 2;)"
+            ),
         ),
         (
             "padding rows are those of a tile",

@@ -20,6 +20,12 @@ TWO_PAIRS = replace(ONE, num_tokens=40)
 TWO_ROUNDS = replace(ONE, num_tokens=72)
 # The rings of 8 and of 4 blocks are in a later turn.
 WRAPS = replace(ONE, k=9 * BLOCK_K)
+# A block of each slice of K; three, with which the ring of a CTA of four slices is in a later turn.
+SLICES = replace(ONE, k=BLOCK_K)
+LONG_SLICES = replace(ONE, k=3 * BLOCK_K)
+SLICES_OF_TWO_OWNERS = replace(SLICES, num_experts=132)
+# The second launch of a call.
+SECOND_LAUNCH = replace(TWO_OWNERS, num_tokens=70, first_token=64)
 
 
 def _maker(kernel: str, prefix: str, case: Case) -> Callable[..., Mutant]:
@@ -37,6 +43,9 @@ n64 = _maker("kmajor_n64.sm_90a", "prefill: ", ONE)
 n128 = _maker("kmajor_n128.sm_90a", "prefill, 128 tokens: ", TWO_ROUNDS)
 emajor = _maker("emajor_n64.sm_90a", "prefill, emajor: ", ONE)
 sm100 = _maker("kmajor_n64.sm_100a", "prefill, sm_100: ", ONE)
+n64_k8 = _maker("kmajor_n64_k8.sm_90a", "prefill, 8 CTAs: ", SLICES)
+n64_k4 = _maker("kmajor_n64_k4.sm_90a", "prefill, 4 CTAs: ", SLICES)
+n128_k4_sm100 = _maker("kmajor_n128_k4.sm_100a", "prefill, 4 CTAs, sm_100: ", SLICES)
 
 
 def given(*options: str, case: Case = ONE) -> Case:

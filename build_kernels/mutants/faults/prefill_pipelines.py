@@ -9,7 +9,7 @@ from build_kernels.mutants.mutant import Edit
 from .edits import ARRIVE, arrivals, deleted, no_wait, parameter_as
 from .kernels import BOTH, WRONG_IDS, WRONG_WEIGHT, of_kind
 from .options import UNKNOWN_OF_DECODE, of_engines
-from .prefill import COUNTS_M_TILES, FEWER_TICKETS, FIRST_PAIR, FIRST_TILE
+from .prefill import COUNTS_M_TILES, FEWER_TICKETS, FIRST_PAIR, FIRST_TILE, TURN
 from .prefill_kernels import (
     ONE,
     TWO_OWNERS,
@@ -67,7 +67,7 @@ PIPELINES = (
         *(n128, "stage off by one"),
         (
             "the next stage is released",
-            written(r"(mbarrier\.arrive\.shared\.b64 %rd\d+, \[%r\d+\+)196928(\])", "196936"),
+            written(r"(mbarrier\.arrive\.shared\.b64 %rd\d+, \[%r\d+\+)196960(\])", "196968"),
         ),
         case=WRAPS,
     ),
@@ -206,8 +206,8 @@ HARMLESS = (
     n64(
         *("the other M tile merges a token", "harmless"),
         Edit(
-            pattern=r"setp\.ne\.b32( \t(%p\d+), %r\d+, %r\d+;\s+@\2 bra[^;]*;\s+ld\.shared\.b32)",
-            replacement=r"setp.eq.b32\1",
+            pattern=TURN,
+            replacement=r"sub.s32\1 xor.b32 \2, \2, 1;\3",
         ),
         rejected_by=(),
         case=TWO_OWNERS,

@@ -14,7 +14,7 @@ from dsv4_router_runtime.artifacts.manifest import Kernel
 from .cases import Case, listed_cases, second_launch
 from .draws import draw
 
-# The token tile of decode between the least and the greatest, and that of the smaller prefill tiles.
+# The token tile of decode between the least and the greatest, and the smaller one of prefill.
 _BETWEEN, _SMALL = 32, 64
 PICKED = Path(__file__).with_name("picked.json")
 

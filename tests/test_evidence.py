@@ -22,6 +22,8 @@ from build_kernels.evidence.rungs.hardware import Record, append_record, read_re
 from build_kernels.evidence.rungs.rung import Checker
 from build_kernels.evidence.store import Evidence, read_evidence, write_evidence
 from build_kernels.evidence.table import cell
+from dsv4_router_runtime.artifacts.evidence import read_summary
+from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME
 from dsv4_router_runtime.artifacts.json_reader import MAX_DEPTH, JsonNode
 
 KERNEL = topk_kernel()
@@ -86,6 +88,14 @@ def test_a_right_file_is_read(tmp_path):
     assert read_records(path)[0].cases == RECORD["cases"]
     append_record(path, read_records(path)[0])
     assert len(read_records(path)) == 2
+
+
+def test_a_server_reads_what_the_builder_writes(tmp_path):
+    results = Evidence({}).with_result(KERNEL, "protocol", PASSED)
+    write_evidence(tmp_path / EVIDENCE_NAME, results)
+    found = read_summary(tmp_path).of(KERNEL)
+    assert found is not None
+    assert found.rungs["protocol"] == "passed"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ def read_summary(folder: Path) -> EvidenceSummary:
 def _summary(node: JsonNode) -> EvidenceSummary:
     entries = {}
     for item in node.members("schema_version", "evidence")["evidence"].items("a list of entries"):
-        at = item.members("artifact", "cubin_sha256", "ptx_sha256", "rungs")
+        # The launch that the results are about is the builder's to compare.
+        at = item.members(
+            *("artifact", "cubin_sha256", "ptx_sha256", "rungs"), optional=("launch_sha256",)
+        )
         hashes = (str(at["cubin_sha256"].value), str(at["ptx_sha256"].value))
         rungs = at["rungs"].mapping(_object, keys=r"[a-z]+")
         entries[hashes] = KernelEvidence(

@@ -67,12 +67,14 @@ DECODE_CASES = [
     decode_case(31, 256, 4096, "biased"),
     decode_case(3, 96, 1024, "extreme"),
 ]
-# Of each tile of tokens, by layout: two token tiles of few experts, and two expert tiles.
+# Of each prefill kernel without same_bits, by layout: two tiles of tokens, or two of experts.
 PREFILL_CASES = [
-    (64, "kmajor", decode_case(65, 60, 1024, "biased")),
-    (64, "emajor", decode_case(65, 136, 1024, "integers")),
-    (128, "emajor", decode_case(129, 56, 1024, "biased")),
-    (128, "kmajor", decode_case(65, 132, 1024, "integers")),
+    ("n64", "kmajor", decode_case(65, 60, 1024, "biased")),
+    ("n64", "emajor", decode_case(65, 136, 1024, "integers")),
+    ("n128", "emajor", decode_case(129, 56, 1024, "biased")),
+    ("n128", "kmajor", decode_case(65, 132, 1024, "integers")),
+    ("n64_k8", "kmajor", decode_case(65, 132, 1024, "integers")),
+    ("n64_k4", "emajor", decode_case(65, 136, 1024, "integers")),
 ]
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
@@ -128,11 +130,11 @@ def test_decode_gives_the_bits_that_the_emulator_gives(
     assert_same_bits(emulation, *on_gpu(inputs, layout))
 
 
-@pytest.mark.parametrize(("tile", "layout", "case"), PREFILL_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "layout", "case"), PREFILL_CASES, ids=str)
 def test_prefill_gives_the_bits_that_the_emulator_gives(
-    tile: int, layout: str, case: Case, approximate: dict
+    shape: str, layout: str, case: Case, approximate: dict
 ) -> None:
-    name = f"router_prefill_{layout}_n{tile}"
+    name = f"router_prefill_{layout}_{shape}"
     artifact = load_artifact(find_artifacts(), f"{name}.{arch_of_device(0)}")
     inputs = make_inputs(artifact.kernel, case)
     emulation = emulated.run(

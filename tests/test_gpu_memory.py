@@ -129,12 +129,12 @@ def test_piecewise_graphs_hold_launches_alone_and_little_scratch(random, shared)
             graphs.append((num_tokens, graph))
     held = status()
     assert len(graphs) == 5063 == held.captures - before
-    # 11 sizes of decode and 12 of prefill; a shared slot grows with each.
-    assert held.capture_slots == (23 if shared else 61 * 23)
+    # 11 sizes of decode and 36 of prefill; a shared slot grows with each.
+    assert held.capture_slots == (47 if shared else 61 * 47)
     # 53 MiB of decode's; prefill keeps 3 KB per token of each graph.
-    assert held.capture_bytes <= (8 if shared else 440) * MIB
+    assert held.capture_bytes <= (40 if shared else 2490) * MIB
     # Beside them the slot of the new stream.
-    assert held.scratch_bytes <= (free + 16 * MIB if shared else 440 * MIB)
+    assert held.scratch_bytes <= (free + 64 * MIB if shared else 2500 * MIB)
     for num_tokens, graph in graphs[:: len(graphs) // 400]:
         if num_tokens <= most:
             layer.forget()

@@ -67,14 +67,16 @@ DECODE_CASES = [
     decode_case(31, 256, 4096, "biased"),
     decode_case(3, 96, 1024, "extreme"),
 ]
-# Of each prefill kernel without same_bits, by layout: two tiles of tokens, or two of experts.
+# Of each kernel, by layout: two token tiles of few experts, or two expert tiles.
 PREFILL_CASES = [
     ("n64", "kmajor", decode_case(65, 60, 1024, "biased")),
     ("n64", "emajor", decode_case(65, 136, 1024, "integers")),
-    ("n128", "emajor", decode_case(129, 56, 1024, "biased")),
-    ("n128", "kmajor", decode_case(65, 132, 1024, "integers")),
-    ("n64_k8", "kmajor", decode_case(65, 132, 1024, "integers")),
-    ("n64_k4", "emajor", decode_case(65, 136, 1024, "integers")),
+    ("n64_k8", "emajor", decode_case(65, 56, 1024, "biased")),
+    ("n64_k8", "kmajor", decode_case(70, 132, 2048, "biased")),
+    ("n64_k4", "kmajor", decode_case(65, 60, 2048, "biased")),
+    ("n64_k4", "emajor", decode_case(70, 136, 1024, "biased")),
+    ("n128_k4", "emajor", decode_case(129, 56, 1024, "biased")),
+    ("n128_k4", "kmajor", decode_case(100, 132, 2048, "biased")),
 ]
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
@@ -98,7 +100,13 @@ def on_gpu(inputs: Inputs, layout: str, *prefill: str) -> tuple[np.ndarray, np.n
         item for item in found.manifest.kernels if item.role != "prefill" or item.name in prefill
     ]
     kept = replace(found, manifest=replace(found.manifest, kernels=tuple(kernels)))
-    router = Router(weight, bias, top_k=case.top_k, routed_scaling_factor=SCALE, artifacts=kept)
+    router = Router(
+        *(weight, bias),
+        top_k=case.top_k,
+        routed_scaling_factor=SCALE,
+        artifacts=kept,
+        same_bits=bool(prefill),
+    )
     assert set(prefill) <= {key.split(".")[0] for key in router.kernels}
     router(hidden, weights, ids)
     torch.cuda.synchronize()

@@ -131,10 +131,10 @@ def test_piecewise_graphs_hold_launches_alone_and_little_scratch(random, shared)
     assert len(graphs) == 5063 == held.captures - before
     # 11 sizes of decode and 36 of prefill; a shared slot grows with each.
     assert held.capture_slots == (47 if shared else 61 * 47)
-    # 53 MiB of decode's; prefill keeps 3 KB per token of each graph.
-    assert held.capture_bytes <= (40 if shared else 2490) * MIB
+    # 53 MiB of decode's; prefill keeps 3 KB per token of each graph, to N = 640.
+    assert held.capture_bytes <= (48 if shared else 2400) * MIB
     # Beside them the slot of the new stream.
-    assert held.scratch_bytes <= (free + 64 * MIB if shared else 2500 * MIB)
+    assert held.scratch_bytes <= (free + 56 * MIB if shared else 2500 * MIB)
     for num_tokens, graph in graphs[:: len(graphs) // 400]:
         if num_tokens <= most:
             layer.forget()
@@ -219,7 +219,7 @@ def test_a_graph_is_right_after_its_router_was_dropped(random, layout):
     # Whatever was freed is given out again, and overwritten.
     waste = [memory.DeviceMemory(0, K * 132 * 2) for _ in range(20)]
     for each in waste:
-        each.tensor(torch.uint8, (each.size,), layer.x.device).fill_(0xFF)
+        driver.checked("filling", driver.bindings().cuMemsetD8(each.address, 0xFF, each.size))
     mine = [torch.full((K, 132), float("nan"), device="cuda").bfloat16() for _ in range(20)]
     layer.forget()
     graph.replay()

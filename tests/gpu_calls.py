@@ -37,8 +37,8 @@ def gaussian(random, num_tokens: int, k: int, num_experts: int, layout: str = "k
 
 
 def most_in_one_launch(num_experts: int) -> int:
-    """Return the largest N of one launch: 7 clusters of 128 experts by 128 tokens."""
-    return 7 // -(-num_experts // 128) * 128
+    """Return the largest N of one launch: 30 clusters of 128 experts by 64 tokens."""
+    return 30 // -(-num_experts // 128) * 64
 
 
 def logits_of(x, W):

@@ -299,8 +299,7 @@ def test_one_kernel_serves_same_bits_alone(manifest, layout, num_experts, ends):
     problem = replace(PROBLEM, role="prefill", layout=layout, num_experts=num_experts)
     reason = "slower than a matrix product; it serves layers that ask for same_bits"
     assert judge(kernel, problem, "sm_90a") == Rejected(kernel=kernel, reason=reason)
-    same_bits = replace(problem, same_bits=True)
-    assert judge(kernel, same_bits, "sm_90a") == Accepted(kernel=kernel)
+    assert isinstance(judge(kernel, replace(problem, same_bits=True), "sm_90a"), Accepted)
 
 
 def test_a_hash_layer_goes_on_with_the_whole_gate(manifest):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 # N whose logits a kernel sums, as far as that is one launch; the rest multiply by torch.mm.
 TOKENS = (1, 8, 9, 32, 33, 64, 65, 100, 128, 129, 256)
 # More of 256 experts, whose weights and ids are compared with those of their own logits.
-SELECT_TOKENS = (385, 600)
+SELECT_TOKENS = (961, 1200)
 LAYOUTS = ("kmajor", "emajor")
 SCALE, TOP_K = 2.5, 6
 MILLION, MASK = 10**6, 0xFFFFFFFF
@@ -191,10 +191,16 @@ def test_shapes_with_ragged_slices_and_tiles(random, k, num_experts, draw):
 @pytest.mark.parametrize("draw", PLAIN, ids=lambda draw: draw.__name__)
 @pytest.mark.parametrize(
     ("num_experts", "tokens"),
-    [(60, (448, 449, 896)), (128, (769, 896)), (256, (192, 193, 384)), (512, (65, 128))],
+    [
+        (60, (448, 449, 896, 897, 960, 961, 1920)),
+        (128, (769, 896, 960, 1920)),
+        (256, (192, 193, 384, 385, 448, 449, 960)),
+        (384, (256, 257, 320, 321, 640)),
+        (512, (65, 128, 129, 192, 193, 448)),
+    ],
 )
-def test_the_bounds_of_prefills_tiles(random, num_experts, tokens, draw):
-    """N at which n64 ends, n128 begins and ends."""
+def test_the_bounds_of_prefills_kernels(random, num_experts, tokens, draw):
+    """N at which n64 ends, and n128, n64_k8 and n64_k4 begin and end."""
     x, w, bias = drawn(random, draw, max(tokens), 1088, num_experts)
     logits = exact_logits(x, w)
     for layout in LAYOUTS:

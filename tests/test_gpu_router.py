@@ -422,7 +422,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(random, record_cases, model, l
     weights = torch.cat([w for w, _ in alone])
     ids = torch.cat([i for _, i in alone])
     record_cases(64)
-    for num_tokens in (*range(2, 65), 65, 96, 100, 128, 129, 192, 193, 256):
+    for num_tokens in (*range(2, 65), 65, 96, 100, 128, 129, 192, 193, 256, 300, 400):
         rows = torch.randperm(max(64, num_tokens), generator=random, device="cuda") % 64
         rows = rows[:num_tokens]
         got_weights, got_ids = route(router, x[rows].contiguous(), top_k)

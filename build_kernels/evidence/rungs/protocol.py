@@ -91,10 +91,11 @@ NO_TICKET = Rewrite(
     why="with several expert tiles every ticket is 0 and no warp merges: who merges, when, and "
     "what it reads is the emulator's to check",
 )
-# The same for a kernel in which one owner merges its own tiles too.
+# The same for a kernel in which one owner merges its own tiles too: no ticket is the last one.
 NO_MERGE = Rewrite(
-    pattern=r"and\.b32( \t%r\d+), %r\d+, 7;(\s+(?:mov[^;]*%nctaid\.y;\s+)?add\.s32[^;]*, -1;)",
-    replacement=r"mov.b32\1, 7;\2",
+    pattern=r"(ld\.shared\.b32 \t(%r\d+), \[[^;]*;(?:\s+and\.b32 \t%r\d+, \2, 7;)?"
+    r"(?:\s+mov[^;]*%nctaid\.y;\s+add\.s32[^;]*, -1;)?\s+setp\.ne\.b32 \t%p\d+, )%r\d+(, %r\d+;)",
+    replacement=r"\g<1>7\3",
     why="the candidates of a token are in the workspace, and no warp merges: who merges, when, and "
     "what it reads and stores is the emulator's to check",
 )

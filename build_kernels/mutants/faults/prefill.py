@@ -9,6 +9,7 @@ from build_kernels.mutants.mutant import Edit
 from .edits import deleted
 from .kernels import WRONG_IDS, of_kind
 from .prefill_kernels import (
+    FULL_TILES_TWO_OWNERS,
     TWO_OWNERS,
     TWO_PAIRS,
     TWO_ROUNDS,
@@ -255,6 +256,6 @@ TOKEN_TILES = (
     ),
     *of_kind(
         *(n64, "workspace too small"),
-        ("there are tickets for 64 tokens", FEWER_TICKETS, TWO_TILES_TWO_OWNERS),
+        ("there are tickets for 64 tokens", FEWER_TICKETS, FULL_TILES_TWO_OWNERS),
     ),
 )

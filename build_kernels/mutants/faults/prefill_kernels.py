@@ -16,6 +16,8 @@ ONE = Case(num_tokens=7, num_experts=100, top_k=6, k=64)
 TWO_OWNERS = replace(ONE, num_experts=132)
 TWO_TOKEN_TILES = replace(ONE, num_tokens=70)
 TWO_TILES_TWO_OWNERS = replace(TWO_TOKEN_TILES, num_experts=132)
+# Tickets of the second tile's 64 tokens, of which a few are not sure to meet a candidate.
+FULL_TILES_TWO_OWNERS = replace(TWO_TILES_TWO_OWNERS, num_tokens=128)
 TWO_PAIRS = replace(ONE, num_tokens=40)
 TWO_ROUNDS = replace(ONE, num_tokens=72)
 # The rings of 8 and of 4 blocks are in a later turn.

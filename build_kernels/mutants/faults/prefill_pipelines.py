@@ -11,10 +11,10 @@ from .kernels import BOTH, WRONG_IDS, WRONG_WEIGHT, of_kind
 from .options import UNKNOWN_OF_DECODE, of_engines
 from .prefill import COUNTS_M_TILES, FEWER_TICKETS, FIRST_PAIR, FIRST_TILE, TURN
 from .prefill_kernels import (
+    FULL_TILES_TWO_OWNERS,
     ONE,
     TWO_OWNERS,
     TWO_PAIRS,
-    TWO_TILES_TWO_OWNERS,
     TWO_TOKEN_TILES,
     WRAPS,
     emajor,
@@ -186,7 +186,7 @@ SM100 = (
     ),
     *of_kind(
         *(sm100, "workspace too small"),
-        ("there are tickets for 64 tokens", FEWER_TICKETS, TWO_TILES_TWO_OWNERS),
+        ("there are tickets for 64 tokens", FEWER_TICKETS, FULL_TILES_TWO_OWNERS),
     ),
     *of_kind(
         *(sm100, "wrong sums"),

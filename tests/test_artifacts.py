@@ -61,7 +61,7 @@ def test_known_neighbours_are_allowed(folder, manifest):
 def test_missing_cubin(folder):
     (folder / "router_topk.sm_90a.cubin").unlink()
     message = refused(folder)
-    assert "router_topk.sm_90a.cubin: missing; kernels[35].file of manifest.json" in message
+    assert "router_topk.sm_90a.cubin: missing; kernels[31].file of manifest.json" in message
 
 
 @pytest.mark.parametrize(

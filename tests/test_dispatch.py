@@ -54,8 +54,8 @@ PROBLEM = Problem(role="decode", layout="kmajor", num_tokens=1, num_experts=384,
         (56, "hash", "kmajor", "router_hash"),
         (1, "prefill", "kmajor", "router_prefill_kmajor_n64"),
         (128, "prefill", "emajor", "router_prefill_emajor_n64"),
-        (129, "prefill", "kmajor", "router_prefill_kmajor_n128"),
-        (256, "prefill", "emajor", "router_prefill_emajor_n128"),
+        (129, "prefill", "kmajor", "router_prefill_kmajor_n64_k8"),
+        (320, "prefill", "emajor", "router_prefill_emajor_n64_k8"),
         (65, "select", None, "router_topk"),
         (1, "select", None, "router_topk"),
     ],
@@ -108,7 +108,7 @@ def test_a_kernel_takes_no_more_tokens_than_its_clusters(manifest, num_tokens, n
     assert judge(kernel, problem, "sm_90a") == Rejected(kernel=kernel, reason=reason)
     fewer = replace(problem, num_tokens=num_tokens - 1)
     assert judge(kernel, fewer, "sm_90a") == Accepted(kernel=kernel)
-    others = ("n128", "_k8", "_k4")
+    others = ("_k8", "_k4")
     without_larger = tuple(
         item for item in manifest.kernels if not any(word in item.name for word in others)
     )
@@ -118,22 +118,22 @@ def test_a_kernel_takes_no_more_tokens_than_its_clusters(manifest, num_tokens, n
 
 def test_the_most_tokens_of_a_kernel():
     """By its range, and by whole tiles of experts in its clusters; the smaller counts."""
-    prefill, decode = sample_kernel("router_prefill_kmajor_n128"), decode_kernel()
+    prefill, decode = sample_kernel("router_prefill_kmajor_n64_k8"), decode_kernel()
     experts = (1, 128, 129, 256, 257, 384, 385, 512)
     most = [prefill.most_tokens(number) for number in experts]
-    assert most == [896, 896, 384, 384, 256, 256, 128, 128]
+    assert most == [960, 960, 448, 448, 320, 320, 192, 192]
     assert [decode.most_tokens(number) for number in experts] == [8] * 8
     assert topk_kernel().most_tokens(384) is None
     endless = replace(prefill.problem, num_tokens=IntRange(low=1, high=None))
-    assert replace(prefill, problem=endless).most_tokens(384) == 256
+    assert replace(prefill, problem=endless).most_tokens(384) == 320
     unbounded = replace(prefill.launch, max_clusters=None)
-    assert replace(prefill, launch=unbounded).most_tokens(384) == 896
+    assert replace(prefill, launch=unbounded).most_tokens(384) == 960
     assert replace(prefill, launch=unbounded, problem=endless).most_tokens(384) is None
     short = replace(prefill, problem=replace(prefill.problem, num_tokens=IntRange(low=1, high=500)))
-    assert [short.most_tokens(number) for number in (128, 256)] == [500, 384]
+    assert [short.most_tokens(number) for number in (128, 256)] == [500, 448]
     few = replace(prefill, launch=replace(prefill.launch, max_clusters=3))
     # Not even one token tile of four tiles of experts.
-    assert (few.most_tokens(384), few.most_tokens(385)) == (128, 0)
+    assert (few.most_tokens(384), few.most_tokens(385)) == (64, 0)
 
 
 def test_dtypes_a_kernel_does_not_mention_are_not_compared(manifest):
@@ -204,7 +204,6 @@ LAYER = LayerProblem(
 # Of a K-contiguous gate of 384 experts.
 PREFILL_STEPS = (
     (128, "router_prefill_kmajor_n64"),
-    (256, "router_prefill_kmajor_n128"),
     (320, "router_prefill_kmajor_n64_k8"),
     (640, "router_prefill_kmajor_n64_k4"),
 )
@@ -223,12 +222,11 @@ def test_a_plain_layers_steps(manifest):
         (None, "router_topk"),
     ]
     plan = plan_layer(manifest, LAYER, "sm_90a")
-    assert [step.is_product_and_select for step in plan.steps] == [*[False] * 7, True]
+    assert [step.is_product_and_select for step in plan.steps] == [*[False] * 6, True]
     assert [step.reason for step in plan.steps[2:]] == [
         "33..64 tokens: computes the whole gate in one launch",
         "65..128 tokens: computes the whole gate in one launch, by larger tiles",
-        "129..256 tokens: computes the whole gate in one launch, by larger tiles",
-        "257..320 tokens: computes the whole gate in one launch, by larger tiles",
+        "129..320 tokens: computes the whole gate in one launch, by larger tiles",
         "321..640 tokens: computes the whole gate in one launch, by larger tiles",
         "641.. tokens: selects from the logits of a matrix product",
     ]
@@ -239,16 +237,16 @@ def test_a_plain_layers_steps(manifest):
 @pytest.mark.parametrize(
     ("num_experts", "ends"),
     [
-        (60, {"n64": 448, "n128": 896, "n64_k8": 960, "n64_k4": 1920}),
-        (128, {"n64": 448, "n128": 896, "n64_k8": 960, "n64_k4": 1920}),
-        (129, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
-        (130, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
-        (256, {"n64": 192, "n128": 384, "n64_k8": 448, "n64_k4": 960}),
-        (257, {"n64": 128, "n128": 256, "n64_k8": 320, "n64_k4": 640}),
-        (384, {"n64": 128, "n128": 256, "n64_k8": 320, "n64_k4": 640}),
+        (60, {"n64": 448, "n64_k8": 960, "n64_k4": 1920}),
+        (128, {"n64": 448, "n64_k8": 960, "n64_k4": 1920}),
+        (129, {"n64": 192, "n64_k8": 448, "n64_k4": 960}),
+        (130, {"n64": 192, "n64_k8": 448, "n64_k4": 960}),
+        (256, {"n64": 192, "n64_k8": 448, "n64_k4": 960}),
+        (257, {"n64": 128, "n64_k8": 320, "n64_k4": 640}),
+        (384, {"n64": 128, "n64_k8": 320, "n64_k4": 640}),
         # One token tile of 64 is decode's.
-        (385, {"n128": 128, "n64_k8": 192, "n64_k4": 448}),
-        (512, {"n128": 128, "n64_k8": 192, "n64_k4": 448}),
+        (385, {"n64_k8": 192, "n64_k4": 448}),
+        (512, {"n64_k8": 192, "n64_k4": 448}),
     ],
 )
 def test_prefill_serves_what_fits_in_its_clusters(manifest, layout, num_experts, ends):

@@ -195,7 +195,7 @@ def test_what_was_parsed_cannot_be_changed(manifest):
 def test_a_set_of_artifacts_is_shown_in_a_line(values):
     opened = values[0]
     assert repr(opened) == f"ArtifactSet(folder={opened.folder!r}, manifest={opened.manifest!r})"
-    assert repr(opened.manifest) == "Manifest(36 kernels for sm_100a, sm_90a)"
+    assert repr(opened.manifest) == "Manifest(32 kernels for sm_100a, sm_90a)"
     assert repr(replace(opened.manifest, kernels=())) == "Manifest(0 kernels)"
 
 

@@ -156,7 +156,7 @@ def test_prefill_names_its_clusters_scratch_and_bound(artifacts):
     assert reasons["router_prefill_kmajor_n64.sm_90a"] == (
         "takes at most 7 clusters, which are 128 tokens of 384 experts, got 129"
     )
-    assert reasons["router_prefill_kmajor_n128.sm_90a"].startswith("chosen")
+    assert reasons["router_prefill_kmajor_n64_k8.sm_90a"].startswith("chosen")
 
 
 def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
@@ -272,4 +272,4 @@ def test_a_kernel_that_is_not_chosen_is_made_for_what_its_clusters_hold(artifact
     )
     held = replace(artifacts, manifest=replace(artifacts.manifest, kernels=kernels))
     text = as_text(explain(held, replace(QUESTION, num_tokens=100), "sm_90a"))
-    assert "router_prefill_kmajor_n128.sm_90a: not chosen, made for 1..256 tokens" in text
+    assert "router_prefill_kmajor_n64_k8.sm_90a: not chosen, made for 1..128 tokens" in text

@@ -79,7 +79,7 @@ def test_a_launch_may_be_of_any_number_of_clusters(manifest):
     assert all("max_clusters" not in launches[at] for at in (0, HASH, TOPK))
     kernel = parse_manifest(altered(manifest, MAX_CLUSTERS, ...)).kernels[PREFILL]
     assert kernel.launch.max_clusters is None
-    assert kernel.most_tokens(384) == kernel.problem.num_tokens.high == 896
+    assert kernel.most_tokens(384) == kernel.problem.num_tokens.high == 448
 
 
 def test_for_arch(manifest):
@@ -92,8 +92,8 @@ DTYPES = "kernels/1/problem/dtypes"
 PARAMETER = "kernels/0/parameters"
 W_MAP = f"{PARAMETER}/0/tensor_map"
 X_MAP = f"{PARAMETER}/1/tensor_map"
-# router_hash, router_prefill_kmajor_n128 and router_topk for sm_100a.
-HASH, PREFILL, TOPK = 12, 24, 34
+# router_hash, router_prefill_kmajor_n64 and router_topk for sm_100a.
+HASH, PREFILL, TOPK = 12, 24, 30
 MAX_CLUSTERS = f"kernels/{PREFILL}/launch/max_clusters"
 
 

@@ -208,9 +208,8 @@ def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, 
     [
         (65, "n64", 16, (64, 64, 2), 2),
         (448, "n64", 16, (64, 64, 2), 7),
-        (449, "n128", 16, (64, 128, 1), 4),
-        (896, "n128", 16, (64, 128, 1), 7),
-        (897, "n64_k8", 8, (64, 64, 1), 15),
+        (449, "n64_k8", 8, (64, 64, 1), 8),
+        (960, "n64_k8", 8, (64, 64, 1), 15),
         (961, "n64_k4", 4, (64, 64, 1), 16),
         (1920, "n64_k4", 4, (64, 64, 1), 30),
     ],
@@ -395,7 +394,6 @@ def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
         "router_decode_kmajor_n32.sm_90a",
         "router_decode_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n64.sm_90a",
-        "router_prefill_kmajor_n128.sm_90a",
         "router_prefill_kmajor_n64_k8.sm_90a",
         "router_prefill_kmajor_n64_k4.sm_90a",
         "router_topk.sm_90a",
@@ -404,7 +402,7 @@ def test_kernels_are_loaded_once_and_before_the_first_call(gpu, make):
     make()
     for num_tokens in (4, 100, 2000):
         bound(*step(num_tokens))
-    assert len(gpu.loads) == 8
+    assert len(gpu.loads) == 7
 
 
 def test_same_bytes_under_changed_metadata_are_loaded_as_it_says(gpu, make, artifacts):
@@ -952,7 +950,7 @@ def test_refused_options_launch_nothing(gpu, make):
         (57, "router_decode_kmajor_n64"),
         (64, "router_decode_kmajor_n64"),
         (65, "router_prefill_kmajor_n64"),
-        (449, "router_prefill_kmajor_n128"),
+        (449, "router_prefill_kmajor_n64_k8"),
         (1920, "router_prefill_kmajor_n64_k4"),
         (1921, "router_topk"),
     ],
@@ -1002,7 +1000,6 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         "router_hash.sm_90a",
         "router_decode_kmajor_n64.sm_90a",
         "router_prefill_kmajor_n64.sm_90a",
-        "router_prefill_kmajor_n128.sm_90a",
         "router_prefill_kmajor_n64_k8.sm_90a",
         "router_prefill_kmajor_n64_k4.sm_90a",
         "router_topk.sm_90a",
@@ -1041,7 +1038,7 @@ def test_a_hash_layer_reads_rows(gpu, make, ids_dtype, num_tokens):
         (57, "router_decode_kmajor_n64"),
         (64, "router_decode_kmajor_n64"),
         (65, "router_prefill_kmajor_n64"),
-        (896, "router_prefill_kmajor_n128"),
+        (960, "router_prefill_kmajor_n64_k8"),
         (1920, "router_prefill_kmajor_n64_k4"),
     ],
 )
@@ -1281,7 +1278,7 @@ def test_the_artifacts_built_here_can_be_bound():
                 dtypes=DTYPES,
             )
             ends = [step.max_tokens for step in plan_layer(artifacts.manifest, layer, arch).steps]
-            assert ends == [*([56] if hashed else [8, 32]), 64, 128, 256, 320, 640, None]
+            assert ends == [*([56] if hashed else [8, 32]), 64, 128, 320, 640, None]
 
 
 class Step(torch.nn.Module):

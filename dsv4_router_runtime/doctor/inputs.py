@@ -17,7 +17,7 @@ from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 
 K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
 # N = 1, the largest of each step of these layers, and the smallest that takes a matrix product.
-TOKENS = (1, 8, 32, 64, 128, 256, 320, 640, 641)
+TOKENS = (1, 8, 32, 64, 128, 320, 640, 641)
 MAX_TOKENS = max(TOKENS)
 # Few, so that no logit is so low that two keys are nearly equal; of more than a tile of tokens.
 DISTINCT_ROWS = 65

@@ -169,14 +169,15 @@ def prefill_cases(kernel: Kernel) -> tuple[Case, ...]:
 def second_launch(kernel: Kernel) -> Case:
     """Return the second launch of a call to a prefill kernel, with two owners of each token.
 
-    Its workspace counts from its first token.
+    Its workspace counts from its first token. With 9 K blocks per CTA every ring is in its second
+    turn.
     """
-    tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
+    tile, block = kernel.launch.token_tile, kernel.problem.k_multiple * kernel.launch.k_splits
     return Case(
-        num_tokens=2 * tile + 3,
-        num_experts=experts + 4,
+        num_tokens=tile + 67,
+        num_experts=kernel.launch.expert_tile + 4,
         top_k=6,
-        k=kernel.problem.k_multiple,
+        k=9 * block,
         first_token=tile,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 # Experts of a tile, and the fewest of five.
 _TILE, _FIVE_TILES = 64, 257
 # K of one block per CTA of a cluster.
-_BLOCK = 64 * 16
+_SPLITS = 16
+_BLOCK = 64 * _SPLITS
 _GATES = ("decode", "prefill", "select")
 _MULTIPLIES = ("decode", "prefill", "hash")
 
@@ -122,4 +124,6 @@ def goals_of(kernel: Kernel) -> list[str]:
 def goals_met(kernel: Kernel, inputs: Inputs) -> set[str]:
     """Return the names of what a case's inputs hold."""
     wanted = set(goals_of(kernel))
-    return {name for *_, name, test in _GOALS if name in wanted and test(inputs.case, inputs)}
+    # The goals of K are those of 16 CTAs that share it.
+    case = replace(inputs.case, k=inputs.case.k * _SPLITS // kernel.launch.k_splits)
+    return {name for *_, name, test in _GOALS if name in wanted and test(case, inputs)}

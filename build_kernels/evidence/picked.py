@@ -14,8 +14,8 @@ from dsv4_router_runtime.artifacts.manifest import Kernel
 from .cases import Case, listed_cases, second_launch
 from .draws import draw
 
-# The token tile of decode between the least and the greatest, and the smaller one of prefill.
-_BETWEEN, _SMALL = 32, 64
+# The token tile of decode between the least and the greatest.
+_BETWEEN = 32
 PICKED = Path(__file__).with_name("picked.json")
 
 
@@ -31,12 +31,12 @@ def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
     In quick an E-major kernel and that of 32 tokens have those of several blocks of K alone: their
     texts differ from the other K-major kernels' in the loads of W_gate and in a warp's tokens. The
-    K-major prefill kernels of the smaller tile have a call's second launch too.
+    other prefill kernels have a call's second launch too.
     """
     drawn = tuple(draw(kernel, number) for number in picked_numbers()[kernel.role])
     if not quick:
         return drawn + listed_cases(kernel)
     is_between = kernel.problem.layout == "emajor" or kernel.launch.token_tile == _BETWEEN
-    if kernel.role == "prefill" and not is_between and kernel.launch.token_tile == _SMALL:
+    if kernel.role == "prefill" and not is_between:
         drawn += (second_launch(kernel),)
     return tuple(case for case in drawn if not is_between or case.k > kernel.problem.k_multiple)

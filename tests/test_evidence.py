@@ -127,7 +127,7 @@ def test_a_server_reads_what_the_builder_writes(tmp_path):
         (entry_text(figures={"x": 10**30}), "rungs.lint.figures.x: expected an int from -92"),
         (entry_text(figures={"x": ["\ud800"]}), "rungs.lint.figures.x[0]: expected a text"),
         (entry_text(figures={"\ud800": 1}), "rungs.lint.figures: expected a key, a string"),
-        (entry_text(figures={"y" * 81: 1}), "rungs.lint.figures: expected a key, a string"),
+        (entry_text(figures={"y" * 256: 1}), "rungs.lint.figures: expected a key, a string"),
         (entry_text(figures={"x": "HERE"}).replace('"HERE"', "NaN"), "$: not valid JSON (NaN is"),
         (entry_text(figures={"x": "HERE"}).replace('"HERE"', "1e400"), "$: not valid JSON (a num"),
         (entry_text(figures={"x": "HERE"}).replace('"HERE"', "9" * 5000), "an integer of 5000"),
@@ -255,7 +255,7 @@ def test_what_no_reader_would_take_is_not_written(tmp_path):
     deep: list = []
     for _ in range(40):
         deep = [deep]
-    for figures in ({"x": float("nan")}, {"x": deep}, {"x": 2**64}, {"x" * 100: 1}):
+    for figures in ({"x": float("nan")}, {"x": deep}, {"x": 2**64}, {"x" * 300: 1}):
         bad = Evidence().with_result(KERNEL, "lint", Result(status="passed", figures=figures))
         with pytest.raises(EvidenceError):
             write_evidence(path, bad)

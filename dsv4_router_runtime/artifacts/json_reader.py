@@ -27,6 +27,8 @@ V = TypeVar("V")
 SHA256 = r"[0-9a-f]{64}", "64 lower-case hex digits"
 MAX_INTEGER = 2**63 - 1
 MAX_SHOWN = 80
+# Of a key that the schema leaves free, such as a test's name with its parameters.
+MAX_KEY = 255
 # Of JSON values that a schema leaves free; those that are written nest 4 deep.
 MAX_DEPTH = 16
 # Half of a surrogate pair: JSON can escape one, but neither a file nor a terminal takes it.
@@ -247,7 +249,7 @@ class JsonNode:
         if isinstance(value, dict):
             self._check_object()
             for key in value:
-                JsonNode(key, self.path, self.source).text("a key", MAX_SHOWN)
+                JsonNode(key, self.path, self.source).text("a key", MAX_KEY)
             return {key: self.member(key).plain(depth - 1) for key in value}
         if isinstance(value, str):
             return self.text("a text", MAX_JSON_BYTES)

@@ -18,7 +18,7 @@ from .prefill_kernels import (
     emajor,
     given,
     n64,
-    n128,
+    n64_k8,
     written,
 )
 
@@ -103,11 +103,14 @@ M_TILES = (
     ),
 )
 
-# Of a token: its pair's sums, 8 KB on, and in n128 those of the second round.
+# Of a token: its pair's sums, 8 KB on.
 FIRST_PAIR = Edit(
     pattern=r"shl\.b32 (\t%r\d+, )%r\d+, 11(;\s+add\.s32)", replacement=r"mov.b32 \g<1>0\2"
 )
-_FLAGS = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)196624(\])"
+# In a CTA of 8 a round is two pairs, of 1536 FP32 each.
+_SECOND_SUMS = r"mul\.lo\.s32( \t%r\d+, %r\d+, 1536);"
+_FLAGS = r"(ld\.shared\.b32 \t%r\d+, \[%r\d+\+)221200(\])"
+_TICKETS = r"(setp\.gt\.u32 \t%p\d+, %r\d+, )7(;\s+setp\.ne\.b32)"
 ROUNDS = (
     *of_kind(
         *(n64, "wrong sums"),
@@ -127,12 +130,10 @@ ROUNDS = (
         ),
     ),
     *of_kind(
-        *(n128, "wrong round"),
+        *(n64_k8, "wrong round"),
         (
             "the second round adds the first one's sums",
-            written(
-                r"(shl\.b32 \t%r\d+, %r\d+, 12;[^;]*;\s+add\.s32 \t%r\d+, %r\d+, )16384(;)", "0"
-            ),
+            Edit(pattern=_SECOND_SUMS, replacement=r"mad.lo.s32\1, -3072;"),
             WRONG_IDS,
         ),
         (
@@ -145,24 +146,22 @@ ROUNDS = (
         ),
         (
             "the second round has the first one's flags",
-            written(_FLAGS, "196608"),
+            written(_FLAGS, "221184"),
             given("padding", case=TWO_ROUNDS),
         ),
         (
             "the second round has the first one's forced ids",
-            written(r"(ld\.shared\.v4\.b32 \t\{[^}]*\}, \[%r\d+\+)196800(\])", "196672"),
+            written(r"(ld\.shared\.v4\.b32 \t\{[^}]*\}, \[%r\d+\+)221376(\])", "221248"),
             given("forced", case=TWO_ROUNDS),
             WRONG_IDS,
         ),
-        (
-            "the second round's tokens draw no ticket",
-            written(r"(setp\.gt\.u32 \t%p\d+, %r\d+, )7(;\s+mov\.pred)", "3"),
-        ),
+        ("the second round's tokens get no ticket", written(_TICKETS, "3")),
         (
             "forced ids of the second round are not read",
-            deleted(r"st\.shared\.b32 \t\[%r\d+\+196672\], [^;]*;", 1),
+            deleted(r"st\.shared\.b32 \t\[%r\d+\+221248\], [^;]*;", 1),
             given("forced", case=TWO_ROUNDS),
         ),
+        case=TWO_ROUNDS,
     ),
 )
 

@@ -20,7 +20,7 @@ from .prefill_kernels import (
     emajor,
     given,
     n64,
-    n128,
+    n64_k8,
     sm100,
     written,
 )
@@ -54,7 +54,7 @@ PIPELINES = (
         case=WRAPS,
     ),
     *of_kind(
-        *(n128, "missing wgmma wait"),
+        *(n64_k8, "missing wgmma wait"),
         ("a stage is released while its wgmmas run", _late(_WAIT_ONE, 2), "race"),
         ("no last wgmma.wait_group", deleted(_WAIT_ALL)),
         case=WRAPS,
@@ -64,10 +64,10 @@ PIPELINES = (
         ("no wgmma.fence", deleted(r"wgmma\.fence\.sync\.aligned;"), "missing-wgmma-fence"),
     ),
     *of_kind(
-        *(n128, "stage off by one"),
+        *(n64_k8, "stage off by one"),
         (
             "the next stage is released",
-            written(r"(mbarrier\.arrive\.shared\.b64 %rd\d+, \[%r\d+\+)196960(\])", "196968"),
+            written(r"(mbarrier\.arrive\.shared\.b64 %rd\d+, \[%r\d+\+)221560(\])", "221568"),
         ),
         case=WRAPS,
     ),

@@ -24,7 +24,11 @@ from build_kernels.evidence.inputs import SCALE, Inputs, make_inputs  # noqa: E4
 from build_kernels.evidence.rungs import emulated  # noqa: E402
 from build_kernels.specs import DECODE_TILES  # noqa: E402
 from dsv4_router_runtime import Router  # noqa: E402
-from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts  # noqa: E402
+from dsv4_router_runtime.artifacts.folder import (  # noqa: E402
+    ArtifactSet,
+    find_artifacts,
+    open_artifacts,
+)
 from dsv4_router_runtime.device.driver import arch_of_device  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +85,17 @@ PREFILL_CASES = [
 TOPK_CASES = [decode_case(70, num_experts, 1024, "biased") for num_experts in (60, 132, 256, 512)]
 
 
+def only_prefill(*names: str) -> ArtifactSet:
+    """The artifacts without prefill kernels, but for those named."""
+    found = open_artifacts(find_artifacts())
+    kernels = tuple(
+        kernel
+        for kernel in found.manifest.kernels
+        if kernel.role != "prefill" or kernel.name in names
+    )
+    return replace(found, manifest=replace(found.manifest, kernels=kernels))
+
+
 def on_gpu(inputs: Inputs, layout: str, *prefill: str) -> tuple[np.ndarray, np.ndarray]:
     """Weights and ids that the GPU gives for a case; of the prefill kernels only those named."""
     case = inputs.case
@@ -95,16 +110,11 @@ def on_gpu(inputs: Inputs, layout: str, *prefill: str) -> tuple[np.ndarray, np.n
     bias = torch.from_numpy(inputs.tensors["e_bias"]).cuda()
     weights = torch.empty(case.num_tokens, case.top_k, dtype=torch.float32, device="cuda")
     ids = torch.empty(case.num_tokens, case.top_k, dtype=torch.int32, device="cuda")
-    found = open_artifacts(find_artifacts())
-    kernels = [
-        item for item in found.manifest.kernels if item.role != "prefill" or item.name in prefill
-    ]
-    kept = replace(found, manifest=replace(found.manifest, kernels=tuple(kernels)))
     router = Router(
         *(weight, bias),
         top_k=case.top_k,
         routed_scaling_factor=SCALE,
-        artifacts=kept,
+        artifacts=only_prefill(*prefill),
         same_bits=bool(prefill),
     )
     assert set(prefill) <= {key.split(".")[0] for key in router.kernels}

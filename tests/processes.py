@@ -77,6 +77,7 @@ def family(command: Sequence[str], **environment: str) -> Iterator[Family]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     members = Family(head=head, mark=mark)
     try:
@@ -85,6 +86,12 @@ def family(command: Sequence[str], **environment: str) -> Iterator[Family]:
         for process in members.members():
             os.kill(process, signal.SIGKILL)
         head.communicate(timeout=30)
+
+
+def heed_signals() -> None:
+    """Undo what tests inherit in the background or under nohup: SIGINT or SIGHUP ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def double(number: int) -> int:

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import ARCHS, TOPK, check_whole, contents, leftovers, make, mounted, topk_set
+from processes import heed_signals
 
 from build_kernels.building import staging
 from build_kernels.building.artifact_folder import PlaceError
@@ -150,11 +151,6 @@ class TestPrivateFolders:
             assert len(make(volume / "artifacts", locked=True).up_to_date) == len(ARCHS)
 
 
-def _heed_interrupts() -> None:
-    """Undo what a test run in the background inherits: SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_build_leaves_the_old_set(artifacts: Path, how: signal.Signals) -> None:
@@ -166,7 +162,7 @@ def test_an_interrupted_build_leaves_the_old_set(artifacts: Path, how: signal.Si
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # so that Ctrl-C reaches the compilers, as in a terminal
-        preexec_fn=_heed_interrupts,
+        preexec_fn=heed_signals,
     )
     private = artifacts.parent / f".{artifacts.name}.build"
     deadline = time.monotonic() + 60

@@ -63,7 +63,7 @@ def test_a_stopped_command_leaves_no_process_behind(
     with family(command, SENTRYWARD_PTX_NATIVE=long_proof) as started:
         started.wait_for(LONG)
         started.signal(number, group=group)
-        assert started.head.wait(timeout=10) == (
+        assert started.head.wait(timeout=60) == (
             130 if number == signal.SIGTERM else -signal.SIGKILL
         )
         assert started.survivors(seconds=5) == []
@@ -80,7 +80,7 @@ def test_a_stopped_build_leaves_no_process_behind(
         started.wait_for("spawn_main")
         time.sleep(2)  # into the compilers
         started.signal(number, group=group)
-        assert started.head.wait(timeout=10) == (
+        assert started.head.wait(timeout=60) == (
             130 if number == signal.SIGTERM else -signal.SIGKILL
         )
         assert started.survivors(seconds=5) == []

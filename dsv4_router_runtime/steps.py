@@ -211,7 +211,7 @@ class LayerSteps(ABC):
                         site.launch()
                 return
             except NoRoomError as error:
-                index = self._step_after(index, error.loaded, str(error))
+                index = self._step_after_refusal(index, error, stream)
             except self._errors_of_torch as error:
                 raise driver.torch_error(error) from error
 
@@ -278,11 +278,16 @@ class LayerSteps(ABC):
 
     def _step_with_room(self, index: int, stream: int) -> tuple[_LoadedStep, Room]:
         """Return the first step from `index` on that fits the stream's context, and its room."""
+        unfit: list[tuple[LoadedKernel, str]] = []
         while True:
             step = self._steps[index]
             room = ask_room(step.loaded, stream)
             if room.reason is None:
+                # Only now: the step after one without room may have none either.
+                for loaded, reason in unfit:
+                    note_fallback(loaded, reason, step.loaded.kernel.key)
                 return step, room
+            unfit.append((step.loaded, room.reason))
             index = self._step_after(index, step.loaded, room.reason)
 
     def _make_site(
@@ -316,7 +321,13 @@ class LayerSteps(ABC):
                 key = loaded.kernel.key
                 raise NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
             index += 1
-        note_fallback(loaded, reason, step.loaded.kernel.key)
+        return index
+
+    def _step_after_refusal(self, index: int, refusal: NoRoomError, stream: int) -> int:
+        """Return the step to take instead of the one that the driver refused to launch."""
+        index = self._step_after(index, refusal.loaded, str(refusal))
+        step, _ = self._step_with_room(index, stream)
+        note_fallback(refusal.loaded, str(refusal), step.loaded.kernel.key)
         return index
 
     def _write_layer(self, site: LayerLaunchSite) -> None:

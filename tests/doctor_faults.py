@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from cuda.bindings.driver import CUresult
 from doctor_driver import BUS_ID, OutOfMemory
 from doctor_world import write_version
 
+from dsv4_router_runtime.artifacts.manifest import serialise_manifest
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.doctor import installation, selftest
 from dsv4_router_runtime.errors import (
@@ -82,6 +84,19 @@ def forget_the_hardware(world):
     for entry in world.entries:
         entry["rungs"]["hardware"] = {"status": "not run", "reason": "no GPU"}
     world.write_evidence()
+
+
+def leave_out(name):
+    """Let the set be one without the kernels of this name."""
+
+    def arrange(world):
+        kept = tuple(each for each in world.manifest.kernels if each.name != name)
+        text = serialise_manifest(replace(world.manifest, kernels=kept))
+        (world.folder / "manifest.json").write_text(text)
+        for path in world.folder.glob(f"{name}.*"):
+            path.unlink()
+
+    return arrange
 
 
 def shorten_parameters(world):
@@ -333,6 +348,10 @@ FAULTS = {
     "a torch that cannot be imported": (
         torch_that_fails(ImportError("libcudart.so.13: cannot open shared object file")),
         *("torch", "FAIL", "libcudart.so.13", "pip install --force-reinstall", "--torch"),
+    ),
+    "a set without a kernel": (
+        leave_out("router_topk"),
+        *(SELF_TEST, "FAIL", "no kernel for role=select, num_tokens=641", BUILD),
     ),
     "no memory left by a server": (
         attribute(cuMemAlloc=lambda size: (OutOfMemory(2), None)),

@@ -351,7 +351,7 @@ def test_explain_says_how_many_launches_of_how_many_tokens(artifacts):
     assert "same bits on sm_90a\n" in text
     assert f"path: 3 launches, the largest ({PIECE} tokens) of {LAST.kernel.key}, " in text
     assert f"-> {LAST.reason}: {LAST.kernel.key}" in text
-    assert "without room for a cluster (MIG, MPS, green contexts): NoKernelError" in text
+    assert "without room for a cluster of 4 CTAs (MIG, MPS, green contexts): NoKernelError" in text
     assert f"{LAST.kernel.key}: chosen" in text
     assert "router_topk.sm_90a: accepted" not in text
     assert (document["launches"], document["kernel_without_clusters"]) == (3, None)

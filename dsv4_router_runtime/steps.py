@@ -182,8 +182,14 @@ class LayerSteps(ABC):
         if index and not (options.image_mask or out_logits is not None or self._has_image_ids):
             index = 0
         ends = self._ends
-        while num_tokens > ends[index]:
-            index += 1
+        try:
+            while num_tokens > ends[index]:
+                index += 1
+        except IndexError:
+            raise ValueError(
+                f"hidden_states: expected at most {MAX_TOKENS} rows (got {num_tokens}); make "
+                "several calls"
+            ) from None
         # As names first: a call through `self` costs 0.01 us more.
         current_stream, is_capturing = self._current_stream, self._is_capturing
         stream = current_stream(self._index)

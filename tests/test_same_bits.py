@@ -11,14 +11,15 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_kernel, sample_manifest
-from gpu_recorder import replace_gpu, sites_of
+from gpu_recorder import replace_gpu, run_without_memory, sites_of
 
 from dsv4_router_runtime import Router
 from dsv4_router_runtime.__main__ import main
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import IntRange
-from dsv4_router_runtime.device import occupancy
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
+from dsv4_router_runtime.device import launch_site, occupancy
 from dsv4_router_runtime.device.launch import pieces_of
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.errors import NoKernelError
@@ -210,6 +211,23 @@ def test_a_call_is_one_launch_per_piece(gpu, make, num_tokens, counts, stream):
     assert (same["num_tokens"], same["stream"]) == (num_tokens, stream)
     assert (same["out_weights"], same["out_ids"]) == (weights.data_ptr(), ids.data_ptr())
     assert (gpu.maps[-1].address, gpu.maps[-1].dims[1]) == (x.data_ptr(), num_tokens)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_most_tokens_are_those_of_an_int32(gpu, make, monkeypatch, hashed, more):
+    table = {"tid2eid": torch.arange(TOP_K).repeat(9, 1), "bias_vl": torch.zeros(E)}
+    bound = make(**(table if hashed else {}))
+    n = MAX_TOKENS + more
+    monkeypatch.setattr(launch_site, "pieces_of", lambda *given: iter([given]))
+    if more:
+        expected = rf"^hidden_states: expected at most {MAX_TOKENS} rows \(got {n}\)"
+        with pytest.raises(ValueError, match=expected):
+            run_without_memory(bound, n)
+        assert gpu.launches == []
+    else:
+        run_without_memory(bound, n)
+        assert (gpu.last["num_tokens"], gpu.last["kernel"]) == (n, LAST.kernel.key)
 
 
 def test_calls_of_other_sizes_on_one_site_have_their_own_pieces(gpu, make):

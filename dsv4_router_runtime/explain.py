@@ -347,6 +347,6 @@ def _memory(explained: Explanation) -> Iterator[str]:
 
 def _evidence(evidence: KernelEvidence | None) -> str:
     if evidence is None:
-        return "none for these bytes"
+        return "none for these bytes and this launch"
     ran = f"ran on {', '.join(evidence.gpus)}" if evidence.gpus else "ran on no GPU"
     return "; ".join([ran, *(f"{rung} {status}" for rung, status in evidence.rungs.items())])

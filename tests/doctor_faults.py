@@ -248,7 +248,21 @@ FAULTS = {
     ),
     "no evidence": (
         lambda w: (w.folder / "evidence.json").unlink(),
-        *("evidence sm_90a", "WARN", "none for the bytes of", "build-kernels verify"),
+        *(
+            "evidence sm_90a",
+            "WARN",
+            "none for the bytes and the launch of",
+            "build-kernels verify",
+        ),
+    ),
+    "evidence of another launch": (
+        lambda w: (w.entries[1].update(launch_sha256="0" * 64), w.write_evidence()),
+        *("evidence sm_90a", "WARN", "and the launch of router_decode_emajor_n32.sm_90a"),
+        "build-kernels verify",
+    ),
+    "evidence said twice": (
+        lambda w: (w.entries.append(w.entries[0]), w.write_evidence()),
+        *("evidence sm_90a", "FAIL", "a second entry of the same bytes", "git checkout"),
     ),
     "unreadable evidence": (
         lambda w: (w.folder / "evidence.json").write_text("{"),

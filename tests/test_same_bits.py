@@ -21,7 +21,7 @@ from dsv4_router_runtime.artifacts.kernel import IntRange
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import launch_site, occupancy
 from dsv4_router_runtime.device.launch import pieces_of
-from dsv4_router_runtime.device.launch_site import LaunchSite
+from dsv4_router_runtime.device.launch_site import LaunchSite, NoRoomError
 from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.explain import Question, as_json, as_text, explain
 from dsv4_router_runtime.integrations import torch_op
@@ -347,6 +347,28 @@ def test_the_last_kernel_serves_what_the_others_have_no_room_for(gpu, make, num_
     assert set(noted.values()) <= {LAST.kernel.key}
     assert set(noted) <= set(bound.kernels[:-1])
     assert len(noted) == (len(bound.kernels) - 1 if num_tokens == 5 else 0)
+
+
+def test_a_refused_fallback_takes_the_step_after_its_own(gpu, make, monkeypatch):
+    bound = make()
+    first, second, third, *_ = bound.kernels
+    gpu.unfit = {first: "no room"}
+    bound(*step(5))
+    assert gpu.last["kernel"] == second
+    tries = []
+
+    def refused(site):
+        tries.append(site.block.kernel.key)
+        assert len(tries) < 9, "the same launch is tried for ever"
+        if tries[-1] == second:
+            raise NoRoomError(site.loaded)
+        gpu.note(site)
+
+    monkeypatch.setattr(LaunchSite, "launch", refused)
+    bound(*step(5))
+    assert (tries, gpu.last["kernel"]) == ([second, third], third)
+    noted = {each.kernel: each.instead for each in occupancy.fallbacks()}
+    assert noted == {first: second, second: third}
 
 
 @pytest.mark.parametrize("given", [1, None, "yes"])

@@ -91,7 +91,8 @@ def leave_out(name):
 
     def arrange(world):
         kept = tuple(each for each in world.manifest.kernels if each.name != name)
-        text = serialise_manifest(replace(world.manifest, kernels=kept))
+        world.manifest = replace(world.manifest, kernels=kept)
+        text = serialise_manifest(world.manifest)
         (world.folder / "manifest.json").write_text(text)
         for path in world.folder.glob(f"{name}.*"):
             path.unlink()

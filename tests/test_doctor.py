@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ from doctor_faults import (  # noqa: E402
     TOPK,
     flip_a_byte,
     fork,
+    leave_out,
     raises,
     without_torch,
 )
@@ -71,7 +74,10 @@ def test_a_machine_in_good_order_exits_0(examine):
         "loads; 7 clusters of 16 CTAs fit with an SM for each CTA; "
         "1..8 tokens: computes the whole gate in one launch"
     )
-    assert found[SELF_TEST]["found"] == "32 calls right, and 32 replayed"
+    assert found[SELF_TEST]["found"] == "36 calls right, and 36 replayed"
+    last = found["kernel router_prefill_emajor_n128_k4.sm_90a gpu 0"]["found"]
+    assert "for each CTA; with same_bits, 641..1280 tokens: computes the whole gate in one" in last
+    assert " and with same_bits, 1281.. tokens: computes the whole gate in launches of 1280" in last
     assert found["workspace gpu 0"]["status"] == "OK"
 
 
@@ -158,14 +164,15 @@ def test_quick_leaves_the_self_test_out(world, examine):
 def test_the_self_test_launches_each_case_eagerly_and_captured(world, examine):
     examine()
     launched = world.cuda.launched
-    of_a_case, calls = 2 * len(inputs.TOKENS), len(inputs.TOKENS) * len(inputs.CASES)
-    assert len(launched) == 2 * calls
     assert {stream for _, stream, _ in launched} == {launched[0][1]} != {0}
-    for first, case in zip(range(0, 2 * calls, of_a_case), inputs.CASES, strict=True):
-        launches = launched[first : first + of_a_case]
-        eager, captured = launches[: of_a_case // 2], launches[of_a_case // 2 :]
+    left = iter(launched)
+    for case in inputs.CASES:
+        # The largest call of same_bits is two launches.
+        expected = [*case.tokens, *case.tokens[-1:] * case.same_bits]
+        eager, captured = (list(islice(left, len(expected))) for _ in range(2))
+        launches = eager + captured
         assert [name for name, _, _ in eager] == [name for name, _, _ in captured]
-        assert [values["num_tokens"] for _, _, values in captured] == list(inputs.TOKENS)
+        assert [values["num_tokens"] for _, _, values in captured] == expected
         # A capture has scratch of its own.
         scratch = [
             {values.get("counters", 0) for _, _, values in each} - {0} for each in (eager, captured)
@@ -174,9 +181,27 @@ def test_the_self_test_launches_each_case_eagerly_and_captured(world, examine):
         assert scratch[0].isdisjoint(scratch[1])
         names = {name for name, _, _ in launches}
         assert ("router_hash" in names) == case.hashed
-        assert "router_topk" in names
+        assert ("router_topk" in names) != case.same_bits
         layout = "kmajor" if case.hashed else case.layout
-        assert f"router_decode_{layout}_n64" in names
+        if case.same_bits:
+            assert names == {f"router_prefill_{layout}_n128_k4"}
+            assert [values["first_token"] for _, _, values in captured] == [0, 0, 1280]
+        else:
+            assert f"router_decode_{layout}_n64" in names
+    assert list(left) == []
+
+
+@pytest.mark.parametrize("fault", ["no room", "no kernel"])
+def test_same_bits_is_left_out_where_no_kernel_serves_it(world, examine, fault):
+    if fault == "no room":
+        world.cuda.clusters = 0
+    else:
+        for name in {each.name for each in world.manifest.kernels if each.role == "prefill"}:
+            leave_out(name)(world)
+    _, found = examine()
+    expected = "32 calls right, and 32 replayed; not tested: emajor same_bits, "
+    assert found[SELF_TEST]["status"] == "OK"
+    assert found[SELF_TEST]["found"].startswith(expected)
 
 
 def test_the_self_test_gives_its_memory_back(world, examine):
@@ -329,7 +354,7 @@ def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
     manifest = parse_manifest(
         (Path(__file__).parents[1] / "artifacts" / "manifest.json").read_bytes()
     )
-    ends = {1}
+    ends, ends_of_same_bits = {1}, set()
     for arch in manifest.driver:
         for layout in LAYOUTS:
             layer = LayerProblem(
@@ -343,7 +368,10 @@ def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
             steps = plan_layer(manifest, layer, arch).steps
             assert steps[-1].is_product_and_select
             ends |= {step.max_tokens for step in steps[:-1]} | {steps[-2].max_tokens + 1}
+            *_, last, pieces = plan_layer(manifest, replace(layer, same_bits=True), arch).steps
+            ends_of_same_bits |= {last.max_tokens, pieces.piece_tokens + 1}
     assert sorted(ends) == list(inputs.TOKENS)
+    assert sorted(ends_of_same_bits) == list(inputs.TOKENS_OF_SAME_BITS)
 
 
 def tensor(content, dtype, *shape):

@@ -93,23 +93,27 @@ def make_inputs() -> Inputs:
     logits = [_logits(row, by_k) for row in rows]
     scores = {logit: _score(logit) for row in logits for logit in row}
     by_row = [[scores[logit] for logit in row] for row in logits]
-    chosen = [_chosen(row, bias) for row in by_row]
+    weighed = [_weighed(_chosen(row, bias), row) for row in by_row]
     of_row = [row % DISTINCT_ROWS for row in range(MAX_TOKENS)]
     return Inputs(
-        x=_bf16(b"".join(rows[row] for row in of_row)),
+        x=_repeated([_bf16(row) for row in rows], of_row),
         W_gate={"kmajor": _bf16(by_expert), "emajor": _bf16(b"".join(by_k))},
         e_bias=array("f", bias).tobytes(),
         table=array("i", (expert for ids in table for expert in ids)).tobytes(),
         token_ids=array("q", token_ids).tobytes(),
-        logits=b"".join(array("f", logits[row]).tobytes() for row in of_row),
+        logits=_repeated([array("f", row).tobytes() for row in logits], of_row),
         expected={
-            False: [_weighed(chosen[row], by_row[row]) for row in of_row],
+            False: [weighed[row] for row in of_row],
             True: [
                 _weighed(table[token], by_row[row])
                 for token, row in zip(token_ids, of_row, strict=True)
             ],
         },
     )
+
+
+def _repeated(distinct: Sequence[bytes], of_row: Iterable[int]) -> bytes:
+    return b"".join(distinct[row] for row in of_row)
 
 
 def _draw_row(drawn: random.Random) -> bytes:

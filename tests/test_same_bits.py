@@ -317,6 +317,23 @@ def test_an_interrupted_call_leaves_the_next_one_right(gpu, make, monkeypatch):
     assert made == [(0, PIECE // TILE), (PIECE, 1)]
 
 
+def test_an_interrupted_change_of_the_grid_leaves_the_next_call_right(gpu, make, monkeypatch):
+    bound = make()
+    bound(*step(PIECE - TILE))
+    before, set_grid = gpu.last["grid"], LaunchSite.set_grid
+    with monkeypatch.context() as patch:
+
+        def interrupted(site, grid):
+            set_grid(site, grid)
+            raise KeyboardInterrupt
+
+        patch.setattr(LaunchSite, "set_grid", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bound(*step(PIECE))
+    bound(*step(PIECE - TILE))
+    assert gpu.last["grid"] == before
+
+
 # ------------------------------------------------------------------ room and errors
 
 

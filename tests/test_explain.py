@@ -68,6 +68,9 @@ def compare(document, question, bound, gpu) -> None:
     launch = gpu.launches[0]
     assert {launch["kernel"] for launch in gpu.launches} == {document["kernel"]}
     assert document["grid"] == list(launch["grid"])
+    verdicts = document["candidates"]
+    chosen = [each["kernel"] for each in verdicts if each["reason"].startswith("chosen")]
+    assert chosen == [document["kernel"]]
     assert document["launches"] == len(gpu.launches) + len(gpu.products)
     whole_gate = question.images or question.logits
     steps = document["steps"] + (document["gate_steps"] if whole_gate else [])

@@ -62,7 +62,8 @@ def examine(world, capsys):
     return run
 
 
-def test_a_machine_in_good_order_exits_0(examine):
+def test_a_machine_in_good_order_exits_0(world, examine):
+    world.cuda.clusters = 6
     code, found = examine()
     assert code == 0
     assert {each["status"] for each in found.values()} == {"OK"}
@@ -71,9 +72,11 @@ def test_a_machine_in_good_order_exits_0(examine):
     assert found["gpu 0"]["found"].startswith("NVIDIA H200, sm_90a, 132 SMs, 232448 bytes")
     decode = found["kernel router_decode_emajor_n8.sm_90a gpu 0"]["found"]
     assert decode == (
-        "loads; 7 clusters of 16 CTAs fit with an SM for each CTA; "
+        "loads; 6 clusters of 16 CTAs fit with an SM for each CTA; "
         "1..8 tokens: computes the whole gate in one launch"
     )
+    table = found["kernel router_hash.sm_90a gpu 0"]["found"]
+    assert table.endswith("; 1..56 tokens: reads the rows of the chosen experts only")
     assert found[SELF_TEST]["found"] == "36 calls right, and 36 replayed"
     last = found["kernel router_prefill_emajor_n128_k4.sm_90a gpu 0"]["found"]
     assert "for each CTA; with same_bits, 641..1280 tokens: computes the whole gate in one" in last

@@ -15,13 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import sample_manifest, topk_kernel
 
 from dsv4_router_runtime import doctor
 from dsv4_router_runtime.__main__ import main
-from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
-from dsv4_router_runtime.artifacts.kernel import LAYOUTS
-from dsv4_router_runtime.artifacts.manifest import parse_manifest
-from dsv4_router_runtime.doctor import finding, installation
+from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.doctor import finding, installation, machine
 from dsv4_router_runtime.errors import DriverError
 
 torch = pytest.importorskip("torch", reason="torch is the caller's and is not installed here")
@@ -37,10 +36,9 @@ from doctor_faults import (  # noqa: E402
     raises,
     without_torch,
 )
-from doctor_world import forget_driver, make_world  # noqa: E402
+from doctor_world import forget_driver, make_world, write_version  # noqa: E402
 
 from dsv4_router_runtime.doctor import inputs, selftest  # noqa: E402
-from dsv4_router_runtime.reference import router_reference  # noqa: E402
 
 
 @pytest.fixture
@@ -69,6 +67,7 @@ def test_a_machine_in_good_order_exits_0(world, examine):
     assert {each["status"] for each in found.values()} == {"OK"}
     assert found["driver for sm_90a"]["needed"] == "CUDA 12.4 or newer"
     assert "passed on NVIDIA H200" in found["evidence sm_90a"]["found"]
+    assert [check for check in found if check.startswith("evidence")] == ["evidence sm_90a"]
     assert found["gpu 0"]["found"].startswith("NVIDIA H200, sm_90a, 132 SMs, 232448 bytes")
     decode = found["kernel router_decode_emajor_n8.sm_90a gpu 0"]["found"]
     assert decode == (
@@ -128,7 +127,8 @@ def test_without_a_driver_the_other_checks_are_made_and_no_kernel_is_loaded(worl
     fork(world)
     found = doctor.examine(artifacts=world.folder)
     assert [each.check for each in found if each.status == "FAIL"] == ["driver"]
-    assert "artifacts" in [each.check for each in found if each.status == "OK"]
+    right = [each.check for each in found if each.status == "OK"]
+    assert {"artifacts", "evidence sm_100a", "evidence sm_90a"} <= set(right)
     assert found[-1].found == "no GPU to load them on"
 
 
@@ -154,6 +154,25 @@ def test_torch_is_not_imported_unless_asked_for(world, examine):
     world.monkeypatch.setattr(installation, "import_module", lambda name: torch)
     code, found = examine("--quick", "--torch")
     assert (code, found["torch"]["found"]) == (0, "2.13.0 sees the GPU")
+
+
+@pytest.mark.parametrize(("version", "code"), [(12039, 2), (12040, 0), (12050, 0)])
+def test_the_floor_itself_is_no_fault(world, examine, version, code):
+    world.cuda.version = version
+    write_version(world, 'cuda = "12.4"')
+    got, found = examine("--quick")
+    status = found["driver for sm_90a"]["status"]
+    assert (got, status) == (code, "FAIL" if code else "OK")
+
+
+def test_the_floor_is_that_of_every_kernel_which_runs_on_a_gpu(monkeypatch):
+    """A kernel of a family needs a newer driver than one of the GPU's own architecture."""
+    kernels = tuple(topk_kernel(arch) for arch in ("sm_100a", "sm_100f"))
+    manifest = replace(sample_manifest(("sm_100a", "sm_100f")), kernels=kernels)
+    for version, status in ((12080, "FAIL"), (12090, "OK")):
+        monkeypatch.setattr(driver, "driver_version", lambda version=version: version)
+        found = machine.check_floor(SimpleNamespace(manifest=manifest), "sm_100a")
+        assert (found.status, found.needed) == (status, "CUDA 12.9 or newer")
 
 
 def test_quick_leaves_the_self_test_out(world, examine):
@@ -351,81 +370,6 @@ print(code, "torch" in sys.modules, time.process_time())
         assert (exit_code, torch_is_there) == ("2", "False")
         best = min(best, float(seconds))
     assert best < 0.5
-
-
-def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
-    manifest = parse_manifest(
-        (Path(__file__).parents[1] / "artifacts" / "manifest.json").read_bytes()
-    )
-    ends, ends_of_same_bits = {1}, set()
-    for arch in manifest.driver:
-        for layout in LAYOUTS:
-            layer = LayerProblem(
-                layout=layout,
-                tma_loadable=True,
-                hashed=False,
-                num_experts=inputs.EXPERTS,
-                top_k=inputs.TOP_K,
-                k=inputs.K,
-            )
-            steps = plan_layer(manifest, layer, arch).steps
-            assert steps[-1].is_product_and_select
-            ends |= {step.max_tokens for step in steps[:-1]} | {steps[-2].max_tokens + 1}
-            *_, last, pieces = plan_layer(manifest, replace(layer, same_bits=True), arch).steps
-            ends_of_same_bits |= {last.max_tokens, pieces.piece_tokens + 1}
-    assert sorted(ends) == list(inputs.TOKENS)
-    assert sorted(ends_of_same_bits) == list(inputs.TOKENS_OF_SAME_BITS)
-
-
-def tensor(content, dtype, *shape):
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
-
-
-def test_the_exact_results_of_the_self_test_are_the_references():
-    drawn = inputs.make_inputs()
-    n, k, experts, top_k = inputs.MAX_TOKENS, inputs.K, inputs.EXPERTS, inputs.TOP_K
-    x = tensor(drawn.x, torch.bfloat16, n, k)
-    W = tensor(drawn.W_gate["kmajor"], torch.bfloat16, experts, k).t()
-    assert torch.equal(W, tensor(drawn.W_gate["emajor"], torch.bfloat16, k, experts))
-    assert 0.01 < (x != 0).double().mean() < 0.03
-    logits = tensor(drawn.logits, torch.float32, n, experts)
-    assert torch.equal(logits.double(), x.double() @ W.double())
-    bias = tensor(drawn.e_bias, torch.float32, experts)
-    table = tensor(drawn.table, torch.int32, inputs.VOCABULARY, top_k)
-    token_ids = tensor(drawn.token_ids, torch.int64, n)
-    for hashed, (e_bias, options) in {
-        False: (bias, {}),
-        True: (None, {"tid2eid": table, "input_ids": token_ids}),
-    }.items():
-        weights, ids = router_reference(x, W, e_bias, inputs.SCALE, top_k, **options)
-        assert ids.tolist() == [row for row, _ in drawn.expected[hashed]]
-        exact = torch.tensor([row for _, row in drawn.expected[hashed]], dtype=torch.float64)
-        torch.testing.assert_close(weights, exact, rtol=1e-12, atol=0)
-
-
-def test_the_keys_of_the_self_test_are_equal_or_far_apart():
-    """Ids are compared bit for bit: no two keys may be as close as FP32 rounds."""
-    drawn = inputs.make_inputs()
-    logits = tensor(drawn.logits, torch.float32, inputs.MAX_TOKENS, inputs.EXPERTS).double()
-    bias = tensor(drawn.e_bias, torch.float32, inputs.EXPERTS)
-    keys = torch.nn.functional.softplus(logits).sqrt() + bias.double()
-    gaps = keys.sort(dim=1).values.diff(dim=1)
-    assert gaps[gaps > 1e-12].min() > 1e-5
-    assert (gaps <= 1e-12).any()
-
-
-def test_the_numbers_of_the_self_test_take_a_quarter_of_a_second():
-    """Drawn and computed in a fresh interpreter, in CPU time, the best of three."""
-    code = """
-import time
-start = time.process_time()
-from dsv4_router_runtime.doctor import selftest
-selftest.make_inputs()
-print(time.process_time() - start)
-"""
-    run = [sys.executable, "-c", code]
-    taken = [float(subprocess.run(run, capture_output=True, check=True).stdout) for _ in range(3)]
-    assert min(taken) < 0.25
 
 
 @pytest.mark.gpu

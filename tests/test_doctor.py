@@ -123,6 +123,22 @@ def test_malformed_evidence_is_named_by_its_place(world, examine, rungs, place):
     assert place in found["evidence sm_90a"]["found"]
 
 
+def test_an_installed_set_without_evidence_is_to_be_installed_again(world, capsys):
+    (world.folder / "evidence.json").unlink()
+    installed = world.folder.rename(world.folder.with_name("_artifacts"))
+    assert main(["doctor", "--json", "--quick", "--artifacts", str(installed)]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (found,) = (each for each in findings if each["check"] == "evidence sm_90a")
+    assert found["repair"] == "pip install --force-reinstall dsv4-router"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"), [("abc", "a, b, c"), ("abcd", "a, b, c and 1 more"), ("a", "a")]
+)
+def test_three_names_of_many_are_listed_and_the_others_counted(names, text):
+    assert installation._listed(list(names)) == text
+
+
 def test_without_a_driver_the_other_checks_are_made_and_no_kernel_is_loaded(world):
     fork(world)
     found = doctor.examine(artifacts=world.folder)

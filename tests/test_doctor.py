@@ -15,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import sample_manifest, topk_kernel
+from conftest import decode_kernel, sample_manifest, topk_kernel
 
 from dsv4_router_runtime import doctor
 from dsv4_router_runtime.__main__ import main
 from dsv4_router_runtime.device import driver
+from dsv4_router_runtime.device.facts import Gpu
 from dsv4_router_runtime.doctor import finding, installation, machine
 from dsv4_router_runtime.errors import DriverError
 
@@ -189,6 +190,24 @@ def test_the_floor_is_that_of_every_kernel_which_runs_on_a_gpu(monkeypatch):
         monkeypatch.setattr(driver, "driver_version", lambda version=version: version)
         found = machine.check_floor(SimpleNamespace(manifest=manifest), "sm_100a")
         assert (found.status, found.needed) == (status, "CUDA 12.9 or newer")
+
+
+@pytest.mark.parametrize(("static", "status"), [(0, "OK"), (15, "OK"), (16, "FAIL")])
+def test_static_shared_memory_counts_too(static, status):
+    kernel = decode_kernel()
+    assert kernel.launch.dynamic_shared_bytes == 100_000
+    resources = replace(kernel.resources, static_shared_bytes=static)
+    manifest = replace(sample_manifest(), kernels=(replace(kernel, resources=resources),))
+    gpu = Gpu(
+        index=0,
+        name="NVIDIA H200",
+        arch="sm_90a",
+        num_sms=132,
+        shared_bytes_per_cta=100_015,
+        ecc=True,
+        mps=False,
+    )
+    assert machine.check_gpu(gpu, SimpleNamespace(manifest=manifest)).status == status
 
 
 def test_quick_leaves_the_self_test_out(world, examine):

@@ -335,6 +335,17 @@ FAULTS = {
         attribute(launch_code=CUresult.CUDA_ERROR_LAUNCH_FAILED),
         *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", f"nvidia-smi -q -i {BUS_ID}"),
     ),
+    "a graph that cannot be destroyed": (
+        attribute(cuGraphExecDestroy=lambda graph: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)),
+        *(SELF_TEST, "FAIL", "destroying what the driver made", f"nvidia-smi -q -i {BUS_ID}"),
+    ),
+    "a graph that fails, and cannot be destroyed": (
+        attribute(
+            cuGraphLaunch=lambda graph, stream: (CUresult.CUDA_ERROR_LAUNCH_FAILED,),
+            cuGraphExecDestroy=lambda graph: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,),
+        ),
+        *(SELF_TEST, "FAIL", "launching a graph: ", "nvidia-smi -q"),
+    ),
     "a torch without CUDA": (
         lambda w: write_version(w, "cuda: Optional[str] = None"),
         *("torch", "FAIL", "sees no GPU, and the driver does", "built for CUDA"),

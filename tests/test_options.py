@@ -243,6 +243,23 @@ def test_rows_of_a_hash_layer_are_stepped_by_an_int32():
         check_layer(W, None, top_k=TOP_K, routed_scaling_factor=1, options=options)
 
 
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+@pytest.mark.parametrize("stride", [TOP_K - 1, 2**31])
+def test_rows_of_an_output_are_stepped_by_an_int32(name, stride):
+    W = torch.zeros(E, K, dtype=torch.bfloat16, device="meta").t()
+    bias = torch.zeros(E, device="meta")
+    layer = check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1)
+    given = {
+        "hidden_states": torch.zeros(3, K, dtype=torch.bfloat16, device="meta"),
+        "out_weights": torch.zeros(3, TOP_K, device="meta"),
+        "out_ids": torch.zeros(3, TOP_K, dtype=torch.int32, device="meta"),
+    }
+    given[name] = given[name].as_strided((3, TOP_K), (stride, 1))
+    expected = rf"^{name}: expected a row stride of at least top_k \({TOP_K}\) and below 2\*\*31"
+    with pytest.raises(ValueError, match=expected):
+        check_call(layer, **given)
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.int32, 2**31), (torch.int64, 2**30)])
 def test_a_physical_map_is_indexed_by_an_int32(dtype, most):
     """router_decode counts 32-bit words: a map beyond would be read at a negative index."""
@@ -613,7 +630,8 @@ def test_one_row_of_rare_options_has_no_stride_and_no_row_no_element():
         (
             {"forced_ids": ints(1, TOP_K).expand(N, TOP_K)},
             ValueError,
-            "forced_ids: expected a row stride of at least top_k (4) (got shape [3, 4] with",
+            "forced_ids: expected a row stride of at least top_k (4) and below 2**31 elements (got "
+            "shape [3, 4] with",
         ),
         (
             {"forced_ids": chosen().to("meta")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.binding import _tensor_in
+from dsv4_router_runtime.call import check_call, check_call_options, plainly_right
 from dsv4_router_runtime.device.arguments import NO_OPTIONS, NO_RARE, Call, CallOptions
 from dsv4_router_runtime.layer import Layer, check_layer, complete_options, options_on
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
@@ -258,6 +260,24 @@ def test_rows_of_an_output_are_stepped_by_an_int32(name, stride):
     expected = rf"^{name}: expected a row stride of at least top_k \({TOP_K}\) and below 2\*\*31"
     with pytest.raises(ValueError, match=expected):
         check_call(layer, **given)
+
+
+@pytest.mark.parametrize("wide", [0, 1, None])
+def test_the_check_of_the_usual_call_has_that_bound_too(wide):
+    """On memory that is not there: only addresses and strides are read."""
+
+    def rows(at: int, dtype: torch.dtype, stride: int) -> torch.Tensor:
+        size = (2 * stride + TOP_K) * dtype.itemsize
+        memory = SimpleNamespace(address=at << 44, size=size)
+        whole = _tensor_in(memory, dtype, (size // dtype.itemsize,), torch.device("cpu"))
+        return whole.as_strided((3, TOP_K), (stride, 1))
+
+    W, bias = torch.zeros(E, K, dtype=torch.bfloat16).t(), torch.zeros(E)
+    layer = check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1)
+    strides = [2**31 - (at != wide) for at in (0, 1)]
+    weights, ids = rows(1, torch.float32, strides[0]), rows(2, torch.int32, strides[1])
+    got = plainly_right(layer, torch.zeros(3, K, dtype=torch.bfloat16), weights, ids)
+    assert (got is None) == (wide is not None)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.int32, 2**31), (torch.int64, 2**30)])

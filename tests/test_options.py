@@ -822,6 +822,22 @@ def test_what_a_call_reads_lies_apart_from_what_it_writes():
                 options_of(hashed, call, input_ids=words[-N:])
 
 
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+def test_the_last_bytes_of_what_is_read_and_written_count(name):
+    hashed = layer(tid2eid=table())
+    dtype = {"out_weights": torch.float32, "out_ids": torch.int32}[name]
+    # The second half of int64 token ids, and the last row of a strided output.
+    memory = torch.zeros(2 * N * TOP_K, dtype=torch.int64)
+    behind = memory.view(torch.int32)[2 * N - 1 :][: N * TOP_K].view(dtype).view(N, TOP_K)
+    with pytest.raises(ValueError, match=f"input_ids: expected memory apart from {name}"):
+        options_of(hashed, call_of(hashed, **{name: behind}), input_ids=memory[:N])
+    strided = memory.view(dtype).as_strided((N, TOP_K), (5 * TOP_K, 1))
+    last = strided[-1].view(torch.bool)[:N]
+    call = call_of(hashed, **{name: strided})
+    with pytest.raises(ValueError, match=f"padding_mask: expected memory apart from {name}"):
+        options_of(hashed, call, input_ids=ints(N), padding_mask=last)
+
+
 def test_what_follows_an_output_may_be_read():
     """One buffer: an output, and a mask right behind the last element that is written."""
     facts = layer()

@@ -177,7 +177,8 @@ def _check_output(name: str, out: torch.Tensor, num_tokens: int, needed: int, wh
     if columns > 1 and along_k != 1:
         raise wrong(name, "unit stride along the last dimension", strides_of(out))
     if num_tokens > 1 and not needed <= row_stride < 2**31:
-        raise wrong(name, f"a row stride of at least {what} ({needed})", strides_of(out))
+        allowed = f"a row stride of at least {what} ({needed}) and below 2**31 elements"
+        raise wrong(name, allowed, strides_of(out))
 
 
 def _span(name: str, at: int, num_rows: int, stride: int, columns: int, size: int) -> _Span:

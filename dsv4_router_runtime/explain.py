@@ -6,7 +6,7 @@ Built on `plan_layer`, which a Router's binding uses as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -18,13 +18,14 @@ from .artifacts.dispatch import (
     Problem,
     Rejected,
     Step,
+    kernels_on,
     plan_layer,
     resolve,
     without,
 )
 from .artifacts.evidence import KernelEvidence, read_summary
 from .artifacts.folder import ArtifactSet
-from .artifacts.kernel import ARCHITECTURE, LAYOUTS, POINTER_ELEMENT_BYTES, Kernel
+from .artifacts.kernel import ARCHITECTURE, LAYOUTS, Kernel
 from .artifacts.limits import (
     K_MULTIPLE,
     MAP_ALIGNMENT_BYTES,
@@ -33,9 +34,10 @@ from .artifacts.limits import (
     MAX_TOKENS,
     MAX_TOP_K,
 )
-from .device.launch import ceil_div, grid_of, has_clusters
+from .device.launch import ceil_div, grid_of
+from .device.workspace import ScratchLayout, scratch_layout
 from .errors import NoKernelError
-from .parameters import DTYPES, WORKSPACE
+from .parameters import DTYPES
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
 
@@ -105,16 +107,18 @@ class Question:
 class Explanation:
     """The plan of a layer, the step of one call, and every kernel's verdict for that step.
 
-    step_without_clusters: the step of the call in a context that has no room for a cluster; None if
-    it is a NoKernelError there.
+    steps_without: by the CTAs of a cluster, the step of the call in a context that has no room for
+    clusters of so many and more; None if it is a NoKernelError there.
+    scratch_bytes: a stream's scratch, which serves all kernels of the set.
     """
 
     question: Question
     arch: str
     plan: LayerPlan
     step: Step
-    step_without_clusters: Step | None
+    steps_without: Mapping[int, Step | None]
     candidates: tuple[Accepted | Rejected, ...]
+    scratch_bytes: int
     evidence: KernelEvidence | None
 
     @property
@@ -143,26 +147,10 @@ class Explanation:
         return pieces + self.step.is_product_and_select
 
     @property
-    def scratch_bytes(self) -> int:
-        """Bytes of the kernel's scratch per stream."""
-        return sum(self._scratch_sizes().values())
-
-    @property
     def capture_bytes(self) -> int:
         """Scratch of one captured launch of the call; each capture has its own."""
-        sizes = self._scratch_sizes()
-        if WORKSPACE.name in sizes:
-            used = self.kernel.workspace_bytes(self.tokens_at_once, self.question.num_experts)
-            sizes[WORKSPACE.name] = min(sizes[WORKSPACE.name], used)
-        return sum(sizes.values())
-
-    def _scratch_sizes(self) -> dict[str, int]:
-        return {
-            parameter.name: parameter.scratch.elements
-            * POINTER_ELEMENT_BYTES[parameter.element_type]
-            for parameter in self.kernel.parameters
-            if parameter.scratch is not None and parameter.element_type is not None
-        }
+        problem = self.tokens_at_once, self.question.num_experts
+        return _bytes_of(scratch_layout([self.kernel], problem))
 
     @property
     def logits_bytes(self) -> int:
@@ -202,20 +190,37 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         arch=arch,
         plan=plan,
         step=step,
-        step_without_clusters=_step_without_clusters(plan, question),
+        steps_without=_steps_without(plan, question, step),
         candidates=resolve(artifacts.manifest, problem, arch),
+        scratch_bytes=_bytes_of(scratch_layout(kernels_on(artifacts.manifest, arch))),
         evidence=read_summary(artifacts.folder).of(step.kernel),
     )
 
 
-def _step_without_clusters(plan: LayerPlan, question: Question) -> Step | None:
-    clusters = {
-        kernel.key: "no room for a cluster"
+def _bytes_of(layout: ScratchLayout) -> int:
+    return layout.zeroed_bytes + layout.plain_bytes
+
+
+def _steps_without(plan: LayerPlan, question: Question, step: Step) -> dict[int, Step | None]:
+    """Return what takes the place of `step` if its cluster has no room, the larger ones first."""
+    sizes = {prod(kernel.launch.cluster) for kernel in plan.kernels}
+    most = prod(step.kernel.launch.cluster)
+    return {
+        size: _step_without(plan, question, size)
+        for size in sorted(sizes, reverse=True)
+        if 1 < size <= most
+    }
+
+
+def _step_without(plan: LayerPlan, question: Question, size: int) -> Step | None:
+    """Return the call's step without kernels of clusters of `size` CTAs and more."""
+    unfit = {
+        kernel.key: f"no room for a cluster of {size} CTAs"
         for kernel in plan.kernels
-        if has_clusters(kernel.launch)
+        if prod(kernel.launch.cluster) >= size
     }
     try:
-        return _step_of(without(plan, clusters), question)
+        return _step_of(without(plan, unfit), question)
     except NoKernelError:
         return None
 
@@ -249,13 +254,15 @@ def _lines(explained: Explanation, steps: tuple[Step, ...]) -> Iterator[str]:
 
 def as_json(explained: Explanation) -> dict[str, Any]:
     """Return the document of `explain --json`."""
-    evidence, without_clusters = explained.evidence, explained.step_without_clusters
+    evidence, without_room = explained.evidence, explained.steps_without
+    keys = {size: step and step.kernel.key for size, step in without_room.items()}
     return {
         "question": asdict(explained.question),
         "arch": explained.arch,
         "kernel": explained.kernel.key,
         "path": _path(explained),
-        "kernel_without_clusters": without_clusters and without_clusters.kernel.key,
+        "kernel_without_clusters": [explained.kernel.key, *keys.values()][-1],
+        "kernel_without_clusters_of": {str(size): key for size, key in keys.items()},
         "launches": explained.num_launches,
         "grid": list(explained.grid),
         "cluster": list(explained.kernel.launch.cluster),
@@ -284,10 +291,10 @@ def as_text(explained: Explanation) -> str:
     if explained.plan.gate_steps:
         lines.append("steps of calls with image rows or out_logits, if the layer has bias_vl:")
         lines += _lines(explained, explained.plan.gate_steps)
-    if has_clusters(kernel.launch):
-        other = explained.step_without_clusters
+    for size, other in explained.steps_without.items():
         instead = "NoKernelError" if other is None else other.kernel.key
-        lines.append(f"without room for a cluster (MIG, MPS, green contexts): {instead}")
+        room = f"for a cluster of {size} CTAs (MIG, MPS, green contexts)"
+        lines.append(f"without room {room}: {instead}")
     lines.append(f"candidates of role {kernel.role} for N={explained.tokens_at_once}:")
     for each, verdict, reason in _verdicts(explained):
         lines.append(f"     {verdict} {each.kernel.key}: {reason}")
@@ -340,6 +347,6 @@ def _memory(explained: Explanation) -> Iterator[str]:
 
 def _evidence(evidence: KernelEvidence | None) -> str:
     if evidence is None:
-        return "none for these bytes"
+        return "none for these bytes and this launch"
     ran = f"ran on {', '.join(evidence.gpus)}" if evidence.gpus else "ran on no GPU"
     return "; ".join([ran, *(f"{rung} {status}" for rung, status in evidence.rungs.items())])

@@ -7,6 +7,7 @@ so that its self-test launches as a server does, and imports no torch.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -96,7 +97,8 @@ class LayerSteps(ABC):
             check_parameter_names(artifacts, kernel)
         # The plan's steps, then those of calls that need the whole gate.
         self._steps = _load_steps(self.plan, artifacts, index)
-        self._ends = tuple(step.max_tokens for step in self._steps)
+        # The last one ends the search of a call of too many tokens: see `_step_with_room`.
+        self._ends = (*(step.max_tokens for step in self._steps), math.inf)
         self._first_gate_step = len(self.plan.steps) if self.plan.gate_steps else 0
         _log_plan(self.plan, artifacts, arch, index)
         self._workspace = workspace_for(index, kernels_on(artifacts.manifest, arch))
@@ -211,7 +213,7 @@ class LayerSteps(ABC):
                         site.launch()
                 return
             except NoRoomError as error:
-                index = self._step_after(index, error.loaded, str(error))
+                index = self._step_after_refusal(index, error, stream)
             except self._errors_of_torch as error:
                 raise driver.torch_error(error) from error
 
@@ -278,11 +280,19 @@ class LayerSteps(ABC):
 
     def _step_with_room(self, index: int, stream: int) -> tuple[_LoadedStep, Room]:
         """Return the first step from `index` on that fits the stream's context, and its room."""
+        if index == len(self._steps):
+            allowed = f"at most {MAX_TOKENS} rows, as an int32 counts them"
+            raise ValueError(f"hidden_states: expected {allowed} (got more); make several calls")
+        unfit: list[tuple[LoadedKernel, str]] = []
         while True:
             step = self._steps[index]
             room = ask_room(step.loaded, stream)
             if room.reason is None:
+                # Only now: the step after one without room may have none either.
+                for loaded, reason in unfit:
+                    note_fallback(loaded, reason, step.loaded.kernel.key)
                 return step, room
+            unfit.append((step.loaded, room.reason))
             index = self._step_after(index, step.loaded, room.reason)
 
     def _make_site(
@@ -316,7 +326,13 @@ class LayerSteps(ABC):
                 key = loaded.kernel.key
                 raise NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
             index += 1
-        note_fallback(loaded, reason, step.loaded.kernel.key)
+        return index
+
+    def _step_after_refusal(self, index: int, refusal: NoRoomError, stream: int) -> int:
+        """Return the step to take instead of the one that the driver refused to launch."""
+        index = self._step_after(index, refusal.loaded, str(refusal))
+        step, _ = self._step_with_room(index, stream)
+        note_fallback(refusal.loaded, str(refusal), step.loaded.kernel.key)
         return index
 
     def _write_layer(self, site: LayerLaunchSite) -> None:

@@ -145,6 +145,12 @@ class Gpu(FakeDriver):
             return (self.launch_code,)
         kernel = list(self.kernels.values())[function]
         values = _values(kernel, parameters)
+        first, n = values.get("first_token", 0), values["num_tokens"]
+        tiles = config.gridDimZ if "first_token" in values else n
+        end = min(n, first + tiles * kernel.launch.token_tile)
+        assert first % kernel.launch.token_tile == 0
+        assert first < end
+        values["rows"] = slice(first, end)
         stream = int(config.hStream)
         self.launched.append((kernel.name, stream, values))
         if self.gpu.capture:
@@ -210,6 +216,7 @@ class Gpu(FakeDriver):
                 W = self._array(v.w_map, "bfloat16", k, experts)
             weights, ids = router_reference(x, W, *how, dtype=torch.float32, **options)
         on = {name for name, off in PARAMETERS_OFF.items() if values.get(name, off) != off}
+        on.discard("first_token")
         hashed = {"tid2eid", "vocab_size", "input_ids", "input_ids_are_int64"}
         assert on == (hashed if v.tid2eid else set())
         assert v.out_weights_stride == v.out_ids_stride == top_k
@@ -217,8 +224,8 @@ class Gpu(FakeDriver):
             self.change(weights, ids)
         with contextlib.suppress(KeyError):
             ctypes.memset(values["counters"], 0xFF, self.dirt)
-        self._array(v.out_weights, "float32", n, top_k).copy_(weights)
-        self._array(v.out_ids, "int32", n, top_k).copy_(ids)
+        self._array(v.out_weights, "float32", n, top_k)[v.rows] = weights[v.rows]
+        self._array(v.out_ids, "int32", n, top_k)[v.rows] = ids[v.rows].int()
 
     def _array(self, address, dtype, *shape):
         """Return the tensor that lies at an address."""

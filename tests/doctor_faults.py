@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from cuda.bindings.driver import CUresult
 from doctor_driver import BUS_ID, OutOfMemory
 from doctor_world import write_version
 
+from dsv4_router_runtime.artifacts.manifest import serialise_manifest
 from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.doctor import installation, selftest
 from dsv4_router_runtime.errors import (
@@ -82,6 +84,20 @@ def forget_the_hardware(world):
     for entry in world.entries:
         entry["rungs"]["hardware"] = {"status": "not run", "reason": "no GPU"}
     world.write_evidence()
+
+
+def leave_out(name):
+    """Let the set be one without the kernels of this name."""
+
+    def arrange(world):
+        kept = tuple(each for each in world.manifest.kernels if each.name != name)
+        world.manifest = replace(world.manifest, kernels=kept)
+        text = serialise_manifest(world.manifest)
+        (world.folder / "manifest.json").write_text(text)
+        for path in world.folder.glob(f"{name}.*"):
+            path.unlink()
+
+    return arrange
 
 
 def shorten_parameters(world):
@@ -233,7 +249,21 @@ FAULTS = {
     ),
     "no evidence": (
         lambda w: (w.folder / "evidence.json").unlink(),
-        *("evidence sm_90a", "WARN", "none for the bytes of", "build-kernels verify"),
+        *(
+            "evidence sm_90a",
+            "WARN",
+            "none for the bytes and the launch of",
+            "build-kernels verify",
+        ),
+    ),
+    "evidence of another launch": (
+        lambda w: (w.entries[1].update(launch_sha256="0" * 64), w.write_evidence()),
+        *("evidence sm_90a", "WARN", "and the launch of router_decode_emajor_n32.sm_90a"),
+        "build-kernels verify",
+    ),
+    "evidence said twice": (
+        lambda w: (w.entries.append(w.entries[0]), w.write_evidence()),
+        *("evidence sm_90a", "FAIL", "a second entry of the same bytes", "git checkout"),
     ),
     "unreadable evidence": (
         lambda w: (w.folder / "evidence.json").write_text("{"),
@@ -305,6 +335,17 @@ FAULTS = {
         attribute(launch_code=CUresult.CUDA_ERROR_LAUNCH_FAILED),
         *(SELF_TEST, "FAIL", "CUDA_ERROR_LAUNCH_FAILED", f"nvidia-smi -q -i {BUS_ID}"),
     ),
+    "a graph that cannot be destroyed": (
+        attribute(cuGraphExecDestroy=lambda graph: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)),
+        *(SELF_TEST, "FAIL", "destroying what the driver made", f"nvidia-smi -q -i {BUS_ID}"),
+    ),
+    "a graph that fails, and cannot be destroyed": (
+        attribute(
+            cuGraphLaunch=lambda graph, stream: (CUresult.CUDA_ERROR_LAUNCH_FAILED,),
+            cuGraphExecDestroy=lambda graph: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,),
+        ),
+        *(SELF_TEST, "FAIL", "launching a graph: ", "nvidia-smi -q"),
+    ),
     "a torch without CUDA": (
         lambda w: write_version(w, "cuda: Optional[str] = None"),
         *("torch", "FAIL", "sees no GPU, and the driver does", "built for CUDA"),
@@ -333,6 +374,10 @@ FAULTS = {
     "a torch that cannot be imported": (
         torch_that_fails(ImportError("libcudart.so.13: cannot open shared object file")),
         *("torch", "FAIL", "libcudart.so.13", "pip install --force-reinstall", "--torch"),
+    ),
+    "a set without a kernel": (
+        leave_out("router_topk"),
+        *(SELF_TEST, "FAIL", "no kernel for role=select, num_tokens=641", BUILD),
     ),
     "no memory left by a server": (
         attribute(cuMemAlloc=lambda size: (OutOfMemory(2), None)),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from doctor_driver import Gpu
 
+from dsv4_router_runtime.artifacts.kernel import launch_sha256
 from dsv4_router_runtime.device import driver, load, memory, tensor_map, workspace
 from dsv4_router_runtime.doctor import installation, machine
 
@@ -33,6 +34,7 @@ def make_world(monkeypatch, folder, manifest):
             "artifact": kernel.key,
             "cubin_sha256": kernel.cubin_sha256,
             "ptx_sha256": kernel.ptx_sha256,
+            "launch_sha256": launch_sha256(kernel),
             "rungs": {
                 "hardware": {"status": "passed", "figures": {"records": [{"gpu": "NVIDIA H200"}]}},
                 "emulated": {"status": "passed"},

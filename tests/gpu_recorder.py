@@ -21,6 +21,7 @@ from dsv4_router_runtime.device import (
     tensor_map,
     workspace,
 )
+from dsv4_router_runtime.device.arguments import NO_OPTIONS, Call
 from dsv4_router_runtime.device.launch_site import LaunchSite
 
 
@@ -108,6 +109,12 @@ def replace_gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     return gpu
+
+
+def run_without_memory(bound: Router, num_tokens: int) -> None:
+    """Make a call of so many tokens with addresses of no memory, past the checks of a call."""
+    given = Call(num_tokens, 1 << 44, 128, 2 << 44, 8, 3 << 44, 8, 0, 0)
+    bound._binding.run(given, NO_OPTIONS, None, None, False)
 
 
 def workspace_of(bound: Router) -> workspace.Workspace:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 
 import pytest
 from conftest import sample_manifest
@@ -67,6 +68,9 @@ def compare(document, question, bound, gpu) -> None:
     launch = gpu.launches[0]
     assert {launch["kernel"] for launch in gpu.launches} == {document["kernel"]}
     assert document["grid"] == list(launch["grid"])
+    verdicts = document["candidates"]
+    chosen = [each["kernel"] for each in verdicts if each["reason"].startswith("chosen")]
+    assert chosen == [document["kernel"]]
     assert document["launches"] == len(gpu.launches) + len(gpu.products)
     whole_gate = question.images or question.logits
     steps = document["steps"] + (document["gate_steps"] if whole_gate else [])
@@ -74,7 +78,7 @@ def compare(document, question, bound, gpu) -> None:
     assert bool(document["weights_copy_bytes"]) == bound.weights_copied
     assert (document["copy_reason"] is None) == (not bound.weights_copied)
     scratch = workspace_of(bound).layout
-    assert document["scratch_bytes"] <= scratch.zeroed_bytes + scratch.plain_bytes
+    assert document["scratch_bytes"] == scratch.zeroed_bytes + scratch.plain_bytes
     products = [] if question.logits else [out for _, _, out in gpu.products]
     assert document["logits_bytes"] == sum(out.numel() * out.element_size() for out in products)
 
@@ -87,8 +91,7 @@ def test_explain_is_what_a_binding_does(tmp_path):
     from hypothesis import strategies as st
 
     artifacts = ArtifactSet(folder=tmp_path, manifest=sample_manifest())
-    kernels = artifacts.manifest.kernels
-    clustered = [kernel.key for kernel in kernels if kernel.launch.cluster != (1, 1, 1)]
+    ctas = {each.key: prod(each.launch.cluster) for each in artifacts.manifest.kernels}
 
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(
@@ -114,14 +117,20 @@ def test_explain_is_what_a_binding_does(tmp_path):
             gpu = replace_gpu(monkeypatch)
             gpu.arch = arch
             compare(document, question, bind_and_route(question, artifacts), gpu)
-            gpu.unfit = dict.fromkeys(clustered, "no room")
-            if document["kernel_without_clusters"] is None:
-                assert question.same_bits
-                with pytest.raises(NoKernelError):
+            others = document["kernel_without_clusters_of"]
+            assert (
+                document["kernel_without_clusters"] == ([document["kernel"], *others.values()][-1])
+            )
+            assert max(map(int, others), default=1) == ctas[document["kernel"]]
+            for size, kernel in others.items():
+                gpu.unfit = {key: "no room" for key in ctas if ctas[key] >= int(size)}
+                if kernel is None:
+                    assert question.same_bits
+                    with pytest.raises(NoKernelError):
+                        bind_and_route(question, artifacts)
+                else:
                     bind_and_route(question, artifacts)
-            else:
-                bind_and_route(question, artifacts)
-                assert gpu.last["kernel"] == document["kernel_without_clusters"]
+                    assert gpu.last["kernel"] == kernel
 
     agree()
 
@@ -193,6 +202,21 @@ def test_clusters_of_the_launch_are_said(artifacts):
     text = as_text(explain(artifacts, QUESTION, "sm_90a"))
     assert "one launch of router_decode_kmajor_n64.sm_90a, 96 CTAs in 6 clusters of 16" in text
     assert "copies: W_gate is read in place" in text
+
+
+def test_the_kernel_of_a_context_with_room_for_smaller_clusters_alone_is_said(artifacts):
+    text = as_text(explain(artifacts, QUESTION, "sm_90a"))
+    lines = [line for line in text.splitlines() if line.startswith("without room")]
+    assert lines == [
+        f"without room for a cluster of {size} CTAs (MIG, MPS, green contexts): {kernel}.sm_90a"
+        for size, kernel in (
+            (16, "router_prefill_kmajor_n64_k8"),
+            (8, "router_prefill_kmajor_n64_k4"),
+            (4, "router_topk"),
+        )
+    ]
+    product = as_text(explain(artifacts, replace(QUESTION, num_tokens=641), "sm_90a"))
+    assert "without room" not in product
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,33 @@ def test_a_launch_may_be_of_any_number_of_clusters(manifest):
     assert kernel.most_tokens(384) == kernel.problem.num_tokens.high == 448
 
 
+def with_workspace(manifest, **more):
+    """Return the manifest with a workspace instead of counters in one kernel, and fields of it."""
+    of_kernel = {"at": PREFILL, "bytes": 7680 + 448 * 128 * 8, "high": 448} | more
+    document = json.loads(manifest_text(manifest))
+    kernel = document["kernels"][of_kernel["at"]]
+    (counters,) = (each for each in kernel["parameters"] if each["name"] == "counters")
+    counters["name"], counters["scratch"]["elements"] = "workspace", of_kernel["bytes"] // 4
+    kernel["problem"]["num_tokens"] = [1, of_kernel["high"]]
+    if of_kernel["high"] != 448:
+        del kernel["launch"]["max_clusters"]
+    return json.dumps(document)
+
+
+def test_a_workspace_has_a_place_for_every_token_and_expert(manifest):
+    assert parse_manifest(with_workspace(manifest))
+    for more, message in (
+        ({"bytes": 7680 + 448 * 128 * 8 - 4}, "at least 466432 bytes of workspace, which 448"),
+        ({"bytes": 0x40}, r"448 tokens of 128 experts take \(got 64\)"),
+        # Without max_clusters these are of 512 experts.
+        ({"high": 449, "bytes": 7680 + 449 * 384 * 8}, "which 449 tokens of 512 experts take"),
+        ({"high": 1921}, r"at most 1920 tokens, a ticket for each \(got 1921\)"),
+        ({"high": None}, r"at most 1920 tokens, a ticket for each \(got without an end\)"),
+    ):
+        with pytest.raises(ManifestError, match=rf"kernels\[{PREFILL}\].parameters: .*{message}"):
+            parse_manifest(with_workspace(manifest, **more))
+
+
 def test_for_arch(manifest):
     assert {kernel.arch for kernel in manifest.for_arch("sm_100a")} == {"sm_100a"}
     assert manifest.for_arch("sm_120a") == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_router_runtime.call import check_call, check_call_options
+from dsv4_router_runtime.binding import _tensor_in
+from dsv4_router_runtime.call import check_call, check_call_options, plainly_right
 from dsv4_router_runtime.device.arguments import NO_OPTIONS, NO_RARE, Call, CallOptions
 from dsv4_router_runtime.layer import Layer, check_layer, complete_options, options_on
 from dsv4_router_runtime.tables import check_physical_map, copied_hash_table
@@ -241,6 +243,41 @@ def test_rows_of_a_hash_layer_are_stepped_by_an_int32():
     options = complete_options({"tid2eid": table().to("meta")})
     with pytest.raises(ValueError, match=r"W_gate: expected a stride along E below 2\*\*31"):
         check_layer(W, None, top_k=TOP_K, routed_scaling_factor=1, options=options)
+
+
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+@pytest.mark.parametrize("stride", [TOP_K - 1, 2**31])
+def test_rows_of_an_output_are_stepped_by_an_int32(name, stride):
+    W = torch.zeros(E, K, dtype=torch.bfloat16, device="meta").t()
+    bias = torch.zeros(E, device="meta")
+    layer = check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1)
+    given = {
+        "hidden_states": torch.zeros(3, K, dtype=torch.bfloat16, device="meta"),
+        "out_weights": torch.zeros(3, TOP_K, device="meta"),
+        "out_ids": torch.zeros(3, TOP_K, dtype=torch.int32, device="meta"),
+    }
+    given[name] = given[name].as_strided((3, TOP_K), (stride, 1))
+    expected = rf"^{name}: expected a row stride of at least top_k \({TOP_K}\) and below 2\*\*31"
+    with pytest.raises(ValueError, match=expected):
+        check_call(layer, **given)
+
+
+@pytest.mark.parametrize("wide", [0, 1, None])
+def test_the_check_of_the_usual_call_has_that_bound_too(wide):
+    """On memory that is not there: only addresses and strides are read."""
+
+    def rows(at: int, dtype: torch.dtype, stride: int) -> torch.Tensor:
+        size = (2 * stride + TOP_K) * dtype.itemsize
+        memory = SimpleNamespace(address=at << 44, size=size)
+        whole = _tensor_in(memory, dtype, (size // dtype.itemsize,), torch.device("cpu"))
+        return whole.as_strided((3, TOP_K), (stride, 1))
+
+    W, bias = torch.zeros(E, K, dtype=torch.bfloat16).t(), torch.zeros(E)
+    layer = check_layer(W, bias, top_k=TOP_K, routed_scaling_factor=1)
+    strides = [2**31 - (at != wide) for at in (0, 1)]
+    weights, ids = rows(1, torch.float32, strides[0]), rows(2, torch.int32, strides[1])
+    got = plainly_right(layer, torch.zeros(3, K, dtype=torch.bfloat16), weights, ids)
+    assert (got is None) == (wide is not None)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.int32, 2**31), (torch.int64, 2**30)])
@@ -613,7 +650,8 @@ def test_one_row_of_rare_options_has_no_stride_and_no_row_no_element():
         (
             {"forced_ids": ints(1, TOP_K).expand(N, TOP_K)},
             ValueError,
-            "forced_ids: expected a row stride of at least top_k (4) (got shape [3, 4] with",
+            "forced_ids: expected a row stride of at least top_k (4) and below 2**31 elements (got "
+            "shape [3, 4] with",
         ),
         (
             {"forced_ids": chosen().to("meta")},
@@ -782,6 +820,22 @@ def test_what_a_call_reads_lies_apart_from_what_it_writes():
                 options_of(hashed, call, input_ids=ints(N), num_tokens=words[-1])
             with pytest.raises(ValueError, match=f"input_ids: expected memory apart from {name}"):
                 options_of(hashed, call, input_ids=words[-N:])
+
+
+@pytest.mark.parametrize("name", ["out_weights", "out_ids"])
+def test_the_last_bytes_of_what_is_read_and_written_count(name):
+    hashed = layer(tid2eid=table())
+    dtype = {"out_weights": torch.float32, "out_ids": torch.int32}[name]
+    # The second half of int64 token ids, and the last row of a strided output.
+    memory = torch.zeros(2 * N * TOP_K, dtype=torch.int64)
+    behind = memory.view(torch.int32)[2 * N - 1 :][: N * TOP_K].view(dtype).view(N, TOP_K)
+    with pytest.raises(ValueError, match=f"input_ids: expected memory apart from {name}"):
+        options_of(hashed, call_of(hashed, **{name: behind}), input_ids=memory[:N])
+    strided = memory.view(dtype).as_strided((N, TOP_K), (5 * TOP_K, 1))
+    last = strided[-1].view(torch.bool)[:N]
+    call = call_of(hashed, **{name: strided})
+    with pytest.raises(ValueError, match=f"padding_mask: expected memory apart from {name}"):
+        options_of(hashed, call, input_ids=ints(N), padding_mask=last)
 
 
 def test_what_follows_an_output_may_be_read():

@@ -275,6 +275,12 @@ def test_outputs_must_not_share_elements_with_the_input():
         call(hidden_states=x, out_weights=x.view(torch.float32)[:, :TOP_K])
     with pytest.raises(ValueError, match="out_ids: expected memory apart from hidden_states"):
         call(hidden_states=x, out_ids=x.view(torch.int32)[:, 8:])
+    # In the gap after the second of three strided rows, and in the last row.
+    buffer = bf16(2 * 4 * K + K)
+    for at in (5 * K + 8, 8 * K):
+        out = buffer[at : at + N * TOP_K].view(N, TOP_K)
+        with pytest.raises(ValueError, match="out_weights: expected memory apart from hidden"):
+            call(hidden_states=buffer.as_strided((N, K), (4 * K, 1)), out_weights=out)
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import decode_kernel, sample_manifest
+from conftest import decode_kernel, sample_kernel, sample_manifest
 
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
@@ -23,7 +23,14 @@ from build_kernels.binaries.ptx.parser import parse
 from build_kernels.building import compilers
 from build_kernels.evidence import Evidence, Result, outputs, validated_on
 from build_kernels.evidence.artifact import Artifact, load_artifact
-from build_kernels.evidence.cases import VOCABULARY, Case, decode_cases
+from build_kernels.evidence.cases import (
+    ENGINE_OPTIONS,
+    GATE_OPTIONS,
+    MIXED_OPTIONS,
+    VOCABULARY,
+    Case,
+    decode_cases,
+)
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.picked import cases_of
@@ -427,6 +434,42 @@ def test_a_store_beside_either_output_is_a_problem(topk: Artifact, name: str) ->
     assert problems() == []
     beside[name][2, -1] = 0
     assert problems() == ["something was written beside the outputs"]
+
+
+LATER = tuple(
+    case
+    for case in cases_of(sample_kernel("router_prefill_kmajor_n64_k4"), quick=False)
+    if case.first_token and case.options
+)
+
+
+def test_later_launches_have_every_option() -> None:
+    taken = {option for case in LATER for option in case.options}
+    assert taken >= {*GATE_OPTIONS, *MIXED_OPTIONS, *ENGINE_OPTIONS, "image_ids", "logits", "empty"}
+
+
+@pytest.mark.parametrize("case", LATER, ids=str)
+def test_a_row_before_the_launch_is_left_as_it_is(case: Case) -> None:
+    np = pytest.importorskip("numpy")
+    torch = pytest.importorskip("torch")
+    inputs = make_inputs(sample_kernel("router_prefill_kmajor_n64_k4"), case)
+    written = range(case.first_token, case.num_tokens)
+    memory = outputs.new_outputs(case)
+    right = {"out_ids": inputs.ids, "out_logical_ids": inputs.logical_ids}
+    right["out_logits"] = np.nan_to_num(inputs.logits)
+    weights = inputs.weights.astype(np.float32)
+    if "bfloat16" in case.options:
+        weights = torch.from_numpy(weights).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    right["out_weights"] = weights
+    for name, array in memory.items():
+        array[written, : right[name].shape[1]] = right[name][written]
+    assert outputs.against_reference(inputs, memory)[0] == []
+    for array in memory.values():
+        before = array[0, 0]
+        array[0, 0] = 0
+        (problem,) = outputs.against_reference(inputs, memory)[0]
+        assert "before the launch's first token was written" in problem
+        array[0, 0] = before
 
 
 def test_scratch_that_a_launch_leaves_is_a_problem() -> None:

@@ -11,16 +11,17 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_kernel, sample_manifest
-from gpu_recorder import replace_gpu, sites_of
+from gpu_recorder import replace_gpu, run_without_memory, sites_of
 
 from dsv4_router_runtime import Router
 from dsv4_router_runtime.__main__ import main
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import IntRange
-from dsv4_router_runtime.device import occupancy
+from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
+from dsv4_router_runtime.device import launch_site, occupancy
 from dsv4_router_runtime.device.launch import pieces_of
-from dsv4_router_runtime.device.launch_site import LaunchSite
+from dsv4_router_runtime.device.launch_site import LaunchSite, NoRoomError
 from dsv4_router_runtime.errors import NoKernelError
 from dsv4_router_runtime.explain import Question, as_json, as_text, explain
 from dsv4_router_runtime.integrations import torch_op
@@ -212,6 +213,24 @@ def test_a_call_is_one_launch_per_piece(gpu, make, num_tokens, counts, stream):
     assert (gpu.maps[-1].address, gpu.maps[-1].dims[1]) == (x.data_ptr(), num_tokens)
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("capture", [0, 7])
+def test_the_most_tokens_are_those_of_an_int32(gpu, make, monkeypatch, hashed, more, capture):
+    table = {"tid2eid": torch.arange(TOP_K).repeat(9, 1), "bias_vl": torch.zeros(E)}
+    bound = make(**(table if hashed else {}))
+    n, gpu.capture = MAX_TOKENS + more, capture
+    monkeypatch.setattr(launch_site, "pieces_of", lambda *given: iter([given]))
+    if more:
+        expected = rf"^hidden_states: expected at most {MAX_TOKENS} rows, .* \(got more\)"
+        with pytest.raises(ValueError, match=expected):
+            run_without_memory(bound, n)
+        assert gpu.launches == []
+    else:
+        run_without_memory(bound, n)
+        assert (gpu.last["num_tokens"], gpu.last["kernel"]) == (n, LAST.kernel.key)
+
+
 def test_calls_of_other_sizes_on_one_site_have_their_own_pieces(gpu, make):
     bound = make()
     sizes = (3 * PIECE + 5, PIECE + 1, 2 * PIECE, PIECE + 1)
@@ -299,6 +318,23 @@ def test_an_interrupted_call_leaves_the_next_one_right(gpu, make, monkeypatch):
     assert made == [(0, PIECE // TILE), (PIECE, 1)]
 
 
+def test_an_interrupted_change_of_the_grid_leaves_the_next_call_right(gpu, make, monkeypatch):
+    bound = make()
+    bound(*step(PIECE - TILE))
+    before, set_grid = gpu.last["grid"], LaunchSite.set_grid
+    with monkeypatch.context() as patch:
+
+        def interrupted(site, grid):
+            set_grid(site, grid)
+            raise KeyboardInterrupt
+
+        patch.setattr(LaunchSite, "set_grid", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bound(*step(PIECE))
+    bound(*step(PIECE - TILE))
+    assert gpu.last["grid"] == before
+
+
 # ------------------------------------------------------------------ room and errors
 
 
@@ -324,7 +360,33 @@ def test_the_last_kernel_serves_what_the_others_have_no_room_for(gpu, make, num_
     bound(*step(num_tokens))
     assert [each["kernel"] for each in gpu.launches] == [LAST.kernel.key] * launches
     assert gpu.last["grid"][2] == -(-(num_tokens % PIECE or PIECE) // TILE)
-    assert all(each.instead != each.kernel for each in occupancy.fallbacks())
+    # Each names the kernel that is launched, not the next one, which has no room either.
+    noted = {each.kernel: each.instead for each in occupancy.fallbacks()}
+    assert set(noted.values()) <= {LAST.kernel.key}
+    assert set(noted) <= set(bound.kernels[:-1])
+    assert len(noted) == (len(bound.kernels) - 1 if num_tokens == 5 else 0)
+
+
+def test_a_refused_fallback_takes_the_step_after_its_own(gpu, make, monkeypatch):
+    bound = make()
+    first, second, third, *_ = bound.kernels
+    gpu.unfit = {first: "no room"}
+    bound(*step(5))
+    assert gpu.last["kernel"] == second
+    tries = []
+
+    def refused(site):
+        tries.append(site.block.kernel.key)
+        assert len(tries) < 9, "the same launch is tried for ever"
+        if tries[-1] == second:
+            raise NoRoomError(site.loaded)
+        gpu.note(site)
+
+    monkeypatch.setattr(LaunchSite, "launch", refused)
+    bound(*step(5))
+    assert (tries, gpu.last["kernel"]) == ([second, third], third)
+    noted = {each.kernel: each.instead for each in occupancy.fallbacks()}
+    assert noted == {first: second, second: third}
 
 
 @pytest.mark.parametrize("given", [1, None, "yes"])
@@ -347,7 +409,7 @@ def test_explain_says_how_many_launches_of_how_many_tokens(artifacts):
     assert "same bits on sm_90a\n" in text
     assert f"path: 3 launches, the largest ({PIECE} tokens) of {LAST.kernel.key}, " in text
     assert f"-> {LAST.reason}: {LAST.kernel.key}" in text
-    assert "without room for a cluster (MIG, MPS, green contexts): NoKernelError" in text
+    assert "without room for a cluster of 4 CTAs (MIG, MPS, green contexts): NoKernelError" in text
     assert f"{LAST.kernel.key}: chosen" in text
     assert "router_topk.sm_90a: accepted" not in text
     assert (document["launches"], document["kernel_without_clusters"]) == (3, None)

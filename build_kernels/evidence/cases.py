@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dsv4_router_runtime.artifacts.limits import MAX_EXPERTS
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
 # Rows of a hash layer's table.
@@ -163,6 +164,7 @@ def prefill_cases(kernel: Kernel) -> tuple[Case, ...]:
         Case(num_tokens=2, num_experts=8, top_k=8, k=block, kind="low"),
         Case(num_tokens=33, num_experts=256, top_k=6, k=4096, kind="biased", options=("count",)),
         Case(num_tokens=1, num_experts=384, top_k=6, k=7168, kind="biased", options=served),
+        *later_launches(kernel),
     )
 
 
@@ -179,6 +181,32 @@ def second_launch(kernel: Kernel) -> Case:
         top_k=6,
         k=9 * block,
         first_token=tile,
+    )
+
+
+def later_launches(kernel: Kernel) -> tuple[Case, ...]:
+    """Return later launches of calls with options: masks, ids and outputs have the call's rows."""
+    tile, experts = kernel.launch.token_tile, kernel.launch.expert_tile
+    images = ("image_ids", "logits", *ENGINE_OPTIONS)
+    table = ("table", "images", "int64", "forced", "logits", "logical")
+    # Every row is padding: the count ends before the launch begins.
+    empty = ("empty", "bfloat16", "all_forced")
+    return tuple(
+        Case(
+            num_tokens=first + more,
+            num_experts=num_experts,
+            top_k=top_k,
+            k=kernel.problem.k_multiple,
+            options=options,
+            first_token=first,
+        )
+        for first, more, num_experts, top_k, options in (
+            (tile, 7, experts + 4, 6, GATE_OPTIONS),
+            (tile, 9, experts + 4, 6, images),
+            (2 * tile, 7, 2 * experts + 4, 5, MIXED_OPTIONS),
+            (tile, 6, 40, 8, table),
+            (tile, 3, MAX_EXPERTS, 8, empty),
+        )
     )
 
 

@@ -97,7 +97,7 @@ def against_reference(
     canary = CANARY_FLOAT if memory["out_weights"].dtype == np.float32 else CANARY_BFLOAT16
     if (weights[:, columns:] != canary).any() or (ids[:, columns:] != id_canary(ids)).any():
         problems.append("something was written beside the outputs")
-    if (weights[:first] != canary).any() or (ids[:first] != CANARY_INT).any():
+    if (weights[:first] != canary).any() or (ids[:first] != id_canary(ids)).any():
         problems.append("a row before the launch's first token was written")
     return problems + _wrong_copies(inputs, memory, compared), error
 
@@ -129,13 +129,15 @@ def _wrong_copies(inputs: Inputs, memory: Mapping[str, Array], compared: Array) 
     """Return the problems of the outputs that a call may leave out: logical ids and logits."""
     import numpy as np
 
-    problems = []
+    problems, first = [], inputs.case.first_token
     if (logical := memory.get("out_logical_ids")) is not None:
         top_k = inputs.case.top_k
         if ((logical[:, :top_k] != inputs.logical_ids) & compared).any():
             problems.append("a logical id is wrong")
         if (logical[:, top_k:] != CANARY_INT).any():
             problems.append("something was written beside the logical ids")
+        if (logical[:first] != CANARY_INT).any():
+            problems.append("a logical id before the launch's first token was written")
     if (logits := memory.get("out_logits")) is not None:
         experts = inputs.case.num_experts
         same = (logits[:, :experts] == inputs.logits) | np.isnan(inputs.logits)
@@ -143,6 +145,8 @@ def _wrong_copies(inputs: Inputs, memory: Mapping[str, Array], compared: Array) 
             problems.append("a logit is wrong")
         if (logits[:, experts:] != CANARY_FLOAT).any():
             problems.append("something was written beside the logits")
+        if (logits[:first] != CANARY_FLOAT).any():
+            problems.append("a logit before the launch's first token was written")
     return problems
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_kernels.files import replace_file
 from dsv4_router_runtime.artifacts.json_reader import SHA256, JsonNode
-from dsv4_router_runtime.artifacts.kernel import Kernel
+from dsv4_router_runtime.artifacts.kernel import Kernel, launch_sha256
 
 from .document import ARTIFACT_NAME, Document
 from .result import FULL, NOT_RUN, PASSED, QUICK, Result, parse_result, result_json
@@ -40,13 +38,6 @@ class ArtifactEvidence:
     ptx_sha256: str
     rungs: Mapping[str, Result]
     launch_sha256: str = ""
-
-
-def launch_sha256(kernel: Kernel) -> str:
-    """Hash all that a manifest entry says about a launch: problem, launch and parameters."""
-    entry = asdict(kernel)
-    said = [entry[name] for name in ("problem", "launch", "parameters")]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ The values of the schema and their words; `manifest` reads and writes them, `lim
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
@@ -208,6 +210,13 @@ class Kernel:
         return workspace_bytes(
             self.role, num_tokens, num_experts, expert_tile=self.launch.expert_tile
         )
+
+
+def launch_sha256(kernel: Kernel) -> str:
+    """Hash all that a manifest entry says about a launch: problem, launch and parameters."""
+    parameters = [asdict(parameter) for parameter in kernel.parameters]
+    said = [asdict(kernel.problem), asdict(kernel.launch), parameters]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 def cubin_name(name: str, arch: str) -> str:

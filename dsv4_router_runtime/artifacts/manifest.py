@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
-from dsv4_router_runtime.parameters import DTYPES, TILE_EXPERTS
+from dsv4_router_runtime.parameters import DTYPES, TICKETS, TILE_EXPERTS, WORKSPACE
 
 from .json_reader import SHA256, JsonNode, read_json
 from .kernel import (
@@ -183,6 +183,7 @@ def _kernel(node: JsonNode, known: dict[str, Parameter]) -> Kernel:
         resources=_resources(at["resources"]),
     )
     _check_parameters(node, kernel)
+    _check_workspace(node, kernel)
     _check_grid(at["launch"], kernel)
     _check_maps(at["parameters"], kernel)
     _check_fits(node, kernel.launch, kernel.resources)
@@ -211,6 +212,36 @@ def _check_parameters(node: JsonNode, kernel: Kernel) -> None:
     if scratch > MAX_SCRATCH_BYTES:
         problem = f"expected at most {MAX_SCRATCH_BYTES} bytes of scratch (got {scratch})"
         raise JsonNode(None, f"{node.path}.parameters", node.source).error(problem)
+
+
+def _check_workspace(node: JsonNode, kernel: Kernel) -> None:
+    """Refuse a workspace without a place for every token and expert of a launch.
+
+    A launch of more would write to the scratch of another stream.
+    """
+    held = [
+        item.scratch.elements * POINTER_ELEMENT_BYTES[item.element_type]
+        for item in kernel.parameters
+        if item.name == WORKSPACE.name and item.scratch is not None and item.element_type
+    ]
+    place = JsonNode(None, f"{node.path}.parameters", node.source)
+    if held and kernel.role not in TICKETS:
+        raise place.error(f"role {kernel.role} takes no scratch named {WORKSPACE.name}")
+    if not held:
+        return
+    highest, tile = kernel.problem.num_experts.high or MAX_EXPERTS, kernel.launch.expert_tile
+    for num_experts in (*range(tile, highest, tile), highest):
+        most, tickets = kernel.most_tokens(num_experts), TICKETS[kernel.role]
+        if most is None or most > tickets:
+            got = "without an end" if most is None else most
+            raise place.error(f"expected at most {tickets} tokens, a ticket for each (got {got})")
+        needed = kernel.workspace_bytes(most, num_experts)
+        if held[0] < needed:
+            launch = f"{most} tokens of {num_experts} experts"
+            raise place.error(
+                f"expected at least {needed} bytes of {WORKSPACE.name}, which {launch} take "
+                f"(got {held[0]})"
+            )
 
 
 def _check_grid(node: JsonNode, kernel: Kernel) -> None:

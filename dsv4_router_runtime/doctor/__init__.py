@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from dsv4_router_runtime.artifacts.dispatch import kernels_on
-from dsv4_router_runtime.artifacts.folder import ArtifactSet
+from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME, ArtifactSet
 from dsv4_router_runtime.device.facts import Gpu
+from dsv4_router_runtime.errors import NoKernelError, repair_command
 
-from .finding import COMMAND, RIGHT_OUTPUTS, Finding, guarded, out_of_service, skip
+from .finding import COMMAND, RIGHT_OUTPUTS, Finding, fail, guarded, out_of_service, skip
 from .installation import check_artifacts, check_evidence, check_packages, check_torch
 from .kernels import check_kernels
 from .machine import check_driver, check_environment, check_floor, check_gpu, see_gpus
@@ -77,7 +78,16 @@ def _test(artifacts: ArtifactSet, index: int) -> Iterator[Finding]:
 
     repair = out_of_service(index)
     check = f"self-test gpu {index}"
-    route = partial(self_test, artifacts, index)
+
+    def route() -> Finding:
+        try:
+            return self_test(artifacts, index)
+        # The set lacks a kernel; the GPU has done nothing wrong.
+        except NoKernelError as error:
+            found, needed = str(error).partition(";")[0], "a kernel for each step of a layer"
+            build = repair_command(str(artifacts.folder / MANIFEST_NAME))
+            return fail(check, found, needed=needed, repair=build)
+
     yield guarded(check, route, needed=RIGHT_OUTPUTS, repair=repair)
     check, needed = f"workspace gpu {index}", "scratch that every launch leaves zero"
     yield guarded(check, partial(check_workspace, index), needed=needed, repair=repair)

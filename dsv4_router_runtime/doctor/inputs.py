@@ -18,7 +18,9 @@ from dsv4_router_runtime.artifacts.kernel import LAYOUTS
 K, EXPERTS, TOP_K, SCALE = 512, 384, 6, 2.5
 # N = 1, the largest of each step of these layers, and the smallest that takes a matrix product.
 TOKENS = (1, 8, 32, 64, 128, 320, 640, 641)
-MAX_TOKENS = max(TOKENS)
+# Of the step that same_bits adds the largest N, and the smallest that is two launches of it.
+TOKENS_OF_SAME_BITS = (1280, 1281)
+MAX_TOKENS = max(TOKENS_OF_SAME_BITS)
 # Few, so that no logit is so low that two keys are nearly equal; of more than a tile of tokens.
 DISTINCT_ROWS = 65
 VOCABULARY = 128
@@ -36,16 +38,24 @@ Row = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layer: layout of W_gate, and whether the ids come from a table."""
+    """One layer: layout of W_gate, whether the ids come from a table, and `Router`'s same_bits."""
 
     layout: str
-    hashed: bool
+    hashed: bool = False
+    same_bits: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return TOKENS_OF_SAME_BITS if self.same_bits else TOKENS
 
     def __str__(self) -> str:
-        return f"{self.layout}{' hash' if self.hashed else ''}"
+        return f"{self.layout}{' hash' * self.hashed}{' same_bits' * self.same_bits}"
 
 
-CASES = tuple(Case(layout=layout, hashed=hashed) for layout in LAYOUTS for hashed in (False, True))
+CASES = (
+    *(Case(layout=layout, hashed=hashed) for layout in LAYOUTS for hashed in (False, True)),
+    *(Case(layout=layout, same_bits=True) for layout in LAYOUTS),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +93,27 @@ def make_inputs() -> Inputs:
     logits = [_logits(row, by_k) for row in rows]
     scores = {logit: _score(logit) for row in logits for logit in row}
     by_row = [[scores[logit] for logit in row] for row in logits]
-    chosen = [_chosen(row, bias) for row in by_row]
+    weighed = [_weighed(_chosen(row, bias), row) for row in by_row]
     of_row = [row % DISTINCT_ROWS for row in range(MAX_TOKENS)]
     return Inputs(
-        x=_bf16(b"".join(rows[row] for row in of_row)),
+        x=_repeated([_bf16(row) for row in rows], of_row),
         W_gate={"kmajor": _bf16(by_expert), "emajor": _bf16(b"".join(by_k))},
         e_bias=array("f", bias).tobytes(),
         table=array("i", (expert for ids in table for expert in ids)).tobytes(),
         token_ids=array("q", token_ids).tobytes(),
-        logits=array("f", (logit for row in of_row for logit in logits[row])).tobytes(),
+        logits=_repeated([array("f", row).tobytes() for row in logits], of_row),
         expected={
-            False: [_weighed(chosen[row], by_row[row]) for row in of_row],
+            False: [weighed[row] for row in of_row],
             True: [
                 _weighed(table[token], by_row[row])
                 for token, row in zip(token_ids, of_row, strict=True)
             ],
         },
     )
+
+
+def _repeated(distinct: Sequence[bytes], of_row: Iterable[int]) -> bytes:
+    return b"".join(distinct[row] for row in of_row)
 
 
 def _draw_row(drawn: random.Random) -> bytes:

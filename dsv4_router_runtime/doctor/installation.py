@@ -182,7 +182,7 @@ def _evidence_of(artifacts: ArtifactSet, arch: str, needed: str) -> Finding:
     verify = REINSTALL_COMMAND if installed else "build-kernels verify"
     missing = [key for key, evidence in known.items() if evidence is None]
     if missing:
-        found = f"none for the bytes of {_listed(missing)}"
+        found = f"none for the bytes and the launch of {_listed(missing)}"
         return warn(check, found, needed=needed, repair=verify)
     of = {key: evidence for key, evidence in known.items() if evidence is not None}
     failed = [f"{key} {', '.join(rungs)}" for key in of if (rungs := of[key].with_status(FAILED))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from math import prod
 
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, kernels_on, plan_layer
@@ -45,23 +46,25 @@ def check_kernels(artifacts: ArtifactSet, gpu: Gpu) -> list[Finding]:
 def steps_served(manifest: Manifest, arch: str) -> Mapping[str, str]:
     """Return the steps of a DeepSeek-V4 layer that each kernel serves, by kernel."""
     served: dict[str, dict[str, None]] = {}
-    for layout in LAYOUTS:
-        for hashed in (False, True):
-            layer = LayerProblem(
-                layout=layout,
-                tma_loadable=True,
-                hashed=hashed,
-                num_experts=_EXPERTS,
-                top_k=_TOP_K,
-                k=_K,
-            )
-            try:
-                plan = plan_layer(manifest, layer, arch)
-            # Another layout may still have a plan.
-            except NoKernelError:
-                continue
-            for step in plan.steps:
-                served.setdefault(step.kernel.key, {})[step.reason] = None
+    for same_bits, layout, hashed in product((False, True), LAYOUTS, (False, True)):
+        layer = LayerProblem(
+            layout=layout,
+            tma_loadable=True,
+            hashed=hashed,
+            num_experts=_EXPERTS,
+            top_k=_TOP_K,
+            k=_K,
+            same_bits=same_bits,
+        )
+        try:
+            plan = plan_layer(manifest, layer, arch)
+        # Another layout may still have a plan.
+        except NoKernelError:
+            continue
+        for step in plan.steps:
+            reasons = served.setdefault(step.kernel.key, {})
+            if step.reason not in reasons:
+                reasons[f"with same_bits, {step.reason}" if same_bits else step.reason] = None
     return {key: " and ".join(reasons) for key, reasons in served.items()}
 
 

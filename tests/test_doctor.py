@@ -303,15 +303,15 @@ def test_names_are_taken_out_of_a_report_and_the_packages_own_paths_stay(monkeyp
 
 
 def test_without_a_gpu_doctor_takes_half_a_second_and_no_torch():
-    """The best of three in CPU time: what else the machine does is left out."""
+    """One of three times, in CPU time: what else the machine does is left out."""
     code = """
 import sys, time
 from dsv4_router_runtime.__main__ import main
 code = main(["doctor"])
 print(code, "torch" in sys.modules, time.process_time())
 """
-    best = 9.0
-    for _ in range(3):
+
+    def seconds() -> float:
         run = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -319,10 +319,11 @@ print(code, "torch" in sys.modules, time.process_time())
             text=True,
             check=True,
         )
-        exit_code, torch_is_there, seconds = run.stdout.splitlines()[-1].split()
+        exit_code, torch_is_there, taken = run.stdout.splitlines()[-1].split()
         assert (exit_code, torch_is_there) == ("2", "False")
-        best = min(best, float(seconds))
-    assert best < 0.5
+        return float(taken)
+
+    assert any(seconds() < 0.5 for _ in range(3))
 
 
 def test_the_self_test_takes_every_step_of_its_layers_and_the_product():
@@ -384,7 +385,7 @@ def test_the_keys_of_the_self_test_are_equal_or_far_apart():
 
 
 def test_the_numbers_of_the_self_test_take_a_quarter_of_a_second():
-    """Drawn and computed in a fresh interpreter, in CPU time, the best of three."""
+    """Drawn and computed in a fresh interpreter, in CPU time, once in three times."""
     code = """
 import time
 start = time.process_time()
@@ -393,8 +394,8 @@ selftest.make_inputs()
 print(time.process_time() - start)
 """
     run = [sys.executable, "-c", code]
-    taken = [float(subprocess.run(run, capture_output=True, check=True).stdout) for _ in range(3)]
-    assert min(taken) < 0.25
+    runs = (subprocess.run(run, capture_output=True, check=True) for _ in range(3))
+    assert any(float(each.stdout) < 0.25 for each in runs)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
+pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")
 

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
 
@@ -46,6 +46,7 @@ ELF_FLAGS = {
 }
 
 
+COMPILING = ("test_module", "test_router", "test_router_arguments", "test_torch_op")
 # The parameter sets of each `quick(n)` test that were collected.
 SEEN: Counter[object] = Counter()
 # The test file and the number of modules at the time of the last `gc.freeze`.
@@ -70,6 +71,19 @@ def pytest_configure(config):
         from hardware_record import HardwareRecord
 
         config.pluginmanager.register(HardwareRecord(path), "hardware-record")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a file to one worker, and to one all that need torch's compiler: 2.3 s to import."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "torch.compile" if Path(file).stem in COMPILING else file
+
+    return Scheduler(config, log) if config.option.dist == "loadfile" else None
 
 
 def why_no_gpu() -> str | None:
@@ -175,6 +189,7 @@ def compile_once(monkeypatch):
     import builds
 
     monkeypatch.setattr(builds.build, "_compile_all", builds.compile_once)
+    monkeypatch.setattr(builds.compilers, "toolchain_versions", builds.versions_once)
 
 
 @pytest.fixture
@@ -228,6 +243,7 @@ def _parameters(specs: tuple[ParameterSpec, ...]) -> tuple[Parameter, ...]:
     return tuple(parameters)
 
 
+@cache
 def sample_kernel(name: str, arch: str = "sm_90a") -> Kernel:
     """Return the manifest's entry of the spec `name`, with a cubin that is a header alone."""
     (spec,) = (spec for spec in KERNELS if spec.name == name)

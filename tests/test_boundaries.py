@@ -161,7 +161,7 @@ def test_annotations_are_there_for_type_checkers(package):
 
 
 def test_import_takes_at_most_100_ms():
-    """The best of five fresh interpreters, in CPU time: what else the machine does is left out."""
+    """In one of five fresh interpreters, in CPU time: what else the machine does is left out."""
     code = """
 import time
 start = time.process_time()
@@ -174,7 +174,7 @@ from dsv4_router_runtime.device import tensor_map
 from dsv4_router_runtime.device import driver
 print((time.process_time() - start) * 1e3)
 """
-    assert min(float(python(code)) for _ in range(5)) <= 100
+    assert any(float(python(code)) <= 100 for _ in range(5))
 
 
 def test_import_makes_no_folder_and_sets_no_logging(tmp_path):

@@ -19,6 +19,7 @@ from test_emulator import module
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.emulator import DeviceArray, Launch, emulate
 from build_kernels.emulator.coverage import Coverage
+from build_kernels.evidence import coverage_command
 from build_kernels.evidence.cases import Case, second_launch
 from build_kernels.evidence.draws import KINDS, draw, smallest
 from build_kernels.evidence.goals import goals_met, goals_of
@@ -158,7 +159,13 @@ def _call(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["coverage", *map(str, arguments), "--jobs", "1"])
 
 
-def test_the_command_lists_what_is_open_and_fails(topk_folder: Path) -> None:
+def test_the_command_lists_what_is_open_and_fails(
+    topk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: a worker would import torch again."""
+    from builds import tasks_here
+
+    monkeypatch.setattr(coverage_command, "run_tasks", tasks_here)
     outcome = _call("--quick", "--artifacts", topk_folder, "--json")
     (found,) = json.loads(outcome.stdout)
     assert found["artifact"] == "router_topk.sm_90a"

@@ -385,15 +385,15 @@ def test_names_are_taken_out_of_a_report_and_the_packages_own_paths_stay(monkeyp
 
 
 def test_without_a_gpu_doctor_takes_half_a_second_and_no_torch():
-    """The best of three in CPU time: what else the machine does is left out."""
+    """One of three times, in CPU time: what else the machine does is left out."""
     code = """
 import sys, time
 from dsv4_router_runtime.__main__ import main
 code = main(["doctor"])
 print(code, "torch" in sys.modules, time.process_time())
 """
-    best = 9.0
-    for _ in range(3):
+
+    def seconds() -> float:
         run = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -401,10 +401,11 @@ print(code, "torch" in sys.modules, time.process_time())
             text=True,
             check=True,
         )
-        exit_code, torch_is_there, seconds = run.stdout.splitlines()[-1].split()
+        exit_code, torch_is_there, taken = run.stdout.splitlines()[-1].split()
         assert (exit_code, torch_is_there) == ("2", "False")
-        best = min(best, float(seconds))
-    assert best < 0.5
+        return float(taken)
+
+    assert any(seconds() < 0.5 for _ in range(3))
 
 
 @pytest.mark.gpu

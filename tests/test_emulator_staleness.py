@@ -7,6 +7,7 @@ import pytest
 from test_emulator import SCHEDULES, kinds, run_threads
 
 from build_kernels.emulator import DeviceArray, LaunchError, Schedule
+from build_kernels.emulator.execution import machine
 
 FROZEN = [Schedule(seed=seed, freezes=True) for seed in range(3)]
 
@@ -77,35 +78,39 @@ def test_an_old_value_is_acquired_from_the_write_that_made_it(schedule):
     assert (seen, result.findings) == (9, ())
 
 
-def test_a_frozen_cta_is_held_up_until_the_rest_stands_still():
-    """Every CTA counts to 3000; where one was frozen, it ends last."""
+def test_a_frozen_cta_is_held_up_until_the_rest_stands_still(monkeypatch):
+    """Each of 4 CTAs adds 60 to a counter, in short turns; a frozen one adds its rest alone."""
+    monkeypatch.setattr(machine, "QUANTUM", 8)
     body = """
-        ld.param.u64 %rd2, [turn];
+        ld.param.u64 %rd2, [counter];
         setp.ne.u32 %p1, %r0, 0;
         @%p1 exit;
         mov.u32 %r1, 0;
     LOOP:
+        atom.relaxed.gpu.global.add.u32 %r2, [%rd2], 1;
         add.u32 %r1, %r1, 1;
-        setp.lt.u32 %p2, %r1, 3000;
+        setp.lt.u32 %p2, %r1, 60;
         @%p2 bra LOOP;
-        atom.relaxed.gpu.global.add.u32 %r1, [%rd2], 1;
-        st.global.u32 [%rd0], %r1;
+        st.global.u32 [%rd0], %r2;
     """
 
-    def last(schedule: Schedule) -> int:
-        turn = DeviceArray(name="turn", data=np.zeros(1, np.uint32))
+    def added_alone(schedule: Schedule) -> int:
+        counter = DeviceArray(name="counter", data=np.zeros(1, np.uint32))
+        parameters = ".param .u64 counter"
         out, result = run_threads(
-            body, grid=(8, 1, 1), extra=[turn], parameters=".param .u64 turn", schedule=schedule
+            body, grid=(4, 1, 1), extra=[counter], parameters=parameters, schedule=schedule
         )
         assert result.findings == ()
-        order = out.reshape(8, 32)[:, 0]
-        assert sorted(order) == list(range(8))
-        return int(order.argmax())
+        *_, others, last = sorted(out.reshape(4, 32)[:, 0].tolist())
+        assert last == 4 * 60 - 1
+        return last - others
 
-    assert len({last(Schedule(seed=seed, freezes=True)) for seed in range(12)}) > 2
+    assert max(added_alone(Schedule(seed=seed, freezes=True)) for seed in range(4)) > 40
+    assert max(added_alone(Schedule(seed=seed)) for seed in range(4)) < 20
 
 
-def test_a_frozen_schedule_still_finds_a_deadlock():
+def test_a_frozen_schedule_still_finds_a_deadlock(monkeypatch):
+    monkeypatch.setattr(machine, "QUANTUM", 8)
     _, result = hand_over("", POLL, FROZEN[0])
     assert kinds(result) == {"deadlock"}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
 pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="needs the extra `torch`")

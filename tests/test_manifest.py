@@ -57,7 +57,7 @@ def test_order_of_kernels_does_not_change_the_text(manifest):
 
 
 def test_what_is_absent_is_left_out(manifest):
-    document = json.loads(serialise_manifest(manifest))
+    document = json.loads(manifest_text(manifest))
     parameters = document["kernels"][0]["parameters"]
     assert "tensor_map" in parameters[0]
     assert "scratch" not in parameters[4]
@@ -67,7 +67,7 @@ def test_what_is_absent_is_left_out(manifest):
 
 def test_a_launch_may_be_of_any_number_of_clusters(manifest):
     """The text leaves max_clusters out where it is no bound, and a reader takes that for none."""
-    text = serialise_manifest(manifest)
+    text = manifest_text(manifest)
     launches = [kernel["launch"] for kernel in json.loads(text)["kernels"]]
     bounds = [launch.get("max_clusters") for launch in launches]
     assert bounds == [kernel.launch.max_clusters for kernel in manifest.kernels]
@@ -362,7 +362,7 @@ def test_what_could_only_fail_later_is_an_error_now(manifest, path, value, messa
 
 
 def test_a_cta_fits_into_an_sm(manifest):
-    document = json.loads(serialise_manifest(manifest))
+    document = json.loads(manifest_text(manifest))
     kernel = document["kernels"][1]
     kernel["launch"]["dynamic_shared_bytes"] = MAX_DYNAMIC_SHARED_BYTES - 1024
     kernel["resources"]["static_shared_bytes"] = 1024
@@ -383,7 +383,7 @@ def test_a_cta_fits_into_an_sm(manifest):
 
 def test_a_kernel_has_the_maps_that_this_runtime_fills(manifest):
     """A second map of hidden_states would stay null, and a missing one was never asked for."""
-    document = json.loads(serialise_manifest(manifest))
+    document = json.loads(manifest_text(manifest))
     decode = document["kernels"][0]["parameters"]
     w_map, x_map = decode[:2]
     for maps, tensor in (
@@ -416,7 +416,7 @@ def packed(parameters):
 def test_every_kind_of_a_passed_parameter_is_checked(manifest):
     """A pointer written as an int32 would lose its upper half, and be an address all the same."""
     for at in (0, HASH, PREFILL, TOPK):
-        document = json.loads(serialise_manifest(manifest))
+        document = json.loads(manifest_text(manifest))
         parameters = document["kernels"][at]["parameters"]
         for index, parameter in enumerate(parameters):
             if parameter["kind"] == "tensor_map" or "scratch" in parameter:
@@ -450,7 +450,7 @@ def test_one_dimensional_map(manifest):
 )
 def test_a_key_written_twice_is_refused(manifest, line, place):
     """JSON readers let the last one win, so two readers could see two manifests."""
-    text = serialise_manifest(manifest)
+    text = manifest_text(manifest)
     assert line in text
     key = line.split(":")[0]
     with pytest.raises(ManifestError) as caught:
@@ -466,7 +466,7 @@ def test_a_key_written_twice_is_refused(manifest, line, place):
     ],
 )
 def test_a_parameter_that_is_almost_one_read_before_is_refused(manifest, line, problem):
-    before, _, after = serialise_manifest(manifest).rpartition('"zeroed": true')
+    before, _, after = manifest_text(manifest).rpartition('"zeroed": true')
     with pytest.raises(ManifestError, match=problem):
         parse_manifest(f"{before}{line}{after}")
 
@@ -517,7 +517,7 @@ def test_keys_that_nobody_would_print(manifest, place, key):
 
 
 def test_bytes_are_utf_8_with_or_without_a_mark(manifest):
-    text = serialise_manifest(manifest)
+    text = manifest_text(manifest)
     assert parse_manifest(b"\xef\xbb\xbf" + text.encode()) == manifest
     for encoding in ("utf-16", "utf-32", "utf-16-le"):
         with pytest.raises(ManifestError, match=r"\$: not valid JSON"):
@@ -546,7 +546,7 @@ def test_the_largest_text_that_is_parsed_is_parsed_soon():
 
 
 def test_newer_schema_is_named_before_its_unknown_keys(manifest):
-    document = json.loads(serialise_manifest(manifest)) | {"schema_version": 9, "later": 1}
+    document = json.loads(manifest_text(manifest)) | {"schema_version": 9, "later": 1}
     with pytest.raises(ManifestError, match=f"schema_version: expected {SCHEMA_VERSION}"):
         parse_manifest(json.dumps(document))
 
@@ -558,7 +558,7 @@ def test_not_a_manifest(text):
 
 
 def test_kernels_must_be_unique_and_sorted(manifest):
-    document = json.loads(serialise_manifest(manifest))
+    document = json.loads(manifest_text(manifest))
     document["kernels"][0] = document["kernels"][1]
     with pytest.raises(ManifestError, match=r"kernels\[1\]: not unique and sorted"):
         parse_manifest(json.dumps(document))

@@ -17,6 +17,7 @@ pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 
 from builds import kernel_set, topk_set
 from hardware_record import Tally
+from processes import append_records
 from test_evidence import KERNEL, record_of
 
 from build_kernels.binaries.ptx.parser import parse
@@ -291,15 +292,11 @@ def test_wgmma_is_beyond_the_protocol_rung(topk: Artifact) -> None:
 # ---------------------------------------------------------------- hardware
 
 
-def append(path: Path, gpu: str) -> None:
-    for _ in range(10):
-        hardware.append_record(path, record_of(gpu=gpu))
-
-
 def test_records_of_several_processes_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=append, args=(path, f"GPU {i}")) for i in range(2)]
+    records = [record_of(gpu=f"GPU {i}") for i in range(2)]
+    writers = [context.Process(target=append_records, args=(path, each)) for each in records]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -559,7 +556,6 @@ MISFITS = {
 @pytest.fixture(scope="module")
 def dsl_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decode kernel and the hash kernel."""
-    pytest.importorskip("cutlass", reason="needs dsv4-router-builder")
     pytest.importorskip("torch")
     names = ["router_decode_kmajor_n8", "router_hash"]
     return kernel_set(tmp_path_factory.mktemp("dsl") / "artifacts", names, ["sm_100a"])

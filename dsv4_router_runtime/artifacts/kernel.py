@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 from dsv4_router_runtime.parameters import ABI, NAMES_PASSED, workspace_bytes
 
@@ -228,6 +229,7 @@ def cubin_name(name: str, arch: str) -> str:
 ARCHITECTURE = r"sm_[1-9][0-9]{1,2}[af]?"
 
 
+@lru_cache
 def compute_capability(arch: str) -> int:
     """Return 10 * major + minor of an architecture: 90 for sm_90a, 103 for sm_103a."""
     return int(arch.removeprefix("sm_").rstrip("af"))

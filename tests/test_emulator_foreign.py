@@ -177,3 +177,44 @@ def test_the_ctas_of_a_pair_allocate_together(leave, expected, schedule):
     pair = {"grid": (2, 1, 1), "cluster": (2, 1, 1)}
     _, result = run_threads(text, target="sm_100a", schedule=schedule, **pair)
     assert kinds(result) == expected
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(
+    ("reduction", "kind", "expected"),
+    [("popc.u32", "r", 40), ("and.pred", "p", 0), ("or.pred", "p", 1)],
+)
+def test_a_barrier_reduces_the_predicates_of_its_threads(reduction, kind, expected, schedule):
+    write = "mov.u32 %r1, %r2;" if kind == "r" else "selp.u32 %r1, 1, 0, %p2;"
+    body = f"""
+        setp.lt.u32 %p1, %r0, 40;
+        barrier.red.or.pred %p3, 1, 64, %p1;
+        barrier.cta.red.{reduction} %{kind}2, 1, 64, %p1;
+        {write}
+        @!%p3 trap;
+        st.global.u32 [%rd0], %r1;
+    """
+    out, result = run_threads(body, threads=64, schedule=schedule)
+    assert result.findings == ()
+    assert (out == expected).all()
+
+
+def test_a_bulk_prefetch_moves_nothing():
+    out, result = run_threads(
+        "cp.async.bulk.prefetch.L2.global [%rd0], 16; st.global.u32 [%rd0], 7;"
+    )
+    assert result.findings == ()
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_lanes_that_initialise_one_mbarrier_are_reported(schedule):
+    body = """
+        .shared .align 8 .b64 bar;
+        LEADER mbarrier.init.shared.b64 [bar], 1;
+        st.global.u32 [%rd0], 7;
+    """
+    leader = "setp.eq.u32 %p1, %r0, 0; @%p1"
+    assert run_threads(body.replace("LEADER", leader), schedule=schedule)[1].findings == ()
+    _, result = run_threads(body.replace("LEADER", ""), schedule=schedule)
+    assert kinds(result) == {"barrier-reinitialised"}

@@ -218,3 +218,81 @@ def test_lanes_that_initialise_one_mbarrier_are_reported(schedule):
     assert run_threads(body.replace("LEADER", leader), schedule=schedule)[1].findings == ()
     _, result = run_threads(body.replace("LEADER", ""), schedule=schedule)
     assert kinds(result) == {"barrier-reinitialised"}
+
+
+# Each thread copies 16 bytes and reads those of the thread before.
+COPIES = """
+    .shared .align 16 .b8 tile[1024];
+    .shared .align 8 .b64 bar;
+    setp.ne.u32 %p1, %r0, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared.b64 [bar], 64;
+READY:
+    bar.sync 0;
+    ld.param.u64 %rd2, [x];
+    shl.b32 %r1, %r0, 4;
+    cvt.u64.u32 %rd3, %r1;
+    add.u64 %rd2, %rd2, %rd3;
+    mov.u32 %r2, tile;
+    add.u32 %r3, %r2, %r1;
+    cp.async.cg.shared.global [%r3], [%rd2], 16LIMIT;
+    WAIT
+    add.u32 %r4, %r1, 1008;
+    and.b32 %r4, %r4, 1023;
+    add.u32 %r4, %r4, %r2;
+    ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r4];
+    st.global.v4.b32 [%rd0], {%r10, %r11, %r12, %r13};
+"""
+GROUP = "cp.async.commit_group; cp.async.wait_group 0;"
+ALL_COPIES = "cp.async.wait_all;"
+ARRIVAL = "mbarrier.arrive.shared.b64 _, [bar];"
+ARRIVAL_OF_COPIES = "cp.async.mbarrier.arrive.noinc.shared.b64 [bar];"
+ARRIVAL_BESIDE_COPIES = "cp.async.mbarrier.arrive.shared.b64 [bar];" + ARRIVAL
+SPIN = "SPIN: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0; @!%p2 bra SPIN;"
+
+
+def copied(wait, limit="", schedule=None):
+    data = np.arange(256, dtype=np.uint32) + 1
+    x = DeviceArray(name="x", data=data, read_only=True)
+    text = COPIES.replace("WAIT", wait).replace("LIMIT", limit)
+    out, result = run_threads(
+        text, threads=64, per_thread=4, extra=[x], parameters=".param .u64 x", schedule=schedule
+    )
+    return np.roll(out.reshape(64, 4), -1, axis=0), data.reshape(64, 4), result
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(
+    "wait",
+    [
+        GROUP + "bar.sync 0;",
+        ALL_COPIES + "bar.sync 0;",
+        ARRIVAL_OF_COPIES + SPIN,
+        ARRIVAL_BESIDE_COPIES + SPIN,
+    ],
+)
+def test_threads_copy_to_shared_memory(wait, schedule):
+    out, data, result = copied(wait, schedule=schedule)
+    assert result.findings == ()
+    np.testing.assert_array_equal(out, data)
+
+
+def test_the_bytes_beyond_the_source_are_zero():
+    out, data, result = copied(GROUP + "bar.sync 0;", ", 8")
+    assert result.findings == ()
+    np.testing.assert_array_equal(out, data * [1, 1, 0, 0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "bar.sync 0;",
+        "cp.async.wait_group 0; bar.sync 0;",
+        "cp.async.commit_group; cp.async.wait_group 1; bar.sync 0;",
+        GROUP,
+        ARRIVAL + SPIN,
+    ],
+)
+def test_a_copy_that_is_not_waited_for_is_found(wait, schedule):
+    assert "race" in kinds(copied(wait, schedule=schedule)[2])

@@ -93,6 +93,61 @@ def test_stmatrix_orders_no_memory():
     assert kinds(result) == {"race"}
 
 
+# Lane t's row holds 16-bit elements 8 t and the next. Only the rows that are loaded are written.
+LDMATRIX = """
+    .shared .align 128 .b8 tile[512];
+    mov.u32 %r1, tile;
+    shl.b32 %r2, %r0, 4;
+    add.u32 %r2, %r2, %r1;
+    shl.b32 %r3, %r0, 3;
+    mad.lo.u32 %r4, %r3, 0x10001, 0x10000;
+    add.u32 %r5, %r4, 0x20002;
+    add.u32 %r6, %r5, 0x20002;
+    add.u32 %r7, %r6, 0x20002;
+    setp.lt.u32 %p1, %r0, LANES;
+    @%p1 st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};
+    MEET
+    ldmatrix.sync.aligned.m8n8.xCOUNT.TRANS shared.b16 {REGISTERS}, [%r2];
+STORES
+"""
+
+
+def ldmatrix(count, trans, meet="bar.warp.sync -1;", schedule=None):
+    text = LDMATRIX.replace("COUNT", str(count)).replace("LANES", str(8 * count))
+    text = text.replace("TRANS ", "trans." if trans else "").replace("MEET", meet)
+    text = text.replace("REGISTERS", ", ".join(f"%r{10 + i}" for i in range(count)))
+    stores = "".join(f"    st.global.b32 [%rd0+{4 * i}], %r{10 + i};\n" for i in range(count))
+    return run_threads(text.replace("STORES", stores), per_thread=count, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("trans", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ldmatrix(count, trans, schedule):
+    out, result = ldmatrix(count, trans, schedule=schedule)
+    assert result.findings == ()
+    matrices = np.arange(64 * count).reshape(count, 8, 8)
+    expected = matrices.transpose(0, 2, 1) if trans else matrices
+    # [matrix, lane, element]: lane t has the elements 2 (t mod 4) and the next of row t / 4.
+    np.testing.assert_array_equal(
+        out.view(np.uint16).reshape(32, count, 2).transpose(1, 0, 2),
+        expected.reshape(count, 32, 2),
+    )
+
+
+def test_ldmatrix_orders_no_memory():
+    """A lane reads the row whose address it gives. Its neighbour's needs a barrier."""
+    assert ldmatrix(4, False, meet="")[1].findings == ()
+    assert kinds(ldmatrix(4, False, meet="xor.b32 %r2, %r2, 16;")[1]) == {"race"}
+
+
+def test_ldmatrix_of_rows_that_were_never_written_is_poison():
+    _, result = ldmatrix(4, False, meet="bar.warp.sync -1; xor.b32 %r2, %r2, 256;")
+    assert result.findings == ()
+    _, result = ldmatrix(2, False, meet="bar.warp.sync -1; xor.b32 %r2, %r2, 256;")
+    assert kinds(result) == {"poison"}
+
+
 # Each CTA adds 1 to its place, then to those of the clusters that it cancels.
 CANCEL = """
     .reg .b128 %q;

@@ -86,7 +86,8 @@ def deallocate(d: Decoding) -> Run:
                 f"(allocated: { ({at: n for at, (n, _) in memory.allocations.items()}) })",
             )
             return
-        # The two CTAs of a pair free together: the peer's accesses must be over too.
+        # CUTLASS's GEMMs order a pair's dealloc after the peer's accesses; its primitives examples
+        # do not.
         for cta in w.cta.cluster.ctas[w.cta.rank & ~1 :][:2] if group == 2 else (w.cta,):
             _check_idle(w, cta, start, columns)
         memory.free(start, columns)
@@ -104,7 +105,8 @@ def _check_idle(w: Warp, cta: Cta, start: int, columns: int) -> None:
         if clock.tick(actor) < tick and w.tensor.tick(actor) < tick:
             instruction, thread = w.grid.author_of(int(record))
             why = "tensor memory is freed with no order after an access to it"
-            w.report("race", why, other=instruction, other_thread=thread)
+            peers = cta is not w.cta
+            w.report("race", why, other=instruction, other_thread=thread, by_the_letter=peers)
     for operation in list(w.grid.pending):
         if isinstance(operation, TensorOperation) and operation.cta is cta:
             used = operation.cells % COLUMNS
@@ -114,6 +116,7 @@ def _check_idle(w: Warp, cta: Cta, start: int, columns: int) -> None:
                     f"tensor memory is freed while a {operation.what} still uses it",
                     other=operation.instruction,
                     other_thread=operation.thread(),
+                    by_the_letter=cta is not w.cta,
                 )
 
 

@@ -30,7 +30,7 @@ def barrier(d: Decoding) -> Run:
 
     def run(w: Warp) -> Interruption:
         if w.fragment.token is not None:
-            return _wait_for_named(w, *w.fragment.token, tell)
+            return _wait_for_named(w, tell, *w.fragment.token)
         if aligned and (wait := converge(w)) is not None:
             return wait
         w.poisoned("the barrier number", number.registers)
@@ -52,7 +52,7 @@ def barrier(d: Decoding) -> Run:
         if mode == "arrive":
             return None
         w.fragment.token = (index, mine, before)
-        return _wait_for_named(w, *w.fragment.token, tell)
+        return _wait_for_named(w, tell, *w.fragment.token)
 
     return run
 
@@ -76,7 +76,7 @@ def _reduction(d: Decoding) -> tuple[Source, Tell]:
 
 
 def _wait_for_named(
-    w: Warp, index: int, generation: int, before: Clock, tell: Tell | None
+    w: Warp, tell: Tell | None, index: int, generation: int, before: Clock
 ) -> Interruption:
     """Wait for a generation that the warp arrived at with the clock `before`."""
     named = w.cta.barriers[index]

@@ -59,7 +59,7 @@ class Arrival(Operation):
         super().__init__(warp, lane, after=copies[-1] if copies else None)
         self.barrier = barrier
         self.copies = copies
-        self.touches(barrier.cta)
+        self.touches(self.cta)
 
     def perform(self) -> None:
         clock = self.completion()

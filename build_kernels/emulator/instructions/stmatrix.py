@@ -16,7 +16,7 @@ from build_kernels.emulator.instructions.generic_access import (
     value_states,
     write_bytes,
 )
-from build_kernels.emulator.lanes import ALL, LANES, Array, Ints
+from build_kernels.emulator.lanes import ALL, LANES, Array, Ints, Mask
 from build_kernels.emulator.memory.memory import POISON_BYTE, VALID
 
 ROW = 16  # bytes; lane 8 i + r gives the address of row r of matrix i
@@ -65,7 +65,7 @@ def load_matrix(d: Decoding) -> Run:
         w.activate(whole)
         values = data.view(np.uint32)
         for i, write in enumerate(writes):
-            taint = bad[:, 4 * i : 4 * i + 4].any(axis=1)
+            taint: Mask = np.logical_or.reduce(bad[:, 4 * i : 4 * i + 4], axis=1)
             write(w, np.ascontiguousarray(values[:, i]), taint if taint.any() else None)
 
     return aligned(d, run)

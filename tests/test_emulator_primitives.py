@@ -35,7 +35,7 @@ BY_THE_LETTER = """
     tcgen05/1cta_mma_basic tcgen05/1cta_mma_mn_major tcgen05/1cta_mma_pipeline
     tcgen05/2cta_mma_basic tcgen05/2cta_mma_tma_store tcgen05/clusterMxN_2cta_mma
 """.split()
-# The results are right, and the script leaves to chance what PTX does not order.
+# The script's check passes, and the script leaves to chance what PTX does not order.
 FAULTS = {
     # Every warp initialises the mbarriers.
     "tutorial/05_minimal_tensor_mma": {"barrier-reinitialised", "race"},
@@ -118,7 +118,8 @@ def faults(found: dict) -> set[str]:
 @pytest.mark.parametrize("script", RIGHT + BY_THE_LETTER + sorted(FAULTS))
 def test_a_script_is_right_under_every_schedule(script, tmp_path):
     found = outcome(script, tmp_path)
-    assert (found["refused"], found["error"], found["differing"]) == ("", "", 0)
+    assert (found["refused"], found["error"]) == ("", "")
+    assert script in FAULTS or found["differing"] == 0
     assert found["launches"] >= 3
     assert faults(found) == FAULTS.get(script, set())
     assert script not in RIGHT or not found["findings"]

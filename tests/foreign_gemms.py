@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from build_kernels.emulator import DeviceArray, Launch, TensorMap
+from build_kernels.emulator import DeviceArray, Launch, LaunchError, TensorMap
 
 EXAMPLES = os.environ.get("CUTLASS_EXAMPLES")
 BLACKWELL, HOPPER = "blackwell/kernel/dense_gemm/", "hopper/kernel/dense_gemm/"
 TUTORIAL = "blackwell/tutorial/tutorial_gemm/"
 
 # What the host code of a compiled function calls. A launch is a line: grid, block, cluster, dynamic
-# shared memory, and the bytes of each parameter.
+# shared memory, and the bytes of each parameter. A tensor map is encoded as the driver does, as far
+# as `tensor_map` reads it.
 RUNTIME = r"""
 #include <stdint.h>
 #include <stdio.h>
@@ -61,6 +62,26 @@ int _cudaLaunchKernelEx(const Config *c, void *kernel, void **arguments) {
     }
     fputc('\n', out);
     return fclose(out);
+}
+void CuteDSLRT_TVMFFISetRaisedCudaError(void *a, int b) {}
+void cuda_dialect_unload_library_once(void *a) {}
+void cuda_dialect_assert_success(int a) {}
+const char *cuda_dialect_get_error_name(int a) { return ""; }
+int cuda_dialect_init_library_once(void) { return 0; }
+int _cudaSetDevice(int a) { return 0; }
+int _cuTensorMapEncodeTiled(uint64_t *map, int type, uint32_t rank, uint64_t address,
+                            const uint64_t *dims, const uint64_t *strides, const uint32_t *box,
+                            const uint32_t *steps, int interleave, int swizzle) {
+    memset(map, 0, 128);
+    uint32_t *halves = (uint32_t *)map, atom = swizzle > 3;
+    if (type == 9) type = 10;  // BF16
+    map[0] = address;
+    map[1] = (rank - 1) << 4 | type << 7 | (atom ? 3 : swizzle) << 13 | atom << 19;
+    for (uint32_t i = 0; i + 1 < rank; i++) halves[3 + i] = strides[i] / 16;
+    for (uint32_t i = 0; i < rank; i++) halves[8 + i] = dims[i] - 1;
+    map[6] |= (uint64_t)(box[0] - 1) << 56;
+    for (uint32_t i = 1; i < rank; i++) map[7] |= (uint64_t)(box[i] - 1) << 8 * (i - 1);
+    return 0;
 }
 """
 
@@ -179,19 +200,24 @@ def capture(gemm: Gemm, folder: Path) -> tuple[str, list[str]]:
 
 
 # Types and swizzles in a tensor map's 128 bytes.
-ELEMENTS = {6: "float16", 7: "float32", 10: "bfloat16"}
+ELEMENTS = {
+    0: "uint8", 1: "uint16", 2: "uint32", 3: "int32", 6: "float16", 7: "float32", 10: "bfloat16",
+}  # fmt: skip
 SWIZZLES = ("none", "32B", "64B", "128B")
 ATOMS = ("", "_atom_32B")
 
 
 def tensor_map(words: list[int], array: DeviceArray) -> TensorMap:
-    """Decode a tensor map of 16-bit or 32-bit elements in tiled mode."""
+    """Decode a tensor map in tiled mode; LaunchError for elements that the emulator lacks."""
+    code = words[1] >> 7 & 15
+    if code not in ELEMENTS:
+        raise LaunchError(f"a tensor map of element type {code}; supported are {ELEMENTS}")
     rank = (words[1] >> 4 & 7) + 1
     halves = [word >> shift & 0xFFFFFFFF for word in words for shift in (0, 32)]
     boxes = [words[6] >> 56, *(words[7] >> 8 * i & 255 for i in range(4))]
     return TensorMap(
         array=array,
-        element_type=ELEMENTS[words[1] >> 7 & 15],
+        element_type=ELEMENTS[code],
         dims=tuple(each + 1 for each in halves[8 : 8 + rank]),
         strides=tuple(each * 16 for each in halves[3 : 2 + rank]),
         box=tuple(each + 1 for each in boxes[:rank]),

@@ -481,7 +481,7 @@ def test_waiting_for_the_grid_before_makes_its_data_readable():
         ("add.s32 %rs1, %r0, 1;", "written as .s32"),
         ("ld.global.b64 %r1, [%rd0];", "written as .b64"),
         ("tcgen05.wait::ld.sync.aligned;", "does not exist on sm_90a"),
-        ("cp.async.ca.shared.global [%r1], [%rd0], 16;", "supported are cp.async.bulk, "),
+        ("cp.reduce.async.bulk [%rd0], [%r1], 16;", "supported are cp.async, "),
         ("fence.proxy.alias;", "needs one of the modifiers"),
     ],
 )

@@ -731,6 +731,10 @@ def test_a_multiplication_by_a_pair_of_ctas():
     sync = "    barrier.cluster.arrive.aligned;\n    barrier.cluster.wait.aligned;\n"
     early = mutate(text, (sync + "    @%p3 bra FREED", "    @%p3 bra FREED"))
     assert any("race" in kinds(run(early, schedule)) for schedule in SCHEDULES)
+    without_peer = mutate(
+        text, (sync + "    @%p3 bra FREED", "    bar.sync 0;\n    @%p3 bra FREED")
+    )
+    assert all("race" in kinds(run(without_peer, schedule)) for schedule in SCHEDULES)
 
 
 SHAPES = """

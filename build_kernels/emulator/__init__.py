@@ -35,7 +35,8 @@ The run goes on with the values of the hardware, so that none hides another faul
     missing-tcgen05-fence       between a tcgen05.ld and another operation
     missing-wgmma-fence         a constant or an accumulator that was moved behind the fence
     race                        lanes of a warp that store the same bytes to the same place by one
-                                bulk store
+                                bulk store; tensor memory that a pair of CTAs frees with no order
+                                after the peer's access to it
 
 The first strong load after a strong write that is not ordered before it finds the value before the
 write, as PTX allows: code that does not wait for the new value is wrong in every run.
@@ -45,6 +46,8 @@ left to run are warps that spin and look at %globaltimer, it leaps ahead, so tha
 ends. `emulate`'s on_load changes arrays between two loads of one launch.
 
 Not modelled
+    a proxy fence between an ordinary read and a later write by the async proxy; the order of one
+    lane's cp.async copies (they act in turn); poison of half a 64-bit register (all of it is);
     the last bits of approximate functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless
     `approximate` is given);
     caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of

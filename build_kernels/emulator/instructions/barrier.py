@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from build_kernels.emulator.execution.cta import NAMED_BARRIERS
 from build_kernels.emulator.execution.interruption import Interruption, Partial, Wait
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import among, converge, together
-from build_kernels.emulator.instructions.decoding import Decoder, Decoding
+from build_kernels.emulator.instructions.decoding import Decoder, Decoding, Source
 from build_kernels.emulator.lanes import LANES, numbers_of
 from build_kernels.emulator.ordering.clocks import Clock
 
 
 def barrier(d: Decoding) -> Run:
     d.take("cta")
-    mode = d.need("sync", "arrive")
+    mode = d.need("sync", "arrive", "red")
+    operands, vote, tell = list(d.operands), None, None
+    if mode == "red":
+        vote, tell = _reduction(d)
+        operands = operands[1:-1]
     aligned = d.take("aligned") or d.name == "bar"
-    number = d.source(d.operands[0], "u32")
-    threads = d.source(d.operands[1], "u32") if len(d.operands) > 1 else None
+    number = d.source(operands[0], "u32")
+    threads = d.source(operands[1], "u32") if len(operands) > 1 else None
     if mode == "arrive" and threads is None:
         raise d.error("needs a thread count")
 
     def run(w: Warp) -> Interruption:
         if w.fragment.token is not None:
-            return _wait_for_named(w, *w.fragment.token)
+            return _wait_for_named(w, tell, *w.fragment.token)
         if aligned and (wait := converge(w)) is not None:
             return wait
         w.poisoned("the barrier number", number.registers)
@@ -36,18 +44,40 @@ def barrier(d: Decoding) -> Run:
             w.report("barrier-mismatch", f"{expected} threads are no multiple of a warp")
         w.grid.events += 1
         before = w.clocks[w.first_lane()]
-        mine = w.cta.barriers[index].arrive(
-            w, expected, w.publish(w.bits), all_threads=threads is None
-        )
+        named = w.cta.barriers[index]
+        if vote is not None:
+            w.poisoned("the predicate", vote.registers)
+            named.vote(int(vote.get(w)[w.active].sum()), w.bits.bit_count())
+        mine = named.arrive(w, expected, w.publish(w.bits), all_threads=threads is None)
         if mode == "arrive":
             return None
         w.fragment.token = (index, mine, before)
-        return _wait_for_named(w, *w.fragment.token)
+        return _wait_for_named(w, tell, *w.fragment.token)
 
     return run
 
 
-def _wait_for_named(w: Warp, index: int, generation: int, before: Clock) -> Interruption:
+Tell = Callable[[Warp, int, int], None]
+
+
+def _reduction(d: Decoding) -> tuple[Source, Tell]:
+    """Decode a barrier's reduction: its predicate, and how to write what the threads voted."""
+    mode = d.need("popc", "and", "or")
+    kind = d.need("u32" if mode == "popc" else "pred")
+    write = d.destination(d.operands[0], kind)
+
+    def tell(w: Warp, true: int, votes: int) -> None:
+        if mode == "popc":
+            write(w, np.full(LANES, true, dtype=np.uint32), None)
+        else:
+            write(w, np.full(LANES, true == votes if mode == "and" else true > 0), None)
+
+    return d.source(d.operands[-1], "pred"), tell
+
+
+def _wait_for_named(
+    w: Warp, tell: Tell | None, index: int, generation: int, before: Clock
+) -> Interruption:
     """Wait for a generation that the warp arrived at with the clock `before`."""
     named = w.cta.barriers[index]
     if named.generation == generation:
@@ -57,6 +87,8 @@ def _wait_for_named(w: Warp, index: int, generation: int, before: Clock) -> Inte
         )
     w.fragment.token = None
     w.acquire(w.bits, named.released, before if named.generation == generation + 1 else None)
+    if tell is not None:
+        tell(w, *named.voted)
     return None
 
 

@@ -93,6 +93,9 @@ def initialise(d: Decoding) -> Run:
                 why = "an mbarrier lies at an 8-byte aligned address of the CTA's shared memory"
                 w.report("out-of-bounds", why, lane=lane, address=f"shared {place:#x}")
                 continue
+            if bits.bit_count() > 1:
+                why = f"{bits.bit_count()} lanes initialise one mbarrier"
+                w.report("barrier-reinitialised", why, lane=lane, address=f"shared {place:#x}")
             _initialise(w, lane, offset, int(count.get(w)[lane]))
 
     return run

@@ -32,6 +32,21 @@ def prefetch_tensor_map(d: Decoding) -> Run:
     return run
 
 
+def prefetch_bulk(d: Decoding) -> Run:
+    d.need("L2")
+    d.need("global")
+    hinted = d.take("L2::cache_hint")
+    where = d.address(d.operands[0])
+    size = d.source(d.operands[1], "u32")
+    if len(d.operands) != 2 + hinted:
+        raise d.error("has the wrong operands")
+
+    def run(w: Warp) -> None:
+        w.poisoned("an operand of cp.async.bulk.prefetch", where.registers + size.registers)
+
+    return run
+
+
 def prefetch_tensor(d: Decoding) -> Run:
     d.need("1d", "2d", "3d", "4d", "5d")
     d.need("L2")
@@ -62,6 +77,7 @@ INSTRUCTIONS: dict[str, Decoder] = {
     "prefetch.tensormap": prefetch_tensor_map,
     "prefetch.param.tensormap": prefetch_tensor_map,
     "prefetch.const.tensormap": prefetch_tensor_map,
+    "cp.async.bulk.prefetch": prefetch_bulk,
     "cp.async.bulk.prefetch.tensor": prefetch_tensor,
     "createpolicy": create_policy,
 }

@@ -1,4 +1,4 @@
-"""stmatrix: a warp stores 8 x 8 matrices of 16-bit elements (PTX ISA, "stmatrix")."""
+"""ldmatrix and stmatrix: a warp moves 8 x 8 matrices of 16-bit elements (PTX ISA, "ldmatrix")."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import aligned
 from build_kernels.emulator.instructions.decoding import Decoder, Decoding, items
 from build_kernels.emulator.instructions.generic_access import (
+    note_read,
+    read_states,
     value_bytes,
     value_states,
     write_bytes,
 )
-from build_kernels.emulator.lanes import ALL, LANES, Array, Ints
-from build_kernels.emulator.memory.memory import VALID
+from build_kernels.emulator.lanes import ALL, LANES, Array, Ints, Mask
+from build_kernels.emulator.memory.memory import POISON_BYTE, VALID
 
 ROW = 16  # bytes; lane 8 i + r gives the address of row r of matrix i
 
@@ -30,12 +32,47 @@ def _places(count: int, transposed: bool) -> Ints:
     return (4 * row + column // 2) * 4 * count + 4 * matrix + column % 2 * 2 + byte % 2
 
 
-def store_matrix(d: Decoding) -> Run:
+def _form(d: Decoding) -> tuple[int, Ints, str]:
+    """Take the modifiers; return how many matrices, where their bytes are, and the state space."""
     d.need("m8n8")
     count = int(d.need("x1", "x2", "x4")[1:])
     places = _places(count, d.take("trans"))
     space = d.need("shared", "shared::cta")
     d.need("b16")
+    return count, places, space
+
+
+def load_matrix(d: Decoding) -> Run:
+    count, places, space = _form(d)
+    where = d.address(d.operands[1])
+    writes = [d.destination(each, "b32") for each in items(d.operands[0])]
+    if len(writes) != count:
+        raise d.error(f"needs {count} registers (got {len(writes)})")
+
+    def run(w: Warp) -> None:
+        w.poisoned("the address", where.registers)
+        data = np.full((LANES, 4 * count), POISON_BYTE, dtype=np.uint8)
+        bad = np.ones((LANES, 4 * count), dtype=bool)
+        whole = w.bits
+        w.activate(whole & ALL >> LANES - 8 * count)
+        for place in locate(w, space, where.get(w), ROW):
+            offsets = place.bytes(ROW)
+            note_read(w, place, offsets, 0)
+            poison = read_states(w, place, offsets)
+            to = places[place.lanes]
+            data.reshape(-1)[to] = place.memory.data[offsets]
+            bad.reshape(-1)[to] = False if poison is None else poison
+        w.activate(whole)
+        values = data.view(np.uint32)
+        for i, write in enumerate(writes):
+            taint: Mask = np.logical_or.reduce(bad[:, 4 * i : 4 * i + 4], axis=1)
+            write(w, np.ascontiguousarray(values[:, i]), taint if taint.any() else None)
+
+    return aligned(d, run)
+
+
+def store_matrix(d: Decoding) -> Run:
+    count, places, space = _form(d)
     where = d.address(d.operands[0])
     sources = [d.source(each, "b32") for each in items(d.operands[1])]
     if len(sources) != count:
@@ -64,4 +101,4 @@ def store_matrix(d: Decoding) -> Run:
     return aligned(d, run)
 
 
-INSTRUCTIONS: dict[str, Decoder] = {"stmatrix": store_matrix}
+INSTRUCTIONS: dict[str, Decoder] = {"ldmatrix": load_matrix, "stmatrix": store_matrix}

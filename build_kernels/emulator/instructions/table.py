@@ -19,6 +19,7 @@ from build_kernels.emulator.instructions import (
     cluster_launch,
     collectives,
     control_flow,
+    cp_async,
     cp_async_bulk,
     cvt,
     cvta_mapa,
@@ -44,8 +45,8 @@ from build_kernels.emulator.launch.variables import VariableLayout
 
 FAMILIES = (
     arithmetic, bits, mov_setp_selp, cvt, ld_st, atom_red, st_async, stmatrix, cvta_mapa, prefetch,
-    cp_async_bulk, cluster_launch, shfl, collectives, control_flow, griddepcontrol, fence, barrier,
-    mbarrier, tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
+    cp_async, cp_async_bulk, cluster_launch, shfl, collectives, control_flow, griddepcontrol, fence,
+    barrier, mbarrier, tcgen05_alloc, tcgen05_ld_st, tcgen05_mma, tcgen05_commit_fence, wgmma,
 )  # fmt: skip
 
 # The targets that have an instruction, by the start of their names; the others are everywhere.

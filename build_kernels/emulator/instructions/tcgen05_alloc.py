@@ -6,6 +6,7 @@ import numpy as np
 
 from build_kernels.emulator.access.state_spaces import locate
 from build_kernels.emulator.access.tensor_access import TensorOperation
+from build_kernels.emulator.execution.cta import Cta
 from build_kernels.emulator.execution.interruption import Interruption, Wait
 from build_kernels.emulator.execution.warp import Run, Warp
 from build_kernels.emulator.instructions.convergence import aligned
@@ -13,7 +14,7 @@ from build_kernels.emulator.instructions.decoding import Decoder, Decoding
 from build_kernels.emulator.instructions.generic_access import write_bytes
 from build_kernels.emulator.memory.access_records import actor_of, tick_of
 from build_kernels.emulator.memory.memory import VALID
-from build_kernels.emulator.memory.tensor_memory import COLUMNS, ROWS, TensorMemory
+from build_kernels.emulator.memory.tensor_memory import COLUMNS, ROWS
 from build_kernels.emulator.ordering.clocks import GENERIC
 
 _SIZES = (32, 64, 128, 256, 512)
@@ -66,7 +67,7 @@ def allocate(d: Decoding) -> Run:
 
 
 def deallocate(d: Decoding) -> Run:
-    d.cta_group()
+    group = d.cta_group()
     d.need("b32")
     where = d.source(d.operands[0], "u32")
     count = d.source(d.operands[1], "u32")
@@ -85,14 +86,18 @@ def deallocate(d: Decoding) -> Run:
                 f"(allocated: { ({at: n for at, (n, _) in memory.allocations.items()}) })",
             )
             return
-        _check_idle(w, memory, start, columns)
+        # CUTLASS's GEMMs order a pair's dealloc after the peer's accesses; its primitives examples
+        # do not.
+        for cta in w.cta.cluster.ctas[w.cta.rank & ~1 :][:2] if group == 2 else (w.cta,):
+            _check_idle(w, cta, start, columns)
         memory.free(start, columns)
 
     return aligned(d, run)
 
 
-def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None:
-    """Report accesses to these columns that are not over, or not ordered before."""
+def _check_idle(w: Warp, cta: Cta, start: int, columns: int) -> None:
+    """Report accesses to these columns of a CTA that are not over, or not ordered before."""
+    memory = cta.tensor_memory
     clock = w.joined(w.bits)[GENERIC]
     grid = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
     for record in memory.cells.records(grid[:, start : start + columns].reshape(-1)):
@@ -100,9 +105,10 @@ def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None
         if clock.tick(actor) < tick and w.tensor.tick(actor) < tick:
             instruction, thread = w.grid.author_of(int(record))
             why = "tensor memory is freed with no order after an access to it"
-            w.report("race", why, other=instruction, other_thread=thread)
+            peers = cta is not w.cta
+            w.report("race", why, other=instruction, other_thread=thread, by_the_letter=peers)
     for operation in list(w.grid.pending):
-        if isinstance(operation, TensorOperation) and operation.cta is w.cta:
+        if isinstance(operation, TensorOperation) and operation.cta is cta:
             used = operation.cells % COLUMNS
             if ((used >= start) & (used < start + columns)).any():
                 w.report(
@@ -110,6 +116,7 @@ def _check_idle(w: Warp, memory: TensorMemory, start: int, columns: int) -> None
                     f"tensor memory is freed while a {operation.what} still uses it",
                     other=operation.instruction,
                     other_thread=operation.thread(),
+                    by_the_letter=cta is not w.cta,
                 )
 
 

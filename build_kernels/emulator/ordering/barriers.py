@@ -57,7 +57,8 @@ class NamedBarrier(ThreadBarrier):
     """One of a CTA's 16 barriers (PTX ISA, "bar").
 
     It counts whole warps: one has arrived when all its living lanes have. living: the lanes of each
-    warp of the CTA that have not exited.
+    warp of the CTA that have not exited. voted: true predicates and votes of the last generation,
+    for barrier.red.
     """
 
     def __init__(self, zero: Clock, living: Mapping[WarpClocks, int]) -> None:
@@ -68,6 +69,11 @@ class NamedBarrier(ThreadBarrier):
         self._lanes: dict[WarpClocks, int] = {}  # of warps that have not arrived as a whole
         self._warps: set[WarpClocks] = set()  # those that have
         self._all = False  # an arrival named no count, so that every living warp must arrive
+        self.voted = self._votes = (0, 0)
+
+    def vote(self, true: int, votes: int) -> None:
+        """Add the predicates of threads that arrive."""
+        self._votes = (self._votes[0] + true, self._votes[1] + votes)
 
     def arrive(self, warp: WarpClocks, expected: int, clock: Clock, *, all_threads: bool) -> int:
         """Count a warp's lanes; return the generation to wait for.
@@ -106,6 +112,7 @@ class NamedBarrier(ThreadBarrier):
         if self.arrived >= self.expected or (self._all and self._living.keys() <= self._warps):
             self._warps.clear()
             self._all = False
+            self.voted, self._votes = self._votes, (0, 0)
             self._open()
 
 

@@ -7,7 +7,7 @@ MODULE = """
 .target sm_90a
 .visible .entry k(.param .u64 out) {{
 .reg .pred %p<4>;
-.reg .b32 %r<8>;
+.reg .b32 %r<16>;
 .reg .f32 %f<4>;
 .reg .b64 %rd<4>;
 {body}

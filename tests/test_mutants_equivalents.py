@@ -14,9 +14,11 @@ from build_kernels.mutants.operators.mutation import mutations_of
 from build_kernels.mutants.operators.ranges import NOTHING, Facts, Interval
 
 
-def excused(body: str, facts: Facts = NOTHING, *, of: int = 0) -> dict[tuple[str, str], str | None]:
+def excused(
+    body: str, facts: Facts = NOTHING, *, of: int = 0, kernel: str = "k"
+) -> dict[tuple[str, str], str | None]:
     """Return why each mutant of instruction `of` is equivalent, by operator and new text."""
-    found = mutations_of("k.sm_90a", MODULE.format(body=body), "sm_90a", facts)
+    found = mutations_of(f"{kernel}.sm_90a", MODULE.format(body=body), "sm_90a", facts)
     return {(m.operator, m.after_words): why_equivalent(m) for m in found if m.index == of}
 
 
@@ -56,10 +58,13 @@ def test_the_correction_of_a_negative_quotient_is_excused() -> None:
         (0, ("immediate", "and.b32 %r4, %r3, -7")),
         (1, ("comparison", "setp.eq.b32 %p1, %r3, %r4")),
         (4, ("immediate", "selp.b32 %r2, 0, 0, %p3")),
+        (2, ("comparison", "setp.le.s32 %p2, %r5, {}")),
     )
     for at, change in changes:
-        assert excused(text.format(-7), of=at)[change], change
-        assert not excused(text.format(7), of=at)[change], change
+        for bound in (-7, 7):
+            named = (change[0], change[1].format(bound))
+            assert bool(excused(text.format(bound), of=at)[named]) == (bound < 0), named
+    assert not excused(text.format(-7), of=2)["signedness", "setp.lt.u32 %p2, %r5, -7"]
     assert not excused(text.format(-7), of=4)["immediate", "selp.b32 %r2, -1, 1, %p3"]
     assert not excused(text.format(-7), of=3)["dropped", ""]
 
@@ -106,9 +111,9 @@ def test_the_value_of_a_block_that_is_not_there_is_excused() -> None:
     assert not excused(text.format("%r6"), of=1)["immediate", "mov.b32 %r2, 1"]
 
 
-def test_the_last_place_of_a_coefficient_is_excused_and_a_small_number_is_not() -> None:
-    assert excused("mov.b32 %r1, 984588981;" + READ)["immediate", "mov.b32 %r1, 984588982"]
-    assert not excused("mov.b32 %r1, 98458898;" + READ)["immediate", "mov.b32 %r1, 98458899"]
+def test_the_last_place_of_the_least_coefficient_is_excused_and_of_others_not() -> None:
+    assert excused("mov.b32 %r1, 958458266;" + READ)["immediate", "mov.b32 %r1, 958458267"]
+    assert not excused("mov.b32 %r1, 984588981;" + READ)["immediate", "mov.b32 %r1, 984588982"]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,152 @@ def test_an_offset_that_is_rounded_away_is_excused(
     assert {text for (_, text), reason in found.items() if reason} == {
         f"add.s64 %rd2, %rd1, {change}" for change in changes
     }
+
+
+def only(found: dict[tuple[str, str], str | None]) -> set[str]:
+    """Return the new texts that are excused."""
+    return {text for (_, text), reason in found.items() if reason}
+
+
+def test_the_sign_may_be_shifted_out_by_32_bits() -> None:
+    assert only(excused("shr.s32 %r1, %r2, 31; " + READ)) == {"shr.s32 %r1, %r2, 32"}
+    assert not only(excused("shr.u32 %r1, %r2, 31; " + READ))
+
+
+def test_a_division_by_1_may_be_made() -> None:
+    text = "ld.param.f32 %f1, [out]; setp.eq.f32 %p1, %f1, 0f3F800000; @%p1 bra NONE; {} NONE: "
+    text += "st.global.v2.f32 [%rd1], {{%f2, %f3}}; " + READ
+    for divides in (
+        "div.rn.f32 %f2, %f2, %f1;",
+        "ld.param.f32 %f3, [out]; div.rn.f32 %f2, %f2, %f3;",
+    ):
+        found = only(excused(text.format(divides), of=1, kernel="router_topk"))
+        assert found == {"setp.eq.f32 %p1, %f1, 0f00000000"}, "a temperature may be 2"
+        of_branch = excused(text.format(divides), of=2, kernel="router_topk")
+        assert {name for (name, _), reason in of_branch.items() if reason} == {"dropped"}
+    for other in ("div.rn.f32 %f2, %f2, %f3;", "div.rn.f32 %f2, %f3, %f1;"):
+        for at in (1, 2):
+            assert not only(excused(text.format(other), of=at, kernel="router_topk"))
+
+
+def test_a_nan_may_be_looked_for_in_a_constant_too() -> None:
+    text = "mov.f32 %f1, {}; mov.f32 %f3, %f2; setp.nan.f32 %p1, %f2, %f2; "
+    text += "st.global.v2.f32 [%rd1], {{%f1, %f3}}; " + READ
+    changes = {"setp.nan.f32 %p1, %f1, %f2", "setp.nan.f32 %p1, %f2, %f1"}
+    assert only(excused(text.format("0f3F800000"), of=2)) & changes
+    assert not only(excused(text.format("0f7FC00000"), of=2)), "a NaN"
+    assert not only(excused(text.format("%f3"), of=2)), "not a constant"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "offset", "proven"),
+    [
+        ("router_topk", "+132", True),
+        ("router_topk", "", False),
+        ("router_hash", "+132", False),
+    ],
+)
+def test_the_key_of_a_nan_that_is_never_chosen_may_be_0(
+    kernel: str, offset: str, proven: bool
+) -> None:
+    text = "setp.nan.f32 %p1, %f1, %f1; selp.b32 %r1, 1, %r2, %p1; "
+    text += f"st.shared.u32 [%rd1{offset}], %r1; " + READ
+    found = only(excused(text, of=1, kernel=kernel))
+    assert found == ({"selp.b32 %r1, 0, %r2, %p1"} if proven else set())
+
+
+def test_a_logit_beyond_the_last_expert_is_excused_and_a_loaded_one_is_not() -> None:
+    text = "mov.f32 %f1, 0f3F800000; @%p1 bra NONE; ld.global.f32 {}, [%rd1]; NONE: "
+    text += "st.global.v2.f32 [%rd1], {{%f1, %f2}}; " + READ
+    others = {f"mov.f32 %f1, 0f{bits}" for bits in ("40000000", "00000000")}
+    assert only(excused(text.format("%f1"), kernel="router_topk")) == {"", *others}
+    assert not only(excused(text.format("%f2"), kernel="router_topk"))
+    assert not only(excused(text.format("%f1"), kernel="router_hash"))
+
+
+def test_the_expert_of_a_lane_beyond_top_k_is_excused() -> None:
+    text = "bar.warp.sync -1; setp.lt.s32 %p1, %r3, {}; mov.u32 %r1, 0; @%p1 bra NONE; NONE: "
+    assert len(only(excused(text.format(1) + READ, of=2, kernel="router_topk"))) == 2
+    assert not only(excused(text.format(2) + READ, of=2, kernel="router_topk"))
+
+
+def test_a_token_id_without_a_table_is_excused() -> None:
+    text = "setp.ne.s64 %p1, %rd1, 0; mov.u64 %rd2, 0; {} st.global.b64 [%rd1], %rd2; " + READ
+    pointers = "or.b64 %rd3, %rd1, %rd1; st.global.b64 [%rd1], %rd3;"
+    assert len(only(excused(text.format(pointers), of=1, kernel="router_topk"))) == 2
+    assert not only(excused(text.format(""), of=1, kernel="router_topk"))
+
+
+@pytest.mark.parametrize(("offset", "proven"), [(14, True), (13, False)])
+def test_an_even_address_may_keep_its_last_bit(offset: int, proven: bool) -> None:
+    text = f"add.s64 %rd2, %rd1, {offset}; and.b64 %rd3, %rd2, -16; "
+    text += "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd3]; " + READ
+    found = only(excused(text, of=1, kernel="router_hash"))
+    assert found == ({"and.b64 %rd3, %rd2, -15"} if proven else set()), "-17 clears another bit"
+    text = f"add.s32 %r6, %r7, {offset}; and.b32 %r8, %r6, -16; "
+    text += "st.shared.v4.b32 [%r8], {%r1, %r2, %r3, %r4}; " + READ
+    found = only(excused(text, of=1, kernel="router_hash"))
+    assert found == ({"and.b32 %r8, %r6, -15"} if proven else set())
+
+
+@pytest.mark.parametrize(("least", "proven"), [(3, True), (9, False)])
+def test_the_order_of_a_number_of_blocks_may_be_unsigned(least: int, proven: bool) -> None:
+    text = f"setp.lt.s32 %p1, %r3, {least}; @%p1 bra NONE; add.s64 %rd2, %rd1, 14; NONE: "
+    text += "st.global.b64 [%rd1], %rd2; " + READ
+    found = only(excused(text, of=0, kernel="router_hash"))
+    assert found == ({f"setp.lt.u32 %p1, %r3, {least}"} if proven else set())
+
+
+@pytest.mark.parametrize("of", [0, 6, 13])
+@pytest.mark.parametrize(("count", "proven"), [(14, True), (8, False)])
+def test_the_values_of_blocks_that_are_not_there_are_excused(
+    of: int, count: int, proven: bool
+) -> None:
+    of = min(of, count - 1)
+    numbers = range(1, count + 1)
+    text = "".join(f"mov.b32 %r{n}, 0; " for n in numbers)
+    text += "".join(f"st.global.b32 [%rd1], %r{n}; " for n in numbers)
+    found = only(excused(text, of=of, kernel="router_hash"))
+    assert found == ({f"mov.b32 %r{of + 1}, {n}" for n in (1, -1)} if proven else set())
+
+
+@pytest.mark.parametrize("of", [0, 6, 12])
+@pytest.mark.parametrize("source", [0, 14])
+def test_a_copy_of_such_a_value_is_excused_among_copies_of_one_register(
+    of: int, source: int
+) -> None:
+    numbers = range(1, 14)
+    text = "".join(f"mov.b32 %r{n}, %r{0 if n < 7 else source}; " for n in numbers)
+    text = f"mov.b32 %r14, 1; mov.b32 %r0, 2; mov.b32 %r15, 3; {text}"
+    text += "".join(f"st.global.b32 [%rd1], %r{n}; " for n in (0, *numbers, 14, 15))
+    found = only(excused(text, of=of + 3, kernel="router_hash"))
+    assert len(found) == (source == 0)
+
+
+def test_the_next_kernel_may_start_later_but_this_one_no_sooner() -> None:
+    assert excused("griddepcontrol.launch_dependents;")["dropped", ""]
+    assert not any(excused("griddepcontrol.wait;").values())
+
+
+def test_an_expert_beyond_the_last_may_have_the_key_of_a_nan() -> None:
+    text = "selp.b32 %r3, 1, %r4, %p2; selp.b32 %r1, {}, 0, %p1; st.shared.u32 [%rd1], %r1; "
+    text += "st.global.v2.b32 [%rd1], {{%r3, %r5}}; " + READ
+    found = only(excused(text.format("%r3"), of=1, kernel="router_topk"))
+    assert found == {"selp.b32 %r1, %r3, 1, %p1"}, "-1 is above all keys"
+    assert not only(excused(text.format("%r5"), of=1, kernel="router_topk"))
+
+
+@pytest.mark.parametrize(("tile", "proven"), [(8, True), (32, True), (64, False)])
+def test_32_replicas_are_as_many_as_33_for_tokens_below_32(tile: int, proven: bool) -> None:
+    text = "setp.lt.s32 %p1, %r3, %r4; selp.b32 %r5, 0, %r4, %p1; sub.s32 %r6, %r3, %r5; "
+    text += "setp.gt.s32 %p2, %r7, 32; selp.b32 %r1, %r6, %r2, %p2; " + READ
+    kernel = f"router_decode_kmajor_n{tile}"
+    assert only(excused(text, kernel=kernel)) == (
+        {"setp.le.s32 %p1, %r3, %r4"} if proven else set()
+    )
+    changes = {"setp.ge.s32 %p2, %r7, 32", "setp.gt.s32 %p2, %r7, 31", "setp.gt.s32 %p2, %r7, 33"}
+    assert only(excused(text, of=3, kernel=kernel)) == (changes if proven else set())
+    assert not only(excused(text.replace("%r6, %r2", "%r8, %r2"), of=3, kernel=kernel))
 
 
 LOAD = "ld.param.u32 %r3, [out]; "

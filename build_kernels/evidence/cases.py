@@ -55,7 +55,9 @@ class Case:
     spread     the same, with the best experts in as many tiles and lanes as there are
     low        all logits near -100: softplus would be denormal, and epsilon counts; biases below 0
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
-    nans       about half of all experts' weights NaN
+    nans       about half of all experts' weights NaN; of every second token, all logits but three
+    dense      no factor is 0, and keys may be as near as FP32 has them
+    near       the best experts' logits follow each other in FP32, far from the other experts'
 
     first_token: of the call's, that of a prefill launch; a multiple of its token tile.
     """
@@ -180,6 +182,7 @@ def second_launch(kernel: Kernel) -> Case:
         num_experts=kernel.launch.expert_tile + 4,
         top_k=6,
         k=9 * block,
+        kind="dense",
         first_token=tile,
     )
 

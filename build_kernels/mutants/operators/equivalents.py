@@ -19,6 +19,7 @@ class Equivalent:
     """A class of harmless changes; see `equivalents.toml`."""
 
     reason: str
+    kernel: str = ""
     operators: tuple[str, ...] = tuple(OPERATORS)
     change: str = ".*"
     around: str = ""
@@ -29,7 +30,8 @@ class Equivalent:
     def matches(self, mutation: Mutation) -> bool:
         """Return whether the reason holds for a mutant."""
         return (
-            mutation.operator in self.operators
+            re.match(self.kernel, mutation.artifact) is not None
+            and mutation.operator in self.operators
             and (mutation.unread or not self.unread)
             and (mutation.rounded or not self.rounded)
             and (mutation.same_result or not self.same_result)

@@ -6,6 +6,7 @@ a thread executed before. It starts as that of every value and narrows, so it is
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,11 @@ class Ranges:
         for instruction in kernel.instructions:
             for register in mentioned(instruction.operands[:1]):
                 written.setdefault(register, []).append(instruction)
+        self._numbers = {
+            register
+            for register, instructions in written.items()
+            if all(map(_is_number, instructions))
+        }
         for _ in range(_PASSES):
             for register, instructions in written.items():
                 results = [self.result(each) for each in instructions]
@@ -242,6 +248,17 @@ class Ranges:
         """Return whether every instruction that reads a register has another operand decide."""
         return register.index in self._only_masked
 
+    def is_nan_of(self, ins: Instruction) -> Register | None:
+        """Return the register of which a comparison tells whether it is NaN, None if of others."""
+        if ins.words[:2] != ("setp", "nan"):
+            return None
+        unknown = {
+            each.index: each
+            for each in ins.operands[1:]
+            if isinstance(each, Register) and each.index not in self._numbers
+        }
+        return next(iter(unknown.values())) if len(unknown) == 1 else None
+
     def _predicate(self, ins: Instruction) -> Interval:
         words, operands = ins.words, ins.operands
         if ins.opcode in ("and.pred", "or.pred"):
@@ -276,6 +293,17 @@ class Ranges:
         return ANY
 
 
+def _is_number(ins: Instruction) -> bool:
+    """Return whether an instruction writes an FP32 constant that is no NaN, and nothing else."""
+    source = ins.operands[1] if len(ins.operands) == 2 else None
+    return (
+        ins.opcode == "mov.f32"
+        and ins.guard is None
+        and isinstance(source, Immediate)
+        and not math.isnan(source.value)
+    )
+
+
 def _is_known(register: Register) -> bool:
     return register.type in ("b32", "s32", "u32", "pred")
 
@@ -300,6 +328,9 @@ def changes_nothing(ranges: Ranges, before: Instruction, after: Instruction) -> 
         return False
     result = ranges.result(before)
     if result.is_one and result == ranges.result(after):
+        return True
+    tested = ranges.is_nan_of(before)
+    if tested is not None and tested == ranges.is_nan_of(after):
         return True
     masked = set(ranges.masked(before))
     unlike = {

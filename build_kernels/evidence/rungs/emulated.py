@@ -361,7 +361,7 @@ def _arguments(
 RUNG = Rung(
     name="emulated",
     climbs=(climb,),
-    checker=Checker(number=8),
+    checker=Checker(number=9),
     reads=Reads.TEXT_AND_LAUNCH,
     cost=3,
     figures={"cases": lambda node: node.items("a list of cases"), "runs": JsonNode.integer},

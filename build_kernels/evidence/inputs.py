@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from dsv4_router_runtime.artifacts.manifest import Kernel
 from dsv4_router_runtime.parameters import OPTIONS, PARAMETERS_OFF
 
 from .cases import SHARED_SLOTS, VOCABULARY, Case
+from .factors import draw_bias, draw_factors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +114,7 @@ def _draw_clear(
 
     images = options.get("bias_vl"), _image_rows(case, options)
     for _ in range(100):
-        hidden, weight, logits, bias = _draw(generator, kernel, case)
+        hidden, weight, logits, bias = draw_factors(generator, kernel, case)
         if case.kind in EXACT_KINDS:
             return hidden, weight, logits, bias
         keyed = tempered(logits, options.get("gate_temp", 1.0))
@@ -162,10 +162,10 @@ def _draw_options(generator: Any, case: Case, *, hashed: bool) -> dict[str, Any]
         drawn["input_ids"] = ids if "int64" in case.options else ids.to(int32)
     for option in case.options:
         if option == "images":
-            drawn["bias_vl"] = _draw_bias(generator, case).float()
+            drawn["bias_vl"] = draw_bias(generator, case).float()
             drawn["image_mask"] = torch.arange(n) % 2 == 0
         if option == "image_ids":
-            drawn["bias_vl"] = _draw_bias(generator, case).float()
+            drawn["bias_vl"] = draw_bias(generator, case).float()
             drawn |= {"first_image_id": FIRST_IMAGE_ID, "num_image_ids": NUM_IMAGE_IDS}
         if option == "forced":
             drawn["forced_ids"] = _draw_forced(generator, case)
@@ -271,172 +271,6 @@ def _kernel_options(options: Mapping[str, Any]) -> tuple[dict[str, Array], dict[
         extents = zip(item.shape, array.shape, strict=True)
         numbers |= {name: extent for name, extent in extents if name in PARAMETERS_OFF}
     return tensors, numbers
-
-
-def _draw_bias(generator: Any, case: Case) -> Any:
-    """Draw FP64 biases [E] for the kind of inputs."""
-    import torch
-
-    experts = case.num_experts
-    if case.kind in ("ties", *_NEIGHBOURS):
-        return torch.zeros(experts).double()
-    if case.kind == "near":
-        # Exact sums, and keys of both signs.
-        return -torch.ones(experts).double()
-    if case.kind == "low":
-        # No two keys alike, and all below that of a logit of 0 without a bias.
-        return -(1 + torch.randperm(experts, generator=generator)).double() / 4
-    if case.kind == "biased":
-        return 8.0 + torch.randint(-16, 17, (experts,), generator=generator).double() / 64
-    return torch.randint(-8, 9, (experts,), generator=generator).double() / 4
-
-
-def _draw(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any, Any, Any]:
-    """Draw hidden_states, W_gate (None for a kernel that reads logits), FP64 logits, e_bias."""
-    import torch
-
-    n, e, k = case.num_tokens, case.num_experts, case.k
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator).double()
-
-    bias = _draw_bias(generator, case)
-    if kernel.role == "select":
-        logits = integers(-6, 6, n, e)
-        if case.kind == "extreme":
-            logits *= 40
-        if case.kind == "ties":
-            logits[:] = 1.0
-        if case.kind in _NEIGHBOURS:
-            logits = _crowded(n, e, case.kind)
-        if case.kind == "near":
-            logits = _near(generator, n, e)
-        if case.kind == "dense":
-            logits = 3 * torch.randn(n, e, generator=generator).double()
-            logits = logits.float().double()
-        if case.kind == "low":
-            logits[:] = -100.0 - torch.arange(e) % 8
-        if case.kind == "nans":
-            logits[integers(0, 1, n, e) == 1] = torch.nan
-            logits[1::2] = torch.nan
-            logits[1::2, _few(generator, e)] = torch.inf
-        if case.kind == "nan":
-            logits[:, 1] = torch.nan
-            logits[-1, 0] = torch.inf
-        return None, None, logits, bias
-    # Sparse, so that logits stay within a few units at any K.
-    sparse = (torch.rand(n, k, generator=generator) < 16 / k).double()
-    hidden, weight = integers(-1, 1, n, k) * sparse, integers(-2, 2, k, e)
-    if case.kind == "extreme":
-        # A table may choose an expert with a logit below -174, whose score would be denormal.
-        hidden *= 5 if kernel.role == "hash" else 16
-    if case.kind == "ties":
-        weight[:] = weight[:, :1]
-    if case.kind in _NEIGHBOURS:
-        hidden[:], weight[:] = 0.0, 0.0
-        hidden[:, :n], weight[:n] = torch.eye(n), _crowded(n, e, case.kind)
-    if case.kind == "near":
-        hidden, weight = _factors_of(generator, _near(generator, n, e), k)
-    if case.kind == "dense":
-        # Logits of a few units at any K, and so exact: whole numbers of so small a power of two.
-        hidden = 2.0 * integers(0, 1, n, k) - 1
-        weight = integers(1, 3, k, e) * (2 * integers(0, 1, k, e) - 1)
-        weight *= 2.0 ** -round(math.log2(k) / 2)
-    if case.kind == "low":
-        hidden[:], weight[:] = 0.0, 0.0
-        hidden[:, 0], weight[0] = 1.0, -100.0 - torch.arange(e) % 8
-    if case.kind == "nans":
-        weight[:, integers(0, 1, e) == 1] = torch.nan
-        # 0 times infinity is NaN.
-        weight[0] *= 0
-        weight[0, _few(generator, e)] = 1.0
-        hidden[:, 0] = 0.0
-        hidden[1::2] = 0.0
-        hidden[1::2, 0] = torch.inf
-    if case.kind == "nan":
-        weight[:, 1] = torch.nan
-        hidden[-1, :] = 0.0
-        hidden[-1, 0] = torch.inf
-        weight[0] = weight[0].abs() + 1
-    return hidden, weight, hidden @ weight, bias
-
-
-_NEIGHBOURS = ("crowded", "spread")
-# About 0, where each power of exp(-|x|) counts; where log2(exp(x / 4)) is between whole numbers;
-# and far from both.
-# 500 is beyond the clamp of exp(-|x|).
-_NEAR = (0.03, 1.33, -1.4, -0.06, -4.1, 4.2, 500.0, -30.0)
-_NUM_NEAR = 16
-
-
-def _few(generator: Any, e: int) -> Any:
-    """Return three experts, fewer than most cases choose."""
-    import torch
-
-    return torch.randperm(e, generator=generator)[:3]
-
-
-def _near(generator: Any, n: int, e: int) -> Any:
-    """Return FP64 [n, e]: in each row 16 experts, an equal part of all each, are the best by far.
-
-    Their logits are FP32 numbers that follow each other, in random order, so that a score that is
-    off by a unit in the last place changes the ranking.
-    """
-    import torch
-
-    first = int(torch.randint(len(_NEAR), (1,), generator=generator))
-    logits = torch.full((n, e), -40.0).double()
-    count = min(_NUM_NEAR, e)
-    for row in range(n):
-        about = _NEAR[(first + row) % len(_NEAR)]
-        # FP32's distance of two numbers there, but no less than for 1: about 0 a score has others.
-        step = 2.0 ** (math.frexp(max(abs(about), 1.0))[1] - 24)
-        within = torch.rand(count, generator=generator) * (e / count)
-        experts = (torch.arange(count) * (e / count) + within).long().clamp(max=e - 1)
-        order = torch.randperm(count, generator=generator)
-        logits[row, experts] = round(about / step) * step + order.double() * step
-    return logits
-
-
-def _factors_of(generator: Any, logits: Any, k: int) -> tuple[Any, Any]:
-    """Return hidden_states [N, K] and W_gate [K, E] whose products are FP32 logits, in any order.
-
-    Row r has three ones, at random places of K, where W_gate holds 8 bits of its logits each.
-    """
-    import torch
-
-    n, e = logits.shape
-    places = torch.randperm(k, generator=generator)[: 3 * n].view(n, 3)
-    hidden, weight = torch.zeros(n, k).double(), torch.zeros(k, e).double()
-    rest = logits.clone()
-    for piece in range(3):
-        # The sign, the exponent and the first bits of the rest: a BF16 number.
-        cut = (rest.float().view(torch.int32) & -(1 << 16)).view(torch.float32).double()
-        hidden[torch.arange(n), places[:, piece]] = 1.0
-        weight[places[:, piece]] = cut
-        rest -= cut
-    return hidden, weight
-
-
-def _crowded(n: int, e: int, kind: str) -> Any:
-    """Return FP64 [n, e]: the best twelve logits of each row are neighbours, some of them equal.
-
-    Row 0 has equal ones with a larger and a smaller one between them, row 1 in twos from an odd
-    expert on, so of two lanes, row 2 none, row 3 all. `spread`: a twelfth of all experts apart.
-    """
-    import torch
-
-    rows = (
-        (8, 1, 9, 8, 1, 1, 7, 6, 4, 1, 5, 4),
-        [12 - i // 2 for i in range(12)],
-        range(12, 0, -1),
-        [8] * 12,
-    )
-    best = torch.tensor([list(row) for row in rows])
-    row, expert = torch.arange(n)[:, None], torch.arange(e)
-    place, apart = (expert - 5 * row) % e, max(1, e // 12) if kind == "spread" else 1
-    is_best = (place % apart == 0) & (place < 12 * apart)
-    return torch.where(is_best, best[row % 4, (place // apart).clamp(max=11)], -1).double()
 
 
 def _bf16_bits(values: Any) -> Array:

@@ -159,6 +159,7 @@ def _call(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["coverage", *map(str, arguments), "--jobs", "1"])
 
 
+@pytest.mark.slow
 def test_the_command_lists_what_is_open_and_fails(
     topk_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import ast
 import io
 import statistics
 import tokenize
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,11 +26,11 @@ SOURCES = {
 }
 
 
-def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield the functions and methods of a module, those inside others too."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
+@cache
+def functions(text: str) -> tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]:
+    """Return the functions and methods of a module, those inside others too."""
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef
+    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

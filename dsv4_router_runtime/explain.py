@@ -34,8 +34,8 @@ from .artifacts.limits import (
     MAX_TOKENS,
     MAX_TOP_K,
 )
-from .device.launch import ceil_div, grid_of
-from .device.workspace import ScratchLayout, scratch_layout
+from .device.launch import ceil_div, grid_of, tokens_at_once
+from .device.workspace import scratch_layout
 from .errors import NoKernelError
 from .parameters import DTYPES
 
@@ -137,8 +137,7 @@ class Explanation:
     @property
     def tokens_at_once(self) -> int:
         """The tokens of the largest launch."""
-        num_tokens = self.question.num_tokens
-        return min(num_tokens, self.step.piece_tokens or num_tokens)
+        return tokens_at_once(self.question.num_tokens, self.step.piece_tokens)
 
     @property
     def num_launches(self) -> int:
@@ -150,7 +149,7 @@ class Explanation:
     def capture_bytes(self) -> int:
         """Scratch of one captured launch of the call; each capture has its own."""
         problem = self.tokens_at_once, self.question.num_experts
-        return _bytes_of(scratch_layout([self.kernel], problem))
+        return scratch_layout([self.kernel], problem).num_bytes
 
     @property
     def logits_bytes(self) -> int:
@@ -176,7 +175,7 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
     problem = Problem(
         role=step.kernel.role,
         layout=layer.layout if plan.copy_reason is None else "kmajor",
-        num_tokens=min(question.num_tokens, step.piece_tokens or question.num_tokens),
+        num_tokens=tokens_at_once(question.num_tokens, step.piece_tokens),
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         k=layer.k,
@@ -192,13 +191,9 @@ def explain(artifacts: ArtifactSet, question: Question, arch: str) -> Explanatio
         step=step,
         steps_without=_steps_without(plan, question, step),
         candidates=resolve(artifacts.manifest, problem, arch),
-        scratch_bytes=_bytes_of(scratch_layout(kernels_on(artifacts.manifest, arch))),
+        scratch_bytes=scratch_layout(kernels_on(artifacts.manifest, arch)).num_bytes,
         evidence=read_summary(artifacts.folder).of(step.kernel),
     )
-
-
-def _bytes_of(layout: ScratchLayout) -> int:
-    return layout.zeroed_bytes + layout.plain_bytes
 
 
 def _steps_without(plan: LayerPlan, question: Question, step: Step) -> dict[int, Step | None]:

@@ -60,7 +60,7 @@ def status(device: torch.device | int | str | None = None) -> Status:
     return Status(
         device=f"cuda:{index}",
         streams=len(slots),
-        bytes_per_stream=max((each.zeroed_bytes + each.plain_bytes for each in layouts), default=0),
+        bytes_per_stream=max((each.num_bytes for each in layouts), default=0),
         captures=len(captures),
         capture_slots=len(pieces),
         capture_bytes=sum(piece.size for piece in pieces),

@@ -22,6 +22,7 @@ from .artifacts.limits import MAX_TOKENS
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import stream_id
+from .device.launch import tokens_at_once
 from .device.launch_site import LayerLaunchSite, NoRoomError, PiecewiseLaunchSite
 from .device.load import LoadedKernel, load_once
 from .device.occupancy import Room, ask_room, note_fallback
@@ -271,7 +272,7 @@ class LayerSteps(ABC):
         """Return a launch site for one launch that is captured."""
         step, room = self._step_with_room(index, stream)
         # Pieces follow each other on the stream, and one's scratch serves all of them.
-        most_at_once = min(num_tokens, step.piece_tokens or num_tokens)
+        most_at_once = tokens_at_once(num_tokens, step.piece_tokens)
         problem = most_at_once, self._problem.num_experts
         slot = self._workspace.captured_slot(
             stream, step.loaded.kernel, problem, self._pins, self._shares

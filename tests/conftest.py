@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from build_kernels.specs import KERNELS, TARGETS, ParameterSpec
-from dsv4_router_runtime.artifacts.folder import find_artifacts, open_artifacts
+from dsv4_router_runtime.artifacts.folder import ArtifactSet, find_artifacts, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import (
     KIND_LAYOUT,
     Kernel,
@@ -342,3 +342,17 @@ def write_artifacts(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A recorder in the GPU's place; it needs torch."""
+    from gpu_recorder import replace_gpu
+
+    return replace_gpu(monkeypatch)
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    """The sample manifest as a set in an empty folder."""
+    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())

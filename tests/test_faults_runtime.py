@@ -15,26 +15,14 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_manifest
-from gpu_recorder import replace_gpu
 from watchdog import ends_within
 
 import dsv4_router_runtime
 from dsv4_router_runtime import Router
-from dsv4_router_runtime.artifacts.folder import ArtifactSet
 
 K, E, TOP_K = 512, 80, 6
 PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
 SEEDS = 1000
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    return replace_gpu(monkeypatch)
-
-
-@pytest.fixture
-def artifacts(tmp_path):
-    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from conftest import decode_kernel, sample_manifest
 from gpu_recorder import (
     interrupt_at_last_parameter,
     remembered_layers,
-    replace_gpu,
     sites_of,
     table_of,
     w_copy_of,
@@ -42,16 +41,6 @@ from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
 from dsv4_router_runtime.parameters import ABI, DTYPES
 
 K, E, TOP_K = 512, 80, 6
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    return replace_gpu(monkeypatch)
-
-
-@pytest.fixture
-def artifacts(tmp_path):
-    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())
 
 
 def weights(layout="kmajor", e=E):

@@ -11,12 +11,11 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_kernel, sample_manifest
-from gpu_recorder import replace_gpu, run_without_memory, sites_of
+from gpu_recorder import run_without_memory, sites_of
 
 from dsv4_router_runtime import Router
 from dsv4_router_runtime.__main__ import main
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer, without
-from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import IntRange
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import launch_site, occupancy
@@ -36,16 +35,6 @@ SAME = replace(PLAIN, same_bits=True)
 LAST = plan_layer(sample_manifest(), SAME, "sm_90a").steps[-1]
 TILE, PIECE = LAST.kernel.launch.token_tile, LAST.piece_tokens
 QUESTION = Question(num_tokens=2 * PIECE + 1, k=K, num_experts=E, top_k=TOP_K, same_bits=True)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    return replace_gpu(monkeypatch)
-
-
-@pytest.fixture
-def artifacts(tmp_path):
-    return ArtifactSet(folder=tmp_path, manifest=sample_manifest())
 
 
 @pytest.fixture

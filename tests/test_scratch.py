@@ -24,7 +24,6 @@ import torch
 from conftest import decode_kernel, sample_kernel, sample_manifest, topk_kernel
 from fake_driver import GLOBAL
 from gpu_recorder import (
-    replace_gpu,
     site_table_of,
     sites_of,
     table_of,
@@ -50,11 +49,6 @@ MIB = 2**20
 # The workspaces of the built kernels; a layer's has room for the larger.
 DECODE_BYTES = shapes.workspace_bytes(shapes.MAX_DECODE_TOKENS)
 STREAM_BYTES = shapes.workspace_bytes(shapes.MAX_PREFILL_TOKENS)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    return replace_gpu(monkeypatch)
 
 
 def with_workspace(kernel):

@@ -50,6 +50,11 @@ def grid_depends_on_tokens(launch: Launch) -> bool:
     return "token_tiles" in launch.grid
 
 
+def tokens_at_once(num_tokens: int, piece_tokens: int | None) -> int:
+    """Return the tokens of a call's largest launch; piece_tokens None: one launch takes all."""
+    return num_tokens if piece_tokens is None else min(num_tokens, piece_tokens)
+
+
 def pieces_of(num_tokens: int, piece_tokens: int) -> Iterator[tuple[int, int]]:
     """Yield the first token and the number of tokens of each launch of a call, in order."""
     for first in range(0, num_tokens, piece_tokens):

@@ -57,6 +57,10 @@ class ScratchLayout:
     zeroed_bytes: int
     plain_bytes: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.zeroed_bytes + self.plain_bytes
+
 
 def scratch_layout(
     kernels: Iterable[Kernel], problem: tuple[int, int] | None = None
@@ -288,7 +292,7 @@ class Workspace:
         `pins` stay alive as long as the graph. shared: with the other captures that share.
         """
         layout = scratch_layout([kernel], problem)
-        if not (layout.zeroed_bytes or layout.plain_bytes or pins):
+        if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
         with self._lock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from build_kernels.binaries.ptx.syntax import Operand
 from build_kernels.emulator.access.staleness import forget
 from build_kernels.emulator.access.state_spaces import locate
 from build_kernels.emulator.execution.warp import Run, Warp
@@ -32,22 +35,24 @@ def _places(count: int, transposed: bool) -> Ints:
     return (4 * row + column // 2) * 4 * count + 4 * matrix + column % 2 * 2 + byte % 2
 
 
-def _form(d: Decoding) -> tuple[int, Ints, str]:
-    """Take the modifiers; return how many matrices, where their bytes are, and the state space."""
+def _form(d: Decoding, vector: Operand) -> tuple[Sequence[Operand], Ints, str]:
+    """Take the modifiers; return a register per matrix, where their bytes are, the state space."""
     d.need("m8n8")
     count = int(d.need("x1", "x2", "x4")[1:])
     places = _places(count, d.take("trans"))
     space = d.need("shared", "shared::cta")
     d.need("b16")
-    return count, places, space
+    registers = items(vector)
+    if len(registers) != count:
+        raise d.error(f"needs {count} registers (got {len(registers)})")
+    return registers, places, space
 
 
 def load_matrix(d: Decoding) -> Run:
-    count, places, space = _form(d)
+    registers, places, space = _form(d, d.operands[0])
+    count = len(registers)
     where = d.address(d.operands[1])
-    writes = [d.destination(each, "b32") for each in items(d.operands[0])]
-    if len(writes) != count:
-        raise d.error(f"needs {count} registers (got {len(writes)})")
+    writes = [d.destination(each, "b32") for each in registers]
 
     def run(w: Warp) -> None:
         w.poisoned("the address", where.registers)
@@ -72,11 +77,10 @@ def load_matrix(d: Decoding) -> Run:
 
 
 def store_matrix(d: Decoding) -> Run:
-    count, places, space = _form(d)
+    registers, places, space = _form(d, d.operands[1])
+    count = len(registers)
     where = d.address(d.operands[0])
-    sources = [d.source(each, "b32") for each in items(d.operands[1])]
-    if len(sources) != count:
-        raise d.error(f"needs {count} registers (got {len(sources)})")
+    sources = [d.source(each, "b32") for each in registers]
 
     def rows(values: Array) -> Array:
         found = np.zeros((LANES, ROW), dtype=np.uint8)

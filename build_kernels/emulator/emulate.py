@@ -67,9 +67,9 @@ def emulate(
     approximate: opcode, such as "ex2.approx.ftz.f32", -> function of 32 values of its type, to
     use a GPU's own results where the emulator would round correctly. on_load: tears arrays as the
     launch goes; it may fork the process, and the child finishes the launch with other contents
-    than the parent. coverage: records what the launch reaches of its kernel. by_the_letter: report
-    faults by the letter of the ISA too, against whose effect hardware or ptxas guards (see the
-    package); it changes no result and no other finding.
+    than the parent. coverage: records the instructions and outcomes that the launch reaches.
+    by_the_letter: report faults by the letter of the ISA too, against whose effect hardware or
+    ptxas guards (see the package); it changes no result and no other finding.
 
     The same inputs give the same result. Raises PtxError for PTX that is not supported and
     LaunchError for a launch or arguments that do not fit. Nothing has run then, except that a

@@ -61,7 +61,7 @@ Tell = Callable[[Warp, int, int], None]
 
 
 def _reduction(d: Decoding) -> tuple[Source, Tell]:
-    """Decode a barrier's reduction: its predicate, and how to write what the threads voted."""
+    """Return the predicate of a barrier's reduction, and a function that writes its result."""
     mode = d.need("popc", "and", "or")
     kind = d.need("u32" if mode == "popc" else "pred")
     write = d.destination(d.operands[0], kind)

@@ -1,7 +1,8 @@
 """A kernel of each role in the emulator, with approximate instructions moved to their ends.
 
 Its outputs stay as they are, so the emulator's own choice gives the bits of every GPU.
-`test_approximations.py` has all seeds, and the three arguments for which this does not hold.
+`test_approximations.py` has all seeds, and three arguments for which this does not hold;
+`test_approximations_sass.py` shows that no architecture has their seeds.
 """
 
 from __future__ import annotations

@@ -134,6 +134,18 @@ def hard_quotients(divisors) -> Iterator:
                         yield dividend[fits], here[fits].astype(np.int64)
 
 
+@pytest.mark.parametrize("divisor", [0x800001, 0xB504F2, 0xFFFFFC, 0xFFFFFF])
+def test_hard_quotients_are_all_those_next_to_a_midpoint(divisor):
+    """All dividends of a divisor that is odd, or twice or four times an odd number."""
+    found = {pair[0].tobytes() for pair in hard_quotients(np.array([divisor]))}
+    hard = sorted(np.frombuffer(b"".join(found), np.int64).tolist())
+    dividend = np.arange(1 << 23, 1 << 24)
+    below = dividend < divisor
+    quotient, rest = np.divmod(dividend << np.where(below, 25, 24), divisor)
+    distance = np.where(quotient % 2 == 1, rest, divisor - rest)
+    assert hard == dividend[distance <= np.where(below, 5, 2)].tolist()
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("block", range(16))
 def test_the_quotient_is_correctly_rounded_from_every_inverse_but_one(block):

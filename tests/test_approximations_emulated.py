@@ -1,7 +1,8 @@
 """A kernel of each role in the emulator, with approximate instructions moved to their ends.
 
 Its outputs stay as they are, so the emulator's own choice gives the bits of every GPU.
-`test_approximations.py` has all seeds, and the three arguments for which this does not hold.
+`test_approximations.py` has all seeds, and three arguments for which this does not hold;
+`test_approximations_sass.py` shows that no architecture has their seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ pytest.importorskip("torch", reason="the cases need the extra `torch`")
 
 import numpy as np
 from builds import kernel_set
-from test_approximations import ROOT_EXCEPTIONS
+from test_approximations import RECIPROCAL_EXCEPTIONS, ROOT_EXCEPTIONS
 
 from build_kernels.emulator import Schedule
 from build_kernels.emulator.numerics.approximations import BANDS, at_the_ends
@@ -117,3 +118,32 @@ def test_two_roots_of_a_kernel_depend_on_the_seed(artifacts, argument, seed):
     root = np.sqrt(z.astype(np.float64)).astype(np.float32)
     below = np.nextafter(root, np.float32(0))
     assert [weight, other] == [(each * np.float32(SCALE)).view(np.uint32) for each in (root, below)]
+
+
+def test_one_quotient_of_a_kernel_depends_on_the_seed(artifacts):
+    """Logits of 256, divided by 2 - 2^-23: exp(-x) is 0, and the score is the root of x."""
+    artifact = load_artifact(artifacts, f"router_hash.{ARCH}")
+    case = Case(num_tokens=1, num_experts=40, top_k=1, k=64, options=("unnormed", "temperature"))
+    inputs = make_inputs(artifact.kernel, case)
+    ((argument, seed),) = RECIPROCAL_EXCEPTIONS
+    divisor = np.uint32(argument).view(np.float32)
+    hidden, weight = (np.zeros_like(inputs.tensors[name]) for name in ("hidden_states", "W_gate"))
+    hidden[:, 0], weight[0] = 0x3F80, 0x4380  # 1 and 256
+    tensors = {**inputs.tensors, "hidden_states": hidden, "W_gate": weight}
+    given = replace(inputs, tensors=tensors, numbers={**inputs.numbers, "gate_temp": divisor})
+
+    def rcp(values):
+        return np.where(
+            values == divisor, np.uint32(seed).view(np.float32), BANDS[RCP].nearest(values)
+        )
+
+    weight, other = (
+        outputs(artifact, given, approximate)["out_weights"][0, 0]
+        for approximate in (None, {RCP: rcp})
+    )
+    quotient = np.float32(256 / np.float64(divisor))
+    below = np.nextafter(quotient, np.float32(0))
+    roots = (np.float32(np.sqrt(np.float64(each))) for each in (quotient, below))
+    expected = [(root * np.float32(SCALE)).view(np.uint32) for root in roots]
+    assert [weight, other] == expected
+    assert weight != other

@@ -144,8 +144,8 @@ __device__ __forceinline__ float score_of(Row row, int expert) {
   return router_score(row.gate_temp != 1.0f ? __fdiv_rn(logit, row.gate_temp) : logit);
 }
 
-// Write the experts that may be among the top_k to `experts`, in any order; return how many. kSlots
-// * 32 is num_experts rounded up to whole groups.
+// Return a bit for each slot of a lane whose expert may be among the top_k. kSlots * 32 is num_experts
+// rounded up to whole groups.
 //
 // sqrt(softplus(x)) is sqrt(ln 2 * log2(1 + 2^y)) with y = x * log2(e). So three approximate
 // instructions estimate a key within kAllowance if neither |y| nor |bias| is above kLargest: by the
@@ -154,8 +154,7 @@ __device__ __forceinline__ float score_of(Row row, int expert) {
 // floor - kAllowance, and no estimate of a key among the top_k, or equal to one, is below
 // floor - 2 * kAllowance. A lane with larger numbers or NaN gives all its experts.
 template <int kSlots>
-__device__ __forceinline__ int find_candidates(Row row, int top_k, int lane,
-                                               unsigned short* experts) {
+__device__ __forceinline__ unsigned find_candidates(Row row, int top_k, int lane) {
   const float kAllowance = 0x1p-10f, kLargest = 96.0f, log2_e = 1.44269504f;
   float logit[kSlots], bias[kSlots];
 #pragma unroll
@@ -201,24 +200,7 @@ __device__ __forceinline__ int find_candidates(Row row, int top_k, int lane,
     passed |= !(estimate[slot] < limit) ? 1u << slot : 0u;
   }
   const int num_slots = (row.num_experts - lane + 31) >> 5;  // of the lane's experts
-  passed &= (1u << num_slots) - 1;
-
-  // Where a lane's experts go: behind those of lower lanes, counted by the bits of their numbers.
-  const unsigned lower_lanes = (1u << lane) - 1;
-  const unsigned count = __popc(passed);
-  unsigned place = 0, total = 0;
-#pragma unroll
-  for (int bit = 0; (1 << bit) <= kSlots; ++bit) {
-    const unsigned lanes = __ballot_sync(kAllLanes, (count >> bit & 1) != 0);
-    place += __popc(lanes & lower_lanes) << bit;
-    total += __popc(lanes) << bit;
-  }
-#pragma unroll 1
-  while (passed != 0) {
-    experts[place] = (__ffs(passed) - 1) * 32 + lane;
-    passed &= passed - 1, ++place;
-  }
-  return total;
+  passed &= (1u << num_slots) - 1;  return passed;
 }
 
 // Return the candidate of rank `lane` in a row; that of a lane from top_k on has no meaning.
@@ -226,13 +208,26 @@ __device__ __forceinline__ Candidate select_experts(Row row, int top_k, int lane
                                                     Selection& selection) {
   // ------------------------------------------------------------------ estimate
   const unsigned num_groups = (row.num_experts + 32u * kGroupSlots - 1) / (32 * kGroupSlots);
-  unsigned short* experts = selection.experts;
-  int total;
+  unsigned passed;
   switch (num_groups) {
-    case 1: total = find_candidates<kGroupSlots>(row, top_k, lane, experts); break;
-    case 2: total = find_candidates<2 * kGroupSlots>(row, top_k, lane, experts); break;
-    case 3: total = find_candidates<3 * kGroupSlots>(row, top_k, lane, experts); break;
-    default: total = find_candidates<4 * kGroupSlots>(row, top_k, lane, experts); break;
+    case 1: passed = find_candidates<kGroupSlots>(row, top_k, lane); break;
+    case 2: passed = find_candidates<2 * kGroupSlots>(row, top_k, lane); break;
+    case 3: passed = find_candidates<3 * kGroupSlots>(row, top_k, lane); break;
+    default: passed = find_candidates<4 * kGroupSlots>(row, top_k, lane); break;
+  }
+  // A lane's experts go behind those of lower lanes, counted by the bits of their numbers.
+  const unsigned count = __popc(passed);
+  unsigned place = 0, end = 0;
+#pragma unroll
+  for (int bit = 0; (1 << bit) <= MAX_EXPERTS / 32; ++bit) {
+    const unsigned lanes = __ballot_sync(kAllLanes, (count >> bit & 1) != 0);
+    place += __popc(lanes & ((1u << lane) - 1)) << bit;
+    end += __popc(lanes) << bit;
+  }
+  const int total = end;
+#pragma unroll 1
+  for (; passed != 0; passed &= passed - 1) {
+    selection.experts[place++] = (__ffs(passed) - 1) * 32 + lane;
   }
   __syncwarp();
 
@@ -245,15 +240,15 @@ __device__ __forceinline__ Candidate select_experts(Row row, int top_k, int lane
     if (lane >= MAX_TOP_K) {
       own.key = kNoCandidate;
       if (number < total) {
-        own.expert = experts[number];
+        own.expert = selection.experts[number];
         own.score = score_of(row, own.expert);
         own.key = selection_key(own.score, row.bias[own.expert]);
       }
     }
     int rank = own.key != kNoCandidate ? 0 : 32;  // the number of better candidates
-    const int end = min(MAX_TOP_K + total - first, 32);
+    const int last = min(MAX_TOP_K + total - first, 32);
 #pragma unroll 1
-    for (int other = first != 0 ? 0 : MAX_TOP_K; other < end; ++other) {
+    for (int other = first != 0 ? 0 : MAX_TOP_K; other < last; ++other) {
       const unsigned key = __shfl_sync(kAllLanes, own.key, other);
       const unsigned expert = __shfl_sync(kAllLanes, own.expert, other);
       rank += key > own.key || (key == own.key && expert < own.expert);
@@ -390,7 +385,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     float score = 0.0f;
     if (!forced && !from_table) {
       const Candidate selected = select_experts(row, top_k, lane, selections[warp]);
-      expert = selected.expert;
+      // In assembly, for the same reason as forced_expert.
+      asm("mov.b32 %0, %1;" : "=r"(expert) : "r"(selected.expert));
       score = selected.score;
     } else if (lane < top_k) {
       if (!forced) {

@@ -387,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
       const Candidate selected = select_experts(row, top_k, lane, selections[warp]);
       // In assembly, for the same reason as forced_expert.
       asm("mov.b32 %0, %1;" : "=r"(expert) : "r"(selected.expert));
-      score = selected.score;
+      asm("mov.b32 %0, %1;" : "=f"(score) : "f"(selected.score));
     } else if (lane < top_k) {
       if (!forced) {
         expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);

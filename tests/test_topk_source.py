@@ -108,8 +108,8 @@ def test_the_score_has_the_constants_of_the_decode_kernels() -> None:
 def test_control_flow_depends_on_arguments_and_row_flags(compiled: Artifact) -> None:
     deciding = named(data_behind_branches(compiled.ptx))
     assert {name[1:] for name in deciding if name.startswith("*")} == ROW_FLAGS | CANDIDATES
-    # The strides and the scale decide nothing.
-    assert not deciding & {"logits_stride", "out_weights_stride", "routed_scaling_factor"}
+    # The scale and the outputs decide nothing.
+    assert not deciding & {"out_ids_stride", "out_weights_stride", "routed_scaling_factor"}
 
 
 def test_the_analysis_sees_a_branch_on_data() -> None:

@@ -77,9 +77,12 @@ def exact_selection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights (FP32) and ids from FP32 logits [N, E]; see `select_reference`.
 
-    The kernels' roots and quotients start at a GPU's approximation and are taken as correctly
-    rounded. Two exceptions, in the last bit: a root, for 5 significands in 2^24, if the seed is one
-    ulp off; a weight whose score is below 2^-102 (a logit of about -141).
+    The kernels' roots and quotients start at a GPU's approximation. From every one that the PTX ISA
+    allows they are correctly rounded, with these exceptions, in the last bit:
+    - a root, for 2 significands in 2^24, and a power of two by a number of the significand
+      2 - 2^-23, each from one approximation. No GPU has it whose sqrt.rn and rcp.rn are right:
+      they take the same steps (build_kernels/evidence/README.md);
+    - a weight whose score is below 2^-102 (a logit of about -141).
     """
     if logits.dtype is not torch.float32:
         raise TypeError(f"logits: expected torch.float32, as the kernels have (got {logits.dtype})")

@@ -60,6 +60,12 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="add to FILE what the gpu tests launched, for build-kernels verify --record",
     )
+    parser.addoption(
+        "--recording",
+        type=Path,
+        metavar="FILE",
+        help="the bits that a GPU gave (.json, .npz): test_gpu_recording.py, test_recorded_bits.py",
+    )
 
 
 def pytest_configure(config):

@@ -35,7 +35,7 @@ from build_kernels.evidence.cases import (
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.picked import cases_of
-from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, structure
+from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, rewrites, structure
 from build_kernels.specs import KERNELS
 
 
@@ -234,9 +234,9 @@ def test_the_input_names_every_integer_and_every_tensor_map() -> None:
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:
-    assert protocol.rewritten("x.collector::a::discard", (protocol.NO_COLLECTOR,)) == "x"
-    with pytest.raises(protocol.ProtocolError, match="matches nothing"):
-        protocol.rewritten("x", (protocol.NO_COLLECTOR,))
+    assert rewrites.rewritten("x.collector::a::discard", (rewrites.NO_COLLECTOR,)) == "x"
+    with pytest.raises(rewrites.ProtocolError, match="matches nothing"):
+        rewrites.rewritten("x", (rewrites.NO_COLLECTOR,))
 
 
 def test_full_decode_cases_wrap_every_ring_twice_and_reach_the_tile() -> None:
@@ -255,12 +255,14 @@ def test_sentryward_proves_topk_and_finds_its_missing_barrier(topk: Artifact) ->
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
     proven = protocol.climb(topk, quick=True)
     assert (proven.status, proven.reason) == ("passed", "")
-    assert any("sampled winners" in text for text in proven.assumptions)
-    text, count = re.subn(r"bar\.warp\.sync\s+-1;", "", topk.ptx)
-    assert count
-    faulty = protocol.climb(replace(topk, ptx=text), quick=True)
-    assert faulty.status == "failed"
-    assert "potential_race" in faulty.reason
+    assert any("candidates and their ranks are constants" in text for text in proven.assumptions)
+    barriers = list(re.finditer(r"bar\.warp\.sync\s+-1;", topk.ptx))
+    assert len(barriers) == 3
+    for barrier in barriers:
+        text = topk.ptx[: barrier.start()] + topk.ptx[barrier.end() :]
+        faulty = protocol.climb(replace(topk, ptx=text), quick=True)
+        assert faulty.status == "failed"
+        assert "potential_race" in faulty.reason
 
 
 def test_without_sentryward_the_rung_is_not_run(
@@ -599,7 +601,7 @@ def test_what_sentryward_is_told_of_the_hash_kernel(hashed: Artifact) -> None:
         for item in given["arguments"]
     }
     assert (names["w_stride"], names["vocab_size"]) == (case.k, VOCABULARY)
-    text = protocol.rewritten(hashed.ptx, case.rewrites)
+    text = rewrites.rewritten(hashed.ptx, case.rewrites)
     assert "ld.global.s32" not in text
     loads = re.findall(r"ld\.param\.b64\s+%rd\d+, \[router_hash_0_param_(\d+)\];", text)
     read = {hashed.kernel.parameters[int(index)].name for index in loads}

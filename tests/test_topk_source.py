@@ -28,6 +28,8 @@ ROW_FLAGS = {
     *("padding_mask", "num_valid_tokens", "input_ids", "image_mask"),
     *("forced_mask", "forced_ids"),
 }
+# What decides how many experts the estimates leave, and their ranks.
+CANDIDATES = {"logits", "e_bias", "bias_vl", "shared"}
 
 REGISTER = re.compile(r"%(?:p|r|rd|rs|f|fd)\d+")
 GUARD = re.compile(r"@!?(%p\d+)\s+")
@@ -105,9 +107,9 @@ def test_the_score_has_the_constants_of_the_decode_kernels() -> None:
 
 def test_control_flow_depends_on_arguments_and_row_flags(compiled: Artifact) -> None:
     deciding = named(data_behind_branches(compiled.ptx))
-    assert {name[1:] for name in deciding if name.startswith("*")} == ROW_FLAGS
-    # The strides and the scale decide nothing.
-    assert not deciding & {"logits_stride", "out_weights_stride", "routed_scaling_factor"}
+    assert {name[1:] for name in deciding if name.startswith("*")} == ROW_FLAGS | CANDIDATES
+    # The scale and the outputs decide nothing.
+    assert not deciding & {"out_ids_stride", "out_weights_stride", "routed_scaling_factor"}
 
 
 def test_the_analysis_sees_a_branch_on_data() -> None:
@@ -128,10 +130,11 @@ def test_it_waits_for_the_kernel_before_it_reads_or_writes(compiled: Artifact) -
     assert wait < lines.index("griddepcontrol.launch_dependents") < first
 
 
-def test_its_arithmetic_is_ieee_but_for_one_corrected_seed(compiled: Artifact) -> None:
+def test_its_arithmetic_is_ieee_but_for_a_corrected_seed_and_estimates(compiled: Artifact) -> None:
     lines = instructions(compiled.ptx)
     approximate = {line.split()[0] for line in lines if re.match(r"\S+\.(approx|full)\b", line)}
-    assert approximate == {"rsqrt.approx.ftz.f32"}
+    estimating = {f"{name}.approx.ftz.f32" for name in ("ex2", "lg2", "sqrt")}
+    assert approximate == {"rsqrt.approx.ftz.f32"} | estimating
     names = {line.split()[0] for line in lines}
     assert "div.rn.f32" in names
     # A rounding mode in PTX forbids ptxas to fuse a product with a sum.

@@ -49,7 +49,7 @@ Not modelled
     a proxy fence between an ordinary read and a later write by the async proxy; the order of one
     lane's cp.async copies (they act in turn); poison of half a 64-bit register (all of it is);
     the last bits of approximate functions (ex2, lg2, rcp.approx, ...: correctly rounded, unless
-    `approximate` is given);
+    `approximate` is given; `numerics/approximations.py` has the bounds of the ISA);
     caches, timing, bank conflicts, register counts (setmaxnreg has no effect); the scopes of
     mbarrier operations (taken as the cluster's); two CTAs on one SM competing for tensor memory;
     the grid that griddepcontrol starts; the elements of one lane's vector access acting one by

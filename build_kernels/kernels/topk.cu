@@ -9,8 +9,10 @@
 // top_k from 1 to MAX_TOP_K. The build passes these two and WARPS, tokens per block, as macros: see
 // shapes.py.
 //
-// Options are arguments: a null pointer or a neutral number disables one. With all disabled, a row
-// of 384 experts takes 914 instructions on sm_90a; without any in the source it took 884.
+// Estimates of the keys, which approximate instructions make, leave out all experts but a few, of
+// which the exact keys decide. The outputs do not depend on an estimate's value.
+//
+// Options are arguments: a null pointer or a neutral number disables one.
 //     bias_vl, image_mask         rows with the mask set select with bias_vl instead of e_bias
 //     first_image_id,             so do rows whose token id is one of num_image_ids from
 //     num_image_ids               first_image_id on
@@ -29,13 +31,15 @@
 //     gate_temp                   1: no logit is divided
 //
 // Guarantees
-//     Every arithmetic step is an IEEE operation rounded to nearest, compiled with -fmad=false and
-//     fused only by fmaf. The exception is the seed of a square root, which two fused steps round
-//     correctly. So a score has the same bits in the emulator, in score.py and on every GPU.
+//     Every arithmetic step of a key and a weight is an IEEE operation rounded to nearest, compiled
+//     with -fmad=false and fused only by fmaf. The exception is the seed of a square root, which two
+//     fused steps round correctly. So a score has the same bits in the emulator, in score.py and on
+//     every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
-//     Control flow depends on the arguments and on whether a row is padding, forced or an image
-//     row, never on logits, biases, tables or maps. Weights are summed in rank order.
+//     Control flow depends on the arguments, on whether a row is padding, forced or an image row,
+//     and on how many candidates the estimates leave, never on tables or maps. Weights are summed
+//     in rank order.
 //     The logits of a padding row are not read; of a row with ids from the table, only theirs.
 //     Nothing is read out of bounds, whatever values the token ids, the table and the map hold.
 
@@ -45,11 +49,7 @@ namespace {
 enum : int {
   kWarpsPerBlock = WARPS,  // one token per warp: the manifest's token_tile
   kBlocksPerSm = 8,
-  kGroupSlots = 4,     // num_experts is rounded up to 32 * kGroupSlots in the registers
-  kMaxSlots = MAX_EXPERTS / 32,
-  // A row of 32 keys is padded by one word: the slots of one lane are read back by as many lanes,
-  // and the padding puts each slot into another bank.
-  kKeyRow = 33,
+  kGroupSlots = 4,  // num_experts is rounded up to 32 * kGroupSlots in the registers
 };
 // Keys order as the floats they come from. No number maps below 0x007fffff (-inf).
 enum : unsigned {
@@ -125,90 +125,144 @@ struct Row {
   int num_experts;
 };
 
-// One expert with its key.
+// An expert with its key and score. Of equal keys the lower expert is the better one.
 struct Candidate {
   unsigned key;
   unsigned expert;
+  float score;
 };
 
-// Write the keys of a lane's experts to keys[slot * kKeyRow + lane] and return its best candidate,
-// the lowest expert among equals. kSlots * 32 is num_experts rounded up to whole groups.
+// A warp's shared memory: experts that may be chosen, and the best ones by rank.
+struct Selection {
+  unsigned short experts[MAX_EXPERTS];
+  Candidate best[MAX_TOP_K];
+};
+
+// Return the score of an expert.
+__device__ __forceinline__ float score_of(Row row, int expert) {
+  const float logit = row.logits[expert];
+  return router_score(row.gate_temp != 1.0f ? __fdiv_rn(logit, row.gate_temp) : logit);
+}
+
+// Return a bit for each slot of a lane whose expert may be among the top_k. kSlots * 32 is num_experts
+// rounded up to whole groups.
+//
+// sqrt(softplus(x)) is sqrt(ln 2 * log2(1 + 2^y)) with y = x * log2(e). So three approximate
+// instructions estimate a key within kAllowance if neither |y| nor |bias| is above kLargest: by the
+// PTX ISA log2 near 1 is wrong by 2^-21.5 at most, its root by 2^-10.7, and 0.84 of that counts.
+// `floor` is the top_k-th largest of the lanes' best estimates, or less. So top_k keys are not below
+// floor - kAllowance, and no estimate of a key among the top_k, or equal to one, is below
+// floor - 2 * kAllowance. A lane with larger numbers or NaN gives all its experts.
 template <int kSlots>
-__device__ __forceinline__ Candidate score_row(Row row, int lane, unsigned* keys) {
-  float logit[kSlots];
-  float bias[kSlots];
+__device__ __forceinline__ unsigned find_candidates(Row row, int top_k, int lane) {
+  const float kAllowance = 0x1p-10f, kLargest = 96.0f, log2_e = 1.44269504f;
+  float logit[kSlots], bias[kSlots];
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     // Only the last group can be ragged.
     const bool whole = slot < kSlots - kGroupSlots;
     const int expert = slot * 32 + lane;
-    // 1 for a logit beyond num_experts: division is slow on 0.
-    logit[slot] = whole || expert < row.num_experts ? row.logits[expert] : 1.0f;
+    logit[slot] = whole || expert < row.num_experts ? row.logits[expert] : 0.0f;
     bias[slot] = whole || expert < row.num_experts ? row.bias[expert] : 0.0f;
   }
-  if (row.gate_temp != 1.0f) {
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      logit[slot] = __fdiv_rn(logit[slot], row.gate_temp);
-    }
-  }
-  Candidate best = {kNoCandidate, 0};
+  const float to_log2 = row.gate_temp != 1.0f ? __fdiv_rn(log2_e, row.gate_temp) : log2_e;
+  float estimate[kSlots];
+  float best = -kLargest, largest = 0.0f;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
+    const float y = __fmul_rn(logit[slot], to_log2);
+    float power, log2, root;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__fadd_rn(power, 1.0f)));
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(fabsf(log2)));
+    estimate[slot] = fmaf(root, 0.832554611f, bias[slot]);  // sqrt(ln 2)
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(y)));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(bias[slot])));
     const bool whole = slot < kSlots - kGroupSlots;
-    const int expert = slot * 32 + lane;
-    unsigned key = selection_key(router_score(logit[slot]), bias[slot]);
-    key = whole || expert < row.num_experts ? key : unsigned{kNoCandidate};
-    keys[slot * kKeyRow + lane] = key;
-    const bool better = key > best.key;
-    best.key = better ? key : best.key;
-    best.expert = better ? expert : best.expert;
+    const bool exists = whole || slot * 32 + lane < row.num_experts;
+    best = fmaxf(best, exists ? estimate[slot] : -kLargest);
   }
-  return best;
+  const bool in_range = largest <= kLargest;  // false for NaN
+  // With twice kLargest more, floats order like their bits. Equal ones count once.
+  unsigned bits = in_range ? __float_as_uint(best + 2.0f * kLargest) : 0u;
+  unsigned floor_bits = 0;
+#pragma unroll 1
+  for (int rank = 0; rank < top_k; ++rank) {
+    floor_bits = __reduce_max_sync(kAllLanes, bits);
+    bits = bits == floor_bits ? 0u : bits;
+  }
+  const float floor = __uint_as_float(floor_bits) - 2.0f * kLargest;
+  const float limit = in_range ? floor - 2.0f * kAllowance : -__int_as_float(0x7f800000);
+
+  unsigned passed = 0;  // a bit per slot
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    passed |= !(estimate[slot] < limit) ? 1u << slot : 0u;
+  }
+  const int num_slots = (row.num_experts - lane + 31) >> 5;  // of the lane's experts
+  passed &= (1u << num_slots) - 1;  return passed;
 }
 
-// Return the expert of rank `lane` in a row, or 0 to a lane from top_k on. keys: the warp's shared
-// memory, [slot][kKeyRow].
-__device__ __forceinline__ int select_experts(Row row, int top_k, int lane, unsigned* keys) {
-  // ------------------------------------------------------------------ score
+// Return the candidate of rank `lane` in a row; that of a lane from top_k on has no meaning.
+__device__ __forceinline__ Candidate select_experts(Row row, int top_k, int lane,
+                                                    Selection& selection) {
+  // ------------------------------------------------------------------ estimate
   const unsigned num_groups = (row.num_experts + 32u * kGroupSlots - 1) / (32 * kGroupSlots);
-  Candidate best;
+  unsigned passed;
   switch (num_groups) {
-    case 1: best = score_row<kGroupSlots>(row, lane, keys); break;
-    case 2: best = score_row<2 * kGroupSlots>(row, lane, keys); break;
-    case 3: best = score_row<3 * kGroupSlots>(row, lane, keys); break;
-    default: best = score_row<4 * kGroupSlots>(row, lane, keys); break;
+    case 1: passed = find_candidates<kGroupSlots>(row, top_k, lane); break;
+    case 2: passed = find_candidates<2 * kGroupSlots>(row, top_k, lane); break;
+    case 3: passed = find_candidates<3 * kGroupSlots>(row, top_k, lane); break;
+    default: passed = find_candidates<4 * kGroupSlots>(row, top_k, lane); break;
+  }
+  // A lane's experts go behind those of lower lanes, counted by the bits of their numbers.
+  const unsigned count = __popc(passed);
+  unsigned place = 0, end = 0;
+#pragma unroll
+  for (int bit = 0; (1 << bit) <= MAX_EXPERTS / 32; ++bit) {
+    const unsigned lanes = __ballot_sync(kAllLanes, (count >> bit & 1) != 0);
+    place += __popc(lanes & ((1u << lane) - 1)) << bit;
+    end += __popc(lanes) << bit;
+  }
+  const int total = end;
+#pragma unroll 1
+  for (; passed != 0; passed &= passed - 1) {
+    selection.experts[place++] = (__ffs(passed) - 1) * 32 + lane;
   }
   __syncwarp();
 
-  // ------------------------------------------------------------------ select
-  // Each round takes the warp's best candidate, the lowest expert among equal keys, and clears its
-  // key. Only its owner then lacks a candidate. The whole warp finds the next one: lane s reads the
-  // owner's slot s. From here on only lane s accesses row s of the keys, so the rounds need no
-  // barrier between them.
-  int my_expert = 0;
+  // ------------------------------------------------------------------ score and rank
+  // The first MAX_TOP_K lanes keep the best so far. The others score candidates: mostly one batch.
+  Candidate own = {kNoCandidate, 0, 0.0f};
 #pragma unroll 1
-  for (int rank = 0; rank < top_k; ++rank) {
-    const unsigned best_key = __reduce_max_sync(kAllLanes, best.key);
-    const unsigned expert =
-        __reduce_min_sync(kAllLanes, best.key == best_key ? best.expert : 0xffffffffu);
-    my_expert = lane == rank ? static_cast<int>(expert) : my_expert;
-
-    const int owner = expert % 32;
-    unsigned key = kNoCandidate;
-    if (lane * 32 < row.num_experts) {
-      unsigned* slot_key = keys + lane * kKeyRow + owner;
-      key = *slot_key;
-      key = lane == static_cast<int>(expert / 32) ? unsigned{kNoCandidate} : key;
-      *slot_key = key;
+  for (int first = 0; first < total; first += 32 - MAX_TOP_K) {
+    const int number = first + lane - MAX_TOP_K;
+    if (lane >= MAX_TOP_K) {
+      own.key = kNoCandidate;
+      if (number < total) {
+        own.expert = selection.experts[number];
+        own.score = score_of(row, own.expert);
+        own.key = selection_key(own.score, row.bias[own.expert]);
+      }
     }
-    const unsigned next_key = __reduce_max_sync(kAllLanes, key);
-    const int next_slot = __ffs(__ballot_sync(kAllLanes, key == next_key)) - 1;
-    const unsigned next_expert = next_slot * 32 + owner;
-    best.key = lane == owner ? next_key : best.key;
-    best.expert = lane == owner ? next_expert : best.expert;
+    int rank = own.key != kNoCandidate ? 0 : 32;  // the number of better candidates
+    const int last = min(MAX_TOP_K + total - first, 32);
+#pragma unroll 1
+    for (int other = first != 0 ? 0 : MAX_TOP_K; other < last; ++other) {
+      const unsigned key = __shfl_sync(kAllLanes, own.key, other);
+      const unsigned expert = __shfl_sync(kAllLanes, own.expert, other);
+      rank += key > own.key || (key == own.key && expert < own.expert);
+    }
+    if (rank < top_k) {
+      selection.best[rank] = own;
+    }
+    __syncwarp();
+    if (lane < top_k) {
+      own = selection.best[lane];
+    }
+    __syncwarp();
   }
-  return my_expert;
+  return own;
 }
 
 // Elements from the first row to another.
@@ -261,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
                 int weights_are_bfloat16, int ids_are_int64, int forced_ids_are_int64,
                 int first_image_id, int num_image_ids, int logits_stride, int out_weights_stride,
                 int out_ids_stride, int out_logical_ids_stride, int forced_ids_stride) {
-  __shared__ unsigned shared_keys[kWarpsPerBlock][kMaxSlots * kKeyRow];
+  __shared__ Selection selections[kWarpsPerBlock];
 
   // The kernel before may still be writing logits, or reading the memory of the outputs:
   // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
@@ -328,20 +382,21 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
     // Lane r < top_k gets the expert of rank r.
     const Row row = {logits + offset(token, logits_stride), row_bias, gate_temp, num_experts};
     int expert = forced_expert;
-    if (forced) {
-      // Weighed only.
-    } else if (!from_table) {
-      expert = select_experts(row, top_k, lane, shared_keys[warp]);
+    float score = 0.0f;
+    if (!forced && !from_table) {
+      const Candidate selected = select_experts(row, top_k, lane, selections[warp]);
+      // In assembly, for the same reason as forced_expert.
+      asm("mov.b32 %0, %1;" : "=r"(expert) : "r"(selected.expert));
+      asm("mov.b32 %0, %1;" : "=f"(score) : "f"(selected.score));
     } else if (lane < top_k) {
-      expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);
+      if (!forced) {
+        expert = min(static_cast<unsigned>(tid2eid[token_id * top_k + lane]), num_experts - 1u);
+      }
+      score = score_of(row, expert);
     }
 
     // ---------------------------------------------------------------- weights and physical ids
-    // The score is computed again from a logit that is in L1: keeping the scores of all experts
-    // would take shared memory.
-    float score = 0.0f;
     if (lane < top_k) {
-      float logit = row.logits[expert];
       id = logical_id = expert;
       if (to_physical != nullptr) {
         // The low word of an int64 is the first one.
@@ -350,9 +405,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock, kBlocksPerSm)
         const unsigned replica = index % replicas;
         id = to_physical[(offset(expert, max_replicas) + replica) << map_is_int64];
       }
-      logit = gate_temp != 1.0f ? __fdiv_rn(logit, gate_temp) : logit;
-      score = router_score(logit);
       score = score != score ? 0.0f : score;
+    } else {
+      score = 0.0f;
     }
     float sum = 0.0f;
 #pragma unroll

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from build_kernels.evidence.artifact import Artifact
 from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.result import FAILED, NOT_RUN, PASSED
-from build_kernels.evidence.rungs import emulated, protocol
+from build_kernels.evidence.rungs import emulated, protocol, rewrites
 
 from .mutant import Mutant, mutated
 
@@ -70,7 +70,7 @@ def _prove(mutant: Mutant, artifact: Artifact) -> tuple[str, str]:
         num_experts=mutant.case.num_experts,
         top_k=mutant.case.top_k,
         k=mutant.case.k,
-        rewrites=protocol.rewrites_for(artifact.kernel),
+        rewrites=rewrites.rewrites_for(artifact.kernel),
     )
     result = protocol.prove(artifact, (case,), tensor_map_changes=mutant.maps)
     words = {PASSED: ACCEPTED, FAILED: REJECTED, NOT_RUN: UNDECIDED}

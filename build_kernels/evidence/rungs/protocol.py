@@ -16,7 +16,6 @@ The input file's format was inferred from SentryWard's error messages (0.1.1 doe
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,17 +26,14 @@ from typing import Any
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.binaries.ptx.syntax import UnsupportedPtx
 from build_kernels.cli.extras import why_missing
-from build_kernels.evidence.artifact import (
-    Artifact,
-    encoded_map,
-    null_pointers,
-)
+from build_kernels.evidence.artifact import Artifact, encoded_map
 from build_kernels.evidence.cases import VOCABULARY
 from build_kernels.evidence.result import FAILED, FULL, PASSED, QUICK, Result, not_run
 from dsv4_router_runtime.artifacts.kernel import Kernel, TensorMapRecipe
 from dsv4_router_runtime.device.launch import grid_of
 from dsv4_router_runtime.parameters import PARAMETERS_OFF
 
+from .rewrites import NO_TICKET, ProtocolError, Rewrite, rewrites_for, rewritten
 from .rung import Checker, Reads, Rung, counted
 
 PACKAGES = ("sentryward",)
@@ -50,18 +46,6 @@ _PROVEN = "race_free"
 _FAULTS = ("not_wellsynced", "potential_race", "invalid_lifecycle")
 _OOB_FILLS = {"zeros": "zero"}
 _ELEMENT_TYPES = {"bfloat16": "bf16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewrite:
-    """A change of SentryWard's input text, and why the proof still applies to the kernel.
-
-    Every match of the regular expression `pattern` becomes `replacement`. There must be a match.
-    """
-
-    pattern: str
-    replacement: str
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,98 +63,11 @@ class ProofCase:
         return f"N={self.num_tokens} E={self.num_experts}{k} top_k={self.top_k}"
 
 
-NO_COLLECTOR = Rewrite(
-    pattern=r"\.collector::a::discard",
-    replacement="",
-    why="`.collector::a::discard` of tcgen05.mma deleted: it is the PTX default",
-)
-# SentryWard has no atomics, and no order of global accesses but barriers'.
-NO_TICKET = Rewrite(
-    pattern=r"atom\.relaxed\.gpu\.global\.inc\.u32 (%r\d+), \[%rd\d+\], %r\d+;",
-    replacement=r"mov.u32 \1, 0;",
-    why="with several expert tiles every ticket is 0 and no warp merges: who merges, when, and "
-    "what it reads is the emulator's to check",
-)
-# The same for a kernel in which one owner merges its own tiles too: no ticket is the last one.
-NO_MERGE = Rewrite(
-    pattern=r"(ld\.shared\.b32 \t(%r\d+), \[[^;]*;(?:\s+and\.b32 \t%r\d+, \2, 7;)?"
-    r"(?:\s+mov[^;]*%nctaid\.y;\s+add\.s32[^;]*, -1;)?\s+setp\.ne\.b32 \t%p\d+, )%r\d+(, %r\d+;)",
-    replacement=r"\g<1>7\3",
-    why="the candidates of a token are in the workspace, and no warp merges: who merges, when, and "
-    "what it reads and stores is the emulator's to check",
-)
-# A trap's predicate is read from memory, and a control predicate has to be static.
-NO_TRAP = Rewrite(
-    pattern=r"@fault trap;",
-    replacement="",
-    why="no trap is taken: it would end the launch with an error",
-)
-# SentryWard takes it for a read.
-NO_PREFETCH = Rewrite(
-    pattern=r"@is_published prefetch\.global\.L2 \[%rd\d+\];",
-    replacement="",
-    why="a prefetch of global memory reads and writes no value",
-)
-# The branch to the loop for equal keys depends on the keys.
-NO_TIES = Rewrite(
-    pattern=r"(vote\.sync\.ballot\.b32 \t(%r\d+), %p\d+, -1;\s+)or\.b32( \t%r\d+), \2, %r\d+;",
-    replacement=r"\1mov.b32\3, 0;",
-    why="no key stands twice: the loop that decides ties accesses no memory and no barrier",
-)
 ALWAYS_ASSUMED = (
     "fences and memory scopes are not modelled: a missing proxy fence is the emulator's to find",
     "one launch at a time: griddepcontrol orders nothing but this launch's own instructions",
     "distinct arguments do not overlap in memory",
 )
-OPTIONS_ARE_OFF = "every option is off: their pointers are null, in the text"
-DECLARED_POINTERS = "router_topk's 64-bit parameters are pointers, and declared so, in the text"
-SAMPLED_WINNER = (
-    "the winning expert, a redux.sync.min result that becomes a shared-memory address, is a "
-    "constant: the addresses are proven disjoint for the sampled winners only"
-)
-
-
-# Both loads give addresses of read-only data, and decide branches.
-SAMPLED_TOKEN = Rewrite(
-    pattern=r"ld\.global\.s32(\s+%rd\d+), \[%rd\d+\];",
-    replacement=r"mov.b64\1, 3;",
-    why="a token's id is a constant: every row is of one token, which is in the table",
-)
-SAMPLED_EXPERT = Rewrite(
-    pattern=r"(mad\.lo\.s64[^;]*;\s+shl\.b64[^;]*, 2;\s+add\.s64[^;]*;\s+)"
-    r"ld\.global\.b32(\s+%r\d+), \[%rd\d+\];",
-    replacement=r"\1mov.b32\2, 5;",
-    why="an expert from the table is a constant: every read of W_gate is of one row",
-)
-
-
-def rewrites_for(kernel: Kernel, *, winner: int = 0) -> tuple[Rewrite, ...]:
-    """Return the rewrites of a kernel's PTX that SentryWard needs."""
-    # SentryWard takes every pointer argument for an object, never for null.
-    nulls = tuple(
-        Rewrite(
-            pattern=rf"ld\.param\.[bu]64(\s+%rd\d+), \[{kernel.symbol}_param_{index}\];",
-            replacement=r"mov.b64\1, 0;",
-            why=OPTIONS_ARE_OFF,
-        )
-        for index, parameter in enumerate(kernel.parameters)
-        if parameter.name in null_pointers(kernel)
-    )
-    if kernel.role == "hash":
-        return (NO_COLLECTOR, SAMPLED_TOKEN, SAMPLED_EXPERT, *nulls)
-    gate = (NO_COLLECTOR, NO_TRAP, NO_TIES, NO_PREFETCH)
-    if kernel.role == "decode":
-        return (*gate, *nulls)
-    if kernel.role == "prefill":
-        return (*gate, NO_TICKET, NO_MERGE, *nulls)
-    pattern = r"redux\.sync\.min\.u32(\s+%r\d+), [^;]*;"
-    sampled = Rewrite(pattern=pattern, replacement=rf"mov.u32\1, {winner};", why=SAMPLED_WINNER)
-    pointers = Rewrite(
-        pattern=rf"\.param \.u64 (?:\.ptr \.align 1 )?({kernel.symbol}_param_\d+)",
-        replacement=r".param .u64 .ptr .align 1 \1",
-        why=DECLARED_POINTERS,
-    )
-    return (sampled, pointers, *nulls)
 
 
 def _case(
@@ -231,15 +128,15 @@ def hash_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
 
 
 def topk_cases(kernel: Kernel, *, quick: bool) -> tuple[ProofCase, ...]:
-    """Return ragged and full E, N below and at a block's tokens, and sampled winning experts."""
+    """Return ragged and full E, N below and at a block's tokens, and candidates of two slots."""
 
-    def case(num_tokens: int, num_experts: int, top_k: int, winner: int) -> ProofCase:
-        rewrites = rewrites_for(kernel, winner=winner)
+    def case(num_tokens: int, num_experts: int, top_k: int, slot: int) -> ProofCase:
+        rewrites = rewrites_for(kernel, slot=slot)
         return _case(kernel, rewrites, num_tokens, num_experts, top_k, 0)
 
     block = kernel.launch.token_tile
-    first = (case(block - 1, 60, 6, 59), case(block, 512, 8, 33))
-    return first if quick else (*first, case(block + 3, 60, 6, 0), case(2 * block, 384, 6, 383))
+    first = (case(block - 1, 60, 6, 1), case(block, 512, 8, 15))
+    return first if quick else (*first, case(block + 3, 60, 6, 0), case(2 * block, 384, 6, 11))
 
 
 def climb(artifact: Artifact, *, quick: bool) -> Result:
@@ -321,22 +218,6 @@ def _first_line(diagnostic: Mapping[str, Any]) -> str:
     line = details.get("ptx_line") or (details.get("location") or {}).get("line")
     where = f" (PTX line {line})" if line else ""
     return f"{diagnostic.get('message') or diagnostic.get('code')}{where}"
-
-
-class ProtocolError(Exception):
-    """A kernel or case that SentryWard's input cannot express."""
-
-
-def rewritten(ptx: str, rewrites: tuple[Rewrite, ...]) -> str:
-    """Return the text for SentryWard, with the same line numbers.
-
-    ProtocolError if a rewrite matches nothing, so that no rewrite becomes stale.
-    """
-    for rewrite in rewrites:
-        ptx, count = re.subn(rewrite.pattern, rewrite.replacement, ptx)
-        if count == 0:
-            raise ProtocolError(f"the rewrite {rewrite.pattern!r} matches nothing in the PTX")
-    return ptx
 
 
 def kernel_input(

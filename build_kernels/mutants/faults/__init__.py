@@ -35,7 +35,7 @@ MUTANTS = (
     *layouts.HASH,
     *selection.HASH,
     ordering.TOPK_BARRIER,
-    selection.TOPK_TIE,
+    *selection.TOPK_TIE,
     selection.TOPK_STORE,
     ordering.TOPK_GRID,
     *options.TOPK_OPTIONS,

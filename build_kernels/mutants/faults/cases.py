@@ -100,8 +100,6 @@ DECODE = (
     ),
 )
 
-_LAST_SLOT = 35
-_NAN_OF_A_SLOT = 20
 # The high word of an int64 store is left out if the id is negative.
 _TOPK_HIGH = Edit(
     pattern=r"(cvt\.s64\.s32 \t(%rd\d+), )(%r\d+);"
@@ -121,16 +119,14 @@ _TOPK_TABLE = Edit(
     pattern=r"(add\.s32 \t(%r\d+), %r\d+, -1;\s+)min\.u32( \t%r\d+, %r\d+), \2;",
     replacement=r"\1mov.b32\3;",
 )
-_TOPK_TIE = Edit(
-    pattern=r"setp\.gt\.u32( \t%p\d+, %r\d+, %r\d+;\s+)(?=max|selp)",
-    replacement=r"setp.ge.u32\1",
-    nth=_LAST_SLOT,
-)
 _TOPK_NAN = Edit(
-    pattern=r"selp\.b32( \t%r\d+), 1, (%r\d+), (%p\d+);",
-    replacement=r"selp.b32\1, \2, \2, \3;",
-    nth=_NAN_OF_A_SLOT,
+    pattern=r"selp\.b32( \t%r\d+), 1, (%r\d+), (%p\d+);", replacement=r"selp.b32\1, \2, \2, \3;"
 )
+# How far below the top_k-th largest estimate a candidate's may be: by 2^-9.
+_ALLOWANCE = r"add\.rn\.f32( \t%f\d+, %f\d+, )0fBB000000;"
+_TOPK_ABOVE = Edit(pattern=_ALLOWANCE, replacement=r"add.rn.f32\g<1>0f3B000000;")
+_TOPK_EXACT = Edit(pattern=_ALLOWANCE, replacement=r"add.rn.f32\g<1>0f00000000;")
+_TOPK_BATCH = Edit(pattern=r"add\.s32( \t(%r\d+), \2, )24;", replacement=r"add.s32\g<1>512;")
 
 
 def _topk(*options: str, **changes: object) -> Case:
@@ -139,13 +135,11 @@ def _topk(*options: str, **changes: object) -> Case:
 
 TOPK_FAULTS = (
     *of_kind(
-        *(topk, "tie rule reversed"),
-        ("top-k: the last slot wins ties", _TOPK_TIE, _topk(num_experts=512, kind="ties")),
-        complaint=WRONG_IDS,
-    ),
-    *of_kind(
         *(topk, "wrong candidate"),
-        ("top-k: NaN ranks first in one slot", _TOPK_NAN, _topk(num_experts=384, kind="nans")),
+        ("top-k: NaN ranks first", _TOPK_NAN, _topk(num_experts=384, kind="nans")),
+        ("top-k: a candidate's estimate is above the least", _TOPK_ABOVE, TOPK),
+        ("top-k: estimates are taken for keys", _TOPK_EXACT, _topk(num_experts=384, kind="dense")),
+        ("top-k: the second batch is left out", _TOPK_BATCH, _topk(kind="ties")),
         complaint=WRONG_IDS,
     ),
     *of_kind(

@@ -88,7 +88,10 @@ _REPLICA = Edit(
     replacement=r"selp.b32\1, 0, 0, \2",
 )
 # Lanes that do not hold the largest key offer -1: the least of all, as a signed number.
-_HIGHEST = Edit(pattern=r"redux\.sync\.min\.u32", replacement="redux.sync.max.s32")
+# Of router_topk: whether another candidate of an equal key is better.
+_EQUAL = r"setp\.lt\.u32( \t(%p\d+), %r\d+, %r\d+;\s+and\.pred  \t%p\d+, %p\d+, \2;)"
+_HIGHEST = Edit(pattern=_EQUAL, replacement=r"setp.gt.u32\1")
+_ONE_RANK = Edit(pattern=_EQUAL, replacement=r"setp.ne.u32\1")
 _KEEP_BIAS = Edit(pattern=_BIASED_SCORE, replacement=_keep_the_biased)
 
 DECODE = (
@@ -140,8 +143,10 @@ HASH = of_kind(
     ("hash: every token's replica is the first token's", _REPLICA, given("physical"), WRONG_IDS),
 )
 
-TOPK_TIE = topk(
-    *("top-k: equal keys go to the higher expert", "tie rule reversed", _HIGHEST),
+TOPK_TIE = of_kind(
+    *(topk, "tie rule reversed"),
+    ("top-k: equal keys go to the higher expert", _HIGHEST),
+    ("top-k: of equal keys each one is better", _ONE_RANK),
     case=replace(TOPK, kind="ties"),
     complaint=WRONG_IDS,
 )

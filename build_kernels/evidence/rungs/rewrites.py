@@ -97,7 +97,10 @@ def sampled_candidates(slot: int) -> tuple[Rewrite, ...]:
         ),
         # The expert that is read back from shared memory becomes an address of read-only data.
         (r"(ld\.shared\.u16 \t(%rs\d+), [^;]*;)", r"\1 mov.u16 \2, 5;"),
-        (r"(ld\.shared\.u32 \t(%r\d+), \[%rd\d+\+1028\];)", r"\1 mov.u32 \2, 5;"),
+        (
+            r"(ld\.shared\.u32[^;]*;\s+ld\.shared\.u32 \t(%r\d+), [^;]*;)",
+            r"\1 mov.u32 \2, 5;",
+        ),
         # A candidate's rank before it is counted, and what each better one adds.
         (
             r"selp\.b32 \t(%r\d+), 32, 0, %p\d+;",

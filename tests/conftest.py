@@ -61,10 +61,11 @@ def pytest_addoption(parser):
         help="add to FILE what the gpu tests launched, for build-kernels verify --record",
     )
     parser.addoption(
-        "--recording",
+        "--bits",
         type=Path,
         metavar="FILE",
-        help="the bits that a GPU gave (.json, .npz): test_gpu_recording.py, test_recorded_bits.py",
+        help="what a GPU gave (.json, .npz): test_gpu_recording.py writes it, test_recorded_bits.py"
+        " compares with it",
     )
 
 

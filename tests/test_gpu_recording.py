@@ -1,7 +1,7 @@
 """Record on a GPU the bits of the calls that `test_recorded_bits.py` repeats in the emulator.
 
-    pytest -m gpu tests/test_gpu_recording.py --recording h200.json
-    pytest -m slow tests/test_recorded_bits.py --recording h200.json -n 16 --dist worksteal
+    pytest -m gpu tests/test_gpu_recording.py --bits bits.json
+    pytest -m slow tests/test_recorded_bits.py --bits bits.json -n 16 --dist worksteal
 
 The first needs a GPU, for seconds; the second none.
 """
@@ -32,7 +32,7 @@ def recording(request, tmp_path_factory):
     }
     made = Recording(machine=machine)
     yield made
-    path = request.config.getoption("--recording") or tmp_path_factory.mktemp("bits") / "all.npz"
+    path = request.config.getoption("--bits") or tmp_path_factory.mktemp("bits") / "all.npz"
     made.write(path)
     assert read_recording(path).outputs == made.outputs
 

@@ -1,11 +1,13 @@
-"""The emulator beside a GPU's recording: the same bits of every output, without the GPU.
+"""A GPU's recording, without the GPU: the exact oracle and the emulator give the same bits.
 
-`--recording FILE` names a file of `test_gpu_recording.py`. Without one those tests are skipped.
+`--bits FILE` names a file of `test_gpu_recording.py`; the emulator then repeats every case of it.
+Without it the recording is h200_bits.json, and the emulator repeats one case of each kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,26 +19,55 @@ import numpy as np  # noqa: E402
 from bit_recording import Recording, differences, read_recording  # noqa: E402
 from builds import topk_set  # noqa: E402
 from conftest import sample_manifest  # noqa: E402
-from recorded_cases import DRAWS, RECORDED, call  # noqa: E402
+from recorded_cases import DRAWS, RECORDED, call, factors  # noqa: E402
 
 from build_kernels.emulator import Schedule  # noqa: E402
 from build_kernels.evidence.artifact import load_artifact  # noqa: E402
+from build_kernels.evidence.inputs import SCALE  # noqa: E402
 from build_kernels.evidence.outputs import against_reference, scratch_not_zero  # noqa: E402
 from build_kernels.evidence.rungs import emulated  # noqa: E402
 from build_kernels.specs import KERNELS  # noqa: E402
 from dsv4_router_runtime.artifacts.folder import find_artifacts  # noqa: E402
+from dsv4_router_runtime.exact import exact_logits, exact_selection  # noqa: E402
 
 MACHINE = {"gpu": "none", "arch": "sm_90a", "torch": torch.__version__}
 SAMPLE_FIRST = sorted(RECORDED, key=lambda each: RECORDED.index(each) % 7 != 0)
-NO_RECORDING = "no recording: pytest -m gpu tests/test_gpu_recording.py --recording FILE makes one"
+H200 = Path(__file__).with_name("h200_bits.json")
+FIRST = {each.kernel: each for each in reversed(RECORDED)}
 
 
 @pytest.fixture(scope="session")
 def recording(request):
-    path = request.config.getoption("--recording")
-    if path is None:
-        pytest.skip(NO_RECORDING)
-    return read_recording(path)
+    return read_recording(request.config.getoption("--bits") or H200)
+
+
+def recorded_artifact(recorded, recording):
+    """The kernel of a recorded case; the test is skipped if the recording is of another PTX."""
+    if str(recorded) not in recording.outputs:
+        pytest.skip("the recording has no such case")
+    artifact = load_artifact(find_artifacts(), f"{recorded.kernel}.{recording.machine['arch']}")
+    if artifact.ptx_sha256 != recording.kernels[recorded.kernel]:
+        pytest.skip(f"{recorded.kernel}: recorded with another PTX")
+    return artifact
+
+
+def exact_outputs(artifact, inputs) -> dict[str, np.ndarray]:
+    """The outputs of the exact oracle."""
+    tensors = inputs.tensors
+    if "logits" in tensors:
+        logits = torch.from_numpy(tensors["logits"])
+    else:
+        logits = exact_logits(*factors(inputs))
+    bias, options = None, {}
+    if artifact.kernel.role == "hash":
+        options = {name: torch.from_numpy(tensors[name]) for name in ("tid2eid", "input_ids")}
+    else:
+        bias = torch.from_numpy(tensors["e_bias"])
+    weights, ids = exact_selection(logits, bias, SCALE, inputs.case.top_k, **options)
+    outputs = {"weights": weights.numpy(), "ids": ids.to(torch.int32).numpy()}
+    if "logits" in inputs.case.options:
+        outputs["logits"] = logits.numpy()
+    return outputs
 
 
 def repeated(artifact, recorded, inputs) -> dict[str, np.ndarray]:
@@ -60,14 +91,21 @@ def given(inputs) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recorded", RECORDED, ids=str)
-def test_the_emulator_gives_the_bits_of_the_gpu(recorded, recording):
-    if str(recorded) not in recording.outputs:
-        pytest.skip("the recording has no such case")
-    artifact = load_artifact(find_artifacts(), f"{recorded.kernel}.{recording.machine['arch']}")
-    if artifact.ptx_sha256 != recording.kernels[recorded.kernel]:
-        pytest.skip(f"{recorded.kernel}: recorded with another PTX")
+def test_the_emulator_gives_the_bits_of_the_gpu(recorded, recording, pytestconfig):
+    if recorded is not FIRST[recorded.kernel] and not pytestconfig.getoption("--bits"):
+        pytest.skip("one case of each kernel is repeated without --bits")
+    artifact = recorded_artifact(recorded, recording)
     inputs = recorded.inputs(artifact.kernel)
     outputs = repeated(artifact, recorded, inputs)
+    assert differences(recording, str(recorded), given(inputs), outputs) == []
+
+
+@pytest.mark.quick(12)
+@pytest.mark.parametrize("recorded", SAMPLE_FIRST, ids=str)
+def test_the_exact_oracle_gives_the_bits_of_the_gpu(recorded, recording):
+    artifact = recorded_artifact(recorded, recording)
+    inputs = recorded.inputs(artifact.kernel)
+    outputs = exact_outputs(artifact, inputs)
     assert differences(recording, str(recorded), given(inputs), outputs) == []
 
 

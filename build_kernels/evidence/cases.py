@@ -57,6 +57,8 @@ class Case:
     nan        one expert's weights NaN, and one token's row of hidden_states infinite
     nans       about half of all experts' weights NaN; of every second token, all logits but three
     dense      no factor is 0, and keys may be as near as FP32 has them
+    wide       of router_topk alone: one logit of each row is so large that its estimate
+               overflows, and by their biases the others' keys are larger
     near       the best experts' logits follow each other in FP32, far from the other experts'
 
     first_token: of the call's, that of a prefill launch; a multiple of its token tile.
@@ -210,6 +212,14 @@ def later_launches(kernel: Kernel) -> tuple[Case, ...]:
             (tile, 6, 40, 8, table),
             (tile, 3, MAX_EXPERTS, 8, empty),
         )
+    )
+
+
+def wide_cases() -> tuple[Case, ...]:
+    """Return a case of router_topk with a row per slot of a lane, for each number of groups."""
+    return tuple(
+        Case(num_tokens=experts // 32, num_experts=experts, top_k=top_k, kind="wide")
+        for experts, top_k in ((128, 8), (256, 6), (384, 6), (512, 1))
     )
 
 

@@ -28,6 +28,10 @@ def draw_bias(generator: Any, case: Case) -> Any:
     if case.kind == "near":
         # Exact sums, and keys of both signs.
         return -torch.ones(experts).double()
+    if case.kind == "wide":
+        bias = 5 + torch.randperm(experts, generator=generator).double() / 64
+        bias[_outliers(case)] = 0.0
+        return bias
     if case.kind == "low":
         # No two keys alike, and all below that of a logit of 0 without a bias.
         return -(1 + torch.randperm(experts, generator=generator)).double() / 4
@@ -62,6 +66,9 @@ def _draw_logits(generator: Any, case: Case) -> Any:
     if case.kind == "dense":
         logits = 3 * torch.randn(n, e, generator=generator).double()
         logits = logits.float().double()
+    if case.kind == "wide":
+        logits = 60.0 + _integers(generator, 0, 2, n, e)
+        logits[torch.arange(n), _outliers(case)] = 100.0
     if case.kind == "low":
         logits[:] = -100.0 - torch.arange(e) % 8
     if case.kind == "nans":
@@ -72,6 +79,11 @@ def _draw_logits(generator: Any, case: Case) -> Any:
         logits[:, 1] = torch.nan
         logits[-1, 0] = torch.inf
     return logits
+
+
+def _outliers(case: Case) -> list[int]:
+    """Return an expert for each row of kind `wide`, in another slot of router_topk's lanes each."""
+    return [(32 * row + 7 * row % 32) % case.num_experts for row in range(case.num_tokens)]
 
 
 def _draw_operands(generator: Any, kernel: Kernel, case: Case) -> tuple[Any, Any]:

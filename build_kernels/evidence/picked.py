@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dsv4_router_runtime.artifacts.manifest import Kernel
 
-from .cases import Case, listed_cases, second_launch
+from .cases import Case, listed_cases, second_launch, wide_cases
 from .draws import draw
 
 # The token tile of decode between the least and the greatest.
@@ -31,9 +31,11 @@ def cases_of(kernel: Kernel, *, quick: bool) -> tuple[Case, ...]:
 
     In quick an E-major kernel and that of 32 tokens have those of several blocks of K alone: their
     texts differ from the other K-major kernels' in the loads of W_gate and in a warp's tokens. The
-    other prefill kernels have a call's second launch too.
+    other prefill kernels have a call's second launch too. router_topk has the wide cases in both.
     """
     drawn = tuple(draw(kernel, number) for number in picked_numbers()[kernel.role])
+    if kernel.role == "select":
+        drawn += wide_cases()
     if not quick:
         return drawn + listed_cases(kernel)
     is_between = kernel.problem.layout == "emajor" or kernel.launch.token_tile == _BETWEEN

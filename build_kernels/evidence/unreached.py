@@ -80,6 +80,16 @@ _UNREACHABLE: tuple[tuple[str, str, str], ...] = (
         "a key is 1 or more, and slot 0 is whole if there are more slots than a group's",
     ),
     (
+        TRUE,
+        r"bar.warp.sync .*\n> setp.eq.s32 P, R, 0;",
+        "the estimates of router_topk leave top_k experts or more",
+    ),
+    (
+        TRUE,
+        r"selp.b32 R, 8, 0, P;\n> setp.(ge|le).s32 (P), R, R;\n@\2 bra",
+        "a batch of router_topk has a candidate: no other one begins",
+    ),
+    (
         FALSE,
         r"> mbarrier.try_wait",
         "a wait of the emulator gives up only if nothing else can go on",

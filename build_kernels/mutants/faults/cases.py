@@ -126,6 +126,10 @@ _TOPK_NAN = Edit(
 _ALLOWANCE = r"add\.rn\.f32( \t%f\d+, %f\d+, )0fBB000000;"
 _TOPK_ABOVE = Edit(pattern=_ALLOWANCE, replacement=r"add.rn.f32\g<1>0f3B000000;")
 _TOPK_EXACT = Edit(pattern=_ALLOWANCE, replacement=r"add.rn.f32\g<1>0f00000000;")
+_TOPK_RANGE = Edit(
+    pattern=r"(setp\.le\.f32 \t(%p\d+), %f\d+, )0f42C00000(;\s+selp\.b32 \t%r\d+, %r\d+, 0, \2;)",
+    replacement=r"\g<1>0f7F800000\3",
+)
 _TOPK_BATCH = Edit(pattern=r"add\.s32( \t(%r\d+), \2, )24;", replacement=r"add.s32\g<1>512;")
 
 
@@ -139,6 +143,7 @@ TOPK_FAULTS = (
         ("top-k: NaN ranks first", _TOPK_NAN, _topk(num_experts=384, kind="nans")),
         ("top-k: a candidate's estimate is above the least", _TOPK_ABOVE, TOPK),
         ("top-k: estimates are taken for keys", _TOPK_EXACT, _topk(num_experts=384, kind="dense")),
+        ("top-k: an estimate that overflows counts", _TOPK_RANGE, _topk(kind="wide")),
         ("top-k: the second batch is left out", _TOPK_BATCH, _topk(kind="ties")),
         complaint=WRONG_IDS,
     ),

@@ -10,7 +10,9 @@
 // shapes.py.
 //
 // Estimates of the keys, which approximate instructions make, leave out all experts but a few, of
-// which the exact keys decide. The outputs do not depend on an estimate's value.
+// which the exact keys decide. The outputs do not depend on an estimate's value. On one H200 a
+// matrix product and this kernel take 0.96 x the time that they took when each key was exact
+// (geometric mean of three shapes, N = 4096 to 32768).
 //
 // Options are arguments: a null pointer or a neutral number disables one.
 //     bias_vl, image_mask         rows with the mask set select with bias_vl instead of e_bias
@@ -33,8 +35,8 @@
 // Guarantees
 //     Every arithmetic step of a key and a weight is an IEEE operation rounded to nearest, compiled
 //     with -fmad=false and fused only by fmaf. The exception is the seed of a square root, which two
-//     fused steps round correctly. So a score has the same bits in the emulator, in score.py and on
-//     every GPU.
+//     fused steps round correctly for each of the GPUs' seeds: tests/test_approximations*.py. So a
+//     score has the same bits in the emulator, in score.py and on every GPU.
 //     Relative error of a score against FP64: below 4e-7 for every logit down to -170.
 //     A NaN key ranks below every number. A NaN logit has score 0, +inf counts as FLT_MAX.
 //     Control flow depends on the arguments, on whether a row is padding, forced or an image row,

@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
-    """Run the click command that `load` imports.
+    """Run the click command that `load` imports, which may import a command of its own.
 
     A missing package is an error that names the requirement that brings it. Output that cannot be
     written (a closed stdout, a full disk) is an error with exit status 1.
@@ -36,17 +36,15 @@ def run(load: Callable[[], Callable[..., Any]], name: str) -> None:
         # A path need not be text, nor need the terminal have an arrow.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command = load()
+        try:
+            load()(prog_name=name)
+        finally:
+            sys.stdout.flush()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in REQUIREMENTS:
             raise
         sys.exit(f"error: {name} needs the package {package}; {how_to_install(package)}")
-    try:
-        try:
-            command(prog_name=name)
-        finally:
-            sys.stdout.flush()
     except OSError as error:
         # Python flushes once more at its end, and would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

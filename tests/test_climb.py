@@ -23,21 +23,19 @@ from test_evidence import FAILED, KERNEL, PASSED, record_of
 
 from build_kernels.campaign.table import FAULTS
 from build_kernels.campaign.trial import applies
-from build_kernels.evidence import (
-    RUNGS,
+from build_kernels.evidence import climb
+from build_kernels.evidence.artifact import Artifact, ArtifactReadError, load_artifact
+from build_kernels.evidence.climb import Outcome, climb_one, is_failure, verify
+from build_kernels.evidence.command import verify_command
+from build_kernels.evidence.result import Result, not_run
+from build_kernels.evidence.rungs import RUNGS, emulated, faults, hardware, lint, rung, structure
+from build_kernels.evidence.store import (
     Evidence,
-    Result,
-    climb,
     read_evidence,
     standing,
-    verify,
-    verify_command,
+    update_evidence,
+    write_evidence,
 )
-from build_kernels.evidence.artifact import Artifact, ArtifactReadError, load_artifact
-from build_kernels.evidence.climb import Outcome, climb_one, is_failure
-from build_kernels.evidence.result import not_run
-from build_kernels.evidence.rungs import emulated, faults, hardware, lint, rung, structure
-from build_kernels.evidence.store import update_evidence, write_evidence
 from build_kernels.evidence.table import cell, print_evidence
 from build_kernels.evidence.tasks import join_parts, text_and_launch
 from build_kernels.workers import WorkerDiedError
@@ -330,7 +328,7 @@ def test_every_artifact_gets_every_rung(tmp_path: Path) -> None:
 def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
     """The full emulated rung of router_topk takes tens of seconds."""
     pytest.importorskip("torch")
-    code = "from build_kernels.evidence import verify_command as c; c()"
+    code = "from build_kernels.evidence.command import verify_command as c; c()"
     options = ["--artifacts", str(artifacts), "--rung", "emulated"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options], stderr=subprocess.PIPE, start_new_session=True
@@ -342,10 +340,10 @@ def test_a_stop_does_not_wait_for_the_workers(artifacts: Path) -> None:
     assert b"what was found so far is kept" in stderr
 
 
-def test_importing_the_package_is_cheap() -> None:
-    """`list` asks it for the evidence: no torch, no DSL, no emulator."""
+def test_importing_the_command_is_cheap() -> None:
+    """And `list`, which asks for the evidence: no torch, no DSL, no emulator."""
     code = (
-        "import sys, build_kernels.evidence;"
+        "import sys, build_kernels.evidence.command, build_kernels.cli.list;"
         "print([m for m in ('torch', 'cutlass', 'sentryward', 'numpy') if m in sys.modules])"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

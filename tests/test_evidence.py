@@ -14,13 +14,18 @@ from click.testing import CliRunner
 from conftest import topk_kernel
 from watchdog import ends_within
 
-from build_kernels.evidence import RUNGS, standing, validated_on
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.result import Result, not_run
-from build_kernels.evidence.rungs import hardware, lint, protocol, rung
+from build_kernels.evidence.rungs import RUNGS, hardware, lint, protocol, rung
 from build_kernels.evidence.rungs.hardware import Record, append_record, read_records, result_of
 from build_kernels.evidence.rungs.rung import Checker
-from build_kernels.evidence.store import Evidence, read_evidence, write_evidence
+from build_kernels.evidence.store import (
+    Evidence,
+    read_evidence,
+    standing,
+    validated_on,
+    write_evidence,
+)
 from build_kernels.evidence.table import cell
 from dsv4_router_runtime.artifacts.evidence import read_summary
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME

@@ -18,10 +18,10 @@ from mutations import mutated_json
 from test_evidence import RECORD, RUN
 from watchdog import ends_within
 
-from build_kernels.evidence import RUNGS, standing, validated_on
 from build_kernels.evidence.document import EvidenceError
+from build_kernels.evidence.rungs import RUNGS
 from build_kernels.evidence.rungs.hardware import append_record, read_records, result_of
-from build_kernels.evidence.store import read_evidence, write_evidence
+from build_kernels.evidence.store import read_evidence, standing, validated_on, write_evidence
 from build_kernels.evidence.table import cell
 from dsv4_router_runtime.artifacts.dispatch import (
     LayerProblem,

@@ -18,7 +18,8 @@ pytest.importorskip("elftools", reason="needs the builder")
 
 from builds import tasks_here, topk_set
 
-from build_kernels.evidence import climb, verify
+from build_kernels.evidence import climb
+from build_kernels.evidence.climb import verify
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("build_kernels", "dsv4_router_runtime")
@@ -135,7 +136,7 @@ def test_stored_evidence_stands_where_the_ptx_is_missing(site: Path, tmp_path: P
     other = shutil.copytree(site, tmp_path / "site")
     path = other / "dsv4_router_runtime" / "_artifacts" / "evidence.json"
     document = json.loads(path.read_bytes())
-    code = "from build_kernels.evidence import RUNGS; print(RUNGS['emulated'].present_checker())"
+    code = "from build_kernels.evidence.rungs.emulated import RUNG; print(RUNG.present_checker())"
     checker = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     document["evidence"][0]["rungs"]["emulated"] = {
         "status": "passed",

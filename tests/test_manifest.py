@@ -545,6 +545,15 @@ def test_the_largest_text_that_is_parsed_is_parsed_soon():
         parse_manifest(text)
 
 
+def test_a_text_read_twice_is_parsed_once_and_an_error_names_its_own_source(manifest):
+    text = manifest_text(manifest)
+    assert parse_manifest(text, source="a") is parse_manifest(text, source="b")
+    assert parse_manifest(text.encode()) == manifest
+    for source in ("a", "b"):
+        with pytest.raises(ManifestError, match=f"^{source}: schema_version: expected"):
+            parse_manifest('{"schema_version": 4}', source=source)
+
+
 def test_newer_schema_is_named_before_its_unknown_keys(manifest):
     document = json.loads(manifest_text(manifest)) | {"schema_version": 9, "later": 1}
     with pytest.raises(ManifestError, match=f"schema_version: expected {SCHEMA_VERSION}"):

@@ -88,6 +88,5 @@ def test_the_workflows_commands_are_this_projects() -> None:
     assert names == ["build", "reproduce", "budget", "sign", "reproduce"]
     for command in COMMANDS:
         name, *arguments = shlex.split(command)
-        if name in main.commands:
-            options = [option for each in main.commands[name].params for option in each.opts]
-            assert {each for each in arguments if each.startswith("--")} <= set(options), command
+        options = [option for each in main.get_command(None, name).params for option in each.opts]
+        assert {each for each in arguments if each.startswith("--")} <= set(options), command

@@ -22,7 +22,7 @@ from test_evidence import KERNEL, record_of
 
 from build_kernels.binaries.ptx.parser import parse
 from build_kernels.building import compilers
-from build_kernels.evidence import Evidence, Result, outputs, validated_on
+from build_kernels.evidence import outputs
 from build_kernels.evidence.artifact import Artifact, load_artifact
 from build_kernels.evidence.cases import (
     ENGINE_OPTIONS,
@@ -35,7 +35,9 @@ from build_kernels.evidence.cases import (
 from build_kernels.evidence.document import EvidenceError
 from build_kernels.evidence.inputs import make_inputs
 from build_kernels.evidence.picked import cases_of
+from build_kernels.evidence.result import Result
 from build_kernels.evidence.rungs import emulated, hardware, lint, protocol, rewrites, structure
+from build_kernels.evidence.store import Evidence, validated_on
 from build_kernels.specs import KERNELS
 
 

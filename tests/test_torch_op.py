@@ -514,6 +514,8 @@ def test_who_watches_operators_sees_a_call_with_a_bound_layer(random, dispatched
     assert len(dispatched) == 2
 
 
+# pytest's first process would import torch for this warning's class.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_the_operator_of_a_bound_layer(random, dispatched):
     weight, e_bias = layer(random)
     given = (rows(random), weight, e_bias, SCALE, TOP_K)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from build_kernels.errors import BuilderError
 from build_kernels.evidence.document import Document
 from build_kernels.files import replace_file
 from build_kernels.kernels.shapes import MAX_DECODE_TOKENS
@@ -44,7 +45,7 @@ MMA_CEILINGS = {"NVIDIA H200": 790e12}
 MAX_REASON = 300
 
 
-class ReportError(Exception):
+class ReportError(BuilderError):
     """A file that is not a report of the bench."""
 
 

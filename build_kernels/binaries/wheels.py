@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+from build_kernels.errors import BuilderError
 
-class ToolError(Exception):
+
+class ToolError(BuilderError):
     """A program or library is missing or cannot be run; the message names the package."""
 
 

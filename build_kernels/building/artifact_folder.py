@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from build_kernels.errors import BuilderError
 from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME
 
@@ -33,7 +34,7 @@ _KERNEL_FILE = re.compile(r"[a-z][a-z0-9_]*\.sm_[0-9]+[af]?\.(cubin|ptx)")
 _OUR_BEGINNING = b'{\n "kernels": ['
 
 
-class PlaceError(Exception):
+class PlaceError(BuilderError):
     """The artifacts cannot be in the requested folder; the message names the obstacle."""
 
 

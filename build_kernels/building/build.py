@@ -13,6 +13,7 @@ from pathlib import Path
 from build_kernels.binaries.cubin import CubinError, read_cubin, stated_ptxas
 from build_kernels.binaries.nvdisasm import sass_opcodes, watched
 from build_kernels.binaries.wheels import ToolError
+from build_kernels.errors import BuilderError
 from build_kernels.specs import TARGETS
 from build_kernels.workers import WorkerDiedError, run_tasks
 from dsv4_router_runtime.artifacts.dsse import ENVELOPE_NAME
@@ -37,7 +38,7 @@ _SHOWN_LOST = 3
 _PROBE_BYTES = 2**20
 
 
-class BuildError(Exception):
+class BuildError(BuilderError):
     """A build failed; nothing was published unless the message has it."""
 
 

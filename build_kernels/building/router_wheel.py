@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from build_kernels.errors import BuilderError
 from dsv4_router_runtime.artifacts.files import read_file, reason_of
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 
@@ -22,7 +23,7 @@ _NO_ZIP = (
 )
 
 
-class WheelError(Exception):
+class WheelError(BuilderError):
     """A file is no wheel of dsv4-router, or its members are not what an installer would write."""
 
 

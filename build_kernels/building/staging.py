@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from build_kernels.errors import BuilderError
 from dsv4_router_runtime.artifacts.folder import MANIFEST_NAME
 
 from .artifact_folder import PlaceError, is_plain, read_plain, vouched_files
@@ -38,7 +39,7 @@ _MARK_NAME = "made-by-build-kernels.json"
 _PARTIAL_MARK_NAME = f"{_MARK_NAME}.partial"
 
 
-class LockedError(Exception):
+class LockedError(BuilderError):
     """Another build of the same artifacts is running."""
 
 

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from build_kernels.building import compilers, plan
 from build_kernels.building.entry import sha256
-from build_kernels.evidence import RUNGS, read_evidence, standing, validated_on
 from build_kernels.evidence.artifact import carries_ptx
+from build_kernels.evidence.rungs import RUNGS
+from build_kernels.evidence.store import read_evidence, standing, validated_on
 from build_kernels.specs import KERNELS, TARGETS, KernelSpec
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.folder import EVIDENCE_NAME, MANIFEST_NAME, ArtifactSet

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_kernels.building.entry import sha256
+from build_kernels.errors import BuilderError
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES, read_file
 from dsv4_router_runtime.artifacts.folder import open_artifacts
 from dsv4_router_runtime.artifacts.kernel import Kernel, TensorMapRecipe
@@ -19,7 +20,7 @@ NO_PTX = (
 )
 
 
-class ArtifactReadError(Exception):
+class ArtifactReadError(BuilderError):
     """An artifact whose files are missing or are not those of the manifest."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from build_kernels.errors import BuilderError
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.artifacts.json_reader import JsonNode, read_json
 from dsv4_router_runtime.errors import (
@@ -24,7 +25,7 @@ MAX_NAME = 400
 T = TypeVar("T")
 
 
-class EvidenceError(Exception):
+class EvidenceError(BuilderError):
     """An evidence or record file that does not follow its schema."""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from build_kernels.errors import BuilderError
 from build_kernels.files import replace_file
 from dsv4_router_runtime.artifacts.files import MAX_JSON_BYTES, read_file, reason_of
 from dsv4_router_runtime.errors import printable
@@ -43,7 +44,7 @@ Place = tuple[str, ...]
 Numbers = Mapping[Place, float]
 
 
-class BudgetError(Exception):
+class BudgetError(BuilderError):
     """The file of budgets cannot be read; the message names it and the place in it."""
 
 

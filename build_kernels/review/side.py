@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from build_kernels.building.router_wheel import read_wheel
+from build_kernels.errors import BuilderError
 from build_kernels.git import GitError, NoGitError, git
 from dsv4_router_runtime.artifacts.evidence import PASSED, STATUSES
 from dsv4_router_runtime.artifacts.files import (
@@ -37,7 +38,7 @@ Json = Any
 Reader = Callable[[str, int], bytes | None]
 
 
-class SideError(Exception):
+class SideError(BuilderError):
     """A side of the comparison cannot be read; the message names it and the next step."""
 
 

@@ -490,7 +490,7 @@ class TestRefusals:
                 compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
 
     @pytest.mark.quick(1)
-    @pytest.mark.parametrize(("name", "size"), [(TOPK.name, 40), (DECODE.name, 120)])
+    @pytest.mark.parametrize(("name", "size"), [(TOPK.name, 24), (DECODE.name, 120)])
     def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
         with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
             with pytest.raises(BuildError) as caught:

@@ -20,7 +20,7 @@ from build_kernels.binaries.ptx.parser import parse
 from build_kernels.emulator import DeviceArray, Launch, emulate
 from build_kernels.emulator.coverage import Coverage
 from build_kernels.evidence import coverage_command
-from build_kernels.evidence.cases import Case, second_launch
+from build_kernels.evidence.cases import Case, second_launch, wide_cases
 from build_kernels.evidence.draws import KINDS, draw, smallest
 from build_kernels.evidence.goals import goals_met, goals_of
 from build_kernels.evidence.inputs import make_inputs
@@ -134,6 +134,7 @@ def test_the_quick_cases_are_the_picks_and_the_full_ones_have_them_too() -> None
         quick, full = cases_of(kernel, quick=True), cases_of(kernel, quick=False)
         numbers = picked_numbers()[kernel.role]
         drawn = tuple(draw(kernel, number) for number in numbers)
+        drawn += wide_cases() if kernel.role == "select" else ()
         assert len(set(drawn)) == len(drawn)
         assert full[: len(drawn)] == drawn
         assert len(full) > len(drawn)

@@ -124,8 +124,9 @@ def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Arti
 def test_a_complaint_about_another_fault_is_no_rejection(artifacts: dict[str, Artifact]) -> None:
     """The tie rule must fail by wrong ids; a kernel that breaks off elsewhere tells nothing."""
     mutant = BY_NAME["top-k: equal keys go to the higher expert"]
-    # As this mutant once was: ids of -1, which are then read from outside the logits.
-    edit = Edit(pattern=r"redux\.sync\.min\.u32", replacement="redux.sync.max.u32")
+    # Experts of slots that no lane has, which are then read from outside the logits.
+    slot = r"(bfind\.shiftamt\.u32 \t(%r\d+), %r\d+;)"
+    edit = Edit(pattern=slot, replacement=r"\1 add.s32 \2, \2, 99;")
     broken = replace(mutant, edits=(edit,), complaint="out-of-bounds")
     artifact = artifacts[mutant.artifact]
     assert judge(broken, artifact, "emulated").word == "rejected"

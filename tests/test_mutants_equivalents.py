@@ -172,23 +172,6 @@ def test_a_nan_may_be_looked_for_in_a_constant_too() -> None:
     assert not only(excused(text.format("%f3"), of=2)), "not a constant"
 
 
-@pytest.mark.parametrize(
-    ("kernel", "offset", "proven"),
-    [
-        ("router_topk", "+132", True),
-        ("router_topk", "", False),
-        ("router_hash", "+132", False),
-    ],
-)
-def test_the_key_of_a_nan_that_is_never_chosen_may_be_0(
-    kernel: str, offset: str, proven: bool
-) -> None:
-    text = "setp.nan.f32 %p1, %f1, %f1; selp.b32 %r1, 1, %r2, %p1; "
-    text += f"st.shared.u32 [%rd1{offset}], %r1; " + READ
-    found = only(excused(text, of=1, kernel=kernel))
-    assert found == ({"selp.b32 %r1, 0, %r2, %p1"} if proven else set())
-
-
 def test_a_logit_beyond_the_last_expert_is_excused_and_a_loaded_one_is_not() -> None:
     text = "mov.f32 %f1, 0f3F800000; @%p1 bra NONE; ld.global.f32 {}, [%rd1]; NONE: "
     text += "st.global.v2.f32 [%rd1], {{%f1, %f2}}; " + READ
@@ -198,10 +181,34 @@ def test_a_logit_beyond_the_last_expert_is_excused_and_a_loaded_one_is_not() -> 
     assert not only(excused(text.format("%f1"), kernel="router_hash"))
 
 
-def test_the_expert_of_a_lane_beyond_top_k_is_excused() -> None:
-    text = "bar.warp.sync -1; setp.lt.s32 %p1, %r3, {}; mov.u32 %r1, 0; @%p1 bra NONE; NONE: "
-    assert len(only(excused(text.format(1) + READ, of=2, kernel="router_topk"))) == 2
-    assert not only(excused(text.format(2) + READ, of=2, kernel="router_topk"))
+def test_more_candidates_of_router_topk_are_excused_and_fewer_are_not() -> None:
+    passes = "setp.geu.f32 %p1, %f1, %f2; selp.b32 %r1, 8, 0, %p1; or.b32 %r2, %r1, %r3; " + READ
+    found = only(excused(passes, kernel="router_topk"))
+    assert found == {"setp.gtu.f32 %p1, %f1, %f2"}
+    found = only(excused(passes, of=1, kernel="router_topk"))
+    assert found == {"selp.b32 %r1, 8, 1, %p1"}
+    store = "st.global.f32 [%rd1], %f3; " + READ
+    for text, harmless in (
+        ("max.f32 %f3, %f1, %f2;", {"min.f32 %f3, %f1, %f2"}),
+        ("add.rn.f32 %f3, %f1, 0f43400000;", {"add.rn.f32 %f3, %f1, 0f433F0000"}),
+        ("add.rn.f32 %f3, %f1, 0fC3400000;", {"add.rn.f32 %f3, %f1, 0fC3410000"}),
+        ("add.rn.f32 %f3, %f1, 0fBB000000;", set()),
+    ):
+        assert only(excused(text + store, kernel="router_topk")) == harmless
+        assert not only(excused(text + store, kernel="router_hash"))
+
+
+def test_the_range_of_estimates_may_be_smaller_and_not_larger() -> None:
+    text = "setp.le.f32 %p1, %f1, 0f42C00000; selp.f32 %f3, %f1, %f2, %p1; "
+    text += "st.global.f32 [%rd1], %f3; " + READ
+    found = only(excused(text, kernel="router_topk"))
+    assert found == {"setp.lt.f32 %p1, %f1, 0f42C00000", "setp.le.f32 %p1, %f1, 0f42BE0000"}
+
+
+def test_a_group_of_experts_that_do_not_exist_is_excused() -> None:
+    text = "add.s32 %r3, %r4, 127; shr.u32 %r1, %r3, {}; " + READ
+    assert only(excused(text.format(7), kernel="router_topk")) == {"add.s32 %r3, %r4, 128"}
+    assert not only(excused(text.format(6), kernel="router_topk"))
 
 
 def test_a_token_id_without_a_table_is_excused() -> None:

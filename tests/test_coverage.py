@@ -171,7 +171,7 @@ def test_the_command_lists_what_is_open_and_fails(
     outcome = _call("--quick", "--artifacts", topk_folder, "--json")
     (found,) = json.loads(outcome.stdout)
     assert found["artifact"] == "router_topk.sm_90a"
-    assert found["cases"] == len(picked_numbers()["select"])
+    assert found["cases"] == len(picked_numbers()["select"]) + len(wide_cases())
     reached, every = found["counts"]["block"]
     assert reached == every > 100
     assert found["counts"]["goal"][0] == found["counts"]["goal"][1]

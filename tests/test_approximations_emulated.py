@@ -67,7 +67,7 @@ def of_kernel(artifacts, name):
     return artifact, make_inputs(artifact.kernel, CASES[name])
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_do_not_change_at_the_ends_of_the_bands(artifacts, name, seed):
     artifact, inputs = of_kernel(artifacts, name)
@@ -78,6 +78,7 @@ def test_outputs_do_not_change_at_the_ends_of_the_bands(artifacts, name, seed):
         np.testing.assert_array_equal(moved[output], bits)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "opcode"), [("router_topk", RSQRT), ("router_hash", RCP)])
 def test_outputs_change_far_beyond_the_bands(artifacts, name, opcode):
     artifact, inputs = of_kernel(artifacts, name)

@@ -100,7 +100,7 @@ def test_the_emulator_gives_the_bits_of_the_gpu(recorded, recording, pytestconfi
     assert differences(recording, str(recorded), given(inputs), outputs) == []
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("recorded", SAMPLE_FIRST, ids=str)
 def test_the_exact_oracle_gives_the_bits_of_the_gpu(recorded, recording):
     artifact = recorded_artifact(recorded, recording)

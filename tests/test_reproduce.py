@@ -263,7 +263,8 @@ class TestRefused:
 def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path, source: Source) -> None:
     first = replace(two_surroundings()[0], name="only")
     place = make_place(tmp_path / "work", first, source, [])
-    (place.checkout / "failing.py").write_text("print('so far')\nraise SystemExit('no more')\n")
+    lines = "print('so far', flush=True)\nraise SystemExit('no more')\n"
+    (place.checkout / "failing.py").write_text(lines)
     with pytest.raises(BuildError, match=r"the only build failed: .*ended with 1:\n  so far\n"):
         two_builds._run(place, ".", "failing")
 

@@ -11,11 +11,17 @@ pytest.importorskip("elftools", reason="needs dsv4-router-builder")
 np = pytest.importorskip("numpy", reason="needs the extra `verify`")
 pytest.importorskip("torch", reason="the oracle needs the extra `torch`")
 
+from builds import topk_set  # noqa: E402
 from test_topk_emulated import SPEC, Options, check, ptx  # noqa: E402, F401
 
 from build_kernels.building import compilers  # noqa: E402
+from build_kernels.emulator import Schedule  # noqa: E402
 from build_kernels.emulator.numerics import floats  # noqa: E402
 from build_kernels.emulator.numerics.approximations import BANDS  # noqa: E402
+from build_kernels.evidence.artifact import load_artifact  # noqa: E402
+from build_kernels.evidence.cases import Case  # noqa: E402
+from build_kernels.evidence.inputs import make_inputs  # noqa: E402
+from build_kernels.evidence.rungs import emulated  # noqa: E402
 from build_kernels.specs import ARCHITECTURES  # noqa: E402
 
 SOURCE = Path(compilers.__file__).parents[1] / SPEC.source.file
@@ -109,3 +115,47 @@ def test_more_candidates_than_a_batch(ptx: dict[str, str], num_experts: int) -> 
     random = np.random.default_rng(num_experts)
     logits = 1 + random.permutation(num_experts).astype(F32)[None] * F32(2**-20)
     check(ptx, "sm_90a", logits, np.zeros(num_experts, F32), 8)
+
+
+E = 60
+TEARS = {
+    "NaN": {"logits": dict.fromkeys(range(E), np.nan)},
+    "equal": {"logits": dict.fromkeys(range(E), 1.0)},
+    "the other way round": {"logits": {i: float(i % 7) - 3 for i in range(E)}},
+    "infinite": {"logits": dict.fromkeys(range(E), np.inf)},
+    "bias": {"e_bias": dict.fromkeys(range(E), -np.inf)},
+}
+
+
+@pytest.mark.parametrize("name", TEARS)
+def test_logits_that_change_between_an_estimate_and_a_score_give_experts(tmp_path, name) -> None:
+    """Before every load, those of the first row or the biases; the other row is right."""
+    artifact = load_artifact(topk_set(tmp_path / "artifacts", ["sm_90a"]), f"{SPEC.name}.sm_90a")
+    inputs = make_inputs(artifact.kernel, Case(num_tokens=2, num_experts=E, top_k=6, kind="biased"))
+
+    def run(moment: int):
+        loads = []
+
+        def on_load(array, offsets, depends):
+            loads.append(array)
+            return TEARS[name] if len(loads) == moment else {}
+
+        schedule = Schedule(policy="random", seed=1)
+        result = emulated.emulate_case(
+            artifact.kernel, artifact.ptx, inputs, schedule, on_load=on_load
+        )
+        assert result.findings == ()
+        return result.memory, len(loads)
+
+    untorn, num_loads = run(0)
+    assert num_loads > 8
+    for moment in range(1, num_loads + 1):
+        memory, _ = run(moment)
+        weights, ids = memory["out_weights"][:, :6], memory["out_ids"][:, :6]
+        assert np.isfinite(weights).all()
+        for row in ids:
+            assert len(set(row)) == 6
+            assert set(row) <= set(range(E))
+        if "logits" in TEARS[name]:
+            assert (ids[1] == untorn["out_ids"][1, :6]).all()
+            assert (weights[1] == untorn["out_weights"][1, :6]).all()

@@ -64,8 +64,8 @@ def pytest_addoption(parser):
         "--bits",
         type=Path,
         metavar="FILE",
-        help="what a GPU gave (.json, .npz): test_gpu_recording.py writes it, test_recorded_bits.py"
-        " compares with it",
+        help="a GPU's outputs (.json, .npz), written by test_gpu_recording.py and compared by"
+        " test_recorded_bits.py",
     )
 
 

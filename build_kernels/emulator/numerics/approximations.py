@@ -68,8 +68,8 @@ BANDS = {
     "rsqrt.approx.ftz.f32": Band(function=floats.UNARY["rsqrt"], relative=2**-22.9),
     "sqrt.approx.ftz.f32": Band(function=np.sqrt, relative=2**-23),
     # 2 from the correctly rounded result, which is half a unit from the exact one.
-    "ex2.approx.ftz.f32": Band(function=np.exp2, ulps=2.5),
-    "lg2.approx.ftz.f32": Band(function=np.log2, relative=2**-22, absolute=2**-22),
+    "ex2.approx.ftz.f32": Band(function=floats.UNARY["ex2"], ulps=2.5),
+    "lg2.approx.ftz.f32": Band(function=floats.UNARY["lg2"], relative=2**-22, absolute=2**-22),
 }
 
 

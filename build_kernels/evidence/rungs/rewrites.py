@@ -71,7 +71,7 @@ def sampled_candidates(slot: int) -> tuple[Rewrite, ...]:
     """Return the rewrites that give each lane of router_topk one candidate, of `slot`."""
     ballot = r"vote\.sync\.ballot\.b32 \t(%r\d+), [^;]*;"
     pairs = (
-        # The lane's candidates, their number, and the lanes of which bit 0 of the number is set.
+        # A lane's candidates, their number, and the lanes whose number has bit 0 set.
         (
             r"popc\.b32 \t(%r\d+), (%r\d+);(\s+and\.b32 [^;]*, \1, 1;\s+setp[^;]*;\s+)" + ballot,
             rf"mov.b32 \2, {1 << slot}; mov.b32 \1, 1;\3mov.b32 \4, -1;",
@@ -101,7 +101,7 @@ def sampled_candidates(slot: int) -> tuple[Rewrite, ...]:
             r"(ld\.shared\.u32[^;]*;\s+ld\.shared\.u32 \t(%r\d+), [^;]*;)",
             r"\1 mov.u32 \2, 5;",
         ),
-        # A candidate's rank before it is counted, and what each better one adds.
+        # The first value of a candidate's rank, and the increment per better candidate.
         (
             r"selp\.b32 \t(%r\d+), 32, 0, %p\d+;",
             r"mov.u32 \1, %laneid; xor.b32 \1, \1, 8;",

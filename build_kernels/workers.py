@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -61,10 +62,12 @@ def run_tasks(
     order of `tasks`. If a task's process dies, its result is a WorkerDiedError and the others go
     on. An exception of a task is raised here. `prepare` is called once per worker, before its first
     task. Leaving the block early, for instance by an exception, kills workers and their children.
+    Their temporary files are in one folder, which this process removes: a killed worker cannot.
     """
     if not tasks:
         yield iter(())
         return
+    scratch = tempfile.TemporaryDirectory(prefix="dsv4-router-", ignore_cleanup_errors=True)
     guard = _start_guard()
     pools: list[ProcessPoolExecutor] = []
 
@@ -75,7 +78,7 @@ def run_tasks(
             # spawn: the state of torch and of the DSL must not be shared between processes.
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(os.getpid(), guard.pid, prepare),
+            initargs=(os.getpid(), guard.pid, scratch.name, prepare),
         )
         pools.append(pool)
         return pool
@@ -91,6 +94,7 @@ def run_tasks(
             pool.shutdown(wait=True, cancel_futures=True)
         _kill_group(guard)
         guard.communicate()
+        scratch.cleanup()
 
 
 def _results(
@@ -145,8 +149,10 @@ def _kill_group(guard: subprocess.Popen[bytes]) -> None:
         os.killpg(guard.pid, signal.SIGKILL)
 
 
-def _start_worker(parent: int, group: int, prepare: Callable[[], None] | None) -> None:
-    """Join the group of the workers, or end if the parent has ended."""
+def _start_worker(
+    parent: int, group: int, scratch: str, prepare: Callable[[], None] | None
+) -> None:
+    """Join the group of the workers and use their folder, or end if the parent has ended."""
     try:
         os.setpgid(0, group)
     except OSError:  # the guard is gone: nothing would end this process
@@ -154,5 +160,7 @@ def _start_worker(parent: int, group: int, prepare: Callable[[], None] | None) -
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
+    # The environment is for the programs that it starts.
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
     if prepare is not None:
         prepare()

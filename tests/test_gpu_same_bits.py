@@ -16,7 +16,7 @@ from dsv4_router_runtime.exact import exact_logits, exact_selection  # noqa: E40
 
 pytestmark = pytest.mark.gpu
 
-K, TOP_K, SCALE, VOCAB, REPLICAS = 1024, 6, 2.5, 50, 3
+K, TOP_K, SCALE, VOCAB, REPLICAS, SHARED = 1024, 6, 2.5, 50, 3, 2
 # One launch, whole pieces, one token more, and many pieces.
 SIZES = (777, 1024, 1280, 1281, 1920, 2048, 4097, 8192, 20000)
 MOST, SLICE = max(SIZES), 64
@@ -38,8 +38,9 @@ class Batch:
         self.map: dict[str, Any] = {}
         self.call: dict[str, Any] = {}
         draw = partial(torch.randint, generator=random, device="cuda", dtype=torch.int32)
-        if "images" in options:
+        if "images" in options or "image_ids" in options:
             self.layer["bias_vl"] = self.bias.flip(0).contiguous()
+        if "images" in options:
             self.call["image_mask"] = draw(0, 2, (MOST,)).bool()
         if "hash" in options:
             self.bias = None
@@ -47,6 +48,17 @@ class Batch:
             self.layer["tid2eid"] = order[:, :TOP_K].int().contiguous()
             # Some are outside the table.
             self.call["input_ids"] = draw(0, VOCAB + 2, (MOST,))
+        if "image_ids" in options:
+            self.layer |= {"first_image_id": VOCAB - 9, "num_image_ids": 7}
+            self.call["input_ids"] = draw(0, VOCAB, (MOST,)).long()
+        if "forced" in options:
+            order = torch.rand(MOST, num_experts, generator=random, device="cuda").argsort(1)
+            # A few rows name an expert twice, so they are padding.
+            order[::97, 0] = order[::97, 1]
+            self.call["forced_ids"] = order[:, :TOP_K]
+            self.call["forced_mask"] = draw(0, 2, (MOST,)).bool()
+        if "shared" in options:
+            self.layer |= {"num_shared_slots": SHARED, "shared_weight": 0.25}
         if "padding" in options:
             self.call["padding_mask"] = draw(0, 8, (MOST,)) == 0
             self.x[self.call["padding_mask"]] = torch.nan
@@ -55,7 +67,8 @@ class Batch:
                 "to_physical": draw(1000, 2000, (num_experts, REPLICAS)),
                 "logical_count": draw(1, REPLICAS + 1, (num_experts,)),
             }
-        self.weights, self.ids = outputs(MOST, TOP_K)
+        self.columns = TOP_K + self.layer.get("num_shared_slots", 0)
+        self.weights, self.ids = outputs(MOST, self.columns)
         router = self.router(self.layer)
         for first in range(0, MOST, SLICE):
             rows = slice(first, first + SLICE)
@@ -87,7 +100,13 @@ class Batch:
         ("map",),
         ("images",),
         ("hash",),
+        ("image_ids",),
+        ("forced",),
+        ("shared",),
+        ("int64",),
         ("hash", "images", "padding"),
+        ("hash", "image_ids", "forced", "shared"),
+        ("image_ids", "forced", "map", "padding", "int64"),
         ("images", "padding", "count", "map"),
     ],
     ids="+".join,
@@ -99,7 +118,8 @@ def test_a_tokens_bits_are_those_of_a_call_of_64(random, options, num_experts, l
     assert not any("router_topk" in key for key in router.kernels)
     for num_tokens in SIZES:
         rows = torch.randperm(MOST, generator=random, device="cuda")[:num_tokens]
-        x, out = batch.x[rows], outputs(num_tokens, TOP_K)
+        x, (weights, ids) = batch.x[rows], outputs(num_tokens, batch.columns)
+        out = (weights, ids.long() if "int64" in options else ids)
         call = {name: tensor[rows] for name, tensor in batch.call.items()}
         count = num_tokens
         if "count" in options:

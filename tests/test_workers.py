@@ -54,19 +54,30 @@ COMMANDS = {
 @pytest.mark.parametrize(("number", "group"), WAYS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stopped_command_leaves_no_process_behind(
-    artifacts: Path, long_proof: str, name: str, number: signal.Signals, group: bool
+    artifacts: Path,
+    long_proof: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    number: signal.Signals,
+    group: bool,
 ) -> None:
-    """A worker, the prover that it waits for, multiprocessing's resource tracker: all end."""
+    """A worker, the prover that it waits for, multiprocessing's resource tracker: all end.
+
+    The prover's input goes too, unless the process that would remove it was killed."""
+    scratch = tmp_path_factory.mktemp("scratch")
     pytest.importorskip("sentryward", reason="needs the extra `verify`")
     pytest.importorskip("numpy", reason="needs the extra `verify`")
     command = [sys.executable, "-m", *COMMANDS[name], "--artifacts", str(artifacts)]
-    with family(command, SENTRYWARD_PTX_NATIVE=long_proof) as started:
+    with family(command, SENTRYWARD_PTX_NATIVE=long_proof, TMPDIR=str(scratch)) as started:
         started.wait_for(LONG)
+        assert list(scratch.glob("**/kernel.ptx"))
         started.signal(number, group=group)
         assert started.head.wait(timeout=60) == (
             130 if number == signal.SIGTERM else -signal.SIGKILL
         )
         assert started.survivors(seconds=5) == []
+    if number == signal.SIGTERM:
+        assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow

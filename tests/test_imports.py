@@ -12,6 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from statements import statements
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("build_kernels", "dsv4_router_runtime")
@@ -30,7 +31,7 @@ def modules(root: Path) -> dict[str, Path]:
 def imported(name: str, path: Path) -> Iterator[str]:
     """Yield the dotted names that a module imports, anywhere in its file."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

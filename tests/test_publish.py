@@ -29,10 +29,9 @@ from builds import (
     make,
     mounted,
     topk_set,
-    versions_once,
 )
 
-from build_kernels.building import build, compilers, publish, staging
+from build_kernels.building import build, publish, staging
 from build_kernels.building import plan as plan_module
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError, Built, run_build
@@ -46,8 +45,7 @@ CUBIN = f"{TOPK.name}.sm_90a.cubin"
 
 
 @pytest.fixture
-def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(compilers, "toolchain_versions", versions_once)
+def artifacts(tmp_path: Path) -> Path:
     return topk_set(tmp_path / "artifacts")
 
 

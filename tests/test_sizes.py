@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from statements import statements
 
 ROOT = Path(__file__).parents[1]
 KERNELS = "build_kernels/kernels"
@@ -30,7 +31,7 @@ SOURCES = {
 def functions(text: str) -> tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]:
     """Return the functions and methods of a module, those inside others too."""
     kinds = ast.FunctionDef, ast.AsyncFunctionDef
-    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+    return tuple(node for node in statements(text) if isinstance(node, kinds))
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

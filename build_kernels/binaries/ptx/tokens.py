@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from build_kernels.binaries.ptx.syntax import Immediate, UnsupportedPtx
 
@@ -21,8 +21,7 @@ _TOKEN = re.compile(
 _BIT_PATTERNS = {"0f": ("<I", "<f"), "0d": ("<Q", "<d")}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token; `kind` is "number", "string", "name" or "punct", `start` its place in the text."""
 
     text: str
@@ -32,16 +31,18 @@ class Token:
 
 
 def tokenise(text: str) -> list[Token]:
-    tokens, line, at = [], 1, 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise UnsupportedPtx(f"PTX line {line}: unreadable text {text[at : at + 20]!r}")
-        kind = match.lastgroup or ""
-        if kind not in ("space", "newline", "comment"):
-            tokens.append(Token(match.group(), kind, line, at))
-        line += match.group().count("\n")
-        at = match.end()
+    tokens, line, end = [], 1, 0
+    for match in _TOKEN.finditer(text):
+        at, word, kind = match.start(), match.group(), match.lastgroup
+        if at != end:
+            break
+        end += len(word)
+        if kind in ("newline", "comment"):
+            line += word.count("\n")
+        elif kind != "space":
+            tokens.append(Token(word, kind or "", line, at))
+    if end != len(text):
+        raise UnsupportedPtx(f"PTX line {line}: unreadable text {text[end : end + 20]!r}")
     return tokens
 
 

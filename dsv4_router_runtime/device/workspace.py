@@ -100,8 +100,9 @@ class Pool:
     def __init__(self, index: int) -> None:
         self.index = index
         self.chunks: list[DeviceMemory] = []
-        # Bytes in use from the start of each chunk, and pieces given back, by size.
-        self._used: list[int] = []
+        # Bytes in use from the start of each chunk, none if it is not there, and pieces given back,
+        # by size. An interrupt may leave a chunk without its entry here.
+        self._used: dict[DeviceMemory, int] = {}
         self._free: dict[int, list[int]] = {}
 
     def take(self, size: int) -> int:
@@ -110,22 +111,23 @@ class Pool:
             return 0
         if free := self._free.get(size):
             return free.pop()
-        for at, chunk in enumerate(self.chunks):
-            if self._used[at] + size <= chunk.size:
+        for chunk in self.chunks:
+            if size <= self._room(chunk):
                 break
         else:
-            at, chunk = len(self.chunks), DeviceMemory(self.index, max(size, CHUNK_BYTES))
+            chunk = DeviceMemory(self.index, max(size, CHUNK_BYTES))
             zero(self.index, (chunk.address, chunk.size))
             self.chunks.append(chunk)
-            self._used.append(0)
-        address = chunk.address + self._used[at]
-        self._used[at] += size
-        return address
+        start = self._used.get(chunk, 0)
+        self._used[chunk] = start + size
+        return chunk.address + start
+
+    def _room(self, chunk: DeviceMemory) -> int:
+        return chunk.size - self._used.get(chunk, 0)
 
     def has(self, size: int) -> bool:
         """Return whether `take` needs no new chunk."""
-        room = (chunk.size - used for chunk, used in zip(self.chunks, self._used, strict=True))
-        return bool(self._free.get(size)) or any(size <= left for left in room)
+        return bool(self._free.get(size)) or any(size <= self._room(at) for at in self.chunks)
 
     def give_back(self, address: int, size: int) -> None:
         if size:
@@ -258,10 +260,12 @@ class Workspace:
             return
         try:
             if int(cuda.cuEventQuery(slot.event)[0]) == 0:
+                # In this order: after an interrupt a slot that is found is not evicted, for which
+                # its stream would look again and again.
+                del self.slots[key]
                 slot.is_evicted = True
                 # Launch sites of the stream that is gone still hold the slot.
                 slot.logits = None
-                del self.slots[key]
                 cuda.cuEventDestroy(slot.event)
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
                 self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
@@ -325,8 +329,9 @@ class Workspace:
             piece = Piece(zeroed=zeroed, stream=stream, address=address, size=size)
             largest[key] = piece
         if piece not in capture.pieces:
-            capture.pieces.append(piece)
+            # In this order: an interrupt may keep a piece too long, and gives none back too early.
             piece.num_captures += 1
+            capture.pieces.append(piece)
         return piece.address
 
     def release_ended(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import linecache
 import random
@@ -19,7 +20,8 @@ from watchdog import ends_within
 
 import dsv4_router_runtime
 from dsv4_router_runtime import Router, status
-from dsv4_router_runtime.device import workspace
+from dsv4_router_runtime.device import load, memory, tensor_map, workspace
+from dsv4_router_runtime.errors import RouterError
 
 K, E, TOP_K = 512, 80, 6
 PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
@@ -44,8 +46,12 @@ def step(num_tokens: int):
     )
 
 
-def call_interrupted_at(line: int, call, *, within: str = PACKAGE, left_out=()) -> bool:
-    """Make the call with a KeyboardInterrupt at the nth line of the package; False if none came.
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def call_interrupted_at(line: int, call, *, within=PACKAGE, left_out=(), handler=interrupt) -> bool:
+    """Make the call, with a signal's handler at the nth line of the package; False if none came.
 
     The end of a `with` block is left out: it has a line event, but CPython handles a signal after
     the block's last call, which the block still covers. left_out: how further such lines begin.
@@ -62,7 +68,7 @@ def call_interrupted_at(line: int, call, *, within: str = PACKAGE, left_out=()) 
         if event == "line" and place not in entered and not text.startswith(left_out):
             seen += 1
             if seen == line:
-                raise KeyboardInterrupt
+                handler()
         if text.startswith("with "):
             entered.add(place)
         return trace
@@ -75,7 +81,7 @@ def call_interrupted_at(line: int, call, *, within: str = PACKAGE, left_out=()) 
         return True
     finally:
         sys.settrace(before)
-    return False
+    return seen >= line
 
 
 @pytest.fixture
@@ -115,34 +121,41 @@ def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(
     assert line > 20
 
 
-def every_interrupt(act, begin, end) -> None:
-    """Begin, interrupt `act` at the nth line of the workspace, and end; for all n."""
+def every_interrupt(act, begin, end, *, within=workspace, handler=None) -> None:
+    """Begin, interrupt `act` at the nth line of a module, and end; for all n.
+
+    handler: called with what `begin` returned, instead of an interrupt.
+    """
     line = 1
     interrupted = True
     # After `try:`, and at the end of what it covers, CPython handles no signal.
     unreachable = ("try:", "self.is_routing = False", "slot.lock.release()")
-    with ends_within(120):
-        while interrupted:
+    while interrupted:
+        with ends_within(20):
             given = begin()
             interrupted = call_interrupted_at(
                 line,
                 lambda given=given: act(*given),
-                within=workspace.__file__,
+                within=within.__file__,
                 left_out=unreachable,
+                handler=interrupt if handler is None else lambda given=given: handler(*given),
             )
             end(*given)
-            line += 1
-    assert line > 20
+        line += 1
+    assert line > 8
 
 
 @pytest.fixture
 def few_slots(gpu, monkeypatch):
-    """Forget all scratch when called. One foreign stream keeps its slot."""
+    """Forget scratch and maps when called. One foreign stream keeps its slot, one call its map."""
     monkeypatch.setattr(workspace, "KEPT_FOREIGN_SLOTS", 1)
     monkeypatch.setattr(workspace, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(tensor_map, "MAX_CACHED_MAPS", 1)
 
     def forget() -> None:
         monkeypatch.setattr(workspace, "_workspaces", {})
+        monkeypatch.setattr(tensor_map, "_map_caches", {})
+        load._loaded.clear()
         gpu.stream = gpu.capture = 0
         gpu.driver.busy.clear()
 
@@ -234,6 +247,66 @@ def test_an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs(
         status()
 
     every_interrupt(act, begin, end)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [workspace, memory, tensor_map])
+@pytest.mark.parametrize("where", ["stream", "capture"])
+def test_a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_there(
+    gpu, make, few_slots, module, where
+):
+    """It is served or refused, and never waits for the call that it interrupts. So does status."""
+    first, second = 0x70, 0x71
+    cases = {first: step(4), second: step(5)}
+
+    def on(bound, name: int) -> int:
+        before = getattr(gpu, where)
+        setattr(gpu, where, name)
+        try:
+            bound(*cases[name])
+        finally:
+            setattr(gpu, where, before)
+        return gpu.last["counters"]
+
+    def begin():
+        few_slots()
+        return make(), make()
+
+    def act(bound, other) -> None:
+        on(bound, first)
+
+    def handler(bound, other) -> None:
+        with contextlib.suppress(RouterError):
+            on(other, second)
+        status()
+
+    def end(bound, other) -> None:
+        assert on(bound, first) != on(other, second)
+
+    every_interrupt(act, begin, end, within=module, handler=handler)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [load, pytest.param(workspace, marks=pytest.mark.slow)])
+def test_a_signal_handler_that_binds_at_any_line_of_a_bind_is_served(gpu, make, few_slots, module):
+    case, bound = step(4), []
+
+    def begin():
+        few_slots()
+        bound.clear()
+        return ()
+
+    def act() -> None:
+        make()
+
+    def handler() -> None:
+        bound.append(make())
+
+    def end() -> None:
+        for each in (*bound, make()):
+            each(*case)
+
+    every_interrupt(act, begin, end, within=module, handler=handler)
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ class Workspace:
 
     def stream_slot(self, stream: int) -> Slot:
         """Return the slot of one of torch's streams; the stream's first call makes it."""
-        with self._lock:
+        with self._alone():
             slot = self.slots.get(stream)
             if slot is None:
                 slot = self.slots[stream] = self._new_slot()
@@ -223,7 +223,7 @@ class Workspace:
     def leased_slot(self, stream: int, identity: int) -> Iterator[Slot]:
         """Yield the slot of a foreign stream with its lock held; the launch is to come within."""
         while True:
-            with self._lock:
+            with self._alone():
                 slot = self.slots.get(~identity)
                 if slot is None:
                     slot = self.slots[~identity] = self._foreign_slot(stream)
@@ -280,7 +280,7 @@ class Workspace:
     def _take(self, zeroed: bool, size: int) -> int:
         pool = self.pools[zeroed]
         if not pool.has(size):
-            self.release_ended()
+            self._release_ended()
         return pool.take(size)
 
     def captured_slot(
@@ -299,12 +299,12 @@ class Workspace:
         if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        with self._lock:
+        with self._alone():
             capture = self.captures.get(identifier)
             if capture is None:
                 # Captures that take no scratch would pile up, and what they keep alive with them.
                 if len(self.captures) >= self._most_captures:
-                    self.release_ended()
+                    self._release_ended()
                     self._most_captures = max(KEPT_CAPTURES, 2 * len(self.captures))
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
@@ -334,15 +334,28 @@ class Workspace:
             capture.pieces.append(piece)
         return piece.address
 
-    def release_ended(self) -> None:
-        """Take back the memory of graphs that are gone."""
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock; RouterError within it, where the same scratch would be given out twice."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise RouterError(INTERRUPTED_CALL)
         with self._lock:
-            ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
-            for key in ended:
-                for piece in self.captures.pop(key).pieces:
-                    piece.num_captures -= 1
-                    if piece.num_captures == 0:
-                        self._give_back(piece)
+            yield
+
+    def release_ended(self) -> None:
+        """Take back the memory of graphs that are gone, but not within a call that takes some."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return
+        with self._lock:
+            self._release_ended()
+
+    def _release_ended(self) -> None:
+        ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
+        for key in ended:
+            for piece in self.captures.pop(key).pieces:
+                piece.num_captures -= 1
+                if piece.num_captures == 0:
+                    self._give_back(piece)
 
     def _give_back(self, piece: Piece) -> None:
         key = piece.zeroed, piece.stream
@@ -370,17 +383,14 @@ def _event_on(stream: int) -> Any:
 
 
 _workspaces: dict[tuple[int, ScratchLayout], Workspace] = {}
-_workspaces_lock = threading.Lock()
+_workspaces_lock = threading.RLock()
 
 
 def workspace_for(index: int, kernels: Iterable[Kernel]) -> Workspace:
     """Return the workspace that all layers on GPU `index` with such kernels share."""
     layout = scratch_layout(kernels)
     with _workspaces_lock:
-        workspace = _workspaces.get((index, layout))
-        if workspace is None:
-            workspace = _workspaces[index, layout] = Workspace(index, layout)
-    return workspace
+        return _workspaces.setdefault((index, layout), Workspace(index, layout))
 
 
 def workspaces_on(index: int) -> list[Workspace]:

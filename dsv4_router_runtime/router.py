@@ -311,12 +311,8 @@ class Router:
         places = (*self._bound_at, *self._table_at)
         address_of, was = next((ask, at) for ask, at in places if ask() != at)
         moved = address_of.__self__
-        bound = {name: tensor for name, tensor in vars(self).items() if name in _BOUND}
-        name = next(
-            name
-            for name, tensor in bound.items()
-            if tensor is moved or (tensor is not None and tensor._base is moved)
-        )
+        bound = {name: tensor for name in _BOUND if (tensor := vars(self)[name]) is not None}
+        name = next(name for name, each in bound.items() if each is moved or each._base is moved)
         of_base = "" if bound[name] is moved else " of the tensor that it is a view of"
         repair = "" if of_base else "call this Router's reset(), or "
         return ValueError(

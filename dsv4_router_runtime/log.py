@@ -13,7 +13,7 @@ LOGGER = logging.getLogger("dsv4_router_runtime")
 LOGGER.addHandler(logging.NullHandler())
 
 _logged: set[tuple[int, str]] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def report_to(name: str) -> None:

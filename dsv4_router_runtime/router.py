@@ -17,6 +17,7 @@ from .device import driver
 from .device.arguments import NO_OPTIONS
 from .device.capture import CALL_OUTSIDE, refuse_under_capture
 from .device.memory import wait_for_device
+from .errors import INTERRUPTED_CALL, RouterError
 from .layer import OPTIONS_OFF, LayerOptions, check_layer, complete_options, options_on
 
 # The tensors of a layer that every call reads where they lie, and the one that is copied.
@@ -310,12 +311,8 @@ class Router:
         places = (*self._bound_at, *self._table_at)
         address_of, was = next((ask, at) for ask, at in places if ask() != at)
         moved = address_of.__self__
-        bound = {name: tensor for name, tensor in vars(self).items() if name in _BOUND}
-        name = next(
-            name
-            for name, tensor in bound.items()
-            if tensor is moved or (tensor is not None and tensor._base is moved)
-        )
+        bound = {name: tensor for name in _BOUND if (tensor := vars(self)[name]) is not None}
+        name = next(name for name, each in bound.items() if each is moved or each._base is moved)
         of_base = "" if bound[name] is moved else " of the tensor that it is a view of"
         repair = "" if of_base else "call this Router's reset(), or "
         return ValueError(
@@ -402,13 +399,15 @@ def dense_router_dispatch(
 # Key -> the binding and, for one that copied W_gate, W_gate and its version: kept alive, so that
 # its address cannot come to hold other weights.
 _remembered: OrderedDict[Any, tuple[Binding, torch.Tensor | None, int | None]] = OrderedDict()
-_remembered_lock = threading.Lock()
+_remembered_lock = threading.RLock()
 
 
 def _remembered_binding(
     W_gate: torch.Tensor, e_bias: torch.Tensor, routed_scaling_factor: float, top_k: int
 ) -> Binding:
     key = _layer_key(W_gate, e_bias, routed_scaling_factor, top_k)
+    if _remembered_lock._is_owned():  # type: ignore[attr-defined]
+        raise RouterError(INTERRUPTED_CALL)
     with _remembered_lock:
         binding, copied_from, version = _remembered.get(key, (None, None, None))
         if binding is not None:

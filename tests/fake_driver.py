@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 GLOBAL, RELAXED = 0, 2
@@ -40,6 +41,8 @@ class FakeDriver:
         # Stream handle -> id; `reuse` gives a handle to another stream.
         self.ids: dict[int, int] = {}
         self.busy: set[int] = set()
+        # What a stream does once somebody waits for it.
+        self.pending: dict[int, list] = {}
         self.events: dict[int, int | None] = {}
         self.objects: dict[int, tuple] = {}
         self.retained: dict[int, list[int]] = {}
@@ -99,21 +102,26 @@ class FakeDriver:
         return self._unsafe(), next(self._numbers)
 
     def cuStreamSynchronize(self, stream):
-        return (self._unsafe(),)
+        if code := self._unsafe():
+            return (code,)
+        for work in self.pending.pop(stream, ()):
+            work()
+        return (0,)
 
     def cuStreamDestroy(self, stream):
+        self.pending.pop(stream, None)
         return (0,)
 
     def cuMemsetD8Async(self, address, value, size, stream):
         self._check_inside(address, size)
-        ctypes.memset(address, value, size)
+        self._later(stream, ctypes.memset, address, value, size)
         # Only a stream of the driver's own is outside every capture.
         self.memsets += stream < 1000
         return (0,)
 
     def cuMemcpyDtoHAsync(self, target, address, size, stream):
         self._check_inside(address, size)
-        ctypes.memmove(target, address, size)
+        self._later(stream, ctypes.memmove, target, address, size)
         return (0,)
 
     def cuCtxSynchronize(self):
@@ -161,6 +169,9 @@ class FakeDriver:
     def cuEventDestroy(self, event):
         del self.events[event]
         return (0,)
+
+    def _later(self, stream: int, *work) -> None:
+        self.pending.setdefault(stream, []).append(partial(*work))
 
     def _contexts(self) -> list:
         self._thread.__dict__.setdefault("contexts", [])

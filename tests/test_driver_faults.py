@@ -93,7 +93,7 @@ def use(bind) -> None:
 
 
 def locks_are_free() -> bool:
-    return not any(lock.locked() for lock in (load._load_lock, occupancy._lock))
+    return not any(lock._is_owned() for lock in (load._load_lock, occupancy._lock))
 
 
 def test_a_healthy_driver(fake, bind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import linecache
 import random
@@ -18,7 +19,9 @@ from conftest import sample_manifest
 from watchdog import ends_within
 
 import dsv4_router_runtime
-from dsv4_router_runtime import Router
+from dsv4_router_runtime import Router, status
+from dsv4_router_runtime.device import load, memory, tensor_map, workspace
+from dsv4_router_runtime.errors import RouterError
 
 K, E, TOP_K = 512, 80, 6
 PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
@@ -43,25 +46,29 @@ def step(num_tokens: int):
     )
 
 
-def call_interrupted_at(line: int, call) -> bool:
-    """Make the call with a KeyboardInterrupt at the nth line of the package; False if none came.
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def call_interrupted_at(line: int, call, *, within=PACKAGE, left_out=(), handler=interrupt) -> bool:
+    """Make the call, with a signal's handler at the nth line of the package; False if none came.
 
     The end of a `with` block is left out: it has a line event, but CPython handles a signal after
-    the block's last call, which the block still covers.
+    the block's last call, which the block still covers. left_out: how further such lines begin.
     """
     seen = 0
     entered: set[tuple[object, int]] = set()
 
     def trace(frame, event, argument):
         nonlocal seen
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(within):
             return None
         place = (frame, frame.f_lineno)
         text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if event == "line" and place not in entered:
+        if event == "line" and place not in entered and not text.startswith(left_out):
             seen += 1
             if seen == line:
-                raise KeyboardInterrupt
+                handler()
         if text.startswith("with "):
             entered.add(place)
         return trace
@@ -74,7 +81,7 @@ def call_interrupted_at(line: int, call) -> bool:
         return True
     finally:
         sys.settrace(before)
-    return False
+    return seen >= line
 
 
 @pytest.fixture
@@ -112,6 +119,194 @@ def test_an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right(
             line += 1
     # A call has a few dozen lines; fewer would mean that the loop saw none of them.
     assert line > 20
+
+
+def every_interrupt(act, begin, end, *, within=workspace, handler=None) -> None:
+    """Begin, interrupt `act` at the nth line of a module, and end; for all n.
+
+    handler: called with what `begin` returned, instead of an interrupt.
+    """
+    line = 1
+    interrupted = True
+    # After `try:`, and at the end of what it covers, CPython handles no signal.
+    unreachable = ("try:", "self.is_routing = False", "slot.lock.release()")
+    while interrupted:
+        with ends_within(20):
+            given = begin()
+            interrupted = call_interrupted_at(
+                line,
+                lambda given=given: act(*given),
+                within=within.__file__,
+                left_out=unreachable,
+                handler=interrupt if handler is None else lambda given=given: handler(*given),
+            )
+            end(*given)
+        line += 1
+    assert line > 8
+
+
+@pytest.fixture
+def few_slots(gpu, monkeypatch):
+    """Forget scratch and maps when called. One foreign stream keeps its slot, one call its map."""
+    monkeypatch.setattr(workspace, "KEPT_FOREIGN_SLOTS", 1)
+    monkeypatch.setattr(workspace, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(tensor_map, "MAX_CACHED_MAPS", 1)
+
+    def forget() -> None:
+        monkeypatch.setattr(workspace, "_workspaces", {})
+        monkeypatch.setattr(tensor_map, "_map_caches", {})
+        load._loaded.clear()
+        gpu.stream = gpu.capture = 0
+        gpu.driver.busy.clear()
+
+    return forget
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_interrupt_while_a_stream_gets_its_scratch_leaves_that_to_the_next_call(
+    gpu, make, few_slots
+):
+    case = step(4)
+
+    def begin():
+        few_slots()
+        return (make(),)
+
+    def act(bound) -> None:
+        bound(*case)
+
+    def end(bound) -> None:
+        for gpu.stream in (0, 0x70):
+            bound(*case)
+        first, second = (launch["counters"] for launch in gpu.launches[-2:])
+        assert first != second
+
+    every_interrupt(act, begin, end)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_interrupt_while_a_slot_changes_its_stream_leaves_both_streams_usable(
+    gpu, make, few_slots
+):
+    case = step(4)
+
+    def on(bound, stream: int) -> int:
+        gpu.stream = stream
+        gpu.foreign.add(stream)
+        bound(*case)
+        gpu.driver.busy.add(stream)
+        return gpu.last["counters"]
+
+    def begin():
+        few_slots()
+        bound = make()
+        for stream in (0x900, 0xA00):
+            on(bound, stream)
+        gpu.driver.busy.clear()
+        return (bound,)
+
+    def act(bound) -> None:
+        on(bound, 0xB00)
+
+    def end(bound) -> None:
+        # The stream that was to lose its slot comes first: it may not wait for another's call.
+        assert len({on(bound, stream) for stream in (0xA00, 0x900, 0xB00, 0xC00)}) == 4
+
+    every_interrupt(act, begin, end)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs(
+    gpu, make, few_slots
+):
+    """Graphs that share scratch give it back with the last of them, and not before."""
+    case = step(4)
+
+    def begin():
+        few_slots()
+        sharing = make(share_captured_scratch=True)
+        gpu.capture = 1
+        sharing(*case)
+        gpu.capture = 2
+        return sharing, make()
+
+    def act(sharing, alone) -> None:
+        sharing(*case)
+
+    def end(sharing, alone) -> None:
+        gpu.capture = 2
+        sharing(*case)
+        shared = gpu.last["counters"]
+        gpu.driver.destroy_graph(1)
+        status()
+        gpu.capture = 3
+        alone(*case)
+        assert gpu.last["counters"] != shared
+        for graph in (2, 3):
+            gpu.driver.destroy_graph(graph)
+        status()
+
+    every_interrupt(act, begin, end)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [workspace, memory, tensor_map])
+@pytest.mark.parametrize("where", ["stream", "capture"])
+def test_a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_there(
+    gpu, make, few_slots, module, where
+):
+    """It is served or refused, and never waits for the call that it interrupts. So does status."""
+    first, second = 0x70, 0x71
+    cases = {first: step(4), second: step(5)}
+
+    def on(bound, name: int) -> int:
+        before = getattr(gpu, where)
+        setattr(gpu, where, name)
+        try:
+            bound(*cases[name])
+        finally:
+            setattr(gpu, where, before)
+        return gpu.last["counters"]
+
+    def begin():
+        few_slots()
+        return make(), make()
+
+    def act(bound, other) -> None:
+        on(bound, first)
+
+    def handler(bound, other) -> None:
+        with contextlib.suppress(RouterError):
+            on(other, second)
+        status()
+
+    def end(bound, other) -> None:
+        assert on(bound, first) != on(other, second)
+
+    every_interrupt(act, begin, end, within=module, handler=handler)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [load, pytest.param(workspace, marks=pytest.mark.slow)])
+def test_a_signal_handler_that_binds_at_any_line_of_a_bind_is_served(gpu, make, few_slots, module):
+    case, bound = step(4), []
+
+    def begin():
+        few_slots()
+        bound.clear()
+        return ()
+
+    def act() -> None:
+        make()
+
+    def handler() -> None:
+        bound.append(make())
+
+    def end() -> None:
+        for each in (*bound, make()):
+            each(*case)
+
+    every_interrupt(act, begin, end, within=module, handler=handler)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from gpu_recorder import (
 )
 from watchdog import ends_within
 
-from dsv4_router_runtime import Router, binding, router, steps
+from dsv4_router_runtime import Router, binding, dense_router_dispatch, router, steps
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange
@@ -1337,6 +1337,24 @@ def test_a_call_within_a_call_of_the_same_thread_is_refused(gpu, make, monkeypat
     monkeypatch.setattr(LaunchSite, "launch", launch)
     bound(*case)
     assert len(gpu.launches) == 2
+
+
+def test_a_dispatch_within_a_dispatch_that_binds_is_refused(gpu, artifacts, monkeypatch):
+    monkeypatch.setattr(router, "open_artifacts", lambda: artifacts)
+    W, bias, case = torch.zeros(K, E, dtype=torch.bfloat16), torch.zeros(E), step(8)
+    bind, refused = router.Binding, []
+
+    def interrupted(*given, **more):
+        with pytest.raises(RouterError, match="within another call") as caught:
+            dense_router_dispatch(case[0], W, bias, 2.5, TOP_K, *case[1:])
+        refused.append(caught.value)
+        return bind(*given, **more)
+
+    monkeypatch.setattr(router, "Binding", interrupted)
+    with ends_within(20):
+        for _ in range(2):
+            dense_router_dispatch(case[0], W, bias, 2.5, TOP_K, *case[1:])
+    assert (len(refused), len(gpu.launches)) == (1, 2)
 
 
 def test_another_routers_product_within_a_product_is_refused(gpu, make, monkeypatch):

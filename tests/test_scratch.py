@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels import shapes
 from build_kernels.specs import KERNELS
-from dsv4_router_runtime import Router, check, reset, scratch, status, steps
+from dsv4_router_runtime import Router, binding, check, reset, scratch, status, steps
 from dsv4_router_runtime.artifacts.folder import ArtifactSet
 from dsv4_router_runtime.artifacts.kernel import Parameter, Scratch
 from dsv4_router_runtime.device import workspace
@@ -589,6 +589,30 @@ def test_a_graph_keeps_the_tensors_of_a_dropped_router(gpu, make, act, num_token
     acts[act]()
     gc.collect()
     assert storage.expired()
+
+
+def test_a_graph_keeps_the_tensors_of_each_layer_that_it_calls(gpu, make):
+    layers = [make(), make(132, emajor=True), make()]
+    storages = [StorageWeakRef(layer.W_gate.untyped_storage()) for layer in layers]
+    copy = w_copy_of(layers[1]).data_ptr()
+    gpu.capture = 7
+    for layer in layers:
+        layer(*FOUR)
+    gpu.capture = 0
+    del layers, layer
+    gc.collect()
+    assert not any(storage.expired() for storage in storages)
+    assert copy in gpu.driver.memory
+
+
+def test_a_copy_is_complete_when_a_bind_or_a_refresh_returns(gpu, make, monkeypatch):
+    """Another stream may read it from then on."""
+    waited = []
+    monkeypatch.setattr(binding, "wait_for_current_stream", waited.append)
+    bound = make(132, emajor=True)
+    assert len(waited) == 1
+    bound.refresh()
+    assert len(waited) == 2
 
 
 def test_a_copy_dropped_under_capture_is_freed_afterwards(gpu, make):

@@ -53,6 +53,14 @@ CPU = """
         scratch: a_thread_that_has_anothers_identifier_has_scratch_of_its_own
     interrupted-anywhere |  | RIGHT | Ctrl-C at every line of a call
         faults_runtime: an_interrupt_at_any_line_of_a_call_leaves_the_next_call_right
+        faults_runtime: an_interrupt_while_a_stream_gets_its_scratch_leaves_that_to_the_next_call
+        faults_runtime: an_interrupt_while_a_slot_changes_its_stream_leaves_both_streams_usable
+        faults_runtime: an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs
+    handler-anywhere |  | RIGHT | a signal handler that routes or binds, at every line
+        faults_runtime: a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_there
+        faults_runtime: a_signal_handler_that_binds_at_any_line_of_a_bind_is_served
+        router: a_dispatch_within_a_dispatch_that_binds_is_refused
+        router: a_call_within_a_call_of_the_same_thread_is_refused
     first-use-twice |  | RIGHT | first use by two threads, 1,000 seeds
         faults_runtime: first_use_by_two_threads
     forked | H11 | REFUSED | a call in a forked child

@@ -20,7 +20,7 @@ from .capture import refuse_under_capture
 from .launch import has_clusters
 
 _loaded: dict[tuple[str, str, int], LoadedKernel] = {}
-_load_lock = threading.Lock()
+_load_lock = threading.RLock()
 
 
 def load_once(artifacts: ArtifactSet, kernel: Kernel, device: int) -> LoadedKernel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -60,27 +59,24 @@ class DeviceMemory:
         self.index = index
         self.size = size
         weakref.finalize(self, _release, index, self.address, os.getpid()).atexit = False
-        with _live_lock:
-            _live.add(self)
+        _live[index, self.address] = size
 
 
-_live: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()
-# Another thread may not add memory while it is counted.
-_live_lock = threading.Lock()
+# The bytes at each address of a GPU. Without a lock: a signal handler may ask within an allocation.
+_live: dict[tuple[int, int], int] = {}
 _to_free: deque[tuple[int, int]] = deque()
 
 
 def allocated_bytes(index: int) -> int:
     """Return the bytes that this package holds on GPU `index`, beside torch's."""
-    with _live_lock:
-        live = list(_live)
-    return sum(memory.size for memory in live if memory.index == index)
+    return sum(size for (on, _), size in list(_live.items()) if on == index)
 
 
 def _release(index: int, address: int, process: int) -> None:
     """Free memory, now or later. Runs wherever Python drops the last reference: never raises."""
     if os.getpid() != process:
         return
+    _live.pop((index, address), None)
     _to_free.append((index, address))
     # After a sticky error the driver frees nothing, and the process has to end.
     with contextlib.suppress(RuntimeError):

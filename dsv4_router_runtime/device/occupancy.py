@@ -82,7 +82,7 @@ class Fallback:
 
 
 _fallbacks: dict[tuple[str, int], Fallback] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def note_fallback(loaded: LoadedKernel, reason: str, instead: str) -> None:

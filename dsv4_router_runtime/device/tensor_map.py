@@ -215,7 +215,7 @@ class MapCache:
     def __init__(self, recipe: TensorMapRecipe) -> None:
         self._recipe = recipe
         self.maps: dict[tuple[int, int, int, int], TensorMap] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def get(self, address: int, num_tokens: int, k: int, row_stride: int) -> TensorMap:
         """Return the map of hidden_states [num_tokens, k] at `address`, encoded at most once."""
@@ -226,6 +226,9 @@ class MapCache:
                 self._recipe, address=address, num_tokens=num_tokens, k=k, row_stride=row_stride
             )
             found = encode_tensor_map(arguments)
+            # A call by a signal handler, within a call that changes the cache: it keeps no map.
+            if self._lock._is_owned():  # type: ignore[attr-defined]
+                return found
             with self._lock:
                 while len(self.maps) >= MAX_CACHED_MAPS:
                     del self.maps[next(iter(self.maps))]

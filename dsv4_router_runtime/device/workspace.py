@@ -100,8 +100,9 @@ class Pool:
     def __init__(self, index: int) -> None:
         self.index = index
         self.chunks: list[DeviceMemory] = []
-        # Bytes in use from the start of each chunk, and pieces given back, by size.
-        self._used: list[int] = []
+        # Bytes in use from the start of each chunk, none if it is not there, and pieces given back,
+        # by size. An interrupt may leave a chunk without its entry here.
+        self._used: dict[DeviceMemory, int] = {}
         self._free: dict[int, list[int]] = {}
 
     def take(self, size: int) -> int:
@@ -110,22 +111,23 @@ class Pool:
             return 0
         if free := self._free.get(size):
             return free.pop()
-        for at, chunk in enumerate(self.chunks):
-            if self._used[at] + size <= chunk.size:
+        for chunk in self.chunks:
+            if size <= self._room(chunk):
                 break
         else:
-            at, chunk = len(self.chunks), DeviceMemory(self.index, max(size, CHUNK_BYTES))
+            chunk = DeviceMemory(self.index, max(size, CHUNK_BYTES))
             zero(self.index, (chunk.address, chunk.size))
             self.chunks.append(chunk)
-            self._used.append(0)
-        address = chunk.address + self._used[at]
-        self._used[at] += size
-        return address
+        start = self._used.get(chunk, 0)
+        self._used[chunk] = start + size
+        return chunk.address + start
+
+    def _room(self, chunk: DeviceMemory) -> int:
+        return chunk.size - self._used.get(chunk, 0)
 
     def has(self, size: int) -> bool:
         """Return whether `take` needs no new chunk."""
-        room = (chunk.size - used for chunk, used in zip(self.chunks, self._used, strict=True))
-        return bool(self._free.get(size)) or any(size <= left for left in room)
+        return bool(self._free.get(size)) or any(size <= self._room(at) for at in self.chunks)
 
     def give_back(self, address: int, size: int) -> None:
         if size:
@@ -211,7 +213,7 @@ class Workspace:
 
     def stream_slot(self, stream: int) -> Slot:
         """Return the slot of one of torch's streams; the stream's first call makes it."""
-        with self._lock:
+        with self._alone():
             slot = self.slots.get(stream)
             if slot is None:
                 slot = self.slots[stream] = self._new_slot()
@@ -221,7 +223,7 @@ class Workspace:
     def leased_slot(self, stream: int, identity: int) -> Iterator[Slot]:
         """Yield the slot of a foreign stream with its lock held; the launch is to come within."""
         while True:
-            with self._lock:
+            with self._alone():
                 slot = self.slots.get(~identity)
                 if slot is None:
                     slot = self.slots[~identity] = self._foreign_slot(stream)
@@ -258,10 +260,12 @@ class Workspace:
             return
         try:
             if int(cuda.cuEventQuery(slot.event)[0]) == 0:
+                # In this order: after an interrupt a slot that is found is not evicted, for which
+                # its stream would look again and again.
+                del self.slots[key]
                 slot.is_evicted = True
                 # Launch sites of the stream that is gone still hold the slot.
                 slot.logits = None
-                del self.slots[key]
                 cuda.cuEventDestroy(slot.event)
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
                 self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
@@ -276,7 +280,7 @@ class Workspace:
     def _take(self, zeroed: bool, size: int) -> int:
         pool = self.pools[zeroed]
         if not pool.has(size):
-            self.release_ended()
+            self._release_ended()
         return pool.take(size)
 
     def captured_slot(
@@ -295,12 +299,12 @@ class Workspace:
         if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        with self._lock:
+        with self._alone():
             capture = self.captures.get(identifier)
             if capture is None:
                 # Captures that take no scratch would pile up, and what they keep alive with them.
                 if len(self.captures) >= self._most_captures:
-                    self.release_ended()
+                    self._release_ended()
                     self._most_captures = max(KEPT_CAPTURES, 2 * len(self.captures))
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
@@ -325,19 +329,33 @@ class Workspace:
             piece = Piece(zeroed=zeroed, stream=stream, address=address, size=size)
             largest[key] = piece
         if piece not in capture.pieces:
-            capture.pieces.append(piece)
+            # In this order: an interrupt may keep a piece too long, and gives none back too early.
             piece.num_captures += 1
+            capture.pieces.append(piece)
         return piece.address
 
-    def release_ended(self) -> None:
-        """Take back the memory of graphs that are gone."""
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock; RouterError within it, where the same scratch would be given out twice."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise RouterError(INTERRUPTED_CALL)
         with self._lock:
-            ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
-            for key in ended:
-                for piece in self.captures.pop(key).pieces:
-                    piece.num_captures -= 1
-                    if piece.num_captures == 0:
-                        self._give_back(piece)
+            yield
+
+    def release_ended(self) -> None:
+        """Take back the memory of graphs that are gone, but not within a call that takes some."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return
+        with self._lock:
+            self._release_ended()
+
+    def _release_ended(self) -> None:
+        ended = [key for key, capture in self.captures.items() if capture.life.has_ended()]
+        for key in ended:
+            for piece in self.captures.pop(key).pieces:
+                piece.num_captures -= 1
+                if piece.num_captures == 0:
+                    self._give_back(piece)
 
     def _give_back(self, piece: Piece) -> None:
         key = piece.zeroed, piece.stream
@@ -365,17 +383,14 @@ def _event_on(stream: int) -> Any:
 
 
 _workspaces: dict[tuple[int, ScratchLayout], Workspace] = {}
-_workspaces_lock = threading.Lock()
+_workspaces_lock = threading.RLock()
 
 
 def workspace_for(index: int, kernels: Iterable[Kernel]) -> Workspace:
     """Return the workspace that all layers on GPU `index` with such kernels share."""
     layout = scratch_layout(kernels)
     with _workspaces_lock:
-        workspace = _workspaces.get((index, layout))
-        if workspace is None:
-            workspace = _workspaces[index, layout] = Workspace(index, layout)
-    return workspace
+        return _workspaces.setdefault((index, layout), Workspace(index, layout))
 
 
 def workspaces_on(index: int) -> list[Workspace]:

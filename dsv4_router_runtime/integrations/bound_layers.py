@@ -164,7 +164,7 @@ class BoundLayer:
 layers: dict[Hashable, BoundLayer] = {}
 # id(weight) -> its last layer without options or copies, which `route` tries first.
 plain_layers: dict[int, BoundLayer] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def refresh(weight: torch.Tensor) -> None:

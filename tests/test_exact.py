@@ -114,7 +114,7 @@ def of_bits(bits, dtype=BF16) -> torch.Tensor:
 FACTORS = st.one_of(bfloat16s(110, 140), bfloat16s(0, 254), bfloat16s(0, 3), st.just(0))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     factors=st.lists(st.tuples(FACTORS, FACTORS), min_size=16, max_size=16),
     accumulator=st.one_of(
@@ -133,7 +133,7 @@ def test_a_step_is_the_truncated_sum_that_the_contract_defines(factors, accumula
     assert words(after) == words(torch.tensor([expected]) + 0.0)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     factors=st.sampled_from([bfloat16s(100, 150), bfloat16s(0, 0)]).flatmap(
         lambda ordinary: st.lists(

@@ -576,6 +576,7 @@ def opcheck_cases(random, device="cpu"):
     yield functional, plain, {**options, **dtypes}
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("case", range(4))
 def test_opcheck_passes(random, case):
     operator, arguments, options = list(opcheck_cases(random))[case]

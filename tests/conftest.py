@@ -196,6 +196,7 @@ def compile_once(monkeypatch):
     import builds
 
     monkeypatch.setattr(builds.build, "_compile_all", builds.compile_once)
+    monkeypatch.setattr(builds.compilers, "toolchain_versions", builds.versions_once)
 
 
 @pytest.fixture

@@ -29,9 +29,10 @@ from builds import (
     make,
     mounted,
     topk_set,
+    versions_once,
 )
 
-from build_kernels.building import build, publish, staging
+from build_kernels.building import build, compilers, publish, staging
 from build_kernels.building import plan as plan_module
 from build_kernels.building.artifact_folder import PlaceError
 from build_kernels.building.build import BuildError, Built, run_build
@@ -45,7 +46,8 @@ CUBIN = f"{TOPK.name}.sm_90a.cubin"
 
 
 @pytest.fixture
-def artifacts(tmp_path: Path) -> Path:
+def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(compilers, "toolchain_versions", versions_once)
     return topk_set(tmp_path / "artifacts")
 
 

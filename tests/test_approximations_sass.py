@@ -44,7 +44,13 @@ LINE = re.compile(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s
 LARGEST = 0x7F7FFFFF
 
 
-@pytest.fixture(scope="module", params=[arch.name for arch in ARCHITECTURES])
+ARCHS = [arch.name for arch in ARCHITECTURES]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[ARCHS[0], *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS[1:])],
+)
 def sass(request, tmp_path_factory) -> dict[str, list[tuple[str, str]]]:
     """Opcodes and operands by PTX instruction, up to the exit: the slow paths come after it."""
     path = tmp_path_factory.mktemp("sass") / "rounded.cubin"

@@ -249,6 +249,7 @@ def test_an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs(
     every_interrupt(act, begin, end)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("module", [workspace, memory, tensor_map])
 @pytest.mark.parametrize("where", ["stream", "capture"])

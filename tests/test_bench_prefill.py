@@ -196,5 +196,21 @@ def test_the_readmes_table_is_of_the_n_that_it_names(both: Report) -> None:
         "| 1 | **4.00** (vLLM 6.00) | **3.00** (PyTorch 30.0) |",
         "| 64 | **6.00** (vLLM 10.00) | **5.00** (vLLM 8.00) |",
         "| 128 | **7.00** (vLLM 11.00) | **7.00** (vLLM 11.00) |",
+        "| 512 | **12.00** (vLLM 12.50) | **12.00** (vLLM 12.50) |",
+        "| 8192 | **80.0** (vLLM 81.0) | **80.0** (vLLM 81.0) |",
         "| read W_gate only | 3.20 | 2.50 |",
     ]
+
+
+def test_the_readmes_table_takes_an_n_from_the_first_report_that_has_it(
+    report: Report, both: Report
+) -> None:
+    """As of a run of few tokens and one of many."""
+    many = replace(
+        both,
+        method=replace(both.method, num_tokens=(64, 512)),
+        figures=tuple(replace(each, microseconds=50.0) for each in both.figures),
+        floors=(),
+    )
+    rows = [line.split(" | ")[1] for line in readme_table(report, many).splitlines()[2:]]
+    assert rows == ["**4.00** (vLLM 6.00)", "**6.00** (vLLM 10.00)", "**50.0** (vLLM 50.0)", "3.20"]

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PEERS = (ROOT / "build_kernels" / "bench" / "PEERS.md").read_text(encoding="utf-8")
 PRODUCTION = (ROOT / "dsv4_router_runtime" / "PRODUCTION.md").read_text(encoding="utf-8")
+# One run each.
+REPORTS = ("h200", "h200_prefill")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 MANIFEST = parse_manifest((ROOT / "artifacts" / "manifest.json").read_bytes())
@@ -168,12 +170,13 @@ def test_the_sizes_in_the_texts_are_the_builds():
 
 
 def test_the_readmes_table_is_the_stored_reports():
-    """To renew it, print `readme_table(read_report(Path(...)))`."""
+    """To renew it, print the `readme_table` of these reports."""
     pytest.importorskip("rich", reason="needs the extra `bench`")
     from build_kernels.bench.report import read_report
     from build_kernels.bench.table import readme_table
 
-    table = readme_table(read_report(ROOT / "build_kernels" / "bench" / "h200.json"))
+    folder = ROOT / "build_kernels" / "bench"
+    table = readme_table(*(read_report(folder / f"{name}.json") for name in REPORTS))
     assert f"\n\n{table}\n\n" in README
 
 

@@ -33,7 +33,7 @@ from .report import (
 )
 
 NOTHING = "-"
-README_NUM_TOKENS = (1, 6, 16, 32, 64, 65, 128, 256)
+README_NUM_TOKENS = (1, 8, 64, 128, 512, 2048, 8192, 32768)
 PEER_NAMES = {
     "vllm": "vLLM",
     "cuBLAS + dsv4_topk": "cuBLAS",
@@ -200,14 +200,18 @@ def print_model(console: Console, report: Report) -> None:
     _line(console, f"The model assumes: {'; '.join(ASSUMPTIONS)}.")
 
 
-def readme_table(report: Report) -> str:
-    """Return the README's table: ours at each N, in bold, beside the fastest peer; cold."""
-    shapes = [problem.name for problem in report.problems]
+def readme_table(*reports: Report) -> str:
+    """Return the README's table: ours at each N, in bold, beside the fastest peer; cold.
+
+    An N is the first report's that has it. The floor is the first report's.
+    """
+    of = {count: report for report in reversed(reports) for count in report.method.num_tokens}
+    shapes = [problem.name for problem in reports[0].problems]
     lines = [f"| N | {' | '.join(shape.replace('x', ' x ') for shape in shapes)} |"]
     lines.append(f"| -: |{' --- |' * len(shapes)}")
-    (ours,) = report.of_role(OURS)
-    for num_tokens in (count for count in README_NUM_TOKENS if count in report.method.num_tokens):
-        cells = [str(num_tokens)]
+    for num_tokens in (count for count in README_NUM_TOKENS if count in of):
+        report, cells = of[num_tokens], [str(num_tokens)]
+        (ours,) = report.of_role(OURS)
         for shape in shapes:
             time = report.microseconds(shape, COLD, num_tokens, ours)
             peer = ratio_at(report, shape, COLD, num_tokens).best_peer or NOTHING
@@ -215,7 +219,7 @@ def readme_table(report: Report) -> str:
             known = PEER_NAMES.get(peer, peer)
             cells.append(f"**{microseconds(time)}** ({known} {microseconds(best)})")
         lines.append(f"| {' | '.join(cells)} |")
-    reads = [microseconds(report.floor(shape, COLD, READ)) for shape in shapes]
+    reads = [microseconds(reports[0].floor(shape, COLD, READ)) for shape in shapes]
     return "\n".join([*lines, f"| read W_gate only | {' | '.join(reads)} |"])
 
 

@@ -98,6 +98,7 @@ def test_every_approximate_instruction_has_a_band(artifacts, name):
     assert found <= BANDS.keys()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("argument", "seed"), sorted(ROOT_EXCEPTIONS))
 def test_two_roots_of_a_kernel_depend_on_the_seed(artifacts, argument, seed):
     """Logits 4^4 times the arguments of `ROOT_EXCEPTIONS`: exp(-x) is 0, and z is the logit."""

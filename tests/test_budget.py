@@ -289,6 +289,7 @@ def test_bad_places_exit_2(place, tmp_path: Path) -> None:
     assert "altered or truncated" in " ".join(call(*place).stderr.split())
 
 
+@pytest.mark.slow
 def test_the_start_of_the_runtime_is_measured_in_new_processes(tmp_path: Path) -> None:
     folder = topk_set(tmp_path / "artifacts")
     numbers = measure.start_numbers(folder)

@@ -364,6 +364,7 @@ class TestRefusals:
         assert isinstance(result, str), "the kernel was accepted"
         return result
 
+    @pytest.mark.slow
     def test_the_unchanged_spec_is_accepted(self, tmp_path: Path) -> None:
         assert isinstance(build.build_one(self.task(), tmp_path / "dump"), build.Built)
 
@@ -383,6 +384,7 @@ class TestRefusals:
         assert isinstance(build.build_one(self.task(), folder), build.Built)
         assert os.getcwd() == before
 
+    @pytest.mark.slow
     def test_local_memory(self, tmp_path: Path) -> None:
         source = tmp_path / "local.cu"
         source.write_text(LOCAL_ARRAY)
@@ -616,6 +618,7 @@ class TestAFamilysTarget:
             task.arch.endswith("f") for task in make_plan(made, [TOPK.name], ARCHS).stale
         )
 
+    @pytest.mark.slow
     def test_joins_a_set_and_stays_in_it(self, artifacts: Path) -> None:
         assert make(artifacts, archs=("sm_100f",)).built == ("router_topk.sm_100f",)
         listed = {kernel.arch for kernel in open_artifacts(artifacts).manifest.kernels}

@@ -232,6 +232,7 @@ def test_list_shows_the_chosen_kernels_and_architectures(artifacts: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_a_familys_target_is_listed_if_it_is_asked_for_or_built(tmp_path: Path) -> None:
     family = topk_set(tmp_path / "family", ["sm_90a", "sm_100f"])
     assert _states(family) == {

@@ -271,6 +271,7 @@ def planted(tracked: tuple[Json, Json], tmp_path: Path, edit: Edit) -> tuple[Pat
     return before, write_set(tmp_path / "after", manifest, evidence)
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_change_is_named_and_classed(
     name: str, tracked: tuple[Json, Json], tmp_path: Path
@@ -528,6 +529,7 @@ def test_with_cubins_at_hand_the_sass_is_compared(
     assert not report["notes"] or "not compared" not in report["notes"][-1]
 
 
+@pytest.mark.slow
 def test_every_opcode_is_counted_on_demand(built: tuple[Path, Path]) -> None:
     """The manifest counts those that matter; an IMAD more is in the cubin alone."""
     pytest.importorskip("elftools", reason="needs the builder")

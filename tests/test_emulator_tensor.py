@@ -303,6 +303,7 @@ def test_tcgen05_layouts(m, a_mn, b_mn, swizzle):
     np.testing.assert_array_equal(result.memory["out"], expected)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("swizzle", SPAN)
 @pytest.mark.parametrize(("a_mn", "b_mn"), MAJORS)
 def test_wgmma_layouts(a_mn, b_mn, swizzle):
@@ -314,6 +315,7 @@ def test_wgmma_layouts(a_mn, b_mn, swizzle):
     np.testing.assert_array_equal(result.memory["out"], expected)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize(("make", "arch"), [(tcgen05_gemm, "sm_100a"), (wgmma_gemm, "sm_90a")])
@@ -406,6 +408,7 @@ WGMMA_MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", WGMMA_MUTANTS)
 def test_wgmma_mutants_are_found(name):
     changes, expected = WGMMA_MUTANTS[name]
@@ -686,6 +689,7 @@ FREED:
 """
 
 
+@pytest.mark.slow
 def test_a_multiplication_by_a_pair_of_ctas():
     """M = 256, N = 64: each CTA holds half of A's rows, half of B's, and half of D's."""
     rng = np.random.default_rng(8)

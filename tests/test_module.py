@@ -358,6 +358,7 @@ def run_the_pages_examples(device):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_pages_examples_run(device):
     torch._dynamo.reset()

@@ -1290,6 +1290,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_launches_at_every_call(gpu, make, compiled):
     model = compiled(Step(make()))
     for calls, num_tokens in enumerate((4, 4, 5, 40, 100, 2000, 4), start=1):

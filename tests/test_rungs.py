@@ -504,6 +504,7 @@ def test_the_emulated_rung_passes_topk_and_names_what_is_wrong(topk: Artifact) -
     assert "a weight is off" in wrong.reason
 
 
+@pytest.mark.slow
 def test_the_emulated_rung_tells_the_outputs_strides_apart(topk: Artifact) -> None:
     pytest.importorskip("torch")
     one, other = (_named(topk, f"{name}_stride") for name in ("out_weights", "out_ids"))

@@ -54,6 +54,7 @@ def test_it_is_valid(kernels: int) -> None:
     assert problem(sbom_text(PROJECT, manifest, TEXT)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMA_ERRORS)
 def test_the_schema_finds_an_error(name: str) -> None:
     old, new = SCHEMA_ERRORS[name]

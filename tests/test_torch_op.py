@@ -416,6 +416,7 @@ def test_a_parameter_takes_its_layers_along(random, hashed):
     assert not bound_layers.plain_layers
 
 
+@pytest.mark.slow
 def test_views_made_for_a_call_find_the_layer_and_are_kept_up_to_a_number(random, monkeypatch):
     parameter, e_bias = layer(random)
     x = rows(random)

@@ -25,9 +25,8 @@ capture; and do not run two instances of one captured graph at once: they would 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +138,7 @@ class Slot:
     """Scratch for the launches of one stream: the address of each scratch parameter.
 
     `lock` is held from writing `logits` to launching their reader, so that two threads on one
-    stream do not come between; see `routing`.
+    stream do not come between. It lets its own thread in again: `is_routing` refuses that.
     """
 
     addresses: dict[str, int]
@@ -151,20 +150,17 @@ class Slot:
     # Complete once the last launch is; None for a slot that its stream keeps.
     event: Any = None
     is_evicted: bool = False
+    # Whether a launch may have begun that `event` does not tell.
+    is_leased: bool = False
     is_routing: bool = False
 
-    @contextlib.contextmanager
-    def routing(self) -> Iterator[None]:
-        """Hold `lock` from writing `logits` to launching their reader; RouterError within it."""
-        with self.lock:
-            # The lock lets its own thread in again, which would overwrite the logits.
-            if self.is_routing:
-                raise RouterError(INTERRUPTED_CALL)
-            try:
-                self.is_routing = True
-                yield
-            finally:
-                self.is_routing = False
+    def end_lease(self, stream: int) -> None:
+        """Let another stream take over the slot once what `stream` has now is complete."""
+        if self.event is not None:
+            recorded = driver.bindings().cuEventRecord(self.event, stream)
+            driver.checked("recording the end of a launch", recorded)
+        # Not if it was not recorded: the slot then waits for the next call on its stream.
+        self.is_leased = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -213,32 +209,24 @@ class Workspace:
 
     def stream_slot(self, stream: int) -> Slot:
         """Return the slot of one of torch's streams; the stream's first call makes it."""
-        with self._alone():
+        self._refuse_within()
+        with self._lock:
             slot = self.slots.get(stream)
             if slot is None:
                 slot = self.slots[stream] = self._new_slot()
         return slot
 
-    @contextlib.contextmanager
-    def leased_slot(self, stream: int, identity: int) -> Iterator[Slot]:
-        """Yield the slot of a foreign stream with its lock held; the launch is to come within."""
-        while True:
-            with self._alone():
-                slot = self.slots.get(~identity)
-                if slot is None:
-                    slot = self.slots[~identity] = self._foreign_slot(stream)
-            with slot.lock:
-                # Taken over by another stream before it was locked?
-                if slot.is_evicted:
-                    continue
-                try:
-                    yield slot
-                finally:
-                    # After an interrupt too: a launch may be under way.
-                    if slot.event is not None:
-                        recorded = driver.bindings().cuEventRecord(slot.event, stream)
-                        driver.checked("recording the end of a launch", recorded)
-                return
+    def foreign_slot(self, stream: int, identity: int) -> Slot:
+        """Return the slot of a foreign stream, which may lose it until the slot is locked.
+
+        Launch with its lock held and `is_leased` set, unless it is evicted, and end the lease.
+        """
+        self._refuse_within()
+        with self._lock:
+            slot = self.slots.get(~identity)
+            if slot is None:
+                slot = self.slots[~identity] = self._foreign_slot(stream)
+        return slot
 
     def _foreign_slot(self, stream: int) -> Slot:
         foreign = [key for key in self.slots if key < 0]
@@ -256,9 +244,12 @@ class Workspace:
     def _evict_if_done(self, cuda: Any, key: int) -> None:
         """Give a slot back if its last launch has ended, whether or not its stream is alive."""
         slot = self.slots[key]
-        if slot.event is None or not slot.lock.acquire(blocking=False):
+        # This thread's own, within whose call a signal handler makes another?
+        if slot.event is None or slot.lock._is_owned():  # type: ignore[attr-defined]
             return
         try:
+            if not slot.lock.acquire(blocking=False) or slot.is_leased:
+                return
             if int(cuda.cuEventQuery(slot.event)[0]) == 0:
                 # In this order: after an interrupt a slot that is found is not evicted, for which
                 # its stream would look again and again.
@@ -270,7 +261,9 @@ class Workspace:
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
                 self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
         finally:
-            slot.lock.release()
+            # An interrupt may come right after `acquire`.
+            if slot.lock._is_owned():  # type: ignore[attr-defined]
+                slot.lock.release()
 
     def _new_slot(self) -> Slot:
         zeroed = self._take(True, self.layout.zeroed_bytes)
@@ -299,7 +292,8 @@ class Workspace:
         if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        with self._alone():
+        self._refuse_within()
+        with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
                 # Captures that take no scratch would pile up, and what they keep alive with them.
@@ -334,13 +328,10 @@ class Workspace:
             capture.pieces.append(piece)
         return piece.address
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock; RouterError within it, where the same scratch would be given out twice."""
+    def _refuse_within(self) -> None:
+        """Raise RouterError within the lock, where the same scratch would be given out twice."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise RouterError(INTERRUPTED_CALL)
-        with self._lock:
-            yield
 
     def release_ended(self) -> None:
         """Take back the memory of graphs that are gone, but not within a call that takes some."""

@@ -280,8 +280,8 @@ class LayerSteps(ABC):
         if site is None or site.slot is not slot:
             if len(self._sites) >= MAX_SITES:
                 # A copy: another thread may add its site meanwhile.
-                sites = list(self._sites.items())
-                kept = {at: each for at, each in sites if not each.slot.is_evicted}
+                sites = self._sites.copy()
+                kept = {at: each for at, each in sites.items() if not each.slot.is_evicted}
                 self._sites = kept
             step, room = self._step_with_room(index, stream)
             site = self._sites[index, key, pdl] = self._make_site(step, room, stream, pdl, slot)

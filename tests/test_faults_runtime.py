@@ -482,3 +482,46 @@ def test_first_use_by_two_threads(gpu, make):
             assert used[0] == used[1]
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_memory_is_counted_while_garbage_with_memory_is_collected(gpu):
+    """A collection may begin at any allocation, also within the count."""
+    kept = [memory.DeviceMemory(0, 256) for _ in range(8)]
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        # Collected in the middle of the count, whichever allocation of it that is.
+        for most in range(2, 40):
+            ring: list = [memory.DeviceMemory(0, 256)]
+            ring.append(ring)
+            del ring
+            gc.set_threshold(gc.get_count()[0] + most)
+            gc.enable()
+            held = memory.allocated_bytes(0)
+            gc.disable()
+            assert held in (8 * 256, 9 * 256), most
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    assert memory.allocated_bytes(0) == len(kept) * 256
+
+
+def test_workspaces_are_listed_while_a_signal_handler_makes_one(gpu):
+    def layout(size: int) -> workspace.ScratchLayout:
+        return workspace.ScratchLayout(zeroed=(), plain=(), zeroed_bytes=size, plain_bytes=0)
+
+    def new(size: int) -> None:
+        spaces = workspace._workspaces
+        spaces.setdefault((0, layout(size)), workspace.Workspace(0, layout(size)))
+
+    for line in range(1, 12):
+        workspace._workspaces.clear()
+        for size in range(4):
+            new(size)
+        call_interrupted_at(
+            line,
+            lambda: workspace.workspaces_on(0),
+            within=workspace.__file__,
+            handler=lambda: new(99),
+        )

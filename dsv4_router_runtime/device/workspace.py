@@ -387,7 +387,8 @@ def workspace_for(index: int, kernels: Iterable[Kernel]) -> Workspace:
 def workspaces_on(index: int) -> list[Workspace]:
     """Return the workspaces of GPU `index`, one for each set of kernels."""
     with _workspaces_lock:
-        return [each for each in _workspaces.values() if each.index == index]
+        # A copy: a signal handler may bind within this loop.
+        return [each for each in list(_workspaces.values()) if each.index == index]
 
 
 def idle_workspaces(index: int) -> list[Workspace]:

@@ -525,3 +525,17 @@ def test_workspaces_are_listed_while_a_signal_handler_makes_one(gpu):
             within=workspace.__file__,
             handler=lambda: new(99),
         )
+
+
+def test_the_null_stream_has_one_id_and_its_events_if_the_bindings_have_another(
+    gpu, make, few_slots, monkeypatch
+):
+    """In a green context, say, whose null stream is leased its slot as a foreign one is."""
+    monkeypatch.setenv("CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM", "1")
+    few_slots()
+    bound = make()
+    gpu.foreign |= {0, 0x900}
+    for gpu.stream in (0x900, 0):
+        bound(*step(4))
+    assert set(gpu.driver.ids) == {0x900, 1}
+    assert list(gpu.driver.events.values()) == [1]

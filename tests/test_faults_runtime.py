@@ -16,10 +16,11 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_manifest
+from gpu_recorder import workspace_of
 from watchdog import ends_within
 
 import dsv4_router_runtime
-from dsv4_router_runtime import Router, status, steps
+from dsv4_router_runtime import Router, binding, router, status, steps
 from dsv4_router_runtime.device import load, memory, tensor_map, workspace
 from dsv4_router_runtime.errors import DriverError, RouterError
 
@@ -539,3 +540,40 @@ def test_the_null_stream_has_one_id_and_its_events_if_the_bindings_have_another(
         bound(*step(4))
     assert set(gpu.driver.ids) == {0x900, 1}
     assert list(gpu.driver.events.values()) == [1]
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [binding, router])
+def test_an_interrupt_of_a_reset_lets_no_graph_lose_the_layers_tensors(gpu, make, module):
+    """A call after it is refused, or its graph keeps what it reads."""
+    case = step(4)
+
+    def begin():
+        gpu.capture = 0
+        bound = make()
+        bound(*case)
+        return (bound,)
+
+    def end(bound) -> None:
+        gpu.capture = 1
+        bound(*case)
+        (capture,) = workspace_of(bound).captures.values()
+        kept = {tensor.data_ptr() for tensor in capture.pins.values()}
+        assert {bound.W_gate.data_ptr(), bound.e_bias.data_ptr()} <= kept
+        gpu.driver.destroy_graph(1)
+        status()
+
+    every_interrupt(lambda bound: bound.reset(), begin, end, within=module)
+
+
+def test_per_thread_streams_of_one_capture_share_no_scratch(gpu, make):
+    """Each thread's own stream has the same handle, and both may join one capture."""
+    bound = make()
+    gpu.stream, gpu.capture = 2, 1
+    bound(*step(4))
+    thread = threading.Thread(target=lambda: bound(*step(4)))
+    thread.start()
+    thread.join()
+    bound(*step(4))
+    here, there, again = (item["counters"] for item in gpu.launches)
+    assert here == again != there

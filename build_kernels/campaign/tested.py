@@ -57,6 +57,7 @@ CPU = """
         faults_runtime: an_interrupt_while_a_slot_changes_its_stream_leaves_both_streams_usable
         faults_runtime: an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs
         faults_runtime: an_interrupt_that_is_being_handled_holds_no_lock
+        faults_runtime: an_interrupt_of_a_reset_lets_no_graph_lose_the_layers_tensors
         faults_runtime: a_launch_whose_end_is_not_recorded_keeps_its_scratch
     handler-anywhere |  | RIGHT | a signal handler that routes or binds, at every line
         faults_runtime: a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_there

@@ -43,6 +43,8 @@ ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
 CHUNK_BYTES = 2 * 2**20
 KEPT_FOREIGN_SLOTS = 32
+# CU_STREAM_PER_THREAD, another stream in each thread.
+PER_THREAD_STREAM = 2
 # So many captures are kept before it is asked which graphs are gone; then twice those alive.
 KEPT_CAPTURES = 64
 
@@ -169,8 +171,8 @@ class Piece:
     """Memory of a pool for launches that captures recorded on one stream, until they are gone."""
 
     zeroed: bool
-    # A handle will do: a stream outlives its capture, and captures that share never run at once.
-    # Under capture the driver gives no ids.
+    # A handle, or ~ the thread's identifier for its own stream, will do: a stream outlives its
+    # capture, and captures that share never run at once. Under capture the driver gives no ids.
     stream: int
     address: int
     size: int
@@ -304,6 +306,9 @@ class Workspace:
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
             largest = self._largest_shared if shared else capture.largest
+            if stream == PER_THREAD_STREAM:
+                # Two threads' streams may join one capture.
+                stream = ~threading.get_ident()
             zeroed = self._captured_piece(capture, largest, (True, stream), layout.zeroed_bytes)
             plain = self._captured_piece(capture, largest, (False, stream), layout.plain_bytes)
         return _slot(layout, zeroed, plain)

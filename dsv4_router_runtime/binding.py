@@ -75,6 +75,7 @@ class Binding(LayerSteps):
         if torch.cuda.device_count() > 1:
             self._current_device = torch.cuda.current_device
         self.bind(W_gate, e_bias, options)
+        self.pin()
 
     def bind(
         self, W_gate: torch.Tensor, e_bias: torch.Tensor | None, options: LayerOptions
@@ -89,7 +90,6 @@ class Binding(LayerSteps):
         W_bound = W_gate if self.w_copy is None else self.w_copy
         values = _layer_values(W_bound, e_bias, self.layer, options, self.table_copy)
         self.write_layer(values, W_bound.data_ptr(), W_bound.stride())
-        self.pin()
 
     def copy(self, W_gate: torch.Tensor, options: LayerOptions) -> None:
         """Take the private copies, into the memory of those before; complete on return."""

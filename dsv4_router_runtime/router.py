@@ -179,13 +179,14 @@ class Router:
         table = [] if self.tid2eid is None else [self.tid2eid]
         # A view (weight.t()) stays with the old memory if `.data` of its base is set.
         bases, base_of_table = _bases(bound), _bases(table)
+        # Aliases: `.data` takes the memory from the caller's tensor, not from these. First of all:
+        # a call that is not refused after an interrupt has its tensors kept by its graph.
+        self._binding.pin(*(tensor.detach() for tensor in bound))
         self._bases_at = tuple((base, base.data_ptr()) for base in (*bases, *base_of_table))
         # Bound methods: every call runs each of them, for 0.05 us.
         self._bound_at = _where(*bound, *bases)
         # A call reads the copy; only `refresh` compares these.
         self._table_at = _where(*table, *base_of_table)
-        # Aliases: `.data` takes the memory from the caller's tensor, not from these.
-        self._binding.pin(*(tensor.detach() for tensor in bound))
         self._note_version()
 
     def _note_version(self) -> None:

@@ -199,8 +199,8 @@ class LayerSteps(ABC):
                 elif stream or driver.is_primary_current(self._index):
                     site = self._sites.get((index, stream, pdl))
                 if site is None:
-                    with self._leased_site(index, stream, pdl) as site:
-                        self._launch(site, call, options, hidden_states, W_gate, out_logits)
+                    given = call, options, hidden_states, W_gate, out_logits
+                    self._launch_on_new(index, stream, pdl, given)
                 elif site.reads_logits:
                     # The driver refuses our own launch in another context, but nothing refuses
                     # torch's.
@@ -227,30 +227,51 @@ class LayerSteps(ABC):
         W_gate: Any,
         out_logits: Any,
     ) -> None:
-        # The locks in this order everywhere; a slot's is shared by every layer on the stream.
-        with site.slot.routing(), self._lock:
-            if site.reads_logits:
-                at, stride_at = site.logits_cells
-                at.value, stride_at.value = self._logits(
-                    site.slot, call, options, hidden_states, W_gate, out_logits
-                )
-            site.write_call(call, options)
-            site.launch()
+        slot = site.slot
+        # The locks in this order everywhere; a slot's is shared by every layer on the stream. No
+        # context manager of Python's holds one: the traceback of an interrupt would hold it too.
+        with slot.lock:
+            if slot.is_routing:
+                raise RouterError(INTERRUPTED_CALL)
+            try:
+                slot.is_routing = True
+                with self._lock:
+                    if site.reads_logits:
+                        at, stride_at = site.logits_cells
+                        at.value, stride_at.value = self._logits(
+                            slot, call, options, hidden_states, W_gate, out_logits
+                        )
+                    site.write_call(call, options)
+                    site.launch()
+            finally:
+                slot.is_routing = False
 
-    @contextlib.contextmanager
-    def _leased_site(self, index: int, stream: int, pdl: bool) -> Iterator[LayerLaunchSite]:
-        """Yield a step's launch site on a foreign stream, or on a stream that has none yet.
+    def _launch_on_new(self, index: int, stream: int, pdl: bool, given: tuple[Any, ...]) -> None:
+        """Launch `given` of a step on a foreign stream, or on a stream that has no site yet.
 
         A foreign stream is not found by its handle, which may have had another owner. So is the
         null stream of a green context, whose handle every context has.
         """
         driver.refuse_foreign_context(self._index)
         identity = stream_id(self._index, stream)
-        if ~identity in self._workspace.slots or not self._streams.is_lasting(self._index, stream):
-            with self._workspace.leased_slot(stream, identity) as slot:
-                yield self._site(index, ~identity, stream, pdl, slot)
-        else:
-            yield self._site(index, stream, stream, pdl, self._workspace.stream_slot(stream))
+        space = self._workspace
+        if ~identity not in space.slots and self._streams.is_lasting(self._index, stream):
+            site = self._site(index, stream, stream, pdl, space.stream_slot(stream))
+            self._launch(site, *given)
+            return
+        while True:
+            slot = space.foreign_slot(stream, identity)
+            with slot.lock:
+                # Taken over by another stream before it was locked?
+                if slot.is_evicted:
+                    continue
+                try:
+                    slot.is_leased = True
+                    self._launch(self._site(index, ~identity, stream, pdl, slot), *given)
+                finally:
+                    # After an interrupt too: a launch may be under way.
+                    slot.end_lease(stream)
+                return
 
     def _site(self, index: int, key: int, stream: int, pdl: bool, slot: Slot) -> LayerLaunchSite:
         """Return a step's launch site on a stream and its slot, made once for each slot."""
@@ -259,8 +280,8 @@ class LayerSteps(ABC):
         if site is None or site.slot is not slot:
             if len(self._sites) >= MAX_SITES:
                 # A copy: another thread may add its site meanwhile.
-                sites = list(self._sites.items())
-                kept = {at: each for at, each in sites if not each.slot.is_evicted}
+                sites = self._sites.copy()
+                kept = {at: each for at, each in sites.items() if not each.slot.is_evicted}
                 self._sites = kept
             step, room = self._step_with_room(index, stream)
             site = self._sites[index, key, pdl] = self._make_site(step, room, stream, pdl, slot)

@@ -16,12 +16,13 @@ pytest.importorskip("torch", reason="torch is the caller's and is not installed 
 
 import torch
 from conftest import sample_manifest
+from gpu_recorder import workspace_of
 from watchdog import ends_within
 
 import dsv4_router_runtime
-from dsv4_router_runtime import Router, status
+from dsv4_router_runtime import Router, binding, router, status, steps
 from dsv4_router_runtime.device import load, memory, tensor_map, workspace
-from dsv4_router_runtime.errors import RouterError
+from dsv4_router_runtime.errors import DriverError, RouterError
 
 K, E, TOP_K = 512, 80, 6
 PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
@@ -46,8 +47,19 @@ def step(num_tokens: int):
     )
 
 
+class Held(KeyboardInterrupt):
+    """An interrupt whose traceback a test keeps."""
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def entered_by(frame, within: str) -> bool:
+    """Return whether a frame is the beginning of a context manager that a file made."""
+    if frame.f_code is not contextlib._GeneratorContextManager.__enter__.__code__:
+        return False
+    return frame.f_locals["self"].gen.gi_code.co_filename.startswith(within)
 
 
 def call_interrupted_at(line: int, call, *, within=PACKAGE, left_out=(), handler=interrupt) -> bool:
@@ -61,11 +73,15 @@ def call_interrupted_at(line: int, call, *, within=PACKAGE, left_out=(), handler
 
     def trace(frame, event, argument):
         nonlocal seen
-        if not frame.f_code.co_filename.startswith(within):
+        file = frame.f_code.co_filename
+        if not (file.startswith(within) or entered_by(frame, within)):
             return None
         place = (frame, frame.f_lineno)
         text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if event == "line" and place not in entered and not text.startswith(left_out):
+        # A context manager of Python's may be interrupted when its block is about to begin.
+        if event == ("line" if file.startswith(within) else "return") and not (
+            place in entered or text.startswith(left_out)
+        ):
             seen += 1
             if seen == line:
                 handler()
@@ -129,7 +145,7 @@ def every_interrupt(act, begin, end, *, within=workspace, handler=None) -> None:
     line = 1
     interrupted = True
     # After `try:`, and at the end of what it covers, CPython handles no signal.
-    unreachable = ("try:", "self.is_routing = False", "slot.lock.release()")
+    unreachable = ("try:", "slot.is_routing = False", "slot.lock.release()")
     while interrupted:
         with ends_within(20):
             given = begin()
@@ -288,6 +304,128 @@ def test_a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_th
 
 
 @pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [workspace, steps])
+def test_a_signal_handler_that_routes_on_a_new_stream_gets_no_scratch_in_use(
+    gpu, make, few_slots, module
+):
+    """A foreign stream's slot is idle between two calls, and not within one."""
+    case = step(4)
+
+    def on(bound, stream: int) -> int:
+        before, gpu.stream = gpu.stream, stream
+        gpu.foreign.add(stream)
+        try:
+            bound(*case)
+        finally:
+            gpu.stream = before
+        # The last launch may be the handler's.
+        launch = next(each for each in reversed(gpu.launches) if each["stream"] == stream)
+        return launch["counters"]
+
+    def begin():
+        few_slots()
+        bound, other, found = make(), make(), []
+        for stream in (0x900, 0xA00):
+            on(bound, stream)
+        gpu.launches.clear()
+        return bound, other, found
+
+    def act(bound, other, found) -> None:
+        found.append(on(bound, 0xA00))
+
+    def handler(bound, other, found) -> None:
+        gpu.driver.busy |= {each["stream"] for each in gpu.launches}
+        with contextlib.suppress(RouterError):
+            found.append(on(other, 0xB00))
+            gpu.driver.busy.add(0xB00)
+
+    def end(bound, other, found) -> None:
+        assert len(found) == len(set(found))
+
+    every_interrupt(act, begin, end, within=module, handler=handler)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("stops", ["an interrupt", "the driver"])
+def test_a_launch_whose_end_is_not_recorded_keeps_its_scratch(
+    gpu, make, few_slots, monkeypatch, stops
+):
+    case = step(4)
+    few_slots()
+    bound = make()
+
+    def on(stream: int) -> int:
+        gpu.stream = stream
+        gpu.foreign.add(stream)
+        bound(*case)
+        return gpu.last["counters"]
+
+    def record(event, stream):
+        if stops == "an interrupt":
+            raise KeyboardInterrupt
+        return (1,)
+
+    on(0x900)
+    mine = on(0xA00)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.driver, "cuEventRecord", record)
+        with pytest.raises((KeyboardInterrupt, DriverError)):
+            on(0xA00)
+    # 0xA00 still runs, which its event does not say.
+    assert on(0xB00) != mine
+    assert on(0xA00) == mine
+    # Recorded again: once it is done, another stream may have its slot.
+    gpu.driver.busy.add(0xB00)
+    assert on(0xC00) == mine
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("where", ["torch's stream", "a foreign stream", "a new stream"])
+@pytest.mark.parametrize("num_tokens", [4, 400], ids=["one launch", "a product"])
+def test_an_interrupt_that_is_being_handled_holds_no_lock(gpu, make, few_slots, where, num_tokens):
+    """Its traceback keeps every frame, and a server may wait for its threads meanwhile."""
+    case, held = step(num_tokens), []
+
+    def on(bound, stream: int) -> None:
+        gpu.stream = stream
+        bound(*case)
+
+    def begin():
+        few_slots()
+        bound, stream = make(bias_vl=torch.zeros(E)), 0x70
+        if where != "torch's stream":
+            stream = 0xB00
+            gpu.foreign |= {0x900, 0xA00, 0xB00}
+            for each in (0x900, 0xA00):
+                on(bound, each)
+        if where == "a foreign stream":
+            on(bound, stream)
+        return bound, stream
+
+    def handler(bound, stream) -> None:
+        raise Held
+
+    def act(bound, stream) -> None:
+        held.clear()
+        try:
+            on(bound, stream)
+        except Held as interrupted:
+            held.append(interrupted)
+            raise KeyboardInterrupt from None
+
+    def end(bound, stream) -> None:
+        # In another thread first, which would wait for the lock; in this one it would be refused.
+        worker = threading.Thread(target=on, args=(bound, stream), daemon=True)
+        worker.start()
+        worker.join(10)
+        assert not worker.is_alive()
+        on(bound, stream)
+
+    every_interrupt(act, begin, end, within=workspace, handler=handler)
+    every_interrupt(act, begin, end, within=steps, handler=handler)
+
+
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("module", [load, pytest.param(workspace, marks=pytest.mark.slow)])
 def test_a_signal_handler_that_binds_at_any_line_of_a_bind_is_served(gpu, make, few_slots, module):
     case, bound = step(4), []
@@ -345,3 +483,97 @@ def test_first_use_by_two_threads(gpu, make):
             assert used[0] == used[1]
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_memory_is_counted_while_garbage_with_memory_is_collected(gpu):
+    """A collection may begin at any allocation, also within the count."""
+    kept = [memory.DeviceMemory(0, 256) for _ in range(8)]
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        # Collected in the middle of the count, whichever allocation of it that is.
+        for most in range(2, 40):
+            ring: list = [memory.DeviceMemory(0, 256)]
+            ring.append(ring)
+            del ring
+            gc.set_threshold(gc.get_count()[0] + most)
+            gc.enable()
+            held = memory.allocated_bytes(0)
+            gc.disable()
+            assert held in (8 * 256, 9 * 256), most
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    assert memory.allocated_bytes(0) == len(kept) * 256
+
+
+def test_workspaces_are_listed_while_a_signal_handler_makes_one(gpu):
+    def layout(size: int) -> workspace.ScratchLayout:
+        return workspace.ScratchLayout(zeroed=(), plain=(), zeroed_bytes=size, plain_bytes=0)
+
+    def new(size: int) -> None:
+        spaces = workspace._workspaces
+        spaces.setdefault((0, layout(size)), workspace.Workspace(0, layout(size)))
+
+    for line in range(1, 12):
+        workspace._workspaces.clear()
+        for size in range(4):
+            new(size)
+        call_interrupted_at(
+            line,
+            lambda: workspace.workspaces_on(0),
+            within=workspace.__file__,
+            handler=lambda: new(99),
+        )
+
+
+def test_the_null_stream_has_one_id_and_its_events_if_the_bindings_have_another(
+    gpu, make, few_slots, monkeypatch
+):
+    """In a green context, say, whose null stream is leased its slot as a foreign one is."""
+    monkeypatch.setenv("CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM", "1")
+    few_slots()
+    bound = make()
+    gpu.foreign |= {0, 0x900}
+    for gpu.stream in (0x900, 0):
+        bound(*step(4))
+    assert set(gpu.driver.ids) == {0x900, 1}
+    assert list(gpu.driver.events.values()) == [1]
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("module", [binding, router])
+def test_an_interrupt_of_a_reset_lets_no_graph_lose_the_layers_tensors(gpu, make, module):
+    """A call after it is refused, or its graph keeps what it reads."""
+    case = step(4)
+
+    def begin():
+        gpu.capture = 0
+        bound = make()
+        bound(*case)
+        return (bound,)
+
+    def end(bound) -> None:
+        gpu.capture = 1
+        bound(*case)
+        (capture,) = workspace_of(bound).captures.values()
+        kept = {tensor.data_ptr() for tensor in capture.pins.values()}
+        assert {bound.W_gate.data_ptr(), bound.e_bias.data_ptr()} <= kept
+        gpu.driver.destroy_graph(1)
+        status()
+
+    every_interrupt(lambda bound: bound.reset(), begin, end, within=module)
+
+
+def test_per_thread_streams_of_one_capture_share_no_scratch(gpu, make):
+    """Each thread's own stream has the same handle, and both may join one capture."""
+    bound = make()
+    gpu.stream, gpu.capture = 2, 1
+    bound(*step(4))
+    thread = threading.Thread(target=lambda: bound(*step(4)))
+    thread.start()
+    thread.join()
+    bound(*step(4))
+    here, there, again = (item["counters"] for item in gpu.launches)
+    assert here == again != there

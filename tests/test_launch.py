@@ -8,12 +8,16 @@ from dataclasses import replace
 import pytest
 from conftest import decode_kernel, topk_kernel
 
+from dsv4_router_runtime.device import driver
 from dsv4_router_runtime.device.launch import (
     ParameterBlock,
     ceil_div,
     grid_depends_on_tokens,
     grid_of,
+    launch_config,
 )
+
+PER_THREAD = "CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM"
 
 
 @pytest.mark.parametrize(
@@ -100,3 +104,22 @@ def test_cells_are_live():
 def test_unknown_parameter():
     with pytest.raises(KeyError, match="no parameter named w_stride"):
         ParameterBlock(topk_kernel()).set({"w_stride": 1})
+
+
+@pytest.mark.parametrize(
+    ("value", "given", "taken"),
+    [(None, 0, 0), ("1", 0, 1), ("1", 2, 2), ("1", 0x70, 0x70), (None, 0x70, 0x70)],
+)
+def test_torchs_null_stream_is_one_stream_whatever_the_bindings_default_is(
+    monkeypatch, value, given, taken
+):
+    """Two threads launch on it with one slot of scratch; 0 would be a stream of each thread's."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(driver, "bindings", lambda: bindings)
+    if value is None:
+        monkeypatch.delenv(PER_THREAD, raising=False)
+    else:
+        monkeypatch.setenv(PER_THREAD, value)
+    kernel = decode_kernel()
+    config = launch_config(kernel, grid=(16, 1, 1), shared_bytes=0, stream=given, pdl=False)
+    assert int(config.hStream) == taken

@@ -56,8 +56,12 @@ CPU = """
         faults_runtime: an_interrupt_while_a_stream_gets_its_scratch_leaves_that_to_the_next_call
         faults_runtime: an_interrupt_while_a_slot_changes_its_stream_leaves_both_streams_usable
         faults_runtime: an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs
+        faults_runtime: an_interrupt_that_is_being_handled_holds_no_lock
+        faults_runtime: an_interrupt_of_a_reset_lets_no_graph_lose_the_layers_tensors
+        faults_runtime: a_launch_whose_end_is_not_recorded_keeps_its_scratch
     handler-anywhere |  | RIGHT | a signal handler that routes or binds, at every line
         faults_runtime: a_signal_handler_that_routes_at_any_line_gets_no_scratch_of_the_call_there
+        faults_runtime: a_signal_handler_that_routes_on_a_new_stream_gets_no_scratch_in_use
         faults_runtime: a_signal_handler_that_binds_at_any_line_of_a_bind_is_served
         router: a_dispatch_within_a_dispatch_that_binds_is_refused
         router: a_call_within_a_call_of_the_same_thread_is_refused

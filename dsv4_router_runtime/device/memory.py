@@ -69,7 +69,8 @@ _to_free: deque[tuple[int, int]] = deque()
 
 def allocated_bytes(index: int) -> int:
     """Return the bytes that this package holds on GPU `index`, beside torch's."""
-    return sum(size for (on, _), size in list(_live.items()) if on == index)
+    # Not a list of its items, each of which may begin a collection, which may free memory.
+    return sum(size for (on, _), size in _live.copy().items() if on == index)
 
 
 def _release(index: int, address: int, process: int) -> None:

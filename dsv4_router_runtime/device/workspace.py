@@ -25,9 +25,8 @@ capture; and do not run two instances of one captured graph at once: they would 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +43,8 @@ ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
 CHUNK_BYTES = 2 * 2**20
 KEPT_FOREIGN_SLOTS = 32
+# CU_STREAM_PER_THREAD, another stream in each thread.
+PER_THREAD_STREAM = 2
 # So many captures are kept before it is asked which graphs are gone; then twice those alive.
 KEPT_CAPTURES = 64
 
@@ -139,7 +140,7 @@ class Slot:
     """Scratch for the launches of one stream: the address of each scratch parameter.
 
     `lock` is held from writing `logits` to launching their reader, so that two threads on one
-    stream do not come between; see `routing`.
+    stream do not come between. It lets its own thread in again: `is_routing` refuses that.
     """
 
     addresses: dict[str, int]
@@ -151,20 +152,18 @@ class Slot:
     # Complete once the last launch is; None for a slot that its stream keeps.
     event: Any = None
     is_evicted: bool = False
+    # Whether a launch may have begun that `event` does not tell.
+    is_leased: bool = False
     is_routing: bool = False
 
-    @contextlib.contextmanager
-    def routing(self) -> Iterator[None]:
-        """Hold `lock` from writing `logits` to launching their reader; RouterError within it."""
-        with self.lock:
-            # The lock lets its own thread in again, which would overwrite the logits.
-            if self.is_routing:
-                raise RouterError(INTERRUPTED_CALL)
-            try:
-                self.is_routing = True
-                yield
-            finally:
-                self.is_routing = False
+    def end_lease(self, stream: int) -> None:
+        """Let another stream take over the slot once what `stream` has now is complete."""
+        if self.event is not None:
+            stream = driver.same_stream(stream)
+            recorded = driver.bindings().cuEventRecord(self.event, stream)
+            driver.checked("recording the end of a launch", recorded)
+        # Not if it was not recorded: the slot then waits for the next call on its stream.
+        self.is_leased = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -172,8 +171,8 @@ class Piece:
     """Memory of a pool for launches that captures recorded on one stream, until they are gone."""
 
     zeroed: bool
-    # A handle will do: a stream outlives its capture, and captures that share never run at once.
-    # Under capture the driver gives no ids.
+    # A handle, or ~ the thread's identifier for its own stream, will do: a stream outlives its
+    # capture, and captures that share never run at once. Under capture the driver gives no ids.
     stream: int
     address: int
     size: int
@@ -213,32 +212,24 @@ class Workspace:
 
     def stream_slot(self, stream: int) -> Slot:
         """Return the slot of one of torch's streams; the stream's first call makes it."""
-        with self._alone():
+        self._refuse_within()
+        with self._lock:
             slot = self.slots.get(stream)
             if slot is None:
                 slot = self.slots[stream] = self._new_slot()
         return slot
 
-    @contextlib.contextmanager
-    def leased_slot(self, stream: int, identity: int) -> Iterator[Slot]:
-        """Yield the slot of a foreign stream with its lock held; the launch is to come within."""
-        while True:
-            with self._alone():
-                slot = self.slots.get(~identity)
-                if slot is None:
-                    slot = self.slots[~identity] = self._foreign_slot(stream)
-            with slot.lock:
-                # Taken over by another stream before it was locked?
-                if slot.is_evicted:
-                    continue
-                try:
-                    yield slot
-                finally:
-                    # After an interrupt too: a launch may be under way.
-                    if slot.event is not None:
-                        recorded = driver.bindings().cuEventRecord(slot.event, stream)
-                        driver.checked("recording the end of a launch", recorded)
-                return
+    def foreign_slot(self, stream: int, identity: int) -> Slot:
+        """Return the slot of a foreign stream, which may lose it until the slot is locked.
+
+        Launch with its lock held and `is_leased` set, unless it is evicted, and end the lease.
+        """
+        self._refuse_within()
+        with self._lock:
+            slot = self.slots.get(~identity)
+            if slot is None:
+                slot = self.slots[~identity] = self._foreign_slot(stream)
+        return slot
 
     def _foreign_slot(self, stream: int) -> Slot:
         foreign = [key for key in self.slots if key < 0]
@@ -256,9 +247,12 @@ class Workspace:
     def _evict_if_done(self, cuda: Any, key: int) -> None:
         """Give a slot back if its last launch has ended, whether or not its stream is alive."""
         slot = self.slots[key]
-        if slot.event is None or not slot.lock.acquire(blocking=False):
+        # This thread's own, within whose call a signal handler makes another?
+        if slot.event is None or slot.lock._is_owned():  # type: ignore[attr-defined]
             return
         try:
+            if not slot.lock.acquire(blocking=False) or slot.is_leased:
+                return
             if int(cuda.cuEventQuery(slot.event)[0]) == 0:
                 # In this order: after an interrupt a slot that is found is not evicted, for which
                 # its stream would look again and again.
@@ -270,7 +264,9 @@ class Workspace:
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
                 self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
         finally:
-            slot.lock.release()
+            # An interrupt may come right after `acquire`.
+            if slot.lock._is_owned():  # type: ignore[attr-defined]
+                slot.lock.release()
 
     def _new_slot(self) -> Slot:
         zeroed = self._take(True, self.layout.zeroed_bytes)
@@ -299,7 +295,8 @@ class Workspace:
         if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        with self._alone():
+        self._refuse_within()
+        with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
                 # Captures that take no scratch would pile up, and what they keep alive with them.
@@ -309,6 +306,9 @@ class Workspace:
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
             largest = self._largest_shared if shared else capture.largest
+            if stream == PER_THREAD_STREAM:
+                # Two threads' streams may join one capture.
+                stream = ~threading.get_ident()
             zeroed = self._captured_piece(capture, largest, (True, stream), layout.zeroed_bytes)
             plain = self._captured_piece(capture, largest, (False, stream), layout.plain_bytes)
         return _slot(layout, zeroed, plain)
@@ -334,13 +334,10 @@ class Workspace:
             capture.pieces.append(piece)
         return piece.address
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock; RouterError within it, where the same scratch would be given out twice."""
+    def _refuse_within(self) -> None:
+        """Raise RouterError within the lock, where the same scratch would be given out twice."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise RouterError(INTERRUPTED_CALL)
-        with self._lock:
-            yield
 
     def release_ended(self) -> None:
         """Take back the memory of graphs that are gone, but not within a call that takes some."""
@@ -373,7 +370,9 @@ def _slot(layout: ScratchLayout, zeroed: int, plain: int) -> Slot:
 def _event_on(stream: int) -> Any:
     """Return an event for `stream`, which has to come from the stream's own context."""
     cuda = driver.bindings()
-    context = driver.checked("asking for the stream's context", cuda.cuStreamGetCtx(stream))
+    context = driver.checked(
+        "asking for the stream's context", cuda.cuStreamGetCtx(driver.same_stream(stream))
+    )
     driver.checked("making the stream's context current", cuda.cuCtxPushCurrent(context))
     try:
         flag = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
@@ -396,7 +395,8 @@ def workspace_for(index: int, kernels: Iterable[Kernel]) -> Workspace:
 def workspaces_on(index: int) -> list[Workspace]:
     """Return the workspaces of GPU `index`, one for each set of kernels."""
     with _workspaces_lock:
-        return [each for each in _workspaces.values() if each.index == index]
+        # A copy: a signal handler may bind within this loop.
+        return [each for each in list(_workspaces.values()) if each.index == index]
 
 
 def idle_workspaces(index: int) -> list[Workspace]:

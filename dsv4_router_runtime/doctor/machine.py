@@ -159,6 +159,10 @@ VARIABLES = (
         reason="either value is right: kernels are loaded when a Router is made",
     ),
     Variable(
+        name="CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM",
+        reason="any value is right: kernels are launched on torch's null stream",
+    ),
+    Variable(
         name="CUDA_FORCE_PTX_JIT",
         reason="1 makes the driver ignore cubins, and the artifacts are cubins",
         failed=("1",),

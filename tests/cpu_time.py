@@ -17,8 +17,18 @@ def best_ms(work: Callable[[], object], rounds: int) -> float:
         start = time.process_time()
         work()
         times.append(time.process_time() - start)
-        start = time.process_time()
-        for _ in range(10):
-            pow(base, PRIME - 2, PRIME)
-        units.append((time.process_time() - start) / 10)
-    return min(times) / min(units) * UNIT_MS
+        units.append(unit(base))
+    return scaled_ms(min(times), min(units))
+
+
+def unit(base: int) -> float:
+    """Return the CPU time of one exponentiation in seconds."""
+    start = time.process_time()
+    for _ in range(10):
+        pow(base, PRIME - 2, PRIME)
+    return (time.process_time() - start) / 10
+
+
+def scaled_ms(seconds: float, unit_seconds: float) -> float:
+    """Return ms on a core where the unit, which took `unit_seconds` here, takes UNIT_MS."""
+    return seconds / unit_seconds * UNIT_MS

@@ -564,16 +564,3 @@ def test_an_interrupt_of_a_reset_lets_no_graph_lose_the_layers_tensors(gpu, make
         status()
 
     every_interrupt(lambda bound: bound.reset(), begin, end, within=module)
-
-
-def test_per_thread_streams_of_one_capture_share_no_scratch(gpu, make):
-    """Each thread's own stream has the same handle, and both may join one capture."""
-    bound = make()
-    gpu.stream, gpu.capture = 2, 1
-    bound(*step(4))
-    thread = threading.Thread(target=lambda: bound(*step(4)))
-    thread.start()
-    thread.join()
-    bound(*step(4))
-    here, there, again = (item["counters"] for item in gpu.launches)
-    assert here == again != there

@@ -282,9 +282,11 @@ def test_streams_have_their_own_scratch_and_layers_share_it(gpu, make):
         assert addresses[2] == addresses[3] != addresses[0]
 
 
-def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make):
+@pytest.mark.parametrize("capture", [0, 1], ids=["eager", "in one capture"])
+def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make, capture):
     bound = make()
     gpu.stream = 2  # CU_STREAM_PER_THREAD
+    gpu.capture = capture
     bound(*step(4))
     thread = threading.Thread(target=lambda: bound(*step(4)))
     thread.start()

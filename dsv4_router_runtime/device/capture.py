@@ -54,5 +54,5 @@ def stream_id(index: int, stream: int) -> int:
     A handle is used again once free. Those of the null stream and of the per-thread stream stand
     for another stream in each context, and in each thread.
     """
-    ask = partial(driver.bindings().cuStreamGetId, driver.same_stream(stream))
+    ask = partial(driver.bindings().cuStreamGetId, driver.torch_stream(stream))
     return int(driver.checked("asking for the stream's id", driver.in_a_context(index, ask(), ask)))

@@ -179,7 +179,7 @@ def torch_error(error: Exception) -> DriverError:
     return DriverError(f"torch's call of the CUDA driver: {said}{_advice(name)}", code=name)
 
 
-def same_stream(stream: int) -> int:
+def torch_stream(stream: int) -> int:
     """Return the handle by which the bindings take the stream that torch has as `stream`.
 
     With this variable they take 0 as the calling thread's own stream. torch's 0 is the null stream,
@@ -294,7 +294,7 @@ def refuse_foreign_context(index: int) -> None:
         return
     checked("reading the current context", (code, current))
     # The null stream's green context is that of the current context.
-    green = driver.cuStreamGetGreenCtx(driver.CUstream(same_stream(0)))
+    green = driver.cuStreamGetGreenCtx(driver.CUstream(torch_stream(0)))
     device = checked("reading the current context's GPU", driver.cuCtxGetDevice())
     if int(green[0]) != 0 or not int(green[1]) or int(device) != int(_device(index)):
         raise RouterError(

@@ -104,7 +104,7 @@ def launch_config(
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = kernel.launch.block
     config.sharedMemBytes = shared_bytes
-    config.hStream = cuda.CUstream(driver.same_stream(stream))
+    config.hStream = cuda.CUstream(driver.torch_stream(stream))
     attributes = _attributes(kernel, pdl=pdl)
     config.numAttrs = len(attributes)
     config.attrs = attributes

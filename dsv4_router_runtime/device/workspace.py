@@ -159,7 +159,7 @@ class Slot:
     def end_lease(self, stream: int) -> None:
         """Let another stream take over the slot once what `stream` has now is complete."""
         if self.event is not None:
-            stream = driver.same_stream(stream)
+            stream = driver.torch_stream(stream)
             recorded = driver.bindings().cuEventRecord(self.event, stream)
             driver.checked("recording the end of a launch", recorded)
         # Not if it was not recorded: the slot then waits for the next call on its stream.
@@ -371,7 +371,7 @@ def _event_on(stream: int) -> Any:
     """Return an event for `stream`, which has to come from the stream's own context."""
     cuda = driver.bindings()
     context = driver.checked(
-        "asking for the stream's context", cuda.cuStreamGetCtx(driver.same_stream(stream))
+        "asking for the stream's context", cuda.cuStreamGetCtx(driver.torch_stream(stream))
     )
     driver.checked("making the stream's context current", cuda.cuCtxPushCurrent(context))
     try:

@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ import dsv4_router_runtime
 from dsv4_router_runtime import Router, binding, router, status, steps
 from dsv4_router_runtime.device import load, memory, tensor_map, workspace
 from dsv4_router_runtime.errors import DriverError, RouterError
+from dsv4_router_runtime.integrations import bound_layers
 
 K, E, TOP_K = 512, 80, 6
 PACKAGE = str(Path(dsv4_router_runtime.__file__).parent)
@@ -506,6 +508,33 @@ def test_memory_is_counted_while_garbage_with_memory_is_collected(gpu):
         gc.set_threshold(*before)
         gc.enable()
     assert memory.allocated_bytes(0) == len(kept) * 256
+
+
+def test_layers_are_dropped_while_garbage_that_drops_one_is_collected(gpu):
+    """As a weight's finalizer does, which a collection may run within the loop over the layers."""
+
+    class Weight:
+        def __init__(self, table: dict) -> None:
+            self.table, self.itself = table, self
+
+        def __del__(self) -> None:
+            self.table.popitem()
+
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        for most in range(2, 40):
+            table: dict = dict.fromkeys(range(60), SimpleNamespace(weight=None))
+            Weight(table)
+            gc.set_threshold(gc.get_count()[0] + most)
+            gc.enable()
+            bound_layers._drop(table, lambda bound: bound.weight is not None)
+            gc.disable()
+            gc.collect()
+            assert len(table) == 59
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
 
 
 def test_workspaces_are_listed_while_a_signal_handler_makes_one(gpu):

@@ -201,7 +201,8 @@ def _forget_dead(weight: weakref.ref[torch.Tensor]) -> None:
 
 def _drop(table: dict[Any, BoundLayer], unwanted: Callable[[BoundLayer], bool]) -> None:
     """Drop layers. This takes no lock, since the garbage collector may call it anywhere."""
-    for key, bound in list(table.items()):
+    # Not a list of its items, each of which may begin a collection, which may drop layers.
+    for key, bound in table.copy().items():
         if unwanted(bound):
             table.pop(key, None)
 
@@ -237,11 +238,11 @@ def find(
         plain = type(weight) in _PLAIN_TYPES and type(e_bias) in _PLAIN_TYPES
         if plain and bound.versions is None and not options:
             plain_layers[id(weight)] = bound
-        loose = [key for key, bound in list(layers.items()) if not bound.kept_by_parameter]
+        loose = [key for key, bound in layers.copy().items() if not bound.kept_by_parameter]
         # Tensors that were replaced by others, not moved, leave such layers behind.
         same = [
             key
-            for key, each in list(layers.items())
+            for key, each in layers.copy().items()
             if each.kept_by_parameter and each.weight() is weight
         ]
         for key in (*loose[:-MAX_REMEMBERED_LAYERS], *same[:-MAX_LAYERS_OF_A_WEIGHT]):

@@ -17,8 +17,8 @@ from .device import driver
 from .device.arguments import NO_OPTIONS
 from .device.capture import CALL_OUTSIDE, refuse_under_capture
 from .device.memory import wait_for_device
-from .errors import INTERRUPTED_CALL, RouterError
 from .layer import OPTIONS_OFF, LayerOptions, check_layer, complete_options, options_on
+from .locks import refuse_within
 
 # The tensors of a layer that every call reads where they lie, and the one that is copied.
 _READ_IN_PLACE = ("W_gate", "e_bias", "bias_vl", "to_physical", "logical_count")
@@ -407,8 +407,7 @@ def _remembered_binding(
     W_gate: torch.Tensor, e_bias: torch.Tensor, routed_scaling_factor: float, top_k: int
 ) -> Binding:
     key = _layer_key(W_gate, e_bias, routed_scaling_factor, top_k)
-    if _remembered_lock._is_owned():  # type: ignore[attr-defined]
-        raise RouterError(INTERRUPTED_CALL)
+    refuse_within(_remembered_lock)
     with _remembered_lock:
         binding, copied_from, version = _remembered.get(key, (None, None, None))
         if binding is not None:

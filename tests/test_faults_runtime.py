@@ -8,6 +8,7 @@ import linecache
 import random
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,23 @@ def call_interrupted_at(line: int, call, *, within=PACKAGE, left_out=(), handler
     finally:
         sys.settrace(before)
     return seen >= line
+
+
+@contextlib.contextmanager
+def collection_within(most: int, garbage):
+    """Call `garbage`, and collect what it leaves after `most` allocations, or after the block."""
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        garbage()
+        gc.set_threshold(gc.get_count()[0] + most)
+        gc.enable()
+        yield
+    finally:
+        gc.disable()
+        gc.set_threshold(*before)
+        gc.collect()
+        gc.enable()
 
 
 @pytest.fixture
@@ -490,23 +508,15 @@ def test_first_use_by_two_threads(gpu, make):
 def test_memory_is_counted_while_garbage_with_memory_is_collected(gpu):
     """A collection may begin at any allocation, also within the count."""
     kept = [memory.DeviceMemory(0, 256) for _ in range(8)]
-    before = gc.get_threshold()
-    gc.disable()
-    try:
-        # Collected in the middle of the count, whichever allocation of it that is.
-        for most in range(2, 40):
-            ring: list = [memory.DeviceMemory(0, 256)]
-            ring.append(ring)
-            del ring
-            gc.set_threshold(gc.get_count()[0] + most)
-            gc.enable()
+
+    def garbage() -> None:
+        ring: list = [memory.DeviceMemory(0, 256)]
+        ring.append(ring)
+
+    for most in range(2, 40):
+        with collection_within(most, garbage):
             held = memory.allocated_bytes(0)
-            gc.disable()
-            assert held in (8 * 256, 9 * 256), most
-            gc.collect()
-    finally:
-        gc.set_threshold(*before)
-        gc.enable()
+        assert held in (8 * 256, 9 * 256), most
     assert memory.allocated_bytes(0) == len(kept) * 256
 
 
@@ -520,21 +530,11 @@ def test_layers_are_dropped_while_garbage_that_drops_one_is_collected(gpu):
         def __del__(self) -> None:
             self.table.popitem()
 
-    before = gc.get_threshold()
-    gc.disable()
-    try:
-        for most in range(2, 40):
-            table: dict = dict.fromkeys(range(60), SimpleNamespace(weight=None))
-            Weight(table)
-            gc.set_threshold(gc.get_count()[0] + most)
-            gc.enable()
+    for most in range(2, 40):
+        table: dict = dict.fromkeys(range(60), SimpleNamespace(weight=None))
+        with collection_within(most, partial(Weight, table)):
             bound_layers._drop(table, lambda bound: bound.weight is not None)
-            gc.disable()
-            gc.collect()
-            assert len(table) == 59
-    finally:
-        gc.set_threshold(*before)
-        gc.enable()
+        assert len(table) == 59
 
 
 def test_workspaces_are_listed_while_a_signal_handler_makes_one(gpu):

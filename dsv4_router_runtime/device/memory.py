@@ -69,7 +69,7 @@ _to_free: deque[tuple[int, int]] = deque()
 
 def allocated_bytes(index: int) -> int:
     """Return the bytes that this package holds on GPU `index`, beside torch's."""
-    # Not a list of its items, each of which may begin a collection, which may free memory.
+    # A copy: to list the items allocates, so a collection may begin there, and may free memory.
     return sum(size for (on, _), size in _live.copy().items() if on == index)
 
 

@@ -20,6 +20,7 @@ from dsv4_router_runtime.artifacts.kernel import (
 )
 from dsv4_router_runtime.artifacts.limits import BOX_ROW_ALIGNMENT_BYTES, MAP_ALIGNMENT_BYTES
 from dsv4_router_runtime.errors import DriverTooOldError
+from dsv4_router_runtime.locks import is_held_here
 
 from . import driver
 
@@ -227,7 +228,7 @@ class MapCache:
             )
             found = encode_tensor_map(arguments)
             # A call by a signal handler, within a call that changes the cache: it keeps no map.
-            if self._lock._is_owned():  # type: ignore[attr-defined]
+            if is_held_here(self._lock):
                 return found
             with self._lock:
                 while len(self.maps) >= MAX_CACHED_MAPS:

@@ -31,7 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4_router_runtime.artifacts.kernel import POINTER_ELEMENT_BYTES, Kernel
-from dsv4_router_runtime.errors import INTERRUPTED_CALL, RouterError
+from dsv4_router_runtime.errors import RouterError
+from dsv4_router_runtime.locks import is_held_here, refuse_within
 from dsv4_router_runtime.parameters import WORKSPACE
 
 from . import driver
@@ -212,7 +213,7 @@ class Workspace:
 
     def stream_slot(self, stream: int) -> Slot:
         """Return the slot of one of torch's streams; the stream's first call makes it."""
-        self._refuse_within()
+        refuse_within(self._lock)
         with self._lock:
             slot = self.slots.get(stream)
             if slot is None:
@@ -224,7 +225,7 @@ class Workspace:
 
         Launch with its lock held and `is_leased` set, unless it is evicted, and end the lease.
         """
-        self._refuse_within()
+        refuse_within(self._lock)
         with self._lock:
             slot = self.slots.get(~identity)
             if slot is None:
@@ -248,7 +249,7 @@ class Workspace:
         """Give a slot back if its last launch has ended, whether or not its stream is alive."""
         slot = self.slots[key]
         # This thread's own, within whose call a signal handler makes another?
-        if slot.event is None or slot.lock._is_owned():  # type: ignore[attr-defined]
+        if slot.event is None or is_held_here(slot.lock):
             return
         try:
             if not slot.lock.acquire(blocking=False) or slot.is_leased:
@@ -264,7 +265,7 @@ class Workspace:
                 self.pools[True].give_back(slot.zeroed, self.layout.zeroed_bytes)
                 self.pools[False].give_back(slot.plain, self.layout.plain_bytes)
         finally:
-            # An interrupt may come right after `acquire`.
+            # An interrupt may come right after `acquire`, and into a function of Python's here.
             if slot.lock._is_owned():  # type: ignore[attr-defined]
                 slot.lock.release()
 
@@ -295,7 +296,7 @@ class Workspace:
         if not (layout.num_bytes or pins):
             return _slot(layout, 0, 0)
         identifier, graph = capture_of(stream)
-        self._refuse_within()
+        refuse_within(self._lock)
         with self._lock:
             capture = self.captures.get(identifier)
             if capture is None:
@@ -334,14 +335,9 @@ class Workspace:
             capture.pieces.append(piece)
         return piece.address
 
-    def _refuse_within(self) -> None:
-        """Raise RouterError within the lock, where the same scratch would be given out twice."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]
-            raise RouterError(INTERRUPTED_CALL)
-
     def release_ended(self) -> None:
         """Take back the memory of graphs that are gone, but not within a call that takes some."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if is_held_here(self._lock):
             return
         with self._lock:
             self._release_ended()

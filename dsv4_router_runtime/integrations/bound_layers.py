@@ -201,7 +201,7 @@ def _forget_dead(weight: weakref.ref[torch.Tensor]) -> None:
 
 def _drop(table: dict[Any, BoundLayer], unwanted: Callable[[BoundLayer], bool]) -> None:
     """Drop layers. This takes no lock, since the garbage collector may call it anywhere."""
-    # Not a list of its items, each of which may begin a collection, which may drop layers.
+    # A copy: to list the items allocates, so a collection may begin there, and may drop layers.
     for key, bound in table.copy().items():
         if unwanted(bound):
             table.pop(key, None)
@@ -238,12 +238,11 @@ def find(
         plain = type(weight) in _PLAIN_TYPES and type(e_bias) in _PLAIN_TYPES
         if plain and bound.versions is None and not options:
             plain_layers[id(weight)] = bound
-        loose = [key for key, bound in layers.copy().items() if not bound.kept_by_parameter]
+        known = layers.copy()
+        loose = [key for key, bound in known.items() if not bound.kept_by_parameter]
         # Tensors that were replaced by others, not moved, leave such layers behind.
         same = [
-            key
-            for key, each in layers.copy().items()
-            if each.kept_by_parameter and each.weight() is weight
+            key for key, each in known.items() if each.kept_by_parameter and each.weight() is weight
         ]
         for key in (*loose[:-MAX_REMEMBERED_LAYERS], *same[:-MAX_LAYERS_OF_A_WEIGHT]):
             layers.pop(key, None)

@@ -23,6 +23,7 @@ from cuda.bindings import driver as cuda
 from gpu_calls import captured, integers, logits_of
 from gpu_layer import SCALE, TOP_K, VOCABULARY, E, Layer, checked
 from gpu_neighbours import launch_that_never_waits, poison, rewriting, spinning
+from gpu_tears import inputs_torn, logits_torn
 from gpus_children import every_gpu, routers_with_nccl
 
 import dsv4_router_runtime as runtime
@@ -323,7 +324,8 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
     for child in (
         *(torn, spinner, load, graphs_destroyed, one_graph_in_two_parents, nan_everywhere),
         *(launches_until_killed, clean, a_million_tokens, chain_that_never_waits),
-        *(empty_cache_between, poisoned_launch, every_gpu, routers_with_nccl),
+        *(empty_cache_between, poisoned_launch, inputs_torn, logits_torn),
+        *(every_gpu, routers_with_nccl),
     )
 }
 

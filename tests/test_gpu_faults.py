@@ -23,6 +23,8 @@ pytestmark = pytest.mark.gpu
 
 SOAK_SECONDS = float(os.environ.get("DSV4_FAULT_SECONDS", "20"))
 CLEAN = (1, 8, 9, 64, 65, 129, 300)
+# Tokens of decode, of both fused tiles and of a product with its selection.
+OF_EVERY_KIND = (4, 17, 64, 65, 96, 300, 640, 900)
 TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "input_ids"]
 
 
@@ -32,6 +34,24 @@ TORN = ["padding_mask", "image_mask", "num_tokens", "num_tokens_negative", "inpu
 @pytest.mark.parametrize("kind", TORN)
 def test_an_input_that_is_rewritten_all_the_while(kind, num_tokens, launches):
     assert child("torn", kind, num_tokens, launches)["launches"] >= launches
+
+
+@pytest.mark.parametrize("throughout", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "same_bits"),
+    [
+        ("plain", OF_EVERY_KIND, False),
+        ("table", OF_EVERY_KIND, False),
+        ("map", OF_EVERY_KIND, False),
+        ("plain", (700, 1000), True),
+    ],
+)
+def test_every_input_is_rewritten_at_once(kind, num_tokens, same_bits, throughout):
+    assert child("inputs_torn", kind, num_tokens, same_bits, throughout, 0.4)["launches"] > 0
+
+
+def test_the_logits_of_a_product_are_rewritten_while_they_are_read():
+    assert child("logits_torn", 10.0)["launches"] > 0
 
 
 @pytest.mark.parametrize("num_tokens", [64, 128])

@@ -134,6 +134,7 @@ def hard_quotients(divisors) -> Iterator:
                         yield dividend[fits], here[fits].astype(np.int64)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("divisor", [0x800001, 0xB504F2, 0xFFFFFC, 0xFFFFFF])
 def test_hard_quotients_are_all_those_next_to_a_midpoint(divisor):
     """All dividends of a divisor that is odd, or twice or four times an odd number."""

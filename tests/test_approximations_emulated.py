@@ -67,7 +67,7 @@ def of_kernel(artifacts, name):
     return artifact, make_inputs(artifact.kernel, CASES[name])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_do_not_change_at_the_ends_of_the_bands(artifacts, name, seed):
     artifact, inputs = of_kernel(artifacts, name)
@@ -78,7 +78,7 @@ def test_outputs_do_not_change_at_the_ends_of_the_bands(artifacts, name, seed):
         np.testing.assert_array_equal(moved[output], bits)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "opcode"), [("router_topk", RSQRT), ("router_hash", RCP)])
 def test_outputs_change_far_beyond_the_bands(artifacts, name, opcode):
     artifact, inputs = of_kernel(artifacts, name)
@@ -122,6 +122,7 @@ def test_two_roots_of_a_kernel_depend_on_the_seed(artifacts, argument, seed):
     assert [weight, other] == [(each * np.float32(SCALE)).view(np.uint32) for each in (root, below)]
 
 
+@pytest.mark.slow
 def test_one_quotient_of_a_kernel_depends_on_the_seed(artifacts):
     """Logits of 256, divided by 2 - 2^-23: exp(-x) is 0, and the score is the root of x."""
     artifact = load_artifact(artifacts, f"router_hash.{ARCH}")

@@ -96,6 +96,7 @@ def computed(body, argument, seed):
     return stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opcode", "band", "step", "end", "exceptions"),
     [
@@ -116,6 +117,7 @@ def test_a_rounded_instruction_has_the_kernels_steps(sass, opcode, band, step, e
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("approximate", "rounded"), [INSTRUCTIONS[2::-2], INSTRUCTIONS[3::-2]])
 def test_an_approximate_instruction_is_the_seed_alone(sass, approximate, rounded):
     float_opcodes, of_rounded = (
@@ -126,6 +128,7 @@ def test_an_approximate_instruction_is_the_seed_alone(sass, approximate, rounded
     assert float_opcodes[0] == next(each for each in of_rounded if each.startswith("MUFU"))
 
 
+@pytest.mark.slow
 def test_the_slow_paths_are_for_other_arguments(sass):
     """Those of roots below 2^-101; those of reciprocals outside of normal ones."""
     constants = {

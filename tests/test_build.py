@@ -368,6 +368,7 @@ class TestRefusals:
     def test_the_unchanged_spec_is_accepted(self, tmp_path: Path) -> None:
         assert isinstance(build.build_one(self.task(), tmp_path / "dump"), build.Built)
 
+    @pytest.mark.slow
     def test_a_folder_with_blanks_and_quotes_is_one_word_to_the_compilers(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -403,6 +404,7 @@ class TestRefusals:
         source = dataclasses.replace(TOPK.source, block=(64, 1, 1))
         assert "block that the cubin is bounded to" in self.outcome(tmp_path, source=source)
 
+    @pytest.mark.slow
     def test_symbol(self, tmp_path: Path) -> None:
         assert "symbol: the compiled kernel has router_topk, the spec says other" in self.outcome(
             tmp_path, symbol="other"
@@ -427,6 +429,7 @@ class TestRefusals:
         outcome = self.outcome(tmp_path, parameters=(logits, bias_vl, e_bias, *rest))
         assert "parameter 1: the source declares e_bias, the spec bias_vl" in outcome
 
+    @pytest.mark.slow
     def test_a_parameter_that_the_kernel_never_reads(self, tmp_path: Path) -> None:
         """An option that is passed and ignored would look like one that works."""
         assert isinstance(TOPK.source, CudaSource)
@@ -491,7 +494,7 @@ class TestRefusals:
             with pytest.raises(compilers.CompileError, match="wrote for sm_90a is cut off"):
                 compilers.compile_kernel(DECODE, "sm_90a", tmp_path)
 
-    @pytest.mark.quick(1)
+    @pytest.mark.slow
     @pytest.mark.parametrize(("name", "size"), [(TOPK.name, 24), (DECODE.name, 120)])
     def test_a_full_disk_is_said(self, tmp_path: Path, name: str, size: int) -> None:
         with mounted(tmp_path / "volume", "-o", f"size={size}k") as volume:
@@ -534,6 +537,7 @@ class TestRefusals:
         assert "router_topk.sm_103a: broken.cu" in str(caught.value)
         assert contents(artifacts) == before
 
+    @pytest.mark.slow
     def test_a_compiler_that_dies_is_a_failure_of_its_kernel(
         self, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -627,6 +631,7 @@ class TestAFamilysTarget:
         assert "router_topk.sm_100f" in again.kept
         assert (artifacts / "router_topk.sm_100f.cubin").is_file()
 
+    @pytest.mark.slow
     def test_is_not_shipped(self, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan_module, "KERNELS", (TOPK,))
         manifest = open_artifacts(artifacts).manifest

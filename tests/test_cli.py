@@ -253,6 +253,7 @@ def test_list_check_fails_for_what_is_not_built(artifacts: Path) -> None:
     assert call("list", "--artifacts", artifacts).exit_code == 0
 
 
+@pytest.mark.slow
 def test_modules_that_compile_are_skipped_without_compilers() -> None:
     """As on a GPU machine that has the runtime's packages alone, where `-m gpu` is to run."""
     code = """
@@ -384,7 +385,7 @@ def test_the_version_is_told_with_the_compilers(monkeypatch: pytest.MonkeyPatch)
 MODULES = ("build_kernels list", "build_kernels --help", "build_kernels.mutants --help")
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 def test_a_stdout_that_takes_nothing_is_a_plain_error(
@@ -401,6 +402,7 @@ def test_a_stdout_that_takes_nothing_is_a_plain_error(
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_and_a_reader_that_leaves_early_are_no_tracebacks(artifacts: Path) -> None:
     command = f"{sys.executable} -m build_kernels list --artifacts {artifacts}"
     for ending in ("2>&-", "| head -1"):
@@ -429,7 +431,7 @@ def test_a_signal_that_ends_a_command_lets_it_clean_up(
     assert done.stdout == f"{ending}\n"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
 def test_what_the_output_cannot_hold_is_escaped(tmp_path: Path, encoding: str) -> None:
     """An arrow, and a name of a folder that is no text."""

@@ -58,6 +58,7 @@ def _call(*arguments: str | Path):
     return CliRunner().invoke(verify_command, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_the_command_prints_a_table_and_keeps_the_evidence(artifacts: Path) -> None:
     result = _call("--artifacts", artifacts, "--rung", "structure")

@@ -115,6 +115,7 @@ def test_every_draw_is_a_case_that_its_kernel_takes(kernel: Any) -> None:
     assert {case.kind for case in draws} == set(KINDS)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kernel", MEASURED, ids=lambda kernel: kernel.name)
 def test_the_quick_cases_meet_every_goal(kernel: Any) -> None:
     met = set[str]()

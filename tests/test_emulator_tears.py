@@ -142,6 +142,7 @@ AGAIN:
     assert result.memory["out"].tolist() == [99] * 4
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_wait_with_a_bound_on_the_clock_ends_by_its_trap(schedule: Schedule) -> None:
     result = run(BOUNDED_WAIT, schedule=schedule)
@@ -149,6 +150,7 @@ def test_a_wait_with_a_bound_on_the_clock_ends_by_its_trap(schedule: Schedule) -
     assert kinds(result) == {"trap"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_wait_that_is_served_never_reaches_its_bound(schedule: Schedule) -> None:
     """The last CTA computes for long before it sets the word that the others poll."""

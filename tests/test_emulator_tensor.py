@@ -290,7 +290,7 @@ def run_gemm(text, a, b, blocks, arch, bf16, schedule, shared=None, **options):
 MAJORS = [(False, False), (True, True), (False, True), (True, False)]
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("swizzle", SPAN)
 @pytest.mark.parametrize(("a_mn", "b_mn"), MAJORS)
 @pytest.mark.parametrize("m", [64, 128])
@@ -362,7 +362,7 @@ TCGEN05_MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", TCGEN05_MUTANTS)
 def test_tcgen05_mutants_are_found(name):
     changes, expected = TCGEN05_MUTANTS[name]
@@ -576,6 +576,7 @@ FREED:
 """
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -113,6 +113,7 @@ def asked_of_a_pool(work, argument):
         return workers.map_async(work, [argument]).get(timeout=50)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pool", ["executor", "multiprocessing"])
 def test_a_spawned_workers_error_reaches_its_parent_whole(pool, tmp_path):
     missing = str(tmp_path / "nowhere")

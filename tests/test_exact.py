@@ -300,7 +300,7 @@ def test_scores_are_the_oracles_to_seven_digits():
     assert scores[2] == 0
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_weights_and_ids_agree_with_the_oracle_under_options(random, norm_topk_prob):
     x, w = drawn(random, "gaussian", 64, 1024, 48)

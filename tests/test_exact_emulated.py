@@ -70,7 +70,7 @@ def check(artifact, inputs) -> None:
     np.testing.assert_array_equal(outcome.weights.view(np.uint32), expected)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_has_the_bits_of_the_contract(artifacts, random, name, arch):

@@ -251,6 +251,7 @@ def test_an_interrupt_while_a_slot_changes_its_stream_leaves_both_streams_usable
     every_interrupt(act, begin, end)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 def test_an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs(
     gpu, make, few_slots
@@ -285,7 +286,7 @@ def test_an_interrupt_while_a_graph_is_captured_leaves_no_scratch_to_two_graphs(
     every_interrupt(act, begin, end)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("module", [workspace, memory, tensor_map])
 @pytest.mark.parametrize("where", ["stream", "capture"])
@@ -399,6 +400,7 @@ def test_a_launch_whose_end_is_not_recorded_keeps_its_scratch(
     assert on(0xC00) == mine
 
 
+@pytest.mark.quick(2)
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("where", ["torch's stream", "a foreign stream", "a new stream"])
 @pytest.mark.parametrize("num_tokens", [4, 400], ids=["one launch", "a product"])

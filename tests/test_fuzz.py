@@ -174,6 +174,7 @@ def run_cases(name: str, numbers: range, folder: Path) -> Counter[str]:
     return seen
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", READERS)
 def test_a_share_of_the_mutations_gives_an_answer_or_an_error(name, tmp_path):
     _, cases = READERS[name]

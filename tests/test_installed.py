@@ -21,6 +21,8 @@ from builds import tasks_here, topk_set
 from build_kernels.evidence import climb
 from build_kernels.evidence.climb import verify
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("build_kernels", "dsv4_router_runtime")
 KEY = "router_topk.sm_100a"

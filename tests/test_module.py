@@ -256,7 +256,7 @@ def test_a_gate_is_made_without_memory_and_filled_later(random):
     check(gate, x, **call)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @each_kind
 def test_compile_and_export_take_the_whole_gate(random, config):
     gate = loaded(config, random)

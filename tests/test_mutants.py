@@ -26,7 +26,6 @@ from build_kernels.mutants import faults
 from build_kernels.mutants.command import judge_one, mutants_command, table
 from build_kernels.mutants.faults import (
     MUTANTS,
-    barriers,
     selection,
 )
 from build_kernels.mutants.judge import JUDGES, Verdict, is_right, judge
@@ -65,9 +64,6 @@ WANTED = {
 # One of each class is enough for the tests; the command runs them all.
 FIRST_OF_CLASS = tuple({mutant.kind: mutant for mutant in reversed(MUTANTS)}.values())
 EMULATED = tuple(mutant for mutant in FIRST_OF_CLASS if "emulated" in mutant.rejected_by)
-# A second each: a fault of each language's kernels is quick.
-GROUPS = (barriers.DECODE, (selection.TOPK_STORE,))
-QUICK = [next(mutant for mutant in group if mutant in EMULATED) for group in GROUPS]
 HARMLESS = tuple(mutant for mutant in MUTANTS if mutant.harmless)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 TABLE = Path(judge_one.__code__.co_filename).with_name("table.txt")
@@ -104,9 +100,12 @@ def test_every_mutant_still_changes_the_kernel(
     assert mutated(mutant, ptx) != ptx or mutant.maps
 
 
-@pytest.mark.quick(len(QUICK))
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
-    "mutant", sorted(EMULATED, key=lambda each: each not in QUICK), ids=lambda each: each.name
+    "mutant",
+    # The others take a second each.
+    sorted(EMULATED, key=lambda each: each != selection.TOPK_STORE),
+    ids=lambda each: each.name,
 )
 def test_the_emulated_rung_rejects(mutant: Mutant, artifacts: dict[str, Artifact]) -> None:
     verdict = judge(mutant, artifacts[mutant.artifact], "emulated")
@@ -121,6 +120,7 @@ def test_what_does_no_harm_is_accepted(mutant: Mutant, artifacts: dict[str, Arti
     assert verdict.word == "accepted", verdict.reason
 
 
+@pytest.mark.slow
 def test_a_complaint_about_another_fault_is_no_rejection(artifacts: dict[str, Artifact]) -> None:
     """The tie rule must fail by wrong ids; a kernel that breaks off elsewhere tells nothing."""
     mutant = BY_NAME["top-k: equal keys go to the higher expert"]
@@ -262,6 +262,7 @@ def test_a_name_that_no_mutant_has_is_refused() -> None:
     assert CliRunner().invoke(mutants_command, ["--only", "nosuch"]).exit_code == 2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("package", "requirement"),
     [

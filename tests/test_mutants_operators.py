@@ -229,6 +229,7 @@ def invoke(folder: Path, results: Path, *options: str) -> Any:
     return CliRunner().invoke(mutants_command, [*fixed, *options])
 
 
+@pytest.mark.slow
 def test_a_survivor_is_reported_and_fails(
     folder: Path,
     tmp_path: Path,
@@ -258,6 +259,7 @@ def test_a_survivor_is_reported_and_fails(
     assert only.exit_code == 0, "no survivor is left"
 
 
+@pytest.mark.slow
 def test_a_mutant_of_an_instruction_that_no_case_executes_survives(
     folder: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,7 @@ def test_names_of_cases_are_unique_and_every_kernel_and_draw_has_some():
     assert {each.draw for each in RECORDED} == {*DRAWS, ""}
 
 
-@pytest.mark.quick(42)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("recorded", SAMPLE_FIRST, ids=str)
 def test_a_call_takes_the_kernel_of_its_case(recorded, gpu, artifacts):
     key = f"{recorded.kernel}.sm_90a"

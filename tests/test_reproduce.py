@@ -269,7 +269,7 @@ def test_a_failed_build_shows_the_end_of_its_log(tmp_path: Path, source: Source)
         two_builds._run(place, ".", "failing")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("deaf", [False, True])
 def test_an_interrupted_build_is_ended(
     deaf: bool, tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch

@@ -1302,6 +1302,7 @@ def test_a_compiled_model_launches_at_every_call(gpu, make, compiled):
         assert gpu.last["out_weights"] == out.data_ptr()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_may_leave_the_router_out(gpu, make, compiled):
     model = compiled(Step(torch.compiler.disable(make())))
     for calls in (1, 2, 3):
@@ -1309,6 +1310,7 @@ def test_a_compiled_model_may_leave_the_router_out(gpu, make, compiled):
         assert len(gpu.launches) == calls
 
 
+@pytest.mark.slow
 def test_a_whole_graph_with_a_router_in_it_is_refused(gpu, make, compiled):
     """No graph that leaves the launch out, which would be silent."""
     with pytest.raises(torch._dynamo.exc.Unsupported):

@@ -296,6 +296,7 @@ def test_wgmma_is_beyond_the_protocol_rung(topk: Artifact) -> None:
 # ---------------------------------------------------------------- hardware
 
 
+@pytest.mark.slow
 def test_records_of_several_processes_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     context = multiprocessing.get_context("spawn")

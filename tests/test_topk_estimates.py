@@ -84,6 +84,7 @@ def test_the_allowance_is_needed() -> None:
     assert np.maximum(np.abs(low - exact), np.abs(high - exact)).max() > ALLOWANCE / 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", [arch.name for arch in ARCHITECTURES][:2])
 def test_a_logit_out_of_range_leaves_no_expert_out(ptx: dict[str, str], arch: str) -> None:  # noqa: F811
     """2^(100 log2 e) overflows, so the estimate is infinite and says nothing of lower logits."""
@@ -130,6 +131,7 @@ TEARS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", TEARS)
 def test_logits_that_change_between_an_estimate_and_a_score_give_experts(tmp_path, name) -> None:
     """Before every load, those of the first row or the biases; the other row is right."""

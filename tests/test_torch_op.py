@@ -577,7 +577,7 @@ def opcheck_cases(random, device="cpu"):
     yield functional, plain, {**options, **dtypes}
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", range(4))
 def test_opcheck_passes(random, case):
     operator, arguments, options = list(opcheck_cases(random))[case]
@@ -615,6 +615,7 @@ def dynamo():
 each_operator = pytest.mark.parametrize("functional", [False, True], ids=["route", "functional"])
 
 
+@pytest.mark.quick(1)
 @each_operator
 def test_compile_traces_one_graph_for_every_number_of_tokens(random, dynamo, functional):
     step = Step(*layer(random), functional)
@@ -643,13 +644,14 @@ def check_for_copies(step, *calls):
         check(compiled(*call), call[0], step.weight, step.e_bias)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @each_operator
 def test_inductor_adds_neither_a_copy_nor_a_kernel(random, dynamo, functional):
     step = Step(*layer(random), functional)
     check_for_copies(step, *((rows(random, num_tokens),) for num_tokens in (5, 70)))
 
 
+@pytest.mark.slow
 def test_inductor_adds_no_copy_of_the_callers_outputs(random, dynamo):
     step = Step(*layer(random), functional=False)
     check_for_copies(step, *((rows(random, number), *outputs(number)) for number in (5, 70)))

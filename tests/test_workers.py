@@ -50,7 +50,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "group"), WAYS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stopped_command_leaves_no_process_behind(

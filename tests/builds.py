@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from build_kernels.binaries.nvdisasm import sass_opcodes
+from build_kernels.binaries.nvdisasm import sass_opcodes, sass_opcodes_of
 from build_kernels.building import build, compilers
 from build_kernels.building.build import Built, Report, run_build
 from build_kernels.building.plan import Task, file_names, make_plan
@@ -99,6 +99,13 @@ def sass_once(path: Path) -> Counter[str]:
     if cubin not in DISASSEMBLED:
         DISASSEMBLED[cubin] = sass_opcodes(path)
     return DISASSEMBLED[cubin]
+
+
+def sass_of_once(codes: Sequence[bytes], arch: str) -> list[Counter[str]]:
+    """Disassemble each kernel's code once; stands in for nvdisasm.sass_opcodes_of."""
+    if new := [code for code in codes if code not in DISASSEMBLED]:
+        DISASSEMBLED.update(zip(new, sass_opcodes_of(new, arch), strict=True))
+    return [DISASSEMBLED[code] for code in codes]
 
 
 @contextlib.contextmanager

@@ -201,13 +201,13 @@ def compile_once(monkeypatch):
 
 @pytest.fixture
 def disassemble_once(monkeypatch):
-    """Let this process take what a cubin was disassembled to before: a third of a second each."""
+    """Let this process take what a cubin was disassembled to before: half a second each."""
     import builds
 
     from build_kernels.binaries import nvdisasm
 
-    for module in (nvdisasm, builds.build):
-        monkeypatch.setattr(module, "sass_opcodes", builds.sass_once)
+    monkeypatch.setattr(nvdisasm, "sass_opcodes", builds.sass_once)
+    monkeypatch.setattr(builds.build, "sass_opcodes_of", builds.sass_of_once)
 
 
 def cubin_bytes(arch: str, payload: bytes = b"") -> bytes:

@@ -359,14 +359,20 @@ class TestRefusals:
     def task(self, **changes: object) -> Task:
         return Task(spec=dataclasses.replace(TOPK, **changes), arch="sm_90a", digest="0" * 64)
 
+    def built(self, task: Task, folder: Path) -> build.Built | str:
+        made = build.compile_one(task, folder)
+        if isinstance(made, str):
+            return made
+        return build.make_entries([task], {task.key: made})[task.key]
+
     def outcome(self, tmp_path: Path, **changes: object) -> str:
-        result = build.build_one(self.task(**changes), tmp_path / "dump")
+        result = self.built(self.task(**changes), tmp_path / "dump")
         assert isinstance(result, str), "the kernel was accepted"
         return result
 
     @pytest.mark.slow
     def test_the_unchanged_spec_is_accepted(self, tmp_path: Path) -> None:
-        assert isinstance(build.build_one(self.task(), tmp_path / "dump"), build.Built)
+        assert isinstance(self.built(self.task(), tmp_path / "dump"), build.Built)
 
     @pytest.mark.slow
     def test_a_folder_with_blanks_and_quotes_is_one_word_to_the_compilers(
@@ -382,7 +388,7 @@ class TestRefusals:
 
         monkeypatch.setattr(compilers, "compile_kernel", compile_there)
         before = os.getcwd()
-        assert isinstance(build.build_one(self.task(), folder), build.Built)
+        assert isinstance(self.built(self.task(), folder), build.Built)
         assert os.getcwd() == before
 
     @pytest.mark.slow
@@ -543,7 +549,7 @@ class TestRefusals:
     ) -> None:
         before = contents(artifacts)
         plan = make_plan(tmp_path / "empty", [TOPK.name], ["sm_90a"])
-        monkeypatch.setattr(build, "build_one", os.abort)
+        monkeypatch.setattr(build, "compile_one", os.abort)
         monkeypatch.setattr(build, "_prepare_compiler", _die)
         with pytest.raises(BuildError, match=r"router_topk\.sm_90a: its process died"):
             run_build(artifacts, plan, jobs=1)

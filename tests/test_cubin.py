@@ -127,6 +127,24 @@ def test_every_instruction_is_counted(arch: str, tmp_path: Path) -> None:
     assert nvdisasm.sass_opcodes(path).total() == text["sh_size"] // 16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_that_are_read_at_once_have_the_counts_of_each(arch: str, tmp_path: Path) -> None:
+    topk = topk_set(tmp_path / "set", [arch]) / f"{TOPK.name}.{arch}.cubin"
+    reduce = tmp_path / "reduce.cubin"
+    reduce.write_bytes(compiled(REDUCE, arch))
+    paths = (reduce, topk, reduce)
+    codes = [read_cubin(path.read_bytes()).code for path in paths]
+    each = [nvdisasm.sass_opcodes(path) for path in paths]
+    assert nvdisasm.sass_opcodes_of(codes, arch) == each
+
+
+def test_code_that_is_no_whole_number_of_instructions_is_refused() -> None:
+    code = read_cubin(compiled(REDUCE, "sm_90a")).code
+    with pytest.raises(CubinError, match=r"\d+ instructions in \d+ bytes of sm_90a"):
+        nvdisasm.sass_opcodes_of([code[:24], code[24:]], "sm_90a")
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("text", [PLAIN, LOCAL, REDUCE], ids=["plain", "local", "reduce"])
 def test_agrees_with_cuobjdump(arch: str, text: str, tmp_path: Path) -> None:

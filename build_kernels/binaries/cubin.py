@@ -10,7 +10,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv4_router_runtime.artifacts.files import MAX_CODE_BYTES
@@ -56,7 +56,10 @@ class CubinParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Cubin:
-    """Launch ABI and resources of a cubin's one kernel; None for a block or cluster not stated."""
+    """Launch ABI, resources and machine code of a cubin's one kernel.
+
+    None for a block or cluster not stated.
+    """
 
     compute_capability: int
     symbol: str
@@ -67,6 +70,7 @@ class Cubin:
     required_block: tuple[int, int, int] | None
     max_block: tuple[int, int, int] | None
     cluster: tuple[int, int, int] | None
+    code: bytes = field(repr=False)
 
 
 def read_cubin(data: bytes) -> Cubin:
@@ -141,6 +145,9 @@ def _kernel_symbols(elf: ELFFile) -> dict[str, int]:
 
 def _cubin_of(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
     capability = elf_compute_capability(data, file="cubin")
+    code = elf.get_section_by_name(f".text.{symbol}")
+    if code is None:
+        raise CubinError(f"no code of {symbol}")
     of_kernel = dict(_records(elf, f".nv.info.{symbol}"))
     return Cubin(
         compute_capability=capability,
@@ -152,6 +159,7 @@ def _cubin_of(elf: ELFFile, data: bytes, symbol: str, index: int) -> Cubin:
         required_block=_dim3(of_kernel.get(_REQNTID)),
         max_block=_dim3(of_kernel.get(_MAX_THREADS)),
         cluster=_dim3(of_kernel.get(_CTA_PER_CLUSTER)),
+        code=code.data(),
     )
 
 

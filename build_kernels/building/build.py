@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from build_kernels.binaries.cubin import CubinError, read_cubin, stated_ptxas
-from build_kernels.binaries.nvdisasm import sass_opcodes, watched
+from build_kernels.binaries.cubin import Cubin, CubinError, read_cubin, stated_ptxas
+from build_kernels.binaries.nvdisasm import sass_opcodes_of, watched
 from build_kernels.binaries.wheels import ToolError
 from build_kernels.errors import BuilderError
 from build_kernels.specs import TARGETS
@@ -28,6 +30,7 @@ from .artifact_folder import (
     read_contents,
     resolve_folder,
 )
+from .compilers import Compiled
 from .entry import EntryError, make_entry
 from .plan import PTXAS, Plan, Task, file_names, known_files
 from .publish import NewSet, publish
@@ -40,6 +43,14 @@ _PROBE_BYTES = 2**20
 
 class BuildError(BuilderError):
     """A build failed; nothing was published unless the message has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What the compiler made of a kernel, and what its cubin says."""
+
+    compiled: Compiled
+    cubin: Cubin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,22 +244,23 @@ def _compile_all(
     """Return each task's result, in order. All are tried; BuildError lists every failure."""
     if not tasks:
         return []
-    by_key = {task.key: task for task in tasks}
-    arguments = {key: (task, folder / key) for key, task in by_key.items()}
-    results: dict[str, Built] = {}
+    arguments = {task.key: (task, folder / task.key) for task in tasks}
+    made: dict[str, Made] = {}
     failures = []
-    with run_tasks(build_one, arguments, jobs=jobs, prepare=_prepare_compiler) as outcomes:
+    with run_tasks(compile_one, arguments, jobs=jobs, prepare=_prepare_compiler) as outcomes:
         for key, outcome in outcomes:
-            if isinstance(outcome, Built):
-                results[key] = outcome
+            if isinstance(outcome, Made):
+                made[key] = outcome
             elif isinstance(outcome, WorkerDiedError):
                 failures.append(f"{key}: {outcome}; the compiler's own messages are above")
             else:
                 failures.append(f"{key}: {outcome}")
             on_done(key)
+    results = make_entries([task for task in tasks if task.key in made], made)
+    failures += [f"{key}: {why}" for key, why in results.items() if isinstance(why, str)]
     if failures:
         raise BuildError("\n".join(failures))
-    return [results[task.key] for task in tasks]
+    return [built for task in tasks if isinstance(built := results[task.key], Built)]
 
 
 def _prepare_compiler() -> None:
@@ -260,26 +272,55 @@ def _prepare_compiler() -> None:
         del os.environ[name]
 
 
-def build_one(task: Task, dump_folder: Path) -> Built | str:
+def compile_one(task: Task, dump_folder: Path) -> Made | str:
     """Compile one kernel and read its cubin back; return the error as a string if that fails."""
     dump_folder.mkdir()
     try:
         # The DSL puts the folder into lines of options, of which a blank or a quote makes others.
         with chdir(dump_folder):
             compiled = compilers.compile_kernel(task.spec, task.arch, Path("."))
-        path = dump_folder / cubin_name(task.spec.name, task.arch)
-        path.write_bytes(compiled.cubin)
-        cubin = read_cubin(compiled.cubin)
-        opcodes = watched(sass_opcodes(path))
-        entry = make_entry(task.spec, task.arch, task.digest, compiled, cubin, opcodes)
-        return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
-    except (EntryError, compilers.CompileError, CubinError, ToolError) as error:
+        # So that a full disk is said of a kernel of NVRTC's too, which writes no file.
+        (dump_folder / cubin_name(task.spec.name, task.arch)).write_bytes(compiled.cubin)
+        return Made(compiled=compiled, cubin=read_cubin(compiled.cubin))
+    except (compilers.CompileError, CubinError) as error:
         return f"{_why_no_file(dump_folder)}{error}"
     except Exception as error:
         if why := _why_no_file(dump_folder):
             return f"{why}{error}"
         # A mistake in a DSL kernel may raise anything: its traceback is the message.
         return traceback.format_exc()
+
+
+def make_entries(tasks: Sequence[Task], made: Mapping[str, Made]) -> dict[str, Built | str]:
+    """Make the entries of compiled kernels, by the task's key; an error is returned as a string."""
+    by_arch: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_arch.setdefault(task.arch, []).append(task)
+    results: dict[str, Built | str] = {}
+    with ThreadPoolExecutor() as threads:
+        codes = ([made[task.key].cubin.code for task in same] for same in by_arch.values())
+        for same, counts in zip(by_arch.values(), threads.map(_count, codes, by_arch), strict=True):
+            for at, task in enumerate(same):
+                results[task.key] = (
+                    counts if isinstance(counts, str) else _built(task, made[task.key], counts[at])
+                )
+    return results
+
+
+def _count(codes: Sequence[bytes], arch: str) -> list[Counter[str]] | str:
+    try:
+        return sass_opcodes_of(codes, arch)
+    except (CubinError, ToolError) as error:
+        return str(error)
+
+
+def _built(task: Task, made: Made, counts: Counter[str]) -> Built | str:
+    compiled = made.compiled
+    try:
+        entry = make_entry(task.spec, task.arch, task.digest, compiled, made.cubin, watched(counts))
+    except EntryError as error:
+        return str(error)
+    return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)
 
 
 def _why_no_file(folder: Path) -> str:

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from .artifacts.dispatch import (
+    FUSED_GATE_ROLES,
     Accepted,
     LayerPlan,
     LayerProblem,
@@ -290,6 +291,10 @@ def as_text(explained: Explanation) -> str:
         instead = "NoKernelError" if other is None else other.kernel.key
         room = f"for a cluster of {size} CTAs (MIG, MPS, green contexts)"
         lines.append(f"without room {room}: {instead}")
+    if kernel.role in FUSED_GATE_ROLES:
+        lines.append(
+            "with room for some of its clusters at once: the step from it on of the fewest waves"
+        )
     lines.append(f"candidates of role {kernel.role} for N={explained.tokens_at_once}:")
     for each, verdict, reason in _verdicts(explained):
         lines.append(f"     {verdict} {each.kernel.key}: {reason}")

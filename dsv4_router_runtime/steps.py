@@ -15,14 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from .artifacts.dispatch import LayerPlan, LayerProblem, kernels_on, plan_layer
+from .artifacts.dispatch import (
+    FUSED_GATE_ROLES,
+    LayerPlan,
+    LayerProblem,
+    kernels_on,
+    plan_layer,
+)
 from .artifacts.folder import ArtifactSet
 from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
 from .artifacts.limits import MAX_TOKENS
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import stream_id
-from .device.launch import tokens_at_once
+from .device.launch import grid_of, tokens_at_once
 from .device.launch_site import LayerLaunchSite, NoRoomError, PiecewiseLaunchSite
 from .device.load import LoadedKernel, load_once
 from .device.occupancy import Room, ask_room, note_fallback
@@ -57,6 +63,18 @@ class _LoadedStep:
     max_tokens: int
     loaded: LoadedKernel
     piece_tokens: int | None
+
+    @property
+    def is_fused_gate(self) -> bool:
+        """Whether it is one launch that reads all of W_gate."""
+        return self.loaded.kernel.role in FUSED_GATE_ROLES
+
+    def clusters(self, num_tokens: int, num_experts: int) -> int:
+        """Return the clusters of its largest launch in calls of at most num_tokens."""
+        kernel = self.loaded.kernel
+        most = min(tokens_at_once(num_tokens, self.piece_tokens), self.max_tokens)
+        grid = grid_of(kernel.launch, num_tokens=most, num_experts=num_experts)
+        return math.prod(grid) // math.prod(kernel.launch.cluster)
 
 
 class LayerSteps(ABC):
@@ -301,21 +319,46 @@ class LayerSteps(ABC):
         return self._make_site(step, room, stream, pdl, slot)
 
     def _step_with_room(self, index: int, stream: int) -> tuple[_LoadedStep, Room]:
-        """Return the first step from `index` on that fits the stream's context, and its room."""
+        """Return the step for the calls of step `index` in the stream's context, and its room.
+
+        Of the fused steps from there on that is the first of those with the fewest waves of
+        clusters; a matrix product only if no other step has room.
+        """
         if index == len(self._steps):
             allowed = f"at most {MAX_TOKENS} rows, as an int32 counts them"
             raise ValueError(f"hidden_states: expected {allowed} (got more); make several calls")
-        unfit: list[tuple[LoadedKernel, str]] = []
+        num_tokens, experts = self._steps[index].max_tokens, self._problem.num_experts
+        best: tuple[int, _LoadedStep, Room] | None = None
+        passed: list[tuple[LoadedKernel, Room, str]] = []
         while True:
             step = self._steps[index]
             room = ask_room(step.loaded, stream)
-            if room.reason is None:
-                # Only now: the step after one without room may have none either.
-                for loaded, reason in unfit:
-                    note_fallback(loaded, reason, step.loaded.kernel.key)
-                return step, room
-            unfit.append((step.loaded, room.reason))
-            index = self._step_after(index, step.loaded, room.reason)
+            if room.reason is not None:
+                passed.append((step.loaded, room, room.reason))
+            elif not step.is_fused_gate:
+                best = best or (1, step, room)
+                break
+            else:
+                waves = room.waves(step.clusters(num_tokens, experts))
+                if best is None or waves < best[0]:
+                    best = waves, step, room
+                if waves == 1:
+                    break
+                crowded = f"its launches take {waves} waves of clusters in this context"
+                passed.append((step.loaded, room, crowded))
+            following = self._next_step(index)
+            if following is None:
+                break
+            index = following
+        if best is None:
+            raise self._no_step_left(step, room.reason)
+        # Only now: the step after one that is passed over may be passed over too.
+        for loaded, its_room, reason in passed:
+            if loaded is best[1].loaded:
+                break
+            has_room = its_room.reason is None
+            note_fallback(loaded, reason, best[1].loaded.kernel.key, has_room=has_room)
+        return best[1:]
 
     def _make_site(
         self, step: _LoadedStep, room: Room, stream: int, pdl: bool, slot: Slot
@@ -335,26 +378,33 @@ class LayerSteps(ABC):
         self._write_layer(site)
         return site
 
-    def _step_after(self, index: int, loaded: LoadedKernel, reason: str) -> int:
-        """Return the step to take instead of the first from `index` on whose kernel is `loaded`."""
-        while self._steps[index].loaded is not loaded:
-            index += 1
+    def _next_step(self, index: int) -> int | None:
+        """Return the first step after `index` with another kernel; None if it is the last one's."""
+        loaded = self._steps[index].loaded
         # The last kernel of a layer with same_bits has two steps.
         while (step := self._steps[index]).loaded is loaded:
             if step.max_tokens == MAX_TOKENS:
-                instead = ""
-                if step.piece_tokens is not None:
-                    instead = "; without same_bits, torch.mm and router_topk take such calls"
-                key = loaded.kernel.key
-                raise NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
+                return None
             index += 1
         return index
 
+    def _no_step_left(self, step: _LoadedStep, reason: str | None) -> NoKernelError:
+        instead = ""
+        if self._problem.same_bits:
+            instead = "; without same_bits, torch.mm and router_topk take such calls"
+        key = step.loaded.kernel.key
+        return NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
+
     def _step_after_refusal(self, index: int, refusal: NoRoomError, stream: int) -> int:
         """Return the step to take instead of the one that the driver refused to launch."""
-        index = self._step_after(index, refusal.loaded, str(refusal))
+        while self._steps[index].loaded is not refusal.loaded:
+            index += 1
+        following = self._next_step(index)
+        if following is None:
+            raise self._no_step_left(self._steps[index], str(refusal))
+        index = following
         step, _ = self._step_with_room(index, stream)
-        note_fallback(refusal.loaded, str(refusal), step.loaded.kernel.key)
+        note_fallback(refusal.loaded, str(refusal), step.loaded.kernel.key, has_room=False)
         return index
 
     def _write_layer(self, site: LayerLaunchSite) -> None:

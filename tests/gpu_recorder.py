@@ -42,6 +42,8 @@ class Gpu:
         self.pdl: list[bool] = []
         # Kernels that no context has room for, by key, with the reason.
         self.unfit: dict[str, str] = {}
+        # The clusters that a context holds at once, of the kernels of which it does not hold all.
+        self.clusters: dict[str, int] = {}
 
     @property
     def last(self) -> dict:
@@ -52,7 +54,10 @@ class Gpu:
         return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
 
     def room(self, loaded, stream):
-        return occupancy.Room(exclusive_clusters=0, reason=self.unfit.get(loaded.kernel.key))
+        """Return the room of a context that holds every cluster but those of unfit kernels."""
+        reason = self.unfit.get(loaded.kernel.key)
+        clusters = self.clusters.get(loaded.kernel.key, 1 << 20)
+        return occupancy.Room(exclusive_clusters=0, clusters=clusters, reason=reason)
 
     def encode(self, arguments):
         self.maps.append(arguments)

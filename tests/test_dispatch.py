@@ -244,9 +244,9 @@ def test_a_plain_layers_steps(manifest):
         (256, {"n64": 192, "n64_k8": 448, "n64_k4": 960}),
         (257, {"n64": 128, "n64_k8": 320, "n64_k4": 640}),
         (384, {"n64": 128, "n64_k8": 320, "n64_k4": 640}),
-        # One token tile of 64 is decode's.
-        (385, {"n64_k8": 192, "n64_k4": 448}),
-        (512, {"n64_k8": 192, "n64_k4": 448}),
+        # One token tile of 64 is decode's; n64 stands in where that takes more waves.
+        (385, {"n64": 64, "n64_k8": 192, "n64_k4": 448}),
+        (512, {"n64": 64, "n64_k8": 192, "n64_k4": 448}),
     ],
 )
 def test_prefill_serves_what_fits_in_its_clusters(manifest, layout, num_experts, ends):
@@ -255,6 +255,16 @@ def test_prefill_serves_what_fits_in_its_clusters(manifest, layout, num_experts,
     assert steps(manifest, layer)[3:] == [
         *((end, f"router_prefill_{layout}_{tile}") for tile, end in ends.items()),
         (None, "router_topk"),
+    ]
+
+
+def test_a_stand_in_says_when_it_is_taken(manifest):
+    plan = plan_layer(manifest, replace(LAYER, num_experts=512), "sm_90a")
+    assert [step.reason for step in plan.steps[2:5]] == [
+        "33..64 tokens: computes the whole gate in one launch",
+        "..64 tokens, if that takes fewer waves of clusters: computes the whole gate in one "
+        "launch, by larger tiles",
+        "65..192 tokens: computes the whole gate in one launch, by larger tiles",
     ]
 
 

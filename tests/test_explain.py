@@ -215,8 +215,11 @@ def test_the_kernel_of_a_context_with_room_for_smaller_clusters_alone_is_said(ar
             (4, "router_topk"),
         )
     ]
+    some = "with room for some of its clusters at once: the step from it on of the fewest waves"
+    assert some in text
     product = as_text(explain(artifacts, replace(QUESTION, num_tokens=641), "sm_90a"))
     assert "without room" not in product
+    assert some not in product
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_green_contexts_are_right_and_say_what_did_not_fit(sms, flags):
     assert seen["wrong"] == []
     assert seen["contexts_kept"]
     assert seen["null_streams_scratch"], "the null streams of two contexts share scratch"
-    # A step is left exactly if its kernel had no room.
-    assert {item["kernel"] for item in seen["fallbacks"]} == set(seen["unfit"])
-    assert len(seen["warnings"]) == len(seen["fallbacks"])
+    # Each step whose kernel had no room is left, with a warning; others for fewer waves, without.
+    assert {item["kernel"] for item in seen["fallbacks"]} >= set(seen["unfit"])
+    assert len(seen["warnings"]) == len(seen["unfit"])
     (room,) = (
         room for key, room in seen["exclusive_clusters"].items() if "prefill_kmajor_n64." in key
     )

@@ -189,7 +189,8 @@ class LayerPlan:
 
 # The fused roles that serve a layer, in order: each goes on where the one before it ends. "select"
 # follows.
-_ROLES = {False: ("decode", "prefill"), True: ("hash", "decode", "prefill")}
+FUSED_GATE_ROLES = ("decode", "prefill")
+_ROLES = {False: FUSED_GATE_ROLES, True: ("hash", *FUSED_GATE_ROLES)}
 _PURPOSE = {
     "hash": "reads the rows of the chosen experts only",
     "decode": "computes the whole gate in one launch",
@@ -248,6 +249,8 @@ def _steps_of_layer(
             if role == "decode":
                 select_kernel(manifest, replace(wanted, num_tokens=1), arch)
             continue
+        if role == "prefill" and steps:
+            steps += _stand_ins(manifest, wanted, arch)
         steps += _steps_of_role(manifest, wanted, arch)
         end = steps[-1].max_tokens
         if end is None:
@@ -261,6 +264,21 @@ def _steps_of_layer(
             f"no kernel for more than {end} tokens on {arch}; build them all with `{BUILD_COMMAND}`"
         )
     return tuple(steps)
+
+
+def _stand_ins(manifest: Manifest, problem: Problem, arch: str) -> list[Step]:
+    """Return the step of a kernel that takes as many tokens as the last step, by fewer clusters.
+
+    No call takes it first. It is there for a GPU that does not hold all clusters of that step's
+    launch at once: one of 512 experts has 8 of decode, of which an H200 holds 7.
+    """
+    tokens = problem.num_tokens - 1
+    taken = _accepted(resolve(manifest, replace(problem, num_tokens=tokens), arch))
+    same = [kernel for kernel in taken if kernel.most_tokens(problem.num_experts) == tokens]
+    if not same:
+        return []
+    reason = f"..{tokens} tokens, if that takes fewer waves of clusters: {_PURPOSE[problem.role]}"
+    return [Step(max_tokens=tokens, kernel=_least(same, problem), reason=reason)]
 
 
 def _in_pieces(kernel: Kernel, most_tokens: int, arch: str) -> Step:

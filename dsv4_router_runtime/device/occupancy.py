@@ -1,7 +1,8 @@
-"""Whether a kernel's cluster fits the context of a stream, and which kernels did not.
+"""How many clusters of a kernel the context of a stream holds, and which kernels were passed over.
 
 All CTAs of a cluster need room at once in one group of SMs (a GPC). A green context, a MIG slice or
-MPS may leave no such room. Then the call takes the layer's next step: see `dispatch.without`.
+MPS may leave no such room, or room for fewer clusters than a launch has. Then the call takes
+another step of the layer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4_router_runtime.log import warn_once
+from dsv4_router_runtime.log import info_once, warn_once
 
 from . import driver
 from .launch import has_clusters, launch_config
@@ -22,23 +23,37 @@ from .load import LoadedKernel
 class Room:
     """The clusters of one kernel that a context holds.
 
-    exclusive_clusters: how many at once if no two CTAs share an SM. reason: why there is no room
-    for one cluster; None if there is.
+    exclusive_clusters: how many at once if no two CTAs share an SM. clusters: how many at once.
+    reason: why there is no room for one cluster; None if there is.
     """
 
     exclusive_clusters: int
+    clusters: int = 0
     reason: str | None = None
+
+    def waves(self, clusters: int) -> int:
+        """Return in how many waves a launch of so many clusters runs.
+
+        CTAs that share SMs are one wave. us on one H200, 7168x384, N = 64, green contexts of 32, 48
+        and 64 SMs that hold clusters of 16, of which a launch has 6: decode in several waves 23.7,
+        12.6, 9.2; the prefill kernel that takes one wave 9.8, 8.7, 7.8.
+        """
+        return math.ceil(clusters / max(self.clusters, self.exclusive_clusters))
 
 
 def ask_room(loaded: LoadedKernel, stream: int) -> Room:
-    """Ask the driver how many clusters of a kernel the context of `stream` holds."""
+    """Ask the driver how many clusters of a kernel the context of `stream` holds.
+
+    Of a kernel without clusters any context holds one.
+    """
     launch = loaded.kernel.launch
     if not has_clusters(launch):
-        return Room(exclusive_clusters=0)
-    exclusive = _clusters_at_once(loaded, stream, loaded.exclusive_shared_bytes)
-    if exclusive or _clusters_at_once(loaded, stream, launch.dynamic_shared_bytes):
-        return Room(exclusive_clusters=exclusive)
-    return Room(exclusive_clusters=0, reason=no_room(loaded))
+        return Room(exclusive_clusters=0, clusters=1)
+    exclusive = clusters = _clusters_at_once(loaded, stream, loaded.exclusive_shared_bytes)
+    if loaded.exclusive_shared_bytes != launch.dynamic_shared_bytes:
+        clusters = _clusters_at_once(loaded, stream, launch.dynamic_shared_bytes)
+    reason = None if exclusive or clusters else no_room(loaded)
+    return Room(exclusive_clusters=exclusive, clusters=clusters, reason=reason)
 
 
 def no_room(loaded: LoadedKernel) -> str:
@@ -72,7 +87,7 @@ def _clusters_at_once(loaded: LoadedKernel, stream: int, shared_bytes: int) -> i
 
 @dataclass(frozen=True, kw_only=True)
 class Fallback:
-    """A kernel that did not fit, the last one taken instead, and how often one was looked for."""
+    """A kernel that was passed over, the last one taken instead, and how often that happened."""
 
     kernel: str
     device: int
@@ -85,8 +100,11 @@ _fallbacks: dict[tuple[str, int], Fallback] = {}
 _lock = threading.RLock()
 
 
-def note_fallback(loaded: LoadedKernel, reason: str, instead: str) -> None:
-    """Count a fallback; log a warning for the first one of a kernel on a GPU."""
+def note_fallback(loaded: LoadedKernel, reason: str, instead: str, *, has_room: bool) -> None:
+    """Count a fallback, and log the first one of a kernel on a GPU.
+
+    That is a warning unless the kernel has room, and is passed over for a faster one.
+    """
     key = loaded.kernel.key, loaded.device
     with _lock:
         known = _fallbacks.get(key)
@@ -94,10 +112,11 @@ def note_fallback(loaded: LoadedKernel, reason: str, instead: str) -> None:
             known = Fallback(kernel=key[0], device=key[1], reason=reason, instead=instead, times=0)
         _fallbacks[key] = replace(known, instead=instead, times=known.times + 1)
     text = f"{key[0]} is not launched: {reason}; such calls take {instead}"
-    warn_once(f"no room for {key[0]} on GPU {key[1]}", text)
+    once = info_once if has_room else warn_once
+    once(f"{'few clusters' if has_room else 'no room'} for {key[0]} on GPU {key[1]}", text)
 
 
 def fallbacks() -> tuple[Fallback, ...]:
-    """Return every kernel that did not fit since the process began."""
+    """Return every kernel that was passed over since the process began."""
     with _lock:
         return tuple(_fallbacks.values())

@@ -34,6 +34,7 @@ from build_kernels.bench import (  # noqa: E402
     measure,
     model,
     options,
+    partition,
     peers,
     stopwatch,
 )
@@ -683,8 +684,9 @@ class FakeStopwatch:
 
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, stream: object = None) -> None:
         self.timed: list[str] = []
+        self.stream = stream
         self.orders: list[tuple[str, tuple[int, ...]]] = []
 
     def prepare(self, call, order, mode):
@@ -1007,7 +1009,7 @@ class FakeCuda:
             "Event": Event,
             "current_stream": lambda: Stream(),
             "stream": lambda stream: inside("side stream"),
-            "graph": lambda graph: inside("capture"),
+            "graph": lambda graph, stream: inside(f"capture on {stream}" if stream else "capture"),
             "synchronize": lambda: cuda.log.append("wait"),
         }
         for name, fake in fakes.items():
@@ -1074,6 +1076,27 @@ def test_cold_is_what_an_emptied_l2_gives(
     assert sizes == [4 * (1 << 10) // 4]
 
 
+def test_a_stream_that_was_given_has_every_call(cuda: FakeCuda) -> None:
+    given = torch.cuda.Stream()
+
+    def call(layer: int) -> None:
+        cuda.log.append("call")
+
+    watch = CudaStopwatch(given)
+    run = watch.prepare(call, [0, 1, 2, 3], WARM)
+    assert cuda.log[:2] == ["side waits", "side stream"]
+    assert f"capture on {given}" in cuda.log
+    for act in (lambda: watch.time(run, 4, WARM), lambda: watch.time_host(call, [0, 1])):
+        cuda.log.clear()
+        act()
+        depth, outside = 0, 0
+        for what in cuda.log:
+            depth += {"side stream": 1, "end of side stream": -1}.get(what, 0)
+            outside += what in ("call", "replay") and not depth
+        assert {"call", "replay"} & set(cuda.log)
+        assert outside == 0
+
+
 @pytest.mark.usefixtures("cuda")
 def test_host_time_is_that_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count(0, 7_000)
@@ -1128,6 +1151,35 @@ def test_the_whole_command_on_a_stand_in(
     # This torch has no product of BF16 with an FP32 result on a CPU.
     assert str(reasons["torch"]).startswith("NotImplementedError: ")
     assert "256x24 warm N=3: ours 4.00" in result.stderr
+
+
+def test_a_part_of_a_gpu_is_named_in_the_report(
+    gpu_aside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def make(sms: int, *, large_clusters: bool, device: int) -> partition.Partition:
+        asked.append((sms, large_clusters, device))
+        if sms > 132:
+            raise partition.PartitionError(f"no green context of {sms} SMs: CUDA_ERROR_X")
+        return partition.Partition(sms=sms + 4, context=1, stream=2)
+
+    monkeypatch.setattr(partition, "make_partition", make)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: handle)
+    monkeypatch.setattr(contenders, "router_call", lambda inputs, artifacts, *, pdl: right(inputs))
+    path = tmp_path / "out.json"
+    options = ("--shapes", "256x24", "--n", "1", "--artifacts", gpu_aside, "--json", path)
+    result = bench(*options, "--sms", "60", "--large-clusters")
+    assert result.exit_code == 0, result.stderr
+    assert read_report(path).machine.gpu == "NVIDIA H200, a green context of 64 SMs"
+    refused = bench(*options, "--sms", "400")
+    assert refused.exit_code == 1
+    assert "--sms: no green context of 400 SMs: CUDA_ERROR_X; ask for" in refused.stderr
+    assert asked == [(60, True, 0), (400, False, 0)]
+    alone = bench(*options, "--large-clusters")
+    assert alone.exit_code == 2
+    assert "add --sms" in alone.stderr
 
 
 # ---- Options -----------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from gpu_calls import captured, integers, outputs  # noqa: E402
 from gpu_recorder import steps_of, workspace_of  # noqa: E402
 
+from build_kernels.bench.partition import (  # noqa: E402
+    LARGE_CLUSTERS,
+    PartitionError,
+    make_partition,
+)
 from dsv4_router_runtime import Router, RouterError  # noqa: E402
 from dsv4_router_runtime.device import capture, driver, occupancy  # noqa: E402
 
@@ -27,8 +32,6 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 300, 400, 700)
 # Of prefill by clusters of 16 at N = 128: 3 tiles of experts by 2 of tokens.
 PREFILL_CLUSTERS = 6
 SECONDS = 60
-# CU_DEV_SM_RESOURCE_SPLIT_MAX_POTENTIAL_CLUSTER_SIZE: groups of SMs that may hold large clusters.
-MAX_CLUSTERS = 2
 
 STORE_TO_NOWHERE = "st.global.u32 [%rd1], %r1;"
 TRAP = "trap;"
@@ -57,7 +60,7 @@ def alone(*arguments: object) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("flags", [0, MAX_CLUSTERS])
+@pytest.mark.parametrize("flags", [0, LARGE_CLUSTERS])
 @pytest.mark.parametrize("sms", [8, 16, 32, 64, 128])
 def test_green_contexts_are_right_and_say_what_did_not_fit(sms, flags):
     seen = alone("green", sms, flags)
@@ -125,21 +128,6 @@ def ask(doing: str, results):
     return driver.checked(doing, results)
 
 
-def green_context(sms: int, flags: int):
-    """Return a green context of `sms` SMs as a context and a stream of it, or why there is none."""
-    cuda = driver.bindings()
-    sm = cuda.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    whole = ask("SMs", cuda.cuDeviceGetDevResource(0, sm))
-    code, groups, *_ = cuda.cuDevSmResourceSplitByCount(1, whole, flags, sms)
-    if code != 0:
-        return code.name
-    described = ask("description", cuda.cuDevResourceGenerateDesc(groups[:1], 1))
-    default = cuda.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    green = ask("green context", cuda.cuGreenCtxCreate(described, 0, default))
-    stream = ask("stream", cuda.cuGreenCtxStreamCreate(green, 1, 0))
-    return ask("context", cuda.cuCtxFromGreenCtx(green)), int(stream), groups[0].sm.smCount
-
-
 def green(sms: str, flags: str) -> dict:
     import logging
 
@@ -150,11 +138,12 @@ def green(sms: str, flags: str) -> dict:
     x, router = layer()
     expected = {n: route(router, x, n) for n in TOKENS}
     torch.cuda.synchronize()
-    got = green_context(int(sms), int(flags))
-    if isinstance(got, str):
-        return {"refused": got}
-    context, handle, count = got
+    try:
+        part = make_partition(int(sms), large_clusters=int(flags) == LARGE_CLUSTERS)
+    except PartitionError as error:
+        return {"refused": str(error)}
     cuda = driver.bindings()
+    context, handle, count = cuda.CUcontext(part.context), part.stream, part.sms
     stream = torch.cuda.ExternalStream(handle)
     wrong, kept = [], True
     with torch.cuda.stream(stream):

@@ -98,6 +98,8 @@ class Settings:
     reader: bool
     pdl: bool
     layout: str
+    sms: int | None
+    large_clusters: bool
     artifacts: Path | None
     json_file: Path | None
     plot_file: Path | None
@@ -171,6 +173,16 @@ new_file = click.Path(path_type=Path, dir_okay=False, writable=True)
 )
 @click.option(
     "--layout", type=click.Choice(["kmajor", "emajor"]), default="kmajor", show_default=True
+)
+@click.option(
+    "--sms",
+    type=click.IntRange(min=1),
+    help="Time on so many of the GPU's SMs, as a green context; the driver may round up.",
+)
+@click.option(
+    "--large-clusters",
+    is_flag=True,
+    help="With --sms: of SMs that may hold clusters of 16 CTAs.",
 )
 @click.option(
     "--artifacts",
@@ -251,6 +263,8 @@ def _check_usage(context: click.Context, settings: Settings) -> None:
         raise click.UsageError("--behind has modes of its own: it goes without --mode, --options")
     if settings.behind and settings.prefill:
         raise click.UsageError("--prefill and --behind choose N: give --behind and --n")
+    if settings.large_clusters and settings.sms is None:
+        raise click.UsageError("--large-clusters chooses the SMs of a part: add --sms")
     if settings.reader and not settings.behind:
         raise click.UsageError("--reader reads the ids of a chain: add --behind")
     for k, num_experts in settings.shapes:
@@ -305,11 +319,22 @@ def _measure(settings: Settings) -> Report:
     from .inputs import make_inputs
     from .measure import make_problem, manifest_sha256, measure, this_machine
     from .options import make_option_inputs
+    from .partition import PartitionError, make_partition
     from .stopwatch import CudaStopwatch
 
     kernels = open_artifacts(settings.artifacts)
     entrants = _entrants(settings, kernels)
     device = torch.cuda.current_device()
+    stream, sms = None, None
+    if settings.sms is not None:
+        torch.cuda.init()
+        try:
+            part = make_partition(
+                settings.sms, large_clusters=settings.large_clusters, device=device
+            )
+        except PartitionError as error:
+            raise BenchError(f"--sms: {error}; ask for another number") from None
+        stream, sms = torch.cuda.ExternalStream(part.stream), part.sms
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     problems = [make_problem(k, e, settings.top_k, l2_bytes) for k, e in settings.shapes]
     run = measure_behind if settings.behind else measure
@@ -322,8 +347,8 @@ def _measure(settings: Settings) -> Report:
             modes=settings.modes,
             layout=settings.layout,
             entrants=entrants,
-            stopwatch=CudaStopwatch(),
-            machine=this_machine(arch_of_device(device)),
+            stopwatch=CudaStopwatch(stream),
+            machine=this_machine(arch_of_device(device), sms),
             manifest_sha256=manifest_sha256(kernels),
             on_figures=on_figures,
             make_layers=make_option_inputs if settings.options else make_inputs,

@@ -240,10 +240,11 @@ def measure_floor(
     return Floor(shape=shape, mode=mode, name=name, how=how, microseconds=microseconds)
 
 
-def this_machine(arch: str) -> Machine:
-    """Describe torch's current GPU, its driver and the software."""
+def this_machine(arch: str, sms: int | None = None) -> Machine:
+    """Describe torch's current GPU, or a green context of so many of its SMs, and the software."""
+    part = "" if sms is None else f", a green context of {sms} SMs"
     return Machine(
-        gpu=torch.cuda.get_device_name(),
+        gpu=f"{torch.cuda.get_device_name()}{part}",
         arch=arch,
         driver=driver_version(),
         cuda=str(torch.version.cuda),

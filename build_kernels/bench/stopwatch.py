@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -54,15 +55,18 @@ class Stopwatch(Protocol):
 
 
 class CudaStopwatch:
-    """Time calls on torch's current GPU."""
+    """Time calls on torch's current GPU. stream: the one to make them on; torch's own if None."""
 
     device = "cuda"
+
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
 
     def prepare(
         self, call: Callable[[int], Result], order: Sequence[int], mode: str
     ) -> Callable[[], list[Result]]:
         """Warm up, then record one graph of all calls; EAGER and HOST have nothing to record."""
-        side = torch.cuda.Stream()
+        side = self._stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for layer in order[:WARM_UP_CALLS]:
@@ -71,7 +75,8 @@ class CudaStopwatch:
         if mode in (EAGER, HOST):
             return lambda: [call(layer) for layer in order]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A graph's kernels keep the context of the stream that was captured.
+        with torch.cuda.graph(graph, stream=self._stream):
             results = [call(layer) for layer in order]
 
         def run() -> list[Result]:
@@ -82,6 +87,10 @@ class CudaStopwatch:
 
     def time(self, run: Callable[[], object], calls: int, mode: str) -> Timing:
         """Time all calls between two events; in COLD and BEHIND, empty the L2 before each run."""
+        with self._on_stream():
+            return self._time(run, calls, mode)
+
+    def _time(self, run: Callable[[], object], calls: int, mode: str) -> Timing:
         end = time.perf_counter() + WARM_UP_SECONDS
         run()
         self.wait()
@@ -111,14 +120,18 @@ class CudaStopwatch:
             if at % HOST_BATCH == 0:
                 self.wait()
             layer = order[at % len(order)]
-            start = time.perf_counter_ns()
-            call(layer)
-            samples.append((time.perf_counter_ns() - start) / 1e3)
+            with self._on_stream():
+                start = time.perf_counter_ns()
+                call(layer)
+                samples.append((time.perf_counter_ns() - start) / 1e3)
         self.wait()
         return timing_of(samples)
 
     def wait(self) -> None:
         torch.cuda.synchronize()
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @cached_property
     def _l2_filler(self) -> torch.Tensor:

@@ -11,30 +11,22 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from .artifacts.dispatch import (
-    FUSED_GATE_ROLES,
-    LayerPlan,
-    LayerProblem,
-    kernels_on,
-    plan_layer,
-)
+from .artifacts.dispatch import LayerPlan, LayerProblem, kernels_on, plan_layer
 from .artifacts.folder import ArtifactSet
 from .artifacts.kernel import Kernel, TensorMapRecipe, wrong_parameter
-from .artifacts.limits import MAX_TOKENS
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import stream_id
-from .device.launch import grid_of, tokens_at_once
+from .device.launch import tokens_at_once
 from .device.launch_site import LayerLaunchSite, NoRoomError, PiecewiseLaunchSite
-from .device.load import LoadedKernel, load_once
-from .device.occupancy import Room, ask_room, note_fallback
+from .device.occupancy import Room
 from .device.tensor_map import TensorMap, encode_tensor_map, weight_arguments
 from .device.workspace import Slot, workspace_for
-from .errors import INTERRUPTED_CALL, ArtifactError, NoKernelError, RouterError
+from .errors import INTERRUPTED_CALL, ArtifactError, RouterError
+from .loaded_steps import LoadedStep, load_steps, step_after_refusal, step_with_room
 from .log import info_once, warn_once
 
 # Launch sites of one layer, before those on slots that were taken over are dropped.
@@ -51,30 +43,6 @@ class Streams(NamedTuple):
     current_stream: Callable[[int], int]
     is_capturing: Callable[[], bool]
     is_lasting: Callable[[int, int], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LoadedStep:
-    """One step of the plan with its kernel loaded; the last step takes MAX_TOKENS.
-
-    piece_tokens: as in `Step`.
-    """
-
-    max_tokens: int
-    loaded: LoadedKernel
-    piece_tokens: int | None
-
-    @property
-    def is_fused_gate(self) -> bool:
-        """Whether it is one launch that reads all of W_gate."""
-        return self.loaded.kernel.role in FUSED_GATE_ROLES
-
-    def clusters(self, num_tokens: int, num_experts: int) -> int:
-        """Return the clusters of its largest launch in calls of at most num_tokens."""
-        kernel = self.loaded.kernel
-        most = min(tokens_at_once(num_tokens, self.piece_tokens), self.max_tokens)
-        grid = grid_of(kernel.launch, num_tokens=most, num_experts=num_experts)
-        return math.prod(grid) // math.prod(kernel.launch.cluster)
 
 
 class LayerSteps(ABC):
@@ -114,9 +82,8 @@ class LayerSteps(ABC):
         self.plan = plan_layer(artifacts.manifest, problem, arch)
         for kernel in self.plan.kernels:
             check_parameter_names(artifacts, kernel)
-        # The plan's steps, then those of calls that need the whole gate.
-        self._steps = _load_steps(self.plan, artifacts, index)
-        # The last one ends the search of a call of too many tokens: see `_step_with_room`.
+        self._steps = load_steps(self.plan, artifacts, index)
+        # The last one ends the search of a call of too many tokens: see `step_with_room`.
         self._ends = (*(step.max_tokens for step in self._steps), math.inf)
         self._first_gate_step = len(self.plan.steps) if self.plan.gate_steps else 0
         _log_plan(self.plan, artifacts, arch, index)
@@ -232,7 +199,8 @@ class LayerSteps(ABC):
                         site.launch()
                 return
             except NoRoomError as error:
-                index = self._step_after_refusal(index, error, stream)
+                experts = self._problem.num_experts
+                index = step_after_refusal(self._steps, index, error, stream, experts)
             except self._errors_of_torch as error:
                 raise driver.torch_error(error) from error
 
@@ -301,7 +269,8 @@ class LayerSteps(ABC):
                 sites = self._sites.copy()
                 kept = {at: each for at, each in sites.items() if not each.slot.is_evicted}
                 self._sites = kept
-            step, room = self._step_with_room(index, stream)
+            experts = self._problem.num_experts
+            step, room = step_with_room(self._steps, index, stream, experts)
             site = self._sites[index, key, pdl] = self._make_site(step, room, stream, pdl, slot)
         return site
 
@@ -309,59 +278,17 @@ class LayerSteps(ABC):
         self, index: int, stream: int, pdl: bool, num_tokens: int
     ) -> LayerLaunchSite:
         """Return a launch site for one launch that is captured."""
-        step, room = self._step_with_room(index, stream)
+        experts = self._problem.num_experts
+        step, room = step_with_room(self._steps, index, stream, experts)
         # Pieces follow each other on the stream, and one's scratch serves all of them.
-        most_at_once = tokens_at_once(num_tokens, step.piece_tokens)
-        problem = most_at_once, self._problem.num_experts
+        problem = tokens_at_once(num_tokens, step.piece_tokens), experts
         slot = self._workspace.captured_slot(
             stream, step.loaded.kernel, problem, self._pins, self._shares
         )
         return self._make_site(step, room, stream, pdl, slot)
 
-    def _step_with_room(self, index: int, stream: int) -> tuple[_LoadedStep, Room]:
-        """Return the step for the calls of step `index` in the stream's context, and its room.
-
-        Of the fused steps from there on that is the first of those with the fewest waves of
-        clusters; a matrix product only if no other step has room.
-        """
-        if index == len(self._steps):
-            allowed = f"at most {MAX_TOKENS} rows, as an int32 counts them"
-            raise ValueError(f"hidden_states: expected {allowed} (got more); make several calls")
-        num_tokens, experts = self._steps[index].max_tokens, self._problem.num_experts
-        best: tuple[int, _LoadedStep, Room] | None = None
-        passed: list[tuple[LoadedKernel, Room, str]] = []
-        while True:
-            step = self._steps[index]
-            room = ask_room(step.loaded, stream)
-            if room.reason is not None:
-                passed.append((step.loaded, room, room.reason))
-            elif not step.is_fused_gate:
-                best = best or (1, step, room)
-                break
-            else:
-                waves = room.waves(step.clusters(num_tokens, experts))
-                if best is None or waves < best[0]:
-                    best = waves, step, room
-                if waves == 1:
-                    break
-                crowded = f"its launches take {waves} waves of clusters in this context"
-                passed.append((step.loaded, room, crowded))
-            following = self._next_step(index)
-            if following is None:
-                break
-            index = following
-        if best is None:
-            raise self._no_step_left(step, room.reason)
-        # Only now: the step after one that is passed over may be passed over too.
-        for loaded, its_room, reason in passed:
-            if loaded is best[1].loaded:
-                break
-            has_room = its_room.reason is None
-            note_fallback(loaded, reason, best[1].loaded.kernel.key, has_room=has_room)
-        return best[1:]
-
     def _make_site(
-        self, step: _LoadedStep, room: Room, stream: int, pdl: bool, slot: Slot
+        self, step: LoadedStep, room: Room, stream: int, pdl: bool, slot: Slot
     ) -> LayerLaunchSite:
         make: Callable[..., LayerLaunchSite] = LayerLaunchSite
         if step.piece_tokens is not None:
@@ -377,35 +304,6 @@ class LayerSteps(ABC):
         )
         self._write_layer(site)
         return site
-
-    def _next_step(self, index: int) -> int | None:
-        """Return the first step after `index` with another kernel; None if it is the last one's."""
-        loaded = self._steps[index].loaded
-        # The last kernel of a layer with same_bits has two steps.
-        while (step := self._steps[index]).loaded is loaded:
-            if step.max_tokens == MAX_TOKENS:
-                return None
-            index += 1
-        return index
-
-    def _no_step_left(self, step: _LoadedStep, reason: str | None) -> NoKernelError:
-        instead = ""
-        if self._problem.same_bits:
-            instead = "; without same_bits, torch.mm and router_topk take such calls"
-        key = step.loaded.kernel.key
-        return NoKernelError(f"{key}, the last step of this layer: {reason}{instead}")
-
-    def _step_after_refusal(self, index: int, refusal: NoRoomError, stream: int) -> int:
-        """Return the step to take instead of the one that the driver refused to launch."""
-        while self._steps[index].loaded is not refusal.loaded:
-            index += 1
-        following = self._next_step(index)
-        if following is None:
-            raise self._no_step_left(self._steps[index], str(refusal))
-        index = following
-        step, _ = self._step_with_room(index, stream)
-        note_fallback(refusal.loaded, str(refusal), step.loaded.kernel.key, has_room=False)
-        return index
 
     def _write_layer(self, site: LayerLaunchSite) -> None:
         blocks = self._problem.k // site.block.kernel.problem.k_multiple
@@ -423,17 +321,6 @@ def check_parameter_names(artifacts: ArtifactSet, kernel: Kernel) -> None:
         place, problem = wrong
         file = str(artifacts.folder / kernel.file)
         raise ArtifactError(file=file, problem=f"{place}: {problem}")
-
-
-def _load_steps(plan: LayerPlan, artifacts: ArtifactSet, device: int) -> tuple[_LoadedStep, ...]:
-    return tuple(
-        _LoadedStep(
-            max_tokens=MAX_TOKENS if step.max_tokens is None else step.max_tokens,
-            loaded=load_once(artifacts, step.kernel, device),
-            piece_tokens=step.piece_tokens,
-        )
-        for step in (*plan.steps, *plan.gate_steps)
-    )
 
 
 def _log_plan(plan: LayerPlan, artifacts: ArtifactSet, arch: str, device: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from cuda.bindings import driver as real
 from gpu_recorder import replace_gpu
 
-from dsv4_router_runtime import binding, log, steps
+from dsv4_router_runtime import binding, loaded_steps, log, steps
 from dsv4_router_runtime.device import driver, launch_site, load, occupancy, tensor_map, workspace
 from dsv4_router_runtime.device.launch_site import LaunchSite
 
@@ -24,7 +24,7 @@ _ABOVE = [
     (load, "load_kernel"),
     (tensor_map, "encode_tensor_map"),
     (steps, "encode_tensor_map"),
-    (steps, "ask_room"),
+    (loaded_steps, "ask_room"),
     (binding, "is_lasting"),
     (launch_site, "launch_config"),
     (LaunchSite, "launch"),

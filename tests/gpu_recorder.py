@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from fake_driver import FakeDriver
 
-from dsv4_router_runtime import Router, binding, log, router, scratch, steps
+from dsv4_router_runtime import Router, binding, loaded_steps, log, router, scratch, steps
 from dsv4_router_runtime.artifacts.limits import MAX_TOKENS
 from dsv4_router_runtime.device import (
     driver,
@@ -53,7 +53,7 @@ class Gpu:
         self.loads.append(kernel.key)
         return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
 
-    def room(self, loaded, stream):
+    def room(self, loaded, stream, clusters=1):
         """Return the room of a context that holds every cluster but those of unfit kernels."""
         reason = self.unfit.get(loaded.kernel.key)
         clusters = self.clusters.get(loaded.kernel.key, 1 << 20)
@@ -105,7 +105,7 @@ def replace_gpu(monkeypatch) -> Gpu:
     }.items():
         monkeypatch.setattr(binding, name, value)
     monkeypatch.setattr(steps, "encode_tensor_map", gpu.encode)
-    monkeypatch.setattr(steps, "ask_room", gpu.room)
+    monkeypatch.setattr(loaded_steps, "ask_room", gpu.room)
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(scratch, "gpu_index", lambda device: None)
     monkeypatch.setattr(router, "require_gpu", lambda device: None)

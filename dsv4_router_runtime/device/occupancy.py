@@ -23,7 +23,8 @@ from .load import LoadedKernel
 class Room:
     """The clusters of one kernel that a context holds.
 
-    exclusive_clusters: how many at once if no two CTAs share an SM. clusters: how many at once.
+    exclusive_clusters: how many at once if no two CTAs share an SM. clusters: how many at once, or
+    the same number if no more were asked for.
     reason: why there is no room for one cluster; None if there is.
     """
 
@@ -41,19 +42,20 @@ class Room:
         return math.ceil(clusters / max(self.clusters, self.exclusive_clusters))
 
 
-def ask_room(loaded: LoadedKernel, stream: int) -> Room:
-    """Ask the driver how many clusters of a kernel the context of `stream` holds.
+def ask_room(loaded: LoadedKernel, stream: int, clusters: int = 1) -> Room:
+    """Ask the driver whether the context of `stream` holds so many clusters of a kernel at once.
 
-    Of a kernel without clusters any context holds one.
+    Whether more fit if CTAs share SMs is asked only if fewer do without. Of a kernel without
+    clusters any context holds one.
     """
     launch = loaded.kernel.launch
     if not has_clusters(launch):
         return Room(exclusive_clusters=0, clusters=1)
-    exclusive = clusters = _clusters_at_once(loaded, stream, loaded.exclusive_shared_bytes)
-    if loaded.exclusive_shared_bytes != launch.dynamic_shared_bytes:
-        clusters = _clusters_at_once(loaded, stream, launch.dynamic_shared_bytes)
-    reason = None if exclusive or clusters else no_room(loaded)
-    return Room(exclusive_clusters=exclusive, clusters=clusters, reason=reason)
+    exclusive = shared = _clusters_at_once(loaded, stream, loaded.exclusive_shared_bytes)
+    if exclusive < clusters:
+        shared = _clusters_at_once(loaded, stream, launch.dynamic_shared_bytes)
+    reason = None if exclusive or shared else no_room(loaded)
+    return Room(exclusive_clusters=exclusive, clusters=shared, reason=reason)
 
 
 def no_room(loaded: LoadedKernel) -> str:

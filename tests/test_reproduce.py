@@ -304,13 +304,13 @@ def test_an_interrupted_build_is_ended(
 # Each breaks one thing that the builds should agree on; none is part of a source digest.
 FAULTS = {
     "build_kernels/building/build.py": (
-        "        return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)\n",
-        "        cubin = compiled.cubin[:-1] + bytes([hash('x') % 256])\n"
-        "        from dataclasses import replace\n"
-        "        from build_kernels.building.entry import sha256\n"
-        "        entry = replace(entry, cubin_sha256=sha256(cubin))\n"
-        "        ptx = compiled.ptx + '// ' + str(Path.home())\n"
-        "        return Built(entry=entry, cubin=cubin, ptx=ptx)\n",
+        "    return Built(entry=entry, cubin=compiled.cubin, ptx=compiled.ptx)\n",
+        "    cubin = compiled.cubin[:-1] + bytes([hash('x') % 256])\n"
+        "    from dataclasses import replace\n"
+        "    from build_kernels.building.entry import sha256\n"
+        "    entry = replace(entry, cubin_sha256=sha256(cubin))\n"
+        "    ptx = compiled.ptx + '// ' + str(Path.home())\n"
+        "    return Built(entry=entry, cubin=cubin, ptx=ptx)\n",
     ),
     "build_kernels/building/sbom.py": (
         '        "version": 1,\n',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from dsv4_router_runtime.device import driver
 
@@ -31,10 +30,7 @@ def make_partition(sms: int, *, large_clusters: bool = False, device: int = 0) -
     large_clusters: SMs that may hold clusters of 16 CTAs. Without it, few such parts do.
     """
     cuda = driver.bindings()
-
-    def ask(doing: str, results: tuple[Any, ...]) -> Any:
-        return driver.checked(doing, results)
-
+    ask = driver.checked
     kind = cuda.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
     whole = ask("asking for the GPU's SMs", cuda.cuDeviceGetDevResource(device, kind))
     flags = LARGE_CLUSTERS if large_clusters else 0

@@ -65,36 +65,33 @@ def step_with_room(
         raise ValueError(f"hidden_states: expected {allowed} (got more); make several calls")
     num_tokens = steps[index].max_tokens
     best: tuple[int, LoadedStep, Room] | None = None
-    passed: list[tuple[LoadedKernel, Room, str]] = []
+    # Each with the reason, and whether there is room for a cluster of it.
+    passed: list[tuple[LoadedKernel, str, bool]] = []
     while True:
         step = steps[index]
         clusters = step.clusters(num_tokens, num_experts) if step.is_fused_gate else 1
         room = ask_room(step.loaded, stream, clusters)
         if room.reason is not None:
-            passed.append((step.loaded, room, room.reason))
-        elif not step.is_fused_gate:
-            best = best or (1, step, room)
-            break
+            passed.append((step.loaded, room.reason, False))
         else:
             waves = room.waves(clusters)
-            if best is None or waves < best[0]:
+            if best is None or (step.is_fused_gate and waves < best[0]):
                 best = waves, step, room
             if waves == 1:
                 break
             crowded = f"its launches take {waves} waves of clusters in this context"
-            passed.append((step.loaded, room, crowded))
+            passed.append((step.loaded, crowded, True))
         following = _next_step(steps, index)
         if following is None:
             break
         index = following
     if best is None:
-        raise _no_step_left(steps, step.loaded, passed[-1][2])
+        raise _no_step_left(steps, step.loaded, passed[-1][1])
     _, step, room = best
     # Only now: the step after one that is passed over may be passed over too.
-    for loaded, its_room, reason in passed:
+    for loaded, reason, has_room in passed:
         if loaded is step.loaded:
             break
-        has_room = its_room.reason is None
         note_fallback(loaded, reason, step.loaded.kernel.key, has_room=has_room)
     return step, room
 

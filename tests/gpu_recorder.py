@@ -42,7 +42,7 @@ class Gpu:
         self.pdl: list[bool] = []
         # Kernels that no context has room for, by key, with the reason.
         self.unfit: dict[str, str] = {}
-        # The clusters that a context holds at once, of the kernels of which it does not hold all.
+        # Clusters that a context holds at once, by kernel. It holds all of any other kernel.
         self.clusters: dict[str, int] = {}
 
     @property

@@ -686,7 +686,6 @@ class FakeStopwatch:
 
     def __init__(self, stream: object = None) -> None:
         self.timed: list[str] = []
-        self.stream = stream
         self.orders: list[tuple[str, tuple[int, ...]]] = []
 
     def prepare(self, call, order, mode):
@@ -1165,8 +1164,10 @@ def test_a_part_of_a_gpu_is_named_in_the_report(
         return partition.Partition(sms=sms + 4, context=1, stream=2)
 
     monkeypatch.setattr(partition, "make_partition", make)
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: handle)
+    streams = []
+    watch = FloorsAside()
+    monkeypatch.setattr(stopwatch, "CudaStopwatch", lambda on: streams.append(on) or watch)
     monkeypatch.setattr(contenders, "router_call", lambda inputs, artifacts, *, pdl: right(inputs))
     path = tmp_path / "out.json"
     options = ("--shapes", "256x24", "--n", "1", "--artifacts", gpu_aside, "--json", path)
@@ -1177,6 +1178,7 @@ def test_a_part_of_a_gpu_is_named_in_the_report(
     assert refused.exit_code == 1
     assert "--sms: no green context of 400 SMs: CUDA_ERROR_X; ask for" in refused.stderr
     assert asked == [(60, True, 0), (400, False, 0)]
+    assert streams == [2]
     alone = bench(*options, "--large-clusters")
     assert alone.exit_code == 2
     assert "add --sms" in alone.stderr

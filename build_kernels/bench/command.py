@@ -327,7 +327,6 @@ def _measure(settings: Settings) -> Report:
     device = torch.cuda.current_device()
     stream, sms = None, None
     if settings.sms is not None:
-        torch.cuda.init()
         try:
             part = make_partition(
                 settings.sms, large_clusters=settings.large_clusters, device=device

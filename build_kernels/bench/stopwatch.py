@@ -116,11 +116,11 @@ class CudaStopwatch:
     def time_host(self, call: Callable[[int], object], order: Sequence[int]) -> Timing:
         """Time each call by the host's clock; waits between batches are not counted."""
         samples = []
-        for at in range(HOST_CALLS):
-            if at % HOST_BATCH == 0:
-                self.wait()
-            layer = order[at % len(order)]
-            with self._on_stream():
+        with self._on_stream():
+            for at in range(HOST_CALLS):
+                if at % HOST_BATCH == 0:
+                    self.wait()
+                layer = order[at % len(order)]
                 start = time.perf_counter_ns()
                 call(layer)
                 samples.append((time.perf_counter_ns() - start) / 1e3)

@@ -270,7 +270,7 @@ def _stand_ins(manifest: Manifest, problem: Problem, arch: str) -> list[Step]:
     """Return the step of a kernel that takes as many tokens as the last step, by fewer clusters.
 
     No call takes it first. It is there for a GPU that does not hold all clusters of that step's
-    launch at once: one of 512 experts has 8 of decode, of which an H200 holds 7.
+    launch at once. A decode launch of 512 experts has 8 clusters; an H200 holds 7.
     """
     tokens = problem.num_tokens - 1
     taken = _accepted(resolve(manifest, replace(problem, num_tokens=tokens), arch))

@@ -24,22 +24,25 @@ class Room:
     """The clusters of one kernel that a context holds.
 
     exclusive_clusters: how many at once if no two CTAs share an SM. clusters: how many at once, or
-    the same number if no more were asked for.
-    reason: why there is no room for one cluster; None if there is.
+    the same number if no more were asked for. reason: why there is no room for one cluster; None if
+    there is.
     """
 
     exclusive_clusters: int
-    clusters: int = 0
+    clusters: int
     reason: str | None = None
 
-    def waves(self, clusters: int) -> int:
-        """Return in how many waves a launch of so many clusters runs.
+    def waves(self, wanted: int) -> int:
+        """Return in how many waves a launch of `wanted` clusters runs, if there is room for one.
 
-        CTAs that share SMs are one wave. us on one H200, 7168x384, N = 64, green contexts of 32, 48
-        and 64 SMs that hold clusters of 16, of which a launch has 6: decode in several waves 23.7,
-        12.6, 9.2; the prefill kernel that takes one wave 9.8, 8.7, 7.8.
+        CTAs that share SMs are one wave. On one H200, a decode launch of 64 tokens of 7168x384 has
+        6 clusters of 16. us in green contexts that hold fewer at once:
+
+            SMs                                        32     48     64
+            decode, in several waves                   23.7   12.6   9.2
+            the prefill kernel that takes one wave     9.8    8.7    7.8
         """
-        return math.ceil(clusters / max(self.clusters, self.exclusive_clusters))
+        return math.ceil(wanted / self.clusters)
 
 
 def ask_room(loaded: LoadedKernel, stream: int, clusters: int = 1) -> Room:

@@ -25,6 +25,7 @@ from .device.streams import current_stream, is_capturing, is_lasting, wait_for_c
 from .device.workspace import Slot
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .parameters import BOUND, DTYPES, INT64_TABLES, OPTIONS, SIZES, LaunchParameter
+from .product import transposed_rows
 from .steps import LayerSteps, Streams
 from .tables import check_physical_map, copied_hash_table
 
@@ -36,11 +37,22 @@ def require_gpu(device: torch.device) -> None:
     driver.bindings()
 
 
-def multiply(hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Tensor) -> None:
-    """Compute logits = hidden_states @ W_gate: BF16 operands, FP32 sums and result, by cuBLAS."""
+def multiply(
+    hidden_states: torch.Tensor, W_gate: torch.Tensor, logits: torch.Tensor, transposed: Any = None
+) -> None:
+    """Compute logits = hidden_states @ W_gate: BF16 operands, FP32 sums and result, by cuBLAS.
+
+    transposed: room for the first rows, [E, rows] FP32, or None.
+    """
     # A caller's logits may be an inference tensor, which torch writes in that mode only.
     with torch.inference_mode() if logits.is_inference() else torch.no_grad():
-        torch.mm(hidden_states, W_gate, out_dtype=torch.float32, out=logits)
+        if transposed is not None:
+            rows = transposed.shape[1]
+            torch.mm(W_gate.t(), hidden_states[:rows].t(), out_dtype=torch.float32, out=transposed)
+            logits[:rows].copy_(transposed.t())
+            hidden_states, logits = hidden_states[rows:], logits[rows:]
+        if len(logits):
+            torch.mm(hidden_states, W_gate, out_dtype=torch.float32, out=logits)
 
 
 class Binding(LayerSteps):
@@ -130,12 +142,18 @@ class Binding(LayerSteps):
     ) -> tuple[int, int]:
         num_tokens, layer = call[0], self.layer
         stride = num_experts = layer.num_experts
+        size, rows = num_tokens * num_experts, transposed_rows(num_tokens, num_experts)
+        kept = 0 if out_logits is not None else size
+        room = _room_for_logits(slot, kept + rows * num_experts, layer.device)
         if out_logits is None:
-            logits = _logits_of(slot, num_tokens, num_experts, layer.device)
+            # One view, for half the time of a slice and its view.
+            logits = room.as_strided((num_tokens, num_experts), (num_experts, 1))
         else:
             logits = out_logits[:num_tokens, :num_experts]
             stride = options.rare.out_logits_stride
-        multiply(hidden_states, W_gate if self.w_copy is None else self.w_copy, logits)
+        transposed = room.as_strided((num_experts, rows), (rows, 1), kept) if rows else None
+        W_bound = W_gate if self.w_copy is None else self.w_copy
+        multiply(hidden_states, W_bound, logits, transposed)
         return logits.data_ptr(), stride
 
     @contextlib.contextmanager
@@ -167,15 +185,13 @@ def _tensor_in(
         return torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
 
 
-def _logits_of(slot: Slot, num_tokens: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
-    size = num_tokens * num_experts
-    if slot.logits is None or slot.logits.numel() < size:
+def _room_for_logits(slot: Slot, size: int, device: torch.device) -> Any:
+    """Return `size` FP32 or more, uninitialised; call it under `slot.lock`. None for no room."""
+    if size and (slot.logits is None or slot.logits.numel() < size):
         # An inference tensor could not be written by a later call that is not in that mode.
         with torch.inference_mode(False):
             slot.logits = torch.empty(size, dtype=torch.float32, device=device)
-    # One view, for half the time of a slice and its view.
-    return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))
+    return slot.logits
 
 
 def _layer_problem(layer: Layer, same_bits: bool) -> LayerProblem:

@@ -39,6 +39,7 @@ from .device.launch import ceil_div, grid_of, tokens_at_once
 from .device.workspace import scratch_layout
 from .errors import NoKernelError
 from .parameters import DTYPES
+from .product import transposed_rows
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
 
@@ -154,10 +155,16 @@ class Explanation:
 
     @property
     def logits_bytes(self) -> int:
-        """Scratch for a matrix product's logits; 0 without one, or if out_logits takes them."""
+        """Scratch for a matrix product's logits, and for the rows that it computes transposed.
+
+        Those alone if out_logits takes the logits; 0 without a product.
+        """
         asked = self.question
-        size = asked.num_tokens * asked.num_experts * _FP32_BYTES
-        return size if self.step.is_product_and_select and not asked.logits else 0
+        if not self.step.is_product_and_select:
+            return 0
+        rows = transposed_rows(asked.num_tokens, asked.num_experts)
+        rows += 0 if asked.logits else asked.num_tokens
+        return rows * asked.num_experts * _FP32_BYTES
 
     @property
     def weights_copy_bytes(self) -> int:

@@ -39,6 +39,8 @@ class Gpu:
         self.maps: list = []
         self.launches: list[dict] = []
         self.products: list = []
+        # The room for the rows that a product computes transposed.
+        self.transposed: list = []
         self.pdl: list[bool] = []
         # Kernels that no context has room for, by key, with the reason.
         self.unfit: dict[str, str] = {}
@@ -52,6 +54,11 @@ class Gpu:
     def load(self, artifacts, kernel, device):
         self.loads.append(kernel.key)
         return load.LoadedKernel(kernel=kernel, device=0, library=None, handle=None, function=None)
+
+    def multiply(self, x, w, logits, transposed=None) -> None:
+        self.products.append((x, w, logits))
+        if transposed is not None:
+            self.transposed.append(transposed)
 
     def room(self, loaded, stream, clusters=1):
         """Return the room of a context that holds every cluster but those of unfit kernels."""
@@ -100,7 +107,7 @@ def replace_gpu(monkeypatch) -> Gpu:
         "current_stream": lambda index: gpu.stream,
         "is_capturing": lambda: gpu.capture != 0,
         "is_lasting": lambda index, stream: stream not in gpu.foreign,
-        "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
+        "multiply": gpu.multiply,
         "wait_for_current_stream": lambda device: None,
     }.items():
         monkeypatch.setattr(binding, name, value)

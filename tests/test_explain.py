@@ -77,10 +77,11 @@ def compare(document, question, bound, gpu) -> None:
     assert list(dict.fromkeys(step["kernel"] for step in steps)) == list(bound.kernels)
     assert bool(document["weights_copy_bytes"]) == bound.weights_copied
     assert (document["copy_reason"] is None) == (not bound.weights_copied)
-    scratch = workspace_of(bound).layout
-    assert document["scratch_bytes"] == scratch.zeroed_bytes + scratch.plain_bytes
+    layout = workspace_of(bound).layout
+    assert document["scratch_bytes"] == layout.zeroed_bytes + layout.plain_bytes
     products = [] if question.logits else [out for _, _, out in gpu.products]
-    assert document["logits_bytes"] == sum(out.numel() * out.element_size() for out in products)
+    scratch = [*products, *gpu.transposed]
+    assert document["logits_bytes"] == sum(out.numel() * out.element_size() for out in scratch)
 
 
 def test_explain_is_what_a_binding_does(tmp_path):
@@ -176,7 +177,8 @@ def test_the_text_names_path_steps_copies_scratch_pdl_and_evidence(artifacts):
     assert "-> 961.. tokens: selects from the logits of a matrix product: router_topk" in text
     assert "copies: W_gate, 1892352 bytes per layer, since TMA cannot step" in text
     assert "copies: tid2eid as int32" in text
-    assert f"scratch: {1000 * 132 * 4} bytes of logits per stream" in text
+    # The logits, and as much to compute them transposed.
+    assert f"scratch: {2 * 1000 * 132 * 4} bytes of logits per stream" in text
     assert "pdl: allowed" in text
     assert "evidence of router_topk.sm_90a: none for these bytes" in text
 

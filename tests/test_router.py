@@ -34,11 +34,13 @@ from dsv4_router_runtime import Router, binding, dense_router_dispatch, router, 
 from dsv4_router_runtime.artifacts.dispatch import LayerProblem, plan_layer
 from dsv4_router_runtime.artifacts.folder import ArtifactSet, open_artifacts
 from dsv4_router_runtime.artifacts.kernel import LAYOUTS, IntRange
+from dsv4_router_runtime.binding import multiply
 from dsv4_router_runtime.device import tensor_map
 from dsv4_router_runtime.device.launch_site import LaunchSite
 from dsv4_router_runtime.device.tensor_map import encode_arguments
 from dsv4_router_runtime.errors import ArtifactError, NoKernelError, RouterError
 from dsv4_router_runtime.parameters import ABI, DTYPES
+from dsv4_router_runtime.product import transposed_rows
 
 K, E, TOP_K = 512, 80, 6
 
@@ -784,8 +786,48 @@ def test_logits_may_be_an_inference_tensor():
     with pytest.MonkeyPatch.context() as patch:
         mm = torch.mm
         patch.setattr(torch, "mm", lambda x, W, out_dtype, out: mm(x, W, out=out))
-        binding.multiply(x, W, logits)
+        multiply(x, W, logits)
     assert (logits == K).all()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "rows"),
+    [(512, 132, 512), (1029, 300, 1024), (511, 132, 0), (1029, 384, 0)],
+)
+def test_a_product_of_ill_shaped_rows_is_computed_transposed(num_tokens, num_experts, rows):
+    """In scratch beside the logits, or alone if those are the caller's; the rest as it is."""
+    x = torch.arange(num_tokens * 4).view(num_tokens, 4).float() % 7
+    W = (torch.arange(4 * num_experts).view(4, num_experts) % 5).float()
+    logits = torch.zeros(num_tokens, num_experts + 1)[:, :num_experts]
+    assert transposed_rows(num_tokens, num_experts) == rows
+    room = torch.zeros(num_experts, rows) if rows else None
+    calls, mm = [], torch.mm
+
+    def recorded(a, b, out_dtype, out):
+        calls.append(tuple(out.shape))
+        return out.copy_(mm(a, b))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", recorded)
+        multiply(x, W, logits, room)
+    assert (logits == mm(x, W)).all()
+    left = num_tokens - rows
+    assert calls == [(num_experts, rows)] * (rows > 0) + [(left, num_experts)] * (left > 0)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_layer_has_room_for_the_rows_that_it_computes_transposed(gpu, make, asked):
+    experts = 132
+    bound = make(e=experts)
+    more = {"out_logits": torch.zeros(1001, experts)} if asked else {}
+    bound(*step(1001), **more)
+    ((_, _, logits),), (transposed,) = gpu.products, gpu.transposed
+    assert (transposed.shape, transposed.is_contiguous()) == ((experts, 1000), True)
+    (slot,) = {id(site.slot): site.slot for site in sites_of(bound)}.values()
+    start = slot.logits.data_ptr()
+    assert transposed.data_ptr() == start + 4 * (0 if asked else 1001 * experts)
+    assert slot.logits.numel() == (1000 + 1001 * (not asked)) * experts
+    assert logits.data_ptr() == (more["out_logits"].data_ptr() if asked else start)
 
 
 @pytest.mark.parametrize(

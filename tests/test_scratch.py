@@ -810,7 +810,8 @@ def test_status_counts_and_is_json(gpu, make):
     assert held.capture_bytes == used(gpu, 8, 132)
     # Pieces that no chunk has room for get one of their own size.
     assert held.scratch_bytes == 2 * STREAM_BYTES + 2 * MIB
-    assert held.prefill_bytes == 2 * 1000 * 132 * 4
+    # The logits of two streams, and as much to compute them transposed.
+    assert held.prefill_bytes == 2 * 2 * 1000 * 132 * 4
     assert held.driver_bytes == held.scratch_bytes + 132 * K * 2
 
 

@@ -296,6 +296,24 @@ def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make, capture):
     assert here == again != there
 
 
+def test_threads_one_after_another_have_their_own_scratch_in_a_capture(gpu, make):
+    """Python gives an identifier again once its thread has ended; the branch may run on."""
+    bound = make()
+    gpu.stream, gpu.capture = 2, 1
+    idents = []
+
+    def branch() -> None:
+        idents.append(threading.get_ident())
+        bound(*step(4))
+
+    for _ in range(4):
+        thread = threading.Thread(target=branch)
+        thread.start()
+        thread.join()
+    assert len(set(idents)) < 4, "no identifier came again"
+    assert len({item["counters"] for item in gpu.launches}) == 4
+
+
 def test_captures_have_their_own_counters(gpu, make):
     bound = make()
     for gpu.capture in (0, 1, 1, 2, 0):

@@ -25,6 +25,7 @@ capture; and do not run two instances of one captured graph at once: they would 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -94,6 +95,17 @@ def _offsets(sizes: dict[str, int]) -> tuple[tuple[tuple[str, int], ...], int]:
         placed.append((name, end))
         end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return tuple(placed), end
+
+
+class _Thread(threading.local):
+    """A number of the thread; its identifier is given out again once it has ended."""
+
+    def __init__(self) -> None:
+        self.number = next(_thread_numbers)
+
+
+_thread_numbers = itertools.count()
+_this_thread = _Thread()
 
 
 class Pool:
@@ -172,8 +184,8 @@ class Piece:
     """Memory of a pool for launches that captures recorded on one stream, until they are gone."""
 
     zeroed: bool
-    # A handle, or ~ the thread's identifier for its own stream, will do: a stream outlives its
-    # capture, and captures that share never run at once. Under capture the driver gives no ids.
+    # A handle, or ~ the thread's number for its own stream, will do: a stream outlives its capture,
+    # and captures that share never run at once. Under capture the driver gives no ids.
     stream: int
     address: int
     size: int
@@ -309,7 +321,7 @@ class Workspace:
             largest = self._largest_shared if shared else capture.largest
             if stream == PER_THREAD_STREAM:
                 # Two threads' streams may join one capture.
-                stream = ~threading.get_ident()
+                stream = ~_this_thread.number
             zeroed = self._captured_piece(capture, largest, (True, stream), layout.zeroed_bytes)
             plain = self._captured_piece(capture, largest, (False, stream), layout.plain_bytes)
         return _slot(layout, zeroed, plain)

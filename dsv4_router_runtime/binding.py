@@ -171,6 +171,11 @@ def _logits_of(slot: Slot, num_tokens: int, num_experts: int, device: torch.devi
     """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
     size = num_tokens * num_experts
     if slot.logits is None or slot.logits.numel() < size:
+        if slot.logits is not None and slot.is_leased:
+            # torch gives free memory out by the stream's handle. Threads' own streams share one,
+            # and that of a destroyed stream comes again: so the old logits may not be in use.
+            with relaxed():
+                wait_for_current_stream(device)
         # An inference tensor could not be written by a later call that is not in that mode.
         with torch.inference_mode(False):
             slot.logits = torch.empty(size, dtype=torch.float32, device=device)

@@ -249,6 +249,28 @@ def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):
     assert status().prefill_bytes == most
 
 
+@pytest.mark.parametrize(("stream", "foreign"), [(2, True), (0x900, True), (0x70, False)])
+def test_logits_that_grow_on_a_foreign_stream_are_given_back_after_its_work(
+    gpu, make, monkeypatch, stream, foreign
+):
+    """torch keeps free memory by handle, and two threads' own streams have one."""
+    bound, waits, kept = make(), [], []
+
+    def wait(device) -> None:
+        waits.append(not kept[-1].expired())
+
+    monkeypatch.setattr(binding, "wait_for_current_stream", wait)
+    # The recorder would keep the logits.
+    monkeypatch.setattr(binding, "multiply", lambda x, w, out: None)
+    gpu.stream = stream
+    gpu.foreign = {stream} if foreign else set()
+    for num_tokens in (700, 900, 700):
+        bound(*step(num_tokens))
+        (slot,) = {id(site.slot): site.slot for site in sites_of(bound)}.values()
+        kept.append(StorageWeakRef(slot.logits.untyped_storage()))
+    assert waits == [True] * foreign
+
+
 def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):
     bound = make()
     for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):

@@ -5,6 +5,7 @@ The driver is a fake in host memory, see fake_driver.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import itertools
@@ -710,6 +711,23 @@ def test_a_bound_tensor_that_moved_is_refused(gpu, make, name, num_tokens):
     bound.reset()
     bound(*step(num_tokens))
     assert len(gpu.launches) == 2
+
+
+@pytest.mark.parametrize("of_twin", [False, True])
+def test_a_tensor_that_moved_back_after_a_reset_is_refused_by_each_copy(gpu, make, of_twin):
+    """A copy shares its launch sites: a reset of one gives the other its addresses."""
+    bound = make()
+    twin = copy.copy(bound)
+    reset_one, other = (twin, bound) if of_twin else (bound, twin)
+    first, second = bound.W_gate.data, bound.W_gate.data.clone()
+    bound.W_gate.data = second
+    reset_one.reset()
+    other(*FOUR)
+    bound.W_gate.data = first
+    for each in (reset_one, other):
+        with pytest.raises(ValueError, match="moved since"):
+            each(*FOUR)
+    assert len(gpu.launches) == 1
 
 
 def test_the_memory_that_was_bound_is_kept(gpu, make):

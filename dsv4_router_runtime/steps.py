@@ -283,7 +283,9 @@ class LayerSteps(ABC):
         # Pieces follow each other on the stream, and one's scratch serves all of them.
         problem = tokens_at_once(num_tokens, step.piece_tokens), experts
         slot = self._workspace.captured_slot(
-            stream, step.loaded.kernel, problem, self._pins, self._shares
+            *(stream, step.loaded.kernel, problem, self._pins),
+            shared=self._shares,
+            is_lasting=self._streams.is_lasting(self._index, stream),
         )
         return self._make_site(step, room, stream, pdl, slot)
 

@@ -199,6 +199,20 @@ def test_a_stream_that_has_anothers_handle_has_scratch_of_its_own(gpu, make):
     assert call_on(gpu, bound, 0x900) != first
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_stream_that_has_anothers_handle_in_a_capture_has_scratch_of_its_own(gpu, make, share):
+    """A handle stood for one stream, then another, whose branches of the graph may run at once.
+
+    Graphs that share scratch never run at once: the next one has that of the first.
+    """
+    bound, seen = make(share_captured_scratch=share), {1: [], 2: []}
+    for gpu.capture in seen:
+        for _ in range(3):
+            seen[gpu.capture].append(call_on(gpu, bound, 0x900))
+    assert len({*seen[1]}) == len({*seen[2]}) == 3
+    assert len({*seen[1], *seen[2]}) == (3 if share else 6)
+
+
 def test_a_thread_that_has_anothers_identifier_has_scratch_of_its_own(gpu, make):
     bound = make()
     first = call_on(gpu, bound, 2)

@@ -114,7 +114,8 @@ class LayerSteps(ABC):
             recipe: encode_tensor_map(
                 weight_arguments(
                     recipe, address=address, k=k, num_experts=num_experts, strides=strides
-                )
+                ),
+                self._index,
             )
             for recipe in recipes
             if recipe is not None and recipe.tensor == "W_gate"

@@ -59,7 +59,7 @@ class Gpu:
         clusters = self.clusters.get(loaded.kernel.key, 1 << 20)
         return occupancy.Room(exclusive_clusters=0, clusters=clusters, reason=reason)
 
-    def encode(self, arguments):
+    def encode(self, arguments, device):
         self.maps.append(arguments)
         return tensor_map.TensorMap()
 

@@ -172,7 +172,7 @@ def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, 
     class Watched(tensor_map.TensorMap):
         """One that a weak reference may point to."""
 
-    def encode(arguments):
+    def encode(arguments, device):
         encoded = Watched()
         made.append(weakref.ref(encoded))
         return encoded

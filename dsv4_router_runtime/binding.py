@@ -21,7 +21,13 @@ from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import refuse_under_capture
 from .device.memory import DeviceMemory, relaxed
-from .device.streams import current_stream, is_capturing, is_lasting, wait_for_current_stream
+from .device.streams import (
+    current_stream,
+    is_capturing,
+    is_lasting,
+    on_memory_stream,
+    wait_for_current_stream,
+)
 from .device.workspace import Slot
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .parameters import BOUND, DTYPES, INT64_TABLES, OPTIONS, SIZES, LaunchParameter
@@ -171,13 +177,15 @@ def _logits_of(slot: Slot, num_tokens: int, num_experts: int, device: torch.devi
     """Return FP32 [num_tokens, num_experts], uninitialised; call it under `slot.lock`."""
     size = num_tokens * num_experts
     if slot.logits is None or slot.logits.numel() < size:
-        if slot.logits is not None and slot.is_leased:
-            # torch gives free memory out by the stream's handle. Threads' own streams share one,
-            # and that of a destroyed stream comes again: so the old logits may not be in use.
+        # torch gives free memory out by the stream's handle. Threads' own streams share one, and
+        # the null streams of all contexts; that of a destroyed stream comes again. So a foreign one
+        # gives its old logits back when they are not in use, and takes none of another stream's.
+        if slot.is_leased and slot.logits is not None:
             with relaxed():
                 wait_for_current_stream(device)
+        where = on_memory_stream(device) if slot.is_leased else contextlib.nullcontext()
         # An inference tensor could not be written by a later call that is not in that mode.
-        with torch.inference_mode(False):
+        with where, torch.inference_mode(False):
             slot.logits = torch.empty(size, dtype=torch.float32, device=device)
     # One view, for half the time of a slice and its view.
     return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))

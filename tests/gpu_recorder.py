@@ -102,6 +102,7 @@ def replace_gpu(monkeypatch) -> Gpu:
         "is_lasting": lambda index, stream: stream not in gpu.foreign,
         "multiply": lambda x, w, out: gpu.products.append((x, w, out)),
         "wait_for_current_stream": lambda device: None,
+        "on_memory_stream": lambda device: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(binding, name, value)
     monkeypatch.setattr(steps, "encode_tensor_map", gpu.encode)

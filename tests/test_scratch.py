@@ -5,6 +5,7 @@ The driver is a fake in host memory, see fake_driver.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -284,6 +285,31 @@ def test_logits_that_grow_on_a_foreign_stream_are_given_back_after_its_work(
         (slot,) = {id(site.slot): site.slot for site in sites_of(bound)}.values()
         kept.append(StorageWeakRef(slot.logits.untyped_storage()))
     assert waits == [True] * foreign
+
+
+@pytest.mark.parametrize(("stream", "own"), [(2, True), (0x900, True), (0x70, False)])
+def test_logits_of_a_foreign_stream_are_no_memory_that_another_gave_back(
+    gpu, make, monkeypatch, stream, own
+):
+    """The null stream of a green context has the handle of the primary context's."""
+    bound, given, empty, on, seen = make(), step(700), torch.empty, [], []
+
+    @contextlib.contextmanager
+    def on_memory_stream(device):
+        on.append(device)
+        yield
+        on.pop()
+
+    def allocate(*size, **more):
+        seen.append(bool(on))
+        return empty(*size, **more)
+
+    monkeypatch.setattr(binding, "on_memory_stream", on_memory_stream)
+    monkeypatch.setattr(torch, "empty", allocate)
+    gpu.stream = stream
+    gpu.foreign = {stream} if own else set()
+    bound(*given)
+    assert seen == [own]
 
 
 def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -20,14 +21,8 @@ from .checks import shape_of, wrong
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import refuse_under_capture
-from .device.memory import DeviceMemory, relaxed
-from .device.streams import (
-    current_stream,
-    is_capturing,
-    is_lasting,
-    on_memory_stream,
-    wait_for_current_stream,
-)
+from .device.memory import DeviceMemory, relaxed, relaxed_on
+from .device.streams import current_stream, is_capturing, is_lasting, wait_for_current_stream
 from .device.workspace import Slot
 from .layer import OPTIONS_OFF, Layer, LayerOptions
 from .parameters import BOUND, DTYPES, INT64_TABLES, OPTIONS, SIZES, LaunchParameter
@@ -189,6 +184,21 @@ def _logits_of(slot: Slot, num_tokens: int, num_experts: int, device: torch.devi
             slot.logits = torch.empty(size, dtype=torch.float32, device=device)
     # One view, for half the time of a slice and its view.
     return slot.logits.as_strided((num_tokens, num_experts), (num_experts, 1))
+
+
+def on_memory_stream(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Allocate as on a stream that no work is ever on.
+
+    torch's allocator gives out again what was freed on a stream of the same handle, at once.
+    """
+    return torch.cuda.stream(_memory_stream(device))
+
+
+@cache
+def _memory_stream(device: torch.device) -> torch.cuda.Stream:
+    with relaxed_on(device.index) as cuda:
+        made = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+    return torch.cuda.ExternalStream(int(driver.checked("making a stream", made)), device)
 
 
 def _layer_problem(layer: Layer, same_bits: bool) -> LayerProblem:

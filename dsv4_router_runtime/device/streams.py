@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import cache
 
 import torch
 
 from . import driver
-from .memory import relaxed_on
 
 
 def _current_stream(index: int) -> int:
@@ -42,18 +39,3 @@ def is_lasting(index: int, stream: int) -> bool:
 def wait_for_current_stream(device: torch.device) -> None:
     """Wait until the current stream's work is done, so that other streams may use its results."""
     torch.cuda.current_stream(device).synchronize()
-
-
-def on_memory_stream(device: torch.device) -> AbstractContextManager[None]:
-    """Allocate as on a stream that no work is ever on.
-
-    torch's allocator gives out again what was freed on a stream of the same handle, at once.
-    """
-    return torch.cuda.stream(_memory_stream(device))
-
-
-@cache
-def _memory_stream(device: torch.device) -> torch.cuda.Stream:
-    with relaxed_on(device.index) as cuda:
-        made = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
-    return torch.cuda.ExternalStream(int(driver.checked("making a stream", made)), device)

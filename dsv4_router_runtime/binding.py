@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -20,7 +21,7 @@ from .checks import shape_of, wrong
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import refuse_under_capture
-from .device.memory import DeviceMemory, relaxed
+from .device.memory import DeviceMemory, relaxed, relaxed_on
 from .device.streams import current_stream, is_capturing, is_lasting, wait_for_current_stream
 from .device.workspace import Slot
 from .layer import OPTIONS_OFF, Layer, LayerOptions
@@ -188,10 +189,32 @@ def _tensor_in(
 def _room_for_logits(slot: Slot, size: int, device: torch.device) -> Any:
     """Return `size` FP32 or more, uninitialised; call it under `slot.lock`. None for no room."""
     if size and (slot.logits is None or slot.logits.numel() < size):
+        # torch gives free memory out by the stream's handle. Threads' own streams share one, and
+        # the null streams of all contexts; that of a destroyed stream comes again. So a foreign one
+        # gives its old logits back when they are not in use, and takes none of another stream's.
+        if slot.is_leased and slot.logits is not None:
+            with relaxed():
+                wait_for_current_stream(device)
+        where = on_memory_stream(device) if slot.is_leased else contextlib.nullcontext()
         # An inference tensor could not be written by a later call that is not in that mode.
-        with torch.inference_mode(False):
+        with where, torch.inference_mode(False):
             slot.logits = torch.empty(size, dtype=torch.float32, device=device)
     return slot.logits
+
+
+def on_memory_stream(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Allocate as on a stream that no work is ever on.
+
+    torch's allocator gives out again what was freed on a stream of the same handle, at once.
+    """
+    return torch.cuda.stream(_memory_stream(device))
+
+
+@cache
+def _memory_stream(device: torch.device) -> torch.cuda.Stream:
+    with relaxed_on(device.index) as cuda:
+        made = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+    return torch.cuda.ExternalStream(int(driver.checked("making a stream", made)), device)
 
 
 def _layer_problem(layer: Layer, same_bits: bool) -> LayerProblem:

@@ -171,6 +171,8 @@ class Router:
         self.tid2eid = options["tid2eid"]
         self.to_physical = options["to_physical"]
         self.logical_count = options["logical_count"]
+        # One list of all copies, which share the launch sites: `reset` of one changes it for each.
+        self._bound_at: list[tuple[Any, int]] = []
         self._note_addresses()
 
     def _note_addresses(self) -> None:
@@ -184,7 +186,7 @@ class Router:
         self._binding.pin(*(tensor.detach() for tensor in bound))
         self._bases_at = tuple((base, base.data_ptr()) for base in (*bases, *base_of_table))
         # Bound methods: every call runs each of them, for 0.05 us.
-        self._bound_at = _where(*bound, *bases)
+        self._bound_at[:] = _where(*bound, *bases)
         # A call reads the copy; only `refresh` compares these.
         self._table_at = _where(*table, *base_of_table)
         self._note_version()

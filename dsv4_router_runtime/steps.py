@@ -114,7 +114,8 @@ class LayerSteps(ABC):
             recipe: encode_tensor_map(
                 weight_arguments(
                     recipe, address=address, k=k, num_experts=num_experts, strides=strides
-                )
+                ),
+                self._index,
             )
             for recipe in recipes
             if recipe is not None and recipe.tensor == "W_gate"
@@ -283,7 +284,9 @@ class LayerSteps(ABC):
         # Pieces follow each other on the stream, and one's scratch serves all of them.
         problem = tokens_at_once(num_tokens, step.piece_tokens), experts
         slot = self._workspace.captured_slot(
-            stream, step.loaded.kernel, problem, self._pins, self._shares
+            *(stream, step.loaded.kernel, problem, self._pins),
+            shared=self._shares,
+            is_lasting=self._streams.is_lasting(self._index, stream),
         )
         return self._make_site(step, room, stream, pdl, slot)
 

@@ -56,7 +56,10 @@ class FakeDriver:
         kind = ctypes.CFUNCTYPE(
             ctypes.c_int, pointer, integer, integer, *[pointer] * 5, *[integer] * 4
         )
-        self._encode = kind(lambda *given: int(self._code("cuTensorMapEncodeTiled")))
+        # It wants a context, as the driver does.
+        self._encode = kind(
+            lambda *given: int(self._code("cuTensorMapEncodeTiled")) or 201 * (not self.stack)
+        )
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):

@@ -66,7 +66,7 @@ class Gpu:
         clusters = self.clusters.get(loaded.kernel.key, 1 << 20)
         return occupancy.Room(exclusive_clusters=0, clusters=clusters, reason=reason)
 
-    def encode(self, arguments):
+    def encode(self, arguments, device):
         self.maps.append(arguments)
         return tensor_map.TensorMap()
 
@@ -109,6 +109,7 @@ def replace_gpu(monkeypatch) -> Gpu:
         "is_lasting": lambda index, stream: stream not in gpu.foreign,
         "multiply": gpu.multiply,
         "wait_for_current_stream": lambda device: None,
+        "on_memory_stream": lambda device: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(binding, name, value)
     monkeypatch.setattr(steps, "encode_tensor_map", gpu.encode)

@@ -184,6 +184,13 @@ def test_a_change_of_torchs_device_ends_in_the_callers_context(monkeypatch, fake
     assert (fake.stack, len(fake.launched)) == ([GREEN], 0 if fails else 1)
 
 
+def test_a_thread_without_a_context_binds_and_makes_the_first_call(fake, bind):
+    """Both encode tensor maps, for which the driver wants a context."""
+    fake.stack = []
+    call(bind())
+    assert (fake.stack, len(fake.launched)) == ([], 1)
+
+
 def test_a_bind_that_fails_leaves_the_callers_context(monkeypatch, fake, bind):
     fake.stack = [FOREIGN, GREEN]
     monkeypatch.setattr(fake, "_cuKernelGetFunction", lambda handle: 1 / 0)

@@ -174,7 +174,7 @@ def test_a_map_that_the_cache_dropped_lives_as_long_as_a_site_points_to_it(gpu, 
     class Watched(tensor_map.TensorMap):
         """One that a weak reference may point to."""
 
-    def encode(arguments):
+    def encode(arguments, device):
         encoded = Watched()
         made.append(weakref.ref(encoded))
         return encoded
@@ -296,6 +296,24 @@ def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make, capture):
     bound(*step(4))
     here, there, again = (item["counters"] for item in gpu.launches)
     assert here == again != there
+
+
+def test_threads_one_after_another_have_their_own_scratch_in_a_capture(gpu, make):
+    """Python gives an identifier again once its thread has ended; the branch may run on."""
+    bound = make()
+    gpu.stream, gpu.capture = 2, 1
+    idents = []
+
+    def branch() -> None:
+        idents.append(threading.get_ident())
+        bound(*step(4))
+
+    for _ in range(4):
+        thread = threading.Thread(target=branch)
+        thread.start()
+        thread.join()
+    assert len(set(idents)) < 4, "no identifier came again"
+    assert len({item["counters"] for item in gpu.launches}) == 4
 
 
 def test_captures_have_their_own_counters(gpu, make):

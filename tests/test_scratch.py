@@ -5,6 +5,8 @@ The driver is a fake in host memory, see fake_driver.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import ctypes
 import gc
 import itertools
@@ -198,6 +200,20 @@ def test_a_stream_that_has_anothers_handle_has_scratch_of_its_own(gpu, make):
     assert call_on(gpu, bound, 0x900) != first
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_stream_that_has_anothers_handle_in_a_capture_has_scratch_of_its_own(gpu, make, share):
+    """A handle stood for one stream, then another, whose branches of the graph may run at once.
+
+    Graphs that share scratch never run at once: the next one has that of the first.
+    """
+    bound, seen = make(share_captured_scratch=share), {1: [], 2: []}
+    for gpu.capture in seen:
+        for _ in range(3):
+            seen[gpu.capture].append(call_on(gpu, bound, 0x900))
+    assert len({*seen[1]}) == len({*seen[2]}) == 3
+    assert len({*seen[1], *seen[2]}) == (3 if share else 6)
+
+
 def test_a_thread_that_has_anothers_identifier_has_scratch_of_its_own(gpu, make):
     bound = make()
     first = call_on(gpu, bound, 2)
@@ -247,6 +263,53 @@ def test_the_logits_of_streams_that_are_gone_are_freed(gpu, make):
     most = (workspace.KEPT_FOREIGN_SLOTS + 1) * 700 * E * 4
     assert sum(each.nbytes for each in held if each is not None) == most
     assert status().prefill_bytes == most
+
+
+@pytest.mark.parametrize(("stream", "foreign"), [(2, True), (0x900, True), (0x70, False)])
+def test_logits_that_grow_on_a_foreign_stream_are_given_back_after_its_work(
+    gpu, make, monkeypatch, stream, foreign
+):
+    """torch keeps free memory by handle, and two threads' own streams have one."""
+    bound, waits, kept = make(), [], []
+
+    def wait(device) -> None:
+        waits.append(not kept[-1].expired())
+
+    monkeypatch.setattr(binding, "wait_for_current_stream", wait)
+    # The recorder would keep the logits.
+    monkeypatch.setattr(binding, "multiply", lambda x, w, out, transposed: None)
+    gpu.stream = stream
+    gpu.foreign = {stream} if foreign else set()
+    for num_tokens in (700, 900, 700):
+        bound(*step(num_tokens))
+        (slot,) = {id(site.slot): site.slot for site in sites_of(bound)}.values()
+        kept.append(StorageWeakRef(slot.logits.untyped_storage()))
+    assert waits == [True] * foreign
+
+
+@pytest.mark.parametrize(("stream", "own"), [(2, True), (0x900, True), (0x70, False)])
+def test_logits_of_a_foreign_stream_are_no_memory_that_another_gave_back(
+    gpu, make, monkeypatch, stream, own
+):
+    """The null stream of a green context has the handle of the primary context's."""
+    bound, given, empty, on, seen = make(), step(700), torch.empty, [], []
+
+    @contextlib.contextmanager
+    def on_memory_stream(device):
+        on.append(device)
+        yield
+        on.pop()
+
+    def allocate(*size, **more):
+        seen.append(bool(on))
+        return empty(*size, **more)
+
+    monkeypatch.setattr(binding, "on_memory_stream", on_memory_stream)
+    monkeypatch.setattr(torch, "empty", allocate)
+    gpu.stream = stream
+    gpu.foreign = {stream} if own else set()
+    bound(*given)
+    assert seen == [own]
 
 
 def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):
@@ -688,6 +751,23 @@ def test_a_bound_tensor_that_moved_is_refused(gpu, make, name, num_tokens):
     bound.reset()
     bound(*step(num_tokens))
     assert len(gpu.launches) == 2
+
+
+@pytest.mark.parametrize("of_twin", [False, True])
+def test_a_tensor_that_moved_back_after_a_reset_is_refused_by_each_copy(gpu, make, of_twin):
+    """A copy shares its launch sites: a reset of one gives the other its addresses."""
+    bound = make()
+    twin = copy.copy(bound)
+    reset_one, other = (twin, bound) if of_twin else (bound, twin)
+    first, second = bound.W_gate.data, bound.W_gate.data.clone()
+    bound.W_gate.data = second
+    reset_one.reset()
+    other(*FOUR)
+    bound.W_gate.data = first
+    for each in (reset_one, other):
+        with pytest.raises(ValueError, match="moved since"):
+            each(*FOUR)
+    assert len(gpu.launches) == 1
 
 
 def test_the_memory_that_was_bound_is_kept(gpu, make):

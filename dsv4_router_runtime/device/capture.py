@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 from functools import partial
 from typing import Any
 
@@ -46,6 +48,17 @@ def capture_of(stream: int) -> tuple[int, Any]:
             "call; end it and capture again"
         )
     return int(identifier), graph
+
+
+class _Thread(threading.local):
+    """A number of the thread; its identifier is given out again once it has ended."""
+
+    def __init__(self) -> None:
+        self.number = next(_thread_numbers)
+
+
+_thread_numbers = itertools.count()
+this_thread = _Thread()
 
 
 def stream_id(index: int, stream: int) -> int:

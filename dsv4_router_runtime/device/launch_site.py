@@ -184,7 +184,7 @@ class LayerLaunchSite(LaunchSite):
             # First without a call of `get`, which costs 0.05 us.
             x_map = cache.maps.get((x_at, num_tokens, self._k, x_stride))
             if x_map is None:
-                x_map = cache.get(x_at, num_tokens, self._k, x_stride)
+                x_map = cache.get(x_at, num_tokens, self._k, x_stride, self.loaded.device)
             self._maps["hidden_states"] = x_map
             cell.value = x_map.address
         tokens, weights, weights_stride, ids, ids_stride, bfloat16, int64 = self._call_cells

@@ -147,8 +147,8 @@ class TensorMap:
         self.address = -(-start // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
 
 
-def encode_tensor_map(arguments: EncodeArguments) -> TensorMap:
-    """Encode a tensor map on the host.
+def encode_tensor_map(arguments: EncodeArguments, device: int) -> TensorMap:
+    """Encode a tensor map on the host, for memory of GPU `device`.
 
     The entry point comes from the bindings but is called through ctypes: the driver asks for
     64-byte alignment, and the bindings' own CUtensorMap lies wherever Python's allocator put it
@@ -157,7 +157,7 @@ def encode_tensor_map(arguments: EncodeArguments) -> TensorMap:
     tensor_map = TensorMap()
     rank = len(arguments.dims)
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
-    code = _encode_function()(
+    given = (
         tensor_map.address,
         _enum("CUtensorMapDataType", "DATA_TYPE", arguments.element_type),
         rank,
@@ -171,7 +171,13 @@ def encode_tensor_map(arguments: EncodeArguments) -> TensorMap:
         _enum("CUtensorMapL2promotion", "L2_PROMOTION", arguments.l2_promotion),
         _enum("CUtensorMapFloatOOBfill", "FLOAT_OOB_FILL", arguments.oob_fill),
     )
-    driver.checked(f"encoding the tensor map {arguments}", (driver.bindings().CUresult(code),))
+
+    def encode() -> tuple[Any, ...]:
+        return (driver.bindings().CUresult(_encode_function()(*given)),)
+
+    # The driver wants a context, which a new thread may not have.
+    results = driver.in_a_context(device, encode(), encode)
+    driver.checked(f"encoding the tensor map {arguments}", results)
     return tensor_map
 
 
@@ -218,7 +224,7 @@ class MapCache:
         self.maps: dict[tuple[int, int, int, int], TensorMap] = {}
         self._lock = threading.RLock()
 
-    def get(self, address: int, num_tokens: int, k: int, row_stride: int) -> TensorMap:
+    def get(self, address: int, num_tokens: int, k: int, row_stride: int, device: int) -> TensorMap:
         """Return the map of hidden_states [num_tokens, k] at `address`, encoded at most once."""
         key = (address, num_tokens, k, row_stride)
         found = self.maps.get(key)
@@ -226,7 +232,7 @@ class MapCache:
             arguments = hidden_states_arguments(
                 self._recipe, address=address, num_tokens=num_tokens, k=k, row_stride=row_stride
             )
-            found = encode_tensor_map(arguments)
+            found = encode_tensor_map(arguments, device)
             # A call by a signal handler, within a call that changes the cache: it keeps no map.
             if is_held_here(self._lock):
                 return found

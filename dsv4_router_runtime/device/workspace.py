@@ -11,7 +11,8 @@ complete. So 10,000 streams, one after another, take KEPT_FOREIGN_SLOTS + 1 slot
 goes by its id: its handle is given out again once it is destroyed.
 
 Captures: a slot belongs to a capture and to a stream within it, is as large as the launch needs,
-and is shared by the launches there that need no more. It returns when the graph is gone. Memory is
+and is shared by the launches there that need no more; on a foreign stream, whose handle may come
+again within the capture, each launch has its own. It returns when the graph is gone. Memory is
 allocated and zeroed under capture as well, on a stream that no capture joins: no graph holds a
 memset of scratch. The layer's tensors are kept alive as long as the graph. Captures of layers that
 share captured scratch have one slot per stream, which returns with the last of their graphs.
@@ -36,7 +37,7 @@ from dsv4_router_runtime.locks import is_held_here, refuse_within
 from dsv4_router_runtime.parameters import WORKSPACE
 
 from . import driver
-from .capture import capture_of
+from .capture import capture_of, this_thread
 from .graph_life import GraphLife
 from .memory import DeviceMemory, read, relaxed_on, wait_for_device, zero
 
@@ -172,16 +173,19 @@ class Piece:
     """Memory of a pool for launches that captures recorded on one stream, until they are gone."""
 
     zeroed: bool
-    # A handle, or ~ the thread's identifier for its own stream, will do: a stream outlives its
-    # capture, and captures that share never run at once. Under capture the driver gives no ids.
+    # A handle, or ~ the thread's number for its own stream, will do: captures that share never run
+    # at once. Under capture the driver gives no ids.
     stream: int
+    # A launch's on a foreign stream, from 1: its handle may stand for another stream later in the
+    # capture, whose branch of the graph runs beside. Launches on a lasting stream have 0 in common.
+    turn: int
     address: int
     size: int
     num_captures: int = 0
 
 
-# By (zeroed, stream): the largest piece so far.
-_Largest = dict[tuple[bool, int], Piece]
+# By (zeroed, stream, turn): the largest piece so far.
+_Largest = dict[tuple[bool, int, int], Piece]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -192,6 +196,8 @@ class Capture:
     pieces: list[Piece] = field(default_factory=list)
     # Of the pieces that no other capture shares.
     largest: _Largest = field(default_factory=dict)
+    # Launches so far on each foreign stream.
+    turns: dict[int, int] = field(default_factory=dict)
     pins: dict[int, object] = field(default_factory=dict)
 
 
@@ -286,11 +292,14 @@ class Workspace:
         kernel: Kernel,
         problem: tuple[int, int],
         pins: tuple[object, ...],
+        *,
         shared: bool,
+        is_lasting: bool,
     ) -> Slot:
         """Return a slot for one launch of `problem` that `stream`, the current one, records.
 
         `pins` stay alive as long as the graph. shared: with the other captures that share.
+        is_lasting: the stream's handle never stands for another one.
         """
         layout = scratch_layout([kernel], problem)
         if not (layout.num_bytes or pins):
@@ -307,15 +316,19 @@ class Workspace:
                 capture = self.captures[identifier] = Capture(life=GraphLife(graph))
             capture.pins.update((id(pin), pin) for pin in pins)
             largest = self._largest_shared if shared else capture.largest
+            turn = 0
             if stream == PER_THREAD_STREAM:
                 # Two threads' streams may join one capture.
-                stream = ~threading.get_ident()
-            zeroed = self._captured_piece(capture, largest, (True, stream), layout.zeroed_bytes)
-            plain = self._captured_piece(capture, largest, (False, stream), layout.plain_bytes)
+                stream = ~this_thread.number
+            elif not is_lasting:
+                turn = capture.turns[stream] = capture.turns.get(stream, 0) + 1
+            at = stream, turn
+            zeroed = self._captured_piece(capture, largest, (True, *at), layout.zeroed_bytes)
+            plain = self._captured_piece(capture, largest, (False, *at), layout.plain_bytes)
         return _slot(layout, zeroed, plain)
 
     def _captured_piece(
-        self, capture: Capture, largest: _Largest, key: tuple[bool, int], size: int
+        self, capture: Capture, largest: _Largest, key: tuple[bool, int, int], size: int
     ) -> int:
         """Return the address of `size` bytes of the largest piece, or of a new one, for a capture.
 
@@ -323,11 +336,11 @@ class Workspace:
         """
         if size == 0:
             return 0
-        zeroed, stream = key
+        zeroed, stream, turn = key
         piece = largest.get(key)
         if piece is None or piece.size < size:
             address = self._take(zeroed, size)
-            piece = Piece(zeroed=zeroed, stream=stream, address=address, size=size)
+            piece = Piece(zeroed=zeroed, stream=stream, turn=turn, address=address, size=size)
             largest[key] = piece
         if piece not in capture.pieces:
             # In this order: an interrupt may keep a piece too long, and gives none back too early.
@@ -351,7 +364,7 @@ class Workspace:
                     self._give_back(piece)
 
     def _give_back(self, piece: Piece) -> None:
-        key = piece.zeroed, piece.stream
+        key = piece.zeroed, piece.stream, piece.turn
         if self._largest_shared.get(key) is piece:
             del self._largest_shared[key]
         self.pools[piece.zeroed].give_back(piece.address, piece.size)

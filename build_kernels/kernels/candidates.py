@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
+from build_kernels.kernels.partial_sums import lane_expert
 from build_kernels.kernels.score import bits_of, choose, float_of
 from build_kernels.kernels.shapes import EXPERT_TILE, MAX_DECODE_TOKENS, MERGE_WAIT_LIMIT_MS
 from build_kernels.kernels.top_k import NOT_A_CANDIDATE, PADDING_KEY, take_top_k
@@ -211,10 +212,15 @@ def place_of(lane: Int32, register: Int32) -> Int32:
 
 
 @cute.jit
-def own_places(experts: tuple, num_tiles: Int32) -> tuple:
-    """Return the indices, within a token, of the candidates of a lane's two experts."""
+def own_places(tile: Int32, num_tiles: Int32) -> tuple:
+    """Return the indices, within a token, of the candidates of a lane's two experts of a tile."""
     # Experts per lane of the merging warp.
     run = 2 * num_tiles
+    return places_of([EXPERT_TILE * tile + lane_expert(half) for half in (0, 1)], run)
+
+
+def places_of(experts, run: Int32) -> tuple:
+    """Return the indices, within a token, of experts' candidates; the merger's lanes take `run`."""
     return tuple(place_of(expert // run, expert % run) for expert in experts)
 
 

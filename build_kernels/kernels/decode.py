@@ -196,8 +196,8 @@ class RouterDecode:
             token = owned_token(self.gemm.splits, split, warp)
             # All that needs no sum is computed before the multiply, off the path that others wait
             # for.
+            candidates = own_candidates(args, token, own_places(tile, num_tiles), num_tiles)
             experts = tuple(EXPERT_TILE * tile + lane_expert(half) for half in (0, 1))
-            candidates = own_candidates(args, token, own_places(experts, num_tiles), num_tiles)
             output = output_column(args, token)
             biases = self.read_biases(args, experts)
             inverse_temp = reciprocal(args.gate_temp)

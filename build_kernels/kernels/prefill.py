@@ -21,7 +21,7 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from build_kernels.kernels.arguments import arguments_of
-from build_kernels.kernels.candidates import merge, own_candidates, own_places, publish
+from build_kernels.kernels.candidates import merge, own_candidates, places_of, publish
 from build_kernels.kernels.decode import RouterDecode
 from build_kernels.kernels.gemm import WARPS_PER_TILE, TileGemm, k_slices
 from build_kernels.kernels.hash_table import read_ranks
@@ -205,7 +205,7 @@ class RouterPrefill(RouterDecode):
             experts = self.lane_experts(tile, m_tile, num_shared)
             biases = self.read_biases(args, experts)
             inverse_temp = reciprocal(args.gate_temp)
-            places = own_places(experts, num_tiles)
+            places = places_of(experts, 2 * num_tiles)
             rows = (args, first_token, split)
             ahead = ()
             if cutlass.const_expr(self.rounds <= BATCH):

@@ -24,27 +24,30 @@ def synchronise_read(
     """Acquire the clock that the location's last strong store released.
 
     old: what lanes acquire that read an older value."""
-    for lane, offset in zip(place.lanes, place.offsets, strict=True):
-        entry = old.get(lane, w.grid.released.get((place.memory, int(offset))))
+    memory, released = place.memory, w.grid.released
+    if not released and not old:
+        return
+    for lane, offset in zip(place.lanes.tolist(), place.offsets.tolist(), strict=True):
+        entry = old[lane] if lane in old else released.get((memory, offset))
         if entry is None or not entry.reaches(scope, w.cta):
             continue
         if acquire:
-            w.acquire(1 << int(lane), entry.clock)
-        elif entry not in w.unfenced[lane]:
-            w.unfenced[lane].append(entry)
+            w.acquire(1 << lane, entry.clock)
+        elif entry not in w.unfenced.get(lane, ()):
+            w.unfenced.setdefault(lane, []).append(entry)
 
 
 def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: bool) -> None:
     """Release the lanes' clocks at the location; a read-modify-write joins the one there."""
-    for lane, offset in zip(place.lanes, place.offsets, strict=True):
-        key = (place.memory, int(offset))
+    for lane, offset in zip(place.lanes.tolist(), place.offsets.tolist(), strict=True):
+        key = (place.memory, offset)
         before = w.grid.released.get(key)
         if not release and w.fenced[lane] is None:
             # A relaxed store with no fence before it releases nothing.
             if before is not None and not rmw:
                 del w.grid.released[key]
             continue
-        clock = w.publish(1 << int(lane), release)
+        clock = w.publish(1 << lane, release)
         reach = scope if release else min(scope, w.fence_scope[lane])
         if rmw and before is not None:
             clock = join(before.clock, clock)
@@ -54,9 +57,10 @@ def synchronise_write(w: Warp, place: Place, release: bool, scope: int, rmw: boo
 def fence(w: Warp, lane: int, scope: int) -> None:
     """Apply fence.acq_rel: earlier relaxed reads acquire, later relaxed writes release."""
     bit = 1 << lane
-    for entry in w.unfenced[lane]:
+    for entry in w.unfenced.pop(lane, ()):
         if entry.reaches(scope, w.cta):
             w.acquire(bit, entry.clock)
-    w.unfenced[lane] = [e for e in w.unfenced[lane] if not e.reaches(scope, w.cta)]
+        else:
+            w.unfenced.setdefault(lane, []).append(entry)
     w.fenced[lane] = w.publish(bit)
     w.fence_scope[lane] = scope

@@ -55,6 +55,9 @@ class TensorAccess:
             return False
         return operation.clock[GENERIC].tick(actor_of(record)) >= tick_of(record)
 
+    def excuses(self, records: Ints) -> bool:
+        return False
+
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         operation = self.operation
         kind, why = "race", f"{what} conflict with no order between the two"

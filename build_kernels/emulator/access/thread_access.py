@@ -8,6 +8,7 @@ from build_kernels.emulator.execution.warp import Warp
 from build_kernels.emulator.lanes import LANES, Ints, Mask, all_of, lanes_of
 from build_kernels.emulator.memory.access_records import (
     GPU_SCOPE,
+    SCOPE_FIELD,
     WEAK,
     actor_of,
     actors_of,
@@ -66,6 +67,12 @@ class ThreadAccess:
             return scope == GPU_SCOPE
         cta = self.warp.grid.cta_of(actor_of(record))
         return cta is not None and self.warp.cta.shares(scope, cta)
+
+    def excuses(self, records: Ints) -> bool:
+        # Polls, of words that other threads of the GPU store, are most of the strong accesses.
+        if self.scope != GPU_SCOPE:
+            return False
+        return all_of((records & SCOPE_FIELD == SCOPE_FIELD) | (records == 0))
 
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         instruction, thread = self.warp.grid.author_of(record)

@@ -89,6 +89,9 @@ class Operation(Task, Reporter):
     def excused(self, record: int) -> bool:
         return (self.pipe >= 0 or self.reduces) and self.harmless(record)
 
+    def excuses(self, records: Ints) -> bool:
+        return False
+
     def harmless(self, record: int) -> bool:
         """Return whether a record is of an earlier operation of this pipe, or of a like reduction.
 

@@ -88,7 +88,7 @@ class Warp(WarpClocks):
 
     r, t: value and taint (poison, or pending) of each register. groups: asynchronous work of the
     warp, owned by the modules that issue it. runnable: the queue of warps that may run. leave:
-    called with the lanes that exited. unfenced: the relaxed reads of each lane since its fence.
+    called with the lanes that exited. unfenced: by lane, the relaxed reads since its fence.
     cluster_arrived: the lanes that have arrived at the cluster's barrier and not waited;
     cluster_generations: the one that each of them waits for.
     """
@@ -124,7 +124,7 @@ class Warp(WarpClocks):
         self.specials: dict[tuple[str, Any], Array] = {}
         self.local: Memory | None = None
         self.groups: dict[str, Any] = {}
-        self.unfenced: list[list[Released]] = [[] for _ in range(LANES)]
+        self.unfenced: dict[int, list[Released]] = {}
         self.cluster_arrived = 0
         self.cluster_generations = [0] * LANES
         cta.living[self] = self.live

@@ -40,6 +40,10 @@ class Access(Protocol):
         """Return whether a record that is not ordered before is no conflict."""
         ...
 
+    def excuses(self, records: Ints) -> bool:
+        """Return whether it is plain that each of these, or 0 for none, is excused."""
+        ...
+
     def conflict(self, memory: Memory, offset: int, record: int, what: str) -> None:
         """Report one unordered pair. what: "read-write", "write-read" or "write-write"."""
         ...
@@ -144,7 +148,7 @@ class Memory:
         before = row[offsets]
         if access.is_one and len(before) > 1 and all_of(before == before[0]):
             before = before[:1]
-        if not np.count_nonzero(before):
+        if not np.count_nonzero(before) or access.excuses(before):
             return
         ordered = access.ordered(before, what != "read-write")
         if all_of(ordered):

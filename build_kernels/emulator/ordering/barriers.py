@@ -95,6 +95,8 @@ class NamedBarrier(ThreadBarrier):
 
     def settle(self) -> None:
         """Count the warps that have arrived by now, and open if they suffice."""
+        if not self._lanes and not self._warps:
+            return
         for warp, lanes in list(self._lanes.items()):
             if self._living.get(warp, 0) & ~lanes:
                 continue

@@ -34,7 +34,7 @@ def _local(pattern: str, nth: int | None = None) -> Edit:
 
 
 # The bytes of the second M tile's W_gate in a block, and the columns of the first one in TMEM.
-_SECOND_ROWS = r"(or\.b32 \t%r\d+, %r\d+, )64(;)"
+_SECOND_ROWS = r"(add\.s32 \t%r\d+, %r\d+, )-64(;)"
 _SECOND_PLACE = r"(tensor\.2d[^\[]*\[%r\d+)\+8192(\])"
 _BLOCK = r"shl\.b32 (\t(%r\d+), )%r\d+, 9(;\s+add\.s32 \t%r\d+, \2, %r\d+;)"
 _SUMS = (
@@ -42,8 +42,17 @@ _SUMS = (
     r"(\s+add\.s32 \t%r\d+, %r\d+, \2;\s+shl\.b32 \t%r\d+, %r\d+, 1;\s+setp\.ge)"
 )
 _OTHER_EXPERTS = Edit(
-    pattern=r"shl\.b32 \t(%r\d+), (%r\d+), 6;(\s+add\.s32 \t%r\d+, \1, %r\d+;\s+mov\.u32)",
+    pattern=r"shl\.b32 \t(%r\d+), (%r\d+), 6;(\s+mov\.u32 \t%r\d+, %laneid;)",
     replacement=r"xor.b32 \t\1, \2, 1; shl.b32 \t\1, \1, 6;\3",
+)
+# The last owner's box begins with rows of the one before, which stand for experts beyond the last.
+_BOX_START = (
+    r"sub\.s32( \t%r\d+, %r\d+), %r\d+;"
+    r"(\s+add\.s32 \t(%r\d+), %r\d+, 1;\s+shr\.u32 \t%r\d+, \3, 31;)"
+)
+_ROTATED_ROW = (
+    r"sub\.s32( \t(%r\d+), %r\d+), %r\d+;"
+    r"(\s+add\.s32 \t(%r\d+), \2, %r\d+;\s+and\.b32 \t%r\d+, \4, 127;)"
 )
 # The first round of an M tile's warp, 0 or 1.
 TURN = r"sub\.s32( \t(%r\d+), %r\d+, %r\d+;)(\s+setp\.gt\.s32 \t%p\d+, \2, 0;)"
@@ -73,10 +82,22 @@ M_TILES = (
         *(emajor, "wrong M tile"),
         (
             "the second M tile loads the first one's W_gate",
-            written(_SECOND_ROWS, "0", 0),
+            written(_SECOND_ROWS, "-128"),
             WRONG_IDS,
         ),
         ("both M tiles load to the first one's place", written(_SECOND_PLACE, "")),
+    ),
+    *of_kind(
+        *(n64, "rows of the owner before"),
+        (
+            "the last box begins with the owner's own rows",
+            Edit(pattern=_BOX_START, replacement=r"add.s32\1, 0;\2"),
+        ),
+        (
+            "rows of the owner before pass for the last owner's experts",
+            Edit(pattern=_ROTATED_ROW, replacement=r"add.s32\1, 0;\3"),
+        ),
+        case=TWO_OWNERS,
     ),
     n64(
         *("W_gate's box has one M tile", "wrong tensor-map box"),
@@ -166,7 +187,10 @@ ROUNDS = (
 )
 
 # Where the first token of the tile is added.
-_FLAGS_TOKEN = r"add\.s32( \t(%r\d+)), (%r\d+), %r\d+;(\s+shl\.b32 \t%r\d+, %r\d+, 7;\s+shl\.b32)"
+_FLAGS_TOKEN = (
+    r"add\.s32( \t(%r\d+)), (%r\d+), %r\d+;"
+    r"(\s+shl\.b32 \t(%r\d+), %r\d+, 1;\s+add\.s32 \t%r\d+, %r\d+, \5;\s+shl)"
+)
 _EPILOGUE_TOKEN = (
     r"add\.s32( \t(%r\d+)), %r\d+, (%r\d+);"
     r"(\s+add\.s32 \t(%r\d+), \2, %r\d+;\s+add\.s32 \t%r\d+, \5, %r\d+;\s+setp)"

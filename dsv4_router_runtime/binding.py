@@ -198,16 +198,25 @@ def _room_for_logits(slot: Slot, size: int, device: torch.device) -> Any:
         where = on_memory_stream(device) if slot.is_leased else contextlib.nullcontext()
         # An inference tensor could not be written by a later call that is not in that mode.
         with where, torch.inference_mode(False):
-            slot.logits = torch.empty(size, dtype=torch.float32, device=device)
+            room = torch.empty(size, dtype=torch.float32, device=device)
+        # Not before the stream waits for them: after an interrupt the next call would not.
+        slot.logits = room
     return slot.logits
 
 
-def on_memory_stream(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Allocate as on a stream that no work is ever on.
+@contextlib.contextmanager
+def on_memory_stream(device: torch.device) -> Iterator[None]:
+    """Allocate as on a stream that no kernel of a router is ever on; the current one waits for it.
 
-    torch's allocator gives out again what was freed on a stream of the same handle, at once.
+    torch's allocator gives out again what was freed on a stream of the same handle, at once. The
+    wait: with `use_deterministic_algorithms` torch fills new memory with NaN on the stream that
+    allocates, and with cudaMallocAsync that stream waits for one that gives the memory back.
     """
-    return torch.cuda.stream(_memory_stream(device))
+    memory_stream = _memory_stream(device)
+    with torch.cuda.stream(memory_stream):
+        yield
+    with relaxed():
+        torch.cuda.current_stream(device).wait_stream(memory_stream)
 
 
 @cache

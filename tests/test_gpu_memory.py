@@ -26,6 +26,7 @@ from test_gpu_router import check as check_against_oracle  # noqa: E402
 from dsv4_router_runtime import (  # noqa: E402
     Router,
     RouterError,
+    binding,
     check,
     reset,
     router_reference,
@@ -373,6 +374,33 @@ def test_foreign_streams_without_end(random, busy):
             torch.cuda.synchronize()
     assert most - before <= KEPT_FOREIGN_SLOTS + (100 if busy else 2)
     check()
+
+
+def test_logits_of_a_foreign_stream_are_right_where_torch_fills_new_memory(random):
+    """If algorithms are deterministic, with NaN, on the stream that the memory is taken on."""
+    layer = Layer(random, most=20_000)
+    cuda = driver.bindings()
+    memory_stream = binding._memory_stream(layer.x.device)
+    outs = [outputs(20_000, TOP_K) for _ in range(40)]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for turn in range(20):
+            handle = driver.checked("making a stream", cuda.cuStreamCreate(1))
+            torch.cuda.synchronize()
+            with torch.cuda.stream(memory_stream):
+                torch.cuda._sleep(100_000 * turn)
+            with torch.cuda.stream(torch.cuda.ExternalStream(int(handle))):
+                for out in outs:
+                    layer.router(layer.x, *out)
+            torch.cuda.synchronize()
+            driver.checked("destroying a stream", cuda.cuStreamDestroy(handle))
+            for weights, ids in outs:
+                assert torch.equal(weights, layer.expected[0])
+                assert torch.equal(ids, layer.expected[1])
+                weights.fill_(-1)
+                ids.fill_(-1)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_ids_tell_streams_and_threads_apart(random):

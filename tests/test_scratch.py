@@ -312,6 +312,43 @@ def test_logits_of_a_foreign_stream_are_no_memory_that_another_gave_back(
     assert seen == [own]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stream_waits_for_what_an_allocation_of_its_logits_brought(monkeypatch, fails):
+    """torch fills new memory with NaN if algorithms are deterministic.
+
+    With cudaMallocAsync, the stream that allocates may wait for memory that another gives back.
+    """
+    done = []
+    memory = SimpleNamespace(name="memory")
+    current = [SimpleNamespace(wait_stream=lambda other: done.append(f"wait for {other.name}"))]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    @contextlib.contextmanager
+    def relaxed():
+        done.append("relaxed")
+        yield
+        done.append("as before")
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(binding, "_memory_stream", lambda device: memory)
+    monkeypatch.setattr(binding, "relaxed", relaxed)
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        with binding.on_memory_stream(torch.device("cuda", 0)):
+            done.append(f"allocate on {current[-1].name}")
+            if fails:
+                raise MemoryError
+    waited = ["relaxed", "wait for memory", "as before"]
+    assert done == ["allocate on memory", *([] if fails else waited)]
+
+
 def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):
     bound = make()
     for stream in range(0x1000, 0x1000 + workspace.KEPT_FOREIGN_SLOTS):

@@ -17,7 +17,7 @@ import torch
 
 from .artifacts.dispatch import LayerProblem
 from .artifacts.folder import ArtifactSet
-from .checks import shape_of, wrong
+from .checks import check_memory, shape_of, wrong
 from .device import driver
 from .device.arguments import Call, CallOptions
 from .device.capture import refuse_under_capture
@@ -199,6 +199,8 @@ def _room_for_logits(slot: Slot, size: int, device: torch.device) -> Any:
         # An inference tensor could not be written by a later call that is not in that mode.
         with where, torch.inference_mode(False):
             room = torch.empty(size, dtype=torch.float32, device=device)
+        # A mode that traces makes one without: the stream's later calls could not use it.
+        check_memory("logits", room)
         # Not before the stream waits for them: after an interrupt the next call would not.
         slot.logits = room
     return slot.logits

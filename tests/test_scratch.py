@@ -32,6 +32,7 @@ from gpu_recorder import (
     w_copy_of,
     workspace_of,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from build_kernels.kernels import shapes
@@ -347,6 +348,26 @@ def test_a_stream_waits_for_what_an_allocation_of_its_logits_brought(monkeypatch
                 raise MemoryError
     waited = ["relaxed", "wait for memory", "as before"]
     assert done == ["allocate on memory", *([] if fails else waited)]
+
+
+@pytest.mark.parametrize("how", ["fake", "functional"])
+def test_a_call_while_torch_traces_leaves_no_traced_logits_behind(gpu, make, how):
+    """The stream's later calls, of every layer, would fail, or read logits at address 0."""
+    bound, given = make(), step(700)
+
+    def call(x):
+        with FakeTensorMode() if how == "fake" else contextlib.nullcontext():
+            bound(*given)
+        return x
+
+    traced = call if how == "fake" else torch.func.functionalize(call)
+    with pytest.raises(TypeError, match="logits: expected a tensor with memory"):
+        traced(torch.ones(1))
+    assert gpu.launches == []
+    bound(*given)
+    [launch] = gpu.launches
+    assert launch["logits"] != 0
+    assert launch["logits"] == gpu.products[-1][2].data_ptr()
 
 
 def test_an_event_that_the_driver_does_not_make_costs_no_scratch(gpu, make, monkeypatch):

@@ -215,10 +215,12 @@ def on_memory_stream(device: torch.device) -> Iterator[None]:
     allocates, and with cudaMallocAsync that stream waits for one that gives the memory back.
     """
     memory_stream = _memory_stream(device)
-    with torch.cuda.stream(memory_stream):
-        yield
-    with relaxed():
-        torch.cuda.current_stream(device).wait_stream(memory_stream)
+    # Its context is the primary one, and an event has to be of it too; the caller's may be green.
+    with relaxed_on(device.index):
+        with torch.cuda.stream(memory_stream):
+            yield
+        ready = memory_stream.record_event()
+    torch.cuda.current_stream(device).wait_event(ready)
 
 
 @cache

@@ -32,9 +32,12 @@ class Gpu:
         self.arch = "sm_90a"
         self.stream = 0
         self.capture = 0
+        # The handle of the calling thread's current context.
+        self.context = 1
         # Streams that torch did not make.
         self.foreign: set[int] = {2}
         self.driver = FakeDriver(self)
+        self.driver.cuCtxGetCurrent = lambda: (0, self.context)
         self.loads: list[str] = []
         self.maps: list = []
         self.launches: list[dict] = []

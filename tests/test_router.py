@@ -298,6 +298,17 @@ def test_per_thread_stream_is_one_stream_in_each_thread(gpu, make, capture):
     assert here == again != there
 
 
+def test_per_thread_stream_is_another_stream_in_each_context_of_a_capture(gpu, make):
+    """Branches on that of the primary context and of a green one may run at once."""
+    bound = make()
+    gpu.stream, gpu.capture = 2, 1
+    for gpu.context in (1, 7, 1, 7):
+        bound(*step(4))
+    primary, green, again, green_again = (item["counters"] for item in gpu.launches)
+    assert primary == again
+    assert green == green_again != primary
+
+
 def test_threads_one_after_another_have_their_own_scratch_in_a_capture(gpu, make):
     """Python gives an identifier again once its thread has ended; the branch may run on."""
     bound = make()

@@ -317,37 +317,41 @@ def test_logits_of_a_foreign_stream_are_no_memory_that_another_gave_back(
 def test_a_stream_waits_for_what_an_allocation_of_its_logits_brought(monkeypatch, fails):
     """torch fills new memory with NaN if algorithms are deterministic.
 
-    With cudaMallocAsync, the stream that allocates may wait for memory that another gives back.
+    With cudaMallocAsync, the stream that allocates may wait for memory that another gives back. An
+    event has to be of its stream's context, and handle 0 stands for a stream of the current one.
     """
-    done = []
-    memory = SimpleNamespace(name="memory")
-    current = [SimpleNamespace(wait_stream=lambda other: done.append(f"wait for {other.name}"))]
+    done, context = [], ["green"]
+
+    def record() -> str:
+        done.append(f"record in {context[-1]}")
+        return "ready"
+
+    def wait(event: str) -> None:
+        done.append(f"wait for {event} in {context[-1]}")
+
+    memory = SimpleNamespace(name="memory", record_event=record)
+    current = [SimpleNamespace(name="the caller's", wait_event=wait)]
 
     @contextlib.contextmanager
-    def on(stream):
-        current.append(stream)
+    def within(stack, value):
+        stack.append(value)
         try:
             yield
         finally:
-            current.pop()
+            stack.pop()
 
-    @contextlib.contextmanager
-    def relaxed():
-        done.append("relaxed")
-        yield
-        done.append("as before")
-
-    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "stream", partial(within, current))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(binding, "_memory_stream", lambda device: memory)
-    monkeypatch.setattr(binding, "relaxed", relaxed)
+    monkeypatch.setattr(binding, "relaxed_on", lambda index: within(context, f"primary {index}"))
     with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
         with binding.on_memory_stream(torch.device("cuda", 0)):
-            done.append(f"allocate on {current[-1].name}")
+            done.append(f"allocate on {current[-1].name} in {context[-1]}")
             if fails:
                 raise MemoryError
-    waited = ["relaxed", "wait for memory", "as before"]
-    assert done == ["allocate on memory", *([] if fails else waited)]
+    ready = ["record in primary 0", "wait for ready in green"]
+    assert done == ["allocate on memory in primary 0", *([] if fails else ready)]
+    assert (len(current), context) == (1, ["green"])
 
 
 @pytest.mark.parametrize("how", ["fake", "functional"])

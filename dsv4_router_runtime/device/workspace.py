@@ -45,7 +45,7 @@ ALIGNMENT_BYTES = 256
 # The driver maps memory in pieces of 2 MB.
 CHUNK_BYTES = 2 * 2**20
 KEPT_FOREIGN_SLOTS = 32
-# CU_STREAM_PER_THREAD, another stream in each thread.
+# CU_STREAM_PER_THREAD, another stream in each thread and context.
 PER_THREAD_STREAM = 2
 # So many captures are kept before it is asked which graphs are gone; then twice those alive.
 KEPT_CAPTURES = 64
@@ -177,7 +177,8 @@ class Piece:
     # at once. Under capture the driver gives no ids.
     stream: int
     # A launch's on a foreign stream, from 1: its handle may stand for another stream later in the
-    # capture, whose branch of the graph runs beside. Launches on a lasting stream have 0 in common.
+    # capture, whose branch of the graph runs beside. Launches on a lasting stream have 0 in common,
+    # those on a thread's own stream the handle of the context that it belongs to.
     turn: int
     address: int
     size: int
@@ -318,8 +319,8 @@ class Workspace:
             largest = self._largest_shared if shared else capture.largest
             turn = 0
             if stream == PER_THREAD_STREAM:
-                # Two threads' streams may join one capture.
-                stream = ~this_thread.number
+                # Two threads' streams may join one capture, and one thread's of two contexts.
+                stream, turn = ~this_thread.number, driver.current_context()
             elif not is_lasting:
                 turn = capture.turns[stream] = capture.turns.get(stream, 0) + 1
             at = stream, turn
